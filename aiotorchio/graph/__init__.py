@@ -1,0 +1,1 @@
+"""Objects <-> (skeleton, tensor table, storages): torch, no I/O."""

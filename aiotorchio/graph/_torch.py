@@ -1,0 +1,117 @@
+"""Every private name of torch that aiotorchio uses.
+
+Checked with torch 2.6.0, 2.11.0 and 2.13.0. Whatever changes in another version changes here.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import _weights_only_unpickler as unpickler_module
+from torch._utils import IMPORT_MAPPING, NAME_MAPPING
+from torch.utils.hooks import warn_if_has_hooks
+
+__all__ = [
+    "BLOCKED_MODULES",
+    "WeightsOnlyUnpickler",
+    "has_names",
+    "make_parameter",
+    "make_wrapper_subclass",
+    "nested_view",
+    "python_name",
+    "set_view_bits",
+    "storage_key",
+    "typed_storage",
+    "untyped_storage_of",
+    "warn_if_has_hooks",
+]
+
+BLOCKED_MODULES = frozenset(unpickler_module._blocklisted_modules)
+_TORCH_HAS_NAMES = hasattr(torch.Tensor, "has_names")
+make_wrapper_subclass: Callable[..., torch.Tensor] = torch.Tensor._make_wrapper_subclass
+nested_view: Callable[..., torch.Tensor] = torch._nested_view_from_buffer
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """The address of the storage object that all views of one storage have in common."""
+    return int(storage._cdata)
+
+
+def typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
+    """A typed storage without the deprecation warning that the public constructor gives."""
+    return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+
+
+def untyped_storage_of(storage: torch.TypedStorage) -> torch.UntypedStorage:
+    """The untyped storage in a typed one, likewise without a warning."""
+    untyped: torch.UntypedStorage = storage._untyped_storage
+    return untyped
+
+
+def set_view_bits(tensor: torch.Tensor, *, conjugate: bool, negative: bool) -> None:
+    """Mark the stored numbers as conjugated or negated, as lazy views have them."""
+    # torch sets a bit when its key is there, whatever the value.
+    bits = {key: True for key, on in (("conj", conjugate), ("neg", negative)) if on}
+    torch._C._set_tensor_metadata(tensor, bits)  # type: ignore[attr-defined]
+
+
+def make_parameter(tensor: torch.Tensor, requires_grad: bool) -> torch.nn.Parameter:
+    """What ``nn.Parameter`` does for a plain tensor, without its checks in Python."""
+    parameter: torch.nn.Parameter = torch.Tensor._make_subclass(
+        torch.nn.Parameter, tensor, requires_grad
+    )
+    return parameter
+
+
+def has_names(tensor: torch.Tensor) -> bool:
+    """Whether it is a named tensor: a prototype that torch never serialized and 2.13 dropped."""
+    return _TORCH_HAS_NAMES and bool(tensor.has_names())  # type: ignore[attr-defined]
+
+
+def python_name(module: str, name: str) -> str:
+    """The path of a pickled global in Python 3, as torch's unpickler maps it."""
+    if (module, name) in NAME_MAPPING:
+        module, name = NAME_MAPPING[(module, name)]
+    elif module in IMPORT_MAPPING:
+        module = IMPORT_MAPPING[module]
+    return f"{module}.{name}"
+
+
+class WeightsOnlyUnpickler(unpickler_module.Unpickler):
+    """torch's weights-only unpickler with an allowlist of its own.
+
+    torch keeps the allowlist in its module, for the whole process. Here ``load`` runs the same
+    code over a copy of that module's names, in which both lists are the ones given, so that
+    neither another load nor another thread sees them.
+
+    Args:
+        file: A binary file with the pickle.
+        allowed: Path of each allowed global -> what stands for it.
+        persistent_load: What resolves references to tensors and storages.
+        encoding: Of the strings of Python 2.
+    """
+
+    def __init__(
+        self,
+        file: Any,
+        *,
+        allowed: dict[str, Any],
+        persistent_load: Callable[[Any], Any],
+        encoding: str,
+    ) -> None:
+        super().__init__(file, encoding=encoding)
+        self.persistent_load = persistent_load  # type: ignore[method-assign]
+        code = unpickler_module.Unpickler.load
+        names = code.__globals__ | {
+            "_get_allowed_globals": lambda: allowed,
+            "_get_user_allowed_globals": dict,
+            "_sparse_tensors_to_validate": [],
+        }
+        self._load = types.FunctionType(code.__code__, names, code.__name__)
+
+    def load(self) -> Any:
+        """Return the object."""
+        return self._load(self)

@@ -1,0 +1,196 @@
+"""The pickle codec: whatever the tree codec cannot carry (SPEC.md section 6.2).
+
+Tensors and storages leave the pickle as persistent ids: the number of a row for a tensor,
+``("storage", row, dtype name or None)`` for a storage.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from aiotorchio.errors import (
+    AiotorchioError,
+    InvalidObjectError,
+    LimitExceeded,
+    ProtocolError,
+    UnsafeObjectError,
+)
+from aiotorchio.graph._torch import WeightsOnlyUnpickler, typed_storage, untyped_storage_of
+from aiotorchio.graph.allowlist import Allowlist
+from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
+from aiotorchio.graph.table import Table
+from aiotorchio.wire.dtypes import DTYPES
+
+__all__ = ["dump", "load", "load_trusted"]
+
+
+def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int) -> bytes:
+    """Pickle an object, its tensors and storages into the table.
+
+    Args:
+        obj: Anything that ``pickle_module`` can pickle.
+        table: Takes the tensors and storages.
+        pickle_module: Has a ``Pickler`` like that of ``pickle``.
+        pickle_protocol: Of the pickle; receivers load only 2 without trusting it.
+
+    Returns:
+        The skeleton.
+    """
+
+    class Pickler(pickle_module.Pickler):  # type: ignore[misc]
+        def persistent_id(self, obj: Any) -> Any:
+            if isinstance(obj, torch.Tensor):
+                return table.add_tensor(obj)
+            if isinstance(obj, torch.TypedStorage):
+                name = DTYPE_NAMES[obj.dtype]
+                row = table.add_storage(untyped_storage_of(obj), DTYPES[name].unit)
+                return ("storage", row, name)
+            if isinstance(obj, torch.UntypedStorage):
+                return ("storage", table.add_storage(obj, 1), None)
+            return None
+
+    file = io.BytesIO()
+    Pickler(file, protocol=pickle_protocol).dump(obj)
+    return file.getvalue()
+
+
+def load(
+    skeleton: bytes,
+    tensors: Sequence[Any],
+    storages: Sequence[torch.UntypedStorage],
+    *,
+    allowlist: Allowlist,
+    encoding: str,
+    offset: int = 0,
+) -> Any:
+    """Rebuild an object without running anything that is not on the allowlist.
+
+    Args:
+        skeleton: A pickle that ``prescan`` let through with the same allowlist.
+        tensors: The tensor of each row.
+        storages: The storage of each row.
+        allowlist: What the pickle may name.
+        encoding: Of the strings of Python 2.
+        offset: Byte of the message where the skeleton begins, for errors.
+
+    Returns:
+        The object.
+
+    Raises:
+        UnsafeObjectError: Something that is not on the allowlist, or not with these arguments.
+        InvalidObjectError: An object that contradicts itself.
+        ProtocolError: A row that is not there.
+        LimitExceeded: Nested too deep.
+    """
+
+    def read() -> Any:
+        unpickler = WeightsOnlyUnpickler(
+            io.BytesIO(skeleton),
+            allowed=allowlist.globals,
+            persistent_load=_resolver(tensors, storages),
+            encoding=encoding,
+        )
+        loaded = unpickler.load()
+        allowlist.check_result()
+        return loaded
+
+    return _translated(read, offset)
+
+
+def load_trusted(
+    skeleton: bytes,
+    tensors: Sequence[Any],
+    storages: Sequence[torch.UntypedStorage],
+    *,
+    allowlist: Allowlist,
+    pickle_module: Any,
+    encoding: str,
+    offset: int = 0,
+) -> Any:
+    """Rebuild an object with full pickle: **runs whatever code the sender put in**.
+
+    Args:
+        skeleton: A pickle.
+        tensors: The tensor of each row.
+        storages: The storage of each row.
+        allowlist: Its checked rebuild functions take the place of torch's.
+        pickle_module: Has an ``Unpickler`` like that of ``pickle``.
+        encoding: Of the strings of Python 2.
+        offset: Byte of the message where the skeleton begins, for errors.
+
+    Returns:
+        The object.
+
+    Raises:
+        InvalidObjectError: It cannot be unpickled; the cause is the error that says why.
+        ProtocolError: Bytes left over, or a row that is not there.
+    """
+    rebuilds = allowlist.rebuild_functions()
+
+    class Unpickler(pickle_module.Unpickler):  # type: ignore[misc]
+        def find_class(self, module: str, name: str) -> Any:
+            return rebuilds.get((module, name)) or super().find_class(module, name)
+
+    def read() -> Any:
+        file = io.BytesIO(skeleton)
+        unpickler = Unpickler(file, encoding=encoding)
+        unpickler.persistent_load = _resolver(tensors, storages)
+        loaded = unpickler.load()
+        if file.tell() != len(skeleton):
+            raise ProtocolError(f"{len(skeleton) - file.tell()} bytes left over behind the pickle")
+        return loaded
+
+    return _translated(read, offset)
+
+
+def _resolver(
+    tensors: Sequence[Any], storages: Sequence[torch.UntypedStorage]
+) -> Callable[[Any], Any]:
+    """What turns the persistent ids of this codec into tensors and storages."""
+    typed: dict[tuple[int, str], torch.TypedStorage] = {}
+
+    def resolve(reference: Any) -> Any:
+        if type(reference) is int:
+            return tensors[_row(reference, len(tensors), "tensor")]
+        if type(reference) is not tuple or len(reference) != 3 or reference[0] != "storage":
+            raise ProtocolError("a reference that is neither to a tensor nor to a storage")
+        _, row, name = reference
+        storage = storages[_row(row, len(storages), "storage")]
+        if name is None:
+            return storage
+        dtype = torch_dtype(name)
+        if storage.nbytes() % dtype.itemsize:
+            raise InvalidObjectError(f"storage {row} of {storage.nbytes()} bytes holds no {dtype}")
+        return typed.setdefault((row, name), typed_storage(storage, dtype))
+
+    return resolve
+
+
+def _row(row: Any, count: int, what: str) -> int:
+    if type(row) is not int or not 0 <= row < count:
+        raise ProtocolError(f"{what} {row!r} of {count}")
+    return row
+
+
+def _translated(read: Callable[[], Any], offset: int) -> Any:
+    """Whatever an unpickler raises, as one of our errors."""
+    try:
+        return read()
+    except AiotorchioError as error:
+        error.entry, error.offset = "skeleton", offset
+        raise
+    except RecursionError as error:
+        raise LimitExceeded("nested too deep", entry="skeleton", offset=offset) from error
+    except pickle.UnpicklingError as error:
+        raise UnsafeObjectError(str(error), entry="skeleton", offset=offset) from error
+    except Exception as error:
+        raise InvalidObjectError(
+            f"the object cannot be rebuilt: {type(error).__name__}: {error}",
+            entry="skeleton",
+            offset=offset,
+        ) from error

@@ -1,0 +1,346 @@
+"""Reads a pickle without building anything: what it would do, and how much it would take.
+
+torch's weights-only unpickler runs no foreign code, and promises no more: a pickle of a few
+bytes can still take all memory, all time or the interpreter's stack. This scan walks the same
+opcodes over a stack of *measures* instead of objects and refuses what grows too far:
+
+- every opcode is one of those that torch's unpickler knows, complete, and finds its operands;
+- every global is allowed, only globals are called or instantiated, and only objects made by
+  globals that take a state are given one;
+- depth of nesting is bounded: hashing or freeing a deep tuple overflows the C stack;
+- memory of the objects is bounded by the size of the pickle (an empty set is one byte here and
+  216 in memory);
+- work of hashing is bounded: a tuple doubled through the memo 60 times is small in memory, and
+  hashing it takes 2**60 steps; and so is the number of integers whose hashes can collide.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError, UnsafeObjectError
+from aiotorchio.graph._torch import BLOCKED_MODULES, python_name
+
+__all__ = ["prescan"]
+
+# Memory that any pickle may take, and what each of its bytes may take beyond. Honest state
+# takes about ten times its pickle: a dict of three tensors is 232 bytes, pickled about 25.
+_MEMORY_FLOOR = 64 * 2**20
+_MEMORY_PER_BYTE = 16
+# Steps of hashing: 10**7 take about half a second.
+_HASH_STEPS_MAX = 10**7
+# hash(n) of an int is n modulo 2**61 - 1, so beyond 64 bits any number of them can collide.
+_BIG_INTEGERS_MAX = 4096
+
+
+@dataclass(slots=True)
+class _Measure:
+    """What the scan knows of one object; the memo and the stack share it, as they do objects."""
+
+    depth: int = 0
+    hash_steps: int = 1
+    name: str | None = None  # path, if the object is a global
+    made_by: str | None = None  # path of the global whose call made it
+
+
+class _Opcode(NamedTuple):
+    """One opcode: how its argument is laid out, and what it does to the stack."""
+
+    argument: int | str  # bytes of it; or "line", "2 lines", "count1", "count4"
+    action: Callable[[_Scan, bytes], None]
+
+
+def prescan(
+    data: bytes,
+    allowed: Container[str],
+    stateful: Container[str],
+    *,
+    depth_limit: int,
+    offset: int = 0,
+) -> None:
+    """Refuse a pickle that torch's weights-only unpickler must not see.
+
+    Args:
+        data: The pickle.
+        allowed: Paths of the globals that may be used.
+        stateful: Paths of those whose instances may be given a state.
+        depth_limit: Nesting of containers to accept.
+        offset: Byte of the message where the pickle begins, for errors.
+
+    Raises:
+        UnsafeObjectError: A global that is not allowed, an opcode that torch does not know, a
+            call of something that is not a global.
+        LimitExceeded: Too deep, too large in memory, too long to hash.
+        ProtocolError: Cut short, left-over bytes, operands that are not there.
+    """
+    scan = _Scan(data, allowed, stateful, depth_limit)
+    try:
+        scan.run()
+    except AiotorchioError as error:
+        error.entry, error.offset = "skeleton", offset + scan.at
+        raise
+
+
+class _Scan:
+    def __init__(
+        self, data: bytes, allowed: Container[str], stateful: Container[str], depth_limit: int
+    ) -> None:
+        self.data = data
+        self.at = 0
+        self.allowed = allowed
+        self.stateful = stateful
+        self.depth_limit = depth_limit
+        self.stack: list[_Measure] = []
+        self.marks: list[list[_Measure]] = []
+        self.memo: dict[int, _Measure] = {}
+        self.memory_left = _MEMORY_FLOOR + _MEMORY_PER_BYTE * len(data)
+        self.hash_steps_left = _HASH_STEPS_MAX + len(data)
+        self.big_integers_left = _BIG_INTEGERS_MAX
+        self.stopped = False
+
+    def run(self) -> None:
+        position, data, opcodes = 0, self.data, _OPCODES
+        while not self.stopped:
+            self.at = position
+            if position >= len(data):
+                raise ProtocolError("the pickle ends before its last opcode")
+            opcode = opcodes.get(data[position])
+            if opcode is None:
+                raise UnsafeObjectError(f"opcode {_name(data[position])} is not allowed")
+            argument, position = self._argument(opcode.argument, position + 1)
+            opcode.action(self, argument)
+        self.at = position
+        if position != len(data):
+            raise ProtocolError(f"{len(data) - position} bytes left over behind the pickle")
+
+    def _argument(self, kind: int | str, start: int) -> tuple[bytes, int]:
+        data = self.data
+        if isinstance(kind, int):
+            end = start + kind
+        elif kind == "2 lines":
+            first = data.find(b"\n", start)
+            end = data.find(b"\n", first + 1) + 1 if first >= 0 else 0
+            if not end:
+                raise ProtocolError("the pickle ends inside the name of a global")
+        else:
+            width = 1 if kind == "count1" else 4
+            size = data[start : start + width]
+            start += width
+            end = start + int.from_bytes(size, "little")
+        if end > len(data):
+            raise ProtocolError("the pickle ends inside an argument")
+        return data[start:end], end
+
+    # The stack
+
+    def push(self, measure: _Measure, memory: int) -> None:
+        self.charge(memory + 8)
+        self.stack.append(measure)
+
+    def pop(self) -> _Measure:
+        if not self.stack:
+            raise ProtocolError("an opcode without its operand")
+        return self.stack.pop()
+
+    def pop_mark(self) -> list[_Measure]:
+        if not self.marks:
+            raise ProtocolError("an opcode without its mark")
+        items, self.stack = self.stack, self.marks.pop()
+        return items
+
+    def top(self) -> _Measure:
+        if not self.stack:
+            raise ProtocolError("an opcode without its operand")
+        return self.stack[-1]
+
+    # What is bounded
+
+    def charge(self, memory: int) -> None:
+        self.memory_left -= memory
+        if self.memory_left < 0:
+            raise LimitExceeded(
+                f"the objects take more than {_MEMORY_FLOOR} bytes of memory and "
+                f"{_MEMORY_PER_BYTE} for each byte of the skeleton"
+            )
+
+    def hash(self, key: _Measure) -> None:
+        self.hash_steps_left -= key.hash_steps
+        if self.hash_steps_left < 0:
+            raise LimitExceeded(f"hashing the keys takes more than {_HASH_STEPS_MAX} steps")
+
+    def nest(self, items: list[_Measure]) -> int:
+        depth = 1 + max((item.depth for item in items), default=0)
+        if depth > self.depth_limit:
+            raise LimitExceeded(f"nested deeper than {self.depth_limit} levels")
+        return depth
+
+    # The opcodes
+
+    def proto(self, argument: bytes) -> None:
+        if argument[0] != 2:
+            raise UnsafeObjectError(
+                f"pickle protocol {argument[0]}: with weights_only=True only 2 is loaded"
+            )
+
+    def stop(self, _: bytes) -> None:
+        self.pop()
+        if self.stack or self.marks:
+            raise ProtocolError("the pickle ends with objects left over")
+        self.stopped = True
+
+    def leaf(self, argument: bytes) -> None:
+        self.push(_Measure(), 32 + len(argument))
+
+    def text(self, argument: bytes) -> None:
+        self.push(_Measure(), 64 + 4 * len(argument))
+
+    def long(self, argument: bytes) -> None:
+        if len(argument) > 8:
+            self.big_integers_left -= 1
+            if self.big_integers_left < 0:
+                raise LimitExceeded(f"more than {_BIG_INTEGERS_MAX} integers beyond 64 bits")
+        self.push(_Measure(), 32 + len(argument))
+
+    def container(self, _: bytes) -> None:
+        self.push(_Measure(depth=1), 64)
+
+    def empty_set(self, _: bytes) -> None:
+        self.push(_Measure(depth=1), 216)
+
+    def mark(self, _: bytes) -> None:
+        self.charge(64)
+        self.marks.append(self.stack)
+        self.stack = []
+
+    def tuple(self, items: list[_Measure]) -> None:
+        steps = 1 + sum(item.hash_steps for item in items)
+        self.push(_Measure(self.nest(items), steps), 40 + 8 * len(items))
+
+    def global_(self, argument: bytes) -> None:
+        try:
+            module, name = argument.decode().split("\n")[:2]
+        except UnicodeDecodeError:
+            raise ProtocolError("the name of a global is not UTF-8") from None
+        path = python_name(module, name)
+        if path.split(".")[0] in BLOCKED_MODULES or path not in self.allowed:
+            raise UnsafeObjectError(
+                f"global {path!r} is not allowed; if you trust it, "
+                f"pass it in safe_globals, or weights_only=False if you trust the sender"
+            )
+        self.push(_Measure(name=path), 8)
+
+    def call(self, _: bytes) -> None:
+        arguments = self.pop()
+        function = self.pop()
+        if function.name is None:
+            raise UnsafeObjectError("a call of something that is not a global")
+        # Sets hash what they are made from; other allowed calls keep or copy their arguments.
+        self.hash(arguments)
+        depth = self.nest([arguments])
+        self.push(_Measure(depth, arguments.hash_steps, made_by=function.name), 256)
+
+    def build(self, _: bytes) -> None:
+        state = self.pop()
+        # A state given to a tensor would point it anywhere: torch passes it on to Tensor.set_.
+        if self.top().made_by not in self.stateful:
+            raise UnsafeObjectError("a state for an object that takes none")
+        self.adopt([state])
+
+    def append(self, _: bytes) -> None:
+        self.adopt([self.pop()])
+
+    def appends(self, _: bytes) -> None:
+        self.adopt(self.pop_mark())
+
+    def set_item(self, _: bytes) -> None:
+        value, key = self.pop(), self.pop()
+        self.put([key, value])
+
+    def set_items(self, _: bytes) -> None:
+        items = self.pop_mark()
+        if len(items) % 2:
+            raise ProtocolError("a key without a value")
+        self.put(items)
+
+    def put(self, items: list[_Measure]) -> None:
+        for key in items[::2]:
+            self.hash(key)
+        self.charge(96 * (len(items) // 2))
+        self.adopt(items)
+
+    def adopt(self, items: list[_Measure]) -> None:
+        """Items go into the container on top of the stack."""
+        self.charge(16 * len(items))
+        container = self.top()
+        container.depth = max(container.depth, self.nest(items))
+        container.hash_steps += sum(item.hash_steps for item in items)
+
+    def persistent_id(self, _: bytes) -> None:
+        self.pop()
+        self.push(_Measure(), 8)
+
+    def put_memo(self, argument: bytes) -> None:
+        self.charge(104)
+        self.memo[int.from_bytes(argument, "little")] = self.top()
+
+    def get_memo(self, argument: bytes) -> None:
+        index = int.from_bytes(argument, "little")
+        if index not in self.memo:
+            raise ProtocolError(f"memo {index} was never set")
+        self.push(self.memo[index], 0)
+
+
+def _tuple_of(count: int) -> Callable[[_Scan, bytes], None]:
+    def action(scan: _Scan, _: bytes) -> None:
+        scan.tuple([scan.pop() for _ in range(count)])
+
+    return action
+
+
+_OPCODES = {
+    code[0]: _Opcode(argument, action)
+    for code, argument, action in (
+        (b"\x80", 1, _Scan.proto),
+        (b".", 0, _Scan.stop),
+        (b"c", "2 lines", _Scan.global_),
+        (b"\x81", 0, _Scan.call),  # NEWOBJ
+        (b"R", 0, _Scan.call),  # REDUCE
+        (b"b", 0, _Scan.build),
+        (b"a", 0, _Scan.append),
+        (b"e", 0, _Scan.appends),
+        (b"s", 0, _Scan.set_item),
+        (b"u", 0, _Scan.set_items),
+        (b"(", 0, _Scan.mark),
+        (b"t", 0, lambda scan, _: scan.tuple(scan.pop_mark())),
+        (b"\x85", 0, _tuple_of(1)),
+        (b"\x86", 0, _tuple_of(2)),
+        (b"\x87", 0, _tuple_of(3)),
+        (b"N", 0, _Scan.leaf),
+        (b"\x88", 0, _Scan.leaf),  # NEWTRUE
+        (b"\x89", 0, _Scan.leaf),  # NEWFALSE
+        (b")", 0, _Scan.leaf),  # EMPTY_TUPLE
+        (b"]", 0, _Scan.container),
+        (b"}", 0, _Scan.container),
+        (b"\x8f", 0, _Scan.empty_set),
+        (b"J", 4, _Scan.leaf),
+        (b"K", 1, _Scan.leaf),
+        (b"M", 2, _Scan.leaf),
+        (b"G", 8, _Scan.leaf),
+        (b"\x8a", "count1", _Scan.long),
+        (b"X", "count4", _Scan.text),
+        (b"U", "count1", _Scan.text),
+        (b"Q", 0, _Scan.persistent_id),
+        (b"h", 1, _Scan.get_memo),
+        (b"j", 4, _Scan.get_memo),
+        (b"q", 1, _Scan.put_memo),
+        (b"r", 4, _Scan.put_memo),
+    )
+}
+
+
+def _name(code: int) -> str:
+    """The name of an opcode in an error."""
+    return next((op.name for op in pickletools.opcodes if op.code == chr(code)), f"{code:#04x}")

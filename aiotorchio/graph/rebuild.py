@@ -1,0 +1,163 @@
+"""The table of tensors and the storages -> tensors -> the object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from aiotorchio.errors import InvalidObjectError, UnsafeObjectError
+from aiotorchio.graph import pickled, tree
+from aiotorchio.graph._torch import make_parameter, set_view_bits
+from aiotorchio.graph.allowlist import Allowlist
+from aiotorchio.graph.dtypes import torch_dtype
+from aiotorchio.graph.prescan import prescan
+from aiotorchio.wire.header import (
+    CONJUGATE,
+    NEGATIVE,
+    PARAMETER,
+    REQUIRES_GRAD,
+    Codec,
+    Header,
+    TensorRow,
+    describe,
+)
+from aiotorchio.wire.limits import Limits
+
+__all__ = ["Rebuilder", "build_tensors"]
+
+
+def build_tensors(header: Header, storages: Sequence[torch.UntypedStorage]) -> list[torch.Tensor]:
+    """Make the tensor of each row, over the storages.
+
+    Args:
+        header: Valid, so that no row reaches beyond its storage.
+        storages: One for each row of storages, of its size.
+
+    Returns:
+        One tensor for each row of tensors.
+
+    Raises:
+        InvalidObjectError: torch refuses what a row describes.
+        ProtocolError: A dtype that the installed torch does not have.
+    """
+    tensors = []
+    for index, row in enumerate(header.tensors):
+        try:
+            tensors.append(_build_tensor(row, storages[row.storage]))
+        except RuntimeError as error:
+            raise InvalidObjectError(f"torch: {error}", entry=describe(row, index)) from error
+    return tensors
+
+
+def _build_tensor(row: TensorRow, storage: torch.UntypedStorage) -> torch.Tensor:
+    tensor = torch.empty((0,), dtype=torch_dtype(row.dtype), device=storage.device)
+    tensor.set_(storage, row.offset, row.shape, row.stride)
+    flags = row.flags
+    if not flags:
+        return tensor
+    if flags & (CONJUGATE | NEGATIVE):
+        set_view_bits(tensor, conjugate=bool(flags & CONJUGATE), negative=bool(flags & NEGATIVE))
+    requires_grad = bool(flags & REQUIRES_GRAD)
+    if flags & PARAMETER:
+        return make_parameter(tensor, requires_grad)
+    return tensor.requires_grad_(requires_grad)
+
+
+class Rebuilder:
+    """Turns one skeleton into its object.
+
+    Args:
+        skeleton: As received.
+        codec: Of the skeleton.
+        allow_pickle: Whether the pickle codec is accepted at all.
+        weights_only: Whether a pickle is loaded without trusting it.
+        pickle_module: For full pickle.
+        encoding: Of the strings of Python 2 in a pickle.
+        safe_globals: What the caller trusts beyond the built-in allowlist.
+        map_location: For tensor subclasses without a storage.
+        limits: What to accept.
+        offset: Byte of the message where the skeleton begins, for errors.
+    """
+
+    def __init__(
+        self,
+        skeleton: bytes,
+        codec: Codec,
+        *,
+        allow_pickle: bool,
+        weights_only: bool,
+        pickle_module: Any,
+        encoding: str,
+        safe_globals: Sequence[Any],
+        map_location: Any,
+        limits: Limits,
+        offset: int,
+    ) -> None:
+        if codec == "pickle" and not allow_pickle:
+            raise UnsafeObjectError(
+                "the object is pickled, and allow_pickle is False",
+                entry="skeleton",
+                offset=offset,
+            )
+        self._skeleton = skeleton
+        self._codec = codec
+        self._weights_only = weights_only
+        self._pickle_module = pickle_module
+        self._encoding = encoding
+        self._limits = limits
+        self._offset = offset
+        self._allowlist = Allowlist(safe_globals, limits, map_location)
+
+    def check(self, rows: int) -> None:
+        """Refuse a bad skeleton before its payload is received; raises what ``build`` would.
+
+        Args:
+            rows: Number of rows in the table of tensors.
+        """
+        if self._codec == "tree":
+            self._build_tree([object() for _ in range(rows)])
+        elif self._weights_only:
+            prescan(
+                self._skeleton,
+                self._allowlist.globals,
+                self._allowlist.stateful,
+                depth_limit=self._limits.depth,
+                offset=self._offset,
+            )
+
+    def build(
+        self, tensors: Sequence[torch.Tensor], storages: Sequence[torch.UntypedStorage]
+    ) -> Any:
+        """Return the object; ``check`` must have passed.
+
+        Args:
+            tensors: The tensor of each row.
+            storages: The storage of each row.
+        """
+        if self._codec == "tree":
+            return self._build_tree(tensors)
+        if self._weights_only:
+            return pickled.load(
+                self._skeleton,
+                tensors,
+                storages,
+                allowlist=self._allowlist,
+                encoding=self._encoding,
+                offset=self._offset,
+            )
+        return pickled.load_trusted(
+            self._skeleton,
+            tensors,
+            storages,
+            allowlist=self._allowlist,
+            pickle_module=self._pickle_module,
+            encoding=self._encoding,
+            offset=self._offset,
+        )
+
+    def _build_tree(self, tensors: Sequence[Any]) -> Any:
+        return tree.decode(
+            self._skeleton, tensors, depth_limit=self._limits.depth, offset=self._offset
+        )

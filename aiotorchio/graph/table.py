@@ -1,0 +1,132 @@
+"""Tensors and storages -> rows of the header's tables, each tensor and each storage once."""
+
+from __future__ import annotations
+
+import torch
+
+from aiotorchio.graph._torch import has_names, storage_key, warn_if_has_hooks
+from aiotorchio.graph.dtypes import DTYPE_NAMES
+from aiotorchio.wire.dtypes import DTYPES
+from aiotorchio.wire.header import (
+    CONJUGATE,
+    MIXED_UNITS,
+    NEGATIVE,
+    PARAMETER,
+    REQUIRES_GRAD,
+    StorageRow,
+    TensorRow,
+)
+
+__all__ = ["Table"]
+
+
+class Table:
+    """Collects the rows while an object is flattened.
+
+    Attributes:
+        tensors: One row for each distinct tensor object.
+        storages: One row for each distinct storage.
+        sources: The storages themselves, in the order of their rows.
+        locations: Location tags that the storages refer to.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[TensorRow] = []
+        self.storages: list[StorageRow] = []
+        self.sources: list[torch.UntypedStorage] = []
+        self.locations: list[str] = []
+        self._row_of: dict[int, int] = {}
+        self._index_of: dict[int, int] = {}
+        self._location_of: dict[torch.device, int] = {}
+        # Rows are found again by id(), so every tensor must live as long as the table.
+        self._kept: list[torch.Tensor] = []
+
+    def add_tensor(self, tensor: torch.Tensor, name: str | None = None) -> int | None:
+        """Give a tensor a row, or find the one it has.
+
+        Args:
+            tensor: Any tensor.
+            name: Its path in the object, added to the names of the row.
+
+        Returns:
+            The number of its row; None if a row cannot say all about the tensor (subclasses,
+            tensors with attributes, quantized, sparse, nested ones, or without storage).
+        """
+        row = self._row_of.get(id(tensor))
+        if row is None:
+            described = self._describe(tensor)
+            if described is None:
+                return None
+            row = len(self.tensors)
+            self._row_of[id(tensor)] = row
+            self._kept.append(tensor)
+            self.tensors.append(described)
+        if name is not None:
+            self.tensors[row].names.append(name)
+        return row
+
+    def name(self, tensor: torch.Tensor, name: str) -> None:
+        """Add a name to the row of a tensor that has one."""
+        row = self._row_of.get(id(tensor))
+        if row is not None:
+            # The header is UTF-8; keys of a dict can hold surrogates.
+            self.tensors[row].names.append(name.encode("utf-8", "backslashreplace").decode())
+
+    def add_storage(self, storage: torch.UntypedStorage, unit: int) -> int:
+        """Give a storage a row, or find the one it has.
+
+        Args:
+            storage: Any storage.
+            unit: Bytes of the numbers that it is viewed with.
+
+        Returns:
+            The number of its row.
+        """
+        key = storage_key(storage)
+        index = self._index_of.get(key)
+        if index is None:
+            index = self._index_of[key] = len(self.storages)
+            self.sources.append(storage)
+            self.storages.append(StorageRow(storage.nbytes(), unit, self._location(storage)))
+        elif self.storages[index].unit != unit:
+            self.storages[index].unit = MIXED_UNITS
+        return index
+
+    def _location(self, storage: torch.UntypedStorage) -> int:
+        device = storage.device
+        index = self._location_of.get(device)
+        if index is None:
+            index = self._location_of[device] = len(self.locations)
+            tag = "cpu" if device.type == "cpu" else torch.serialization.location_tag(storage)
+            self.locations.append(tag)
+        return index
+
+    def _describe(self, tensor: torch.Tensor) -> TensorRow | None:
+        kind = type(tensor)
+        if (
+            (kind is not torch.Tensor and kind is not torch.nn.Parameter)
+            or tensor.layout is not torch.strided
+            or tensor.is_quantized
+            or tensor.is_nested
+            or object.__getstate__(tensor)
+            or has_names(tensor)
+        ):
+            return None
+        dtype = DTYPE_NAMES.get(tensor.dtype)
+        if dtype is None:
+            return None
+        try:
+            storage = tensor.untyped_storage()
+        except (RuntimeError, NotImplementedError):  # devices such as xla have none
+            return None
+        # torch drops backward hooks when it serializes, with this warning; so do we.
+        warn_if_has_hooks(tensor)
+        flags = (
+            (REQUIRES_GRAD if tensor.requires_grad else 0)
+            | (PARAMETER if kind is torch.nn.Parameter else 0)
+            | (CONJUGATE if tensor.is_conj() else 0)
+            | (NEGATIVE if tensor.is_neg() else 0)
+        )
+        index = self.add_storage(storage, DTYPES[dtype].unit)
+        offset, shape, stride = int(tensor.storage_offset()), tensor.shape, tensor.stride()
+        return TensorRow(index, dtype, offset, list(shape), list(stride), flags, [])

@@ -1,0 +1,301 @@
+"""The pickle-free codec: ordinary objects <-> MessagePack (SPEC.md section 6.1).
+
+Every container is an array that starts with its tag, so types survive, keys keep their order
+and can be checked for repeats. What the codec does not know, such as a class, or cannot keep,
+such as a list that is in two places, makes ``encode`` return None: pickle's turn.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import msgspec
+import torch
+
+from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, ProtocolError
+from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
+from aiotorchio.graph.table import Table
+
+__all__ = ["decode", "encode"]
+
+# Deeper objects go to pickle. Far below Python's recursion limit, above any state dict.
+_ENCODE_DEPTH_MAX = 100
+_INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**64 - 1
+
+
+class Tag:
+    """First item of every array."""
+
+    LIST: Final = 0
+    TUPLE: Final = 1
+    DICT: Final = 2
+    ORDERED_DICT: Final = 3
+    SET: Final = 4
+    TENSOR: Final = 5
+    COMPLEX: Final = 6
+    INTEGER: Final = 7
+    SIZE: Final = 8
+    DTYPE: Final = 9
+    DEVICE: Final = 10
+
+
+class _NotATreeError(Exception):
+    """The object needs the other codec."""
+
+
+def encode(obj: object, table: Table) -> bytes | None:
+    """Write an object, and its tensors into the table.
+
+    Args:
+        obj: Anything.
+        table: Takes the tensors; of no use afterwards if the answer is None.
+
+    Returns:
+        The skeleton; None if this codec cannot carry the object.
+    """
+    try:
+        # A str that UTF-8 cannot carry raises here: it has surrogates.
+        return msgspec.msgpack.encode(_Encoder(table).node(obj, "", 0))
+    except (_NotATreeError, UnicodeEncodeError):
+        return None
+
+
+class _Encoder:
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        # Containers are told apart by id(): the caller's object keeps them alive.
+        self._seen: set[int] = set()
+
+    def node(self, value: Any, path: str, depth: int) -> Any:
+        kind = type(value)
+        if kind in _ATOMS:
+            return value
+        if kind is int:
+            if _INTEGER_MIN <= value <= _INTEGER_MAX:
+                return value
+            size = value.bit_length() // 8 + 1
+            return (Tag.INTEGER, value.to_bytes(size, "little", signed=True))
+        if isinstance(value, torch.Tensor):
+            row = self._table.add_tensor(value, path)
+            if row is None:
+                raise _NotATreeError
+            return (Tag.TENSOR, row)
+        container = _CONTAINERS.get(kind)
+        if container is not None:
+            if depth == _ENCODE_DEPTH_MAX:
+                raise _NotATreeError
+            self._enter(value)
+            return container(self, value, path + "." if path else "", depth + 1)
+        leaf = _LEAVES.get(kind)
+        if leaf is None:
+            raise _NotATreeError
+        return leaf(value)
+
+    def _enter(self, value: Any) -> None:
+        """Refuse what is shared: this codec would make copies of it."""
+        if id(value) in self._seen:
+            # Sharing of a tuple of plain values can't be noticed (the betas of an optimizer).
+            if type(value) is tuple and all(type(item) in _PLAIN for item in value):
+                return
+            raise _NotATreeError
+        self._seen.add(id(value))
+
+    def sequence(self, value: Sequence[Any], tag: int, path: str, depth: int) -> Any:
+        node = self.node
+        return [tag, *[node(item, f"{path}{n}", depth) for n, item in enumerate(value)]]
+
+    def members(self, value: set[Any], path: str, depth: int) -> Any:
+        return [Tag.SET, *[self.node(item, path.rstrip("."), depth) for item in value]]
+
+    def pairs(self, value: dict[Any, Any], head: list[Any], path: str, depth: int) -> Any:
+        node = self.node
+        for key, item in value.items():
+            if type(key) is not str and (
+                type(key) is not int or not _INTEGER_MIN <= key <= _INTEGER_MAX
+            ):
+                raise _NotATreeError
+            head.append(key)
+            head.append(node(item, f"{path}{key}", depth))
+        return head
+
+    def ordered(self, value: OrderedDict[Any, Any], path: str, depth: int) -> Any:
+        # nn.Module.state_dict() hangs its versions on the dict, as an attribute.
+        attributes = vars(value)
+        if attributes.keys() - {"_metadata"}:
+            raise _NotATreeError
+        has = "_metadata" in attributes
+        metadata = [self.node(attributes["_metadata"], "_metadata", depth)] if has else []
+        return self.pairs(value, [Tag.ORDERED_DICT, metadata], path, depth)
+
+
+_ATOMS = frozenset({type(None), bool, float, str, bytes})
+_PLAIN = _ATOMS | {int}
+_CONTAINERS: dict[type, Callable[[_Encoder, Any, str, int], Any]] = {
+    list: lambda e, value, path, depth: e.sequence(value, Tag.LIST, path, depth),
+    tuple: lambda e, value, path, depth: e.sequence(value, Tag.TUPLE, path, depth),
+    dict: lambda e, value, path, depth: e.pairs(value, [Tag.DICT], path, depth),
+    OrderedDict: lambda e, value, path, depth: e.ordered(value, path, depth),
+    set: lambda e, value, path, depth: e.members(value, path, depth),
+}
+
+
+def _dtype_leaf(value: torch.dtype) -> Any:
+    if value not in DTYPE_NAMES:
+        raise _NotATreeError
+    return (Tag.DTYPE, DTYPE_NAMES[value])
+
+
+_LEAVES: dict[type, Callable[[Any], Any]] = {
+    complex: lambda value: (Tag.COMPLEX, value.real, value.imag),
+    torch.Size: lambda value: (Tag.SIZE, *value),
+    torch.dtype: _dtype_leaf,
+    torch.device: lambda value: (Tag.DEVICE, str(value)),
+}
+
+
+def decode(skeleton: bytes, tensors: Sequence[Any], *, depth_limit: int, offset: int = 0) -> Any:
+    """Read an object.
+
+    Args:
+        skeleton: What ``encode`` wrote, or a peer claims so.
+        tensors: What stands for each row of the tensor table.
+        depth_limit: Nesting of containers to accept.
+        offset: Byte of the message where the skeleton begins, for errors.
+
+    Returns:
+        The object.
+
+    Raises:
+        ProtocolError: Not MessagePack, left-over bytes, an unknown tag or a node that breaks
+            its rules, a repeated key, a row that is not there.
+        LimitExceeded: Nested too deep.
+        InvalidObjectError: A set of unhashable items, a device that torch does not know.
+    """
+    try:
+        node = msgspec.msgpack.decode(skeleton)
+        return _Decoder(tensors, depth_limit).value(node, 0)
+    except RecursionError:
+        raise LimitExceeded(
+            f"nested deeper than {depth_limit} levels", entry="skeleton", offset=offset
+        ) from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ProtocolError(
+            f"malformed skeleton: {error}", entry="skeleton", offset=offset
+        ) from error
+    except AiotorchioError as error:
+        error.entry, error.offset = "skeleton", offset
+        raise
+
+
+class _Decoder:
+    def __init__(self, tensors: Sequence[Any], depth_limit: int) -> None:
+        self._tensors = tensors
+        self._depth_limit = depth_limit
+
+    def value(self, node: Any, depth: int) -> Any:
+        kind = type(node)
+        if kind in _PLAIN:
+            return node
+        if kind is not list or not node or type(node[0]) is not int:
+            raise ProtocolError("a node that is neither a plain value nor a tagged array")
+        if depth >= self._depth_limit:
+            raise LimitExceeded(f"nested deeper than {self._depth_limit} levels")
+        read = _READERS.get(node[0])
+        if read is None:
+            raise ProtocolError(f"unknown tag {node[0]}")
+        return read(self, node, depth + 1)
+
+    # A loop, not a comprehension: each level of nesting costs two frames, not three.
+    def items(self, node: list[Any], depth: int) -> list[Any]:
+        value, items = self.value, []
+        for n in range(1, len(node)):
+            items.append(value(node[n], depth))  # noqa: PERF401
+        return items
+
+    def fixed(self, node: list[Any], depth: int) -> tuple[Any, ...]:
+        return tuple(self.items(node, depth))
+
+    def mapping(self, node: list[Any], depth: int) -> dict[Any, Any]:
+        mapping: dict[Any, Any] = self.pairs(node, 1, {}, depth)
+        return mapping
+
+    def pairs(self, node: list[Any], start: int, into: Any, depth: int) -> Any:
+        if (len(node) - start) % 2:
+            raise ProtocolError("a key without a value")
+        value = self.value
+        for n in range(start, len(node), 2):
+            key = node[n]
+            if type(key) is not str and type(key) is not int:
+                raise ProtocolError("a key that is neither str nor int")
+            into[key] = value(node[n + 1], depth)
+        if len(into) != (len(node) - start) // 2:
+            raise ProtocolError("duplicate key")
+        return into
+
+    def ordered(self, node: list[Any], depth: int) -> Any:
+        if len(node) < 2 or type(node[1]) is not list or len(node[1]) > 1:
+            raise ProtocolError("an ordered dict without its place for metadata")
+        ordered = self.pairs(node, 2, OrderedDict(), depth)
+        if node[1]:
+            ordered._metadata = self.value(node[1][0], depth)
+        return ordered
+
+    def members(self, node: list[Any], depth: int) -> set[Any]:
+        items = self.items(node, depth)
+        try:
+            members = set(items)
+        except TypeError as error:
+            raise InvalidObjectError(f"a set of {error}") from error
+        if len(members) != len(items):
+            raise ProtocolError("duplicate item in a set")
+        return members
+
+    def tensor(self, node: list[Any], depth: int) -> Any:
+        (row,) = _payload(node, int)
+        if not 0 <= row < len(self._tensors):
+            raise ProtocolError(f"tensor {row} of {len(self._tensors)}")
+        return self._tensors[row]
+
+    def integer(self, node: list[Any], depth: int) -> int:
+        (data,) = _payload(node, bytes)
+        value = int.from_bytes(data, "little", signed=True)
+        if _INTEGER_MIN <= value <= _INTEGER_MAX or value.bit_length() // 8 + 1 != len(data):
+            raise ProtocolError("an integer that is not in its shortest form")
+        return value
+
+    def size(self, node: list[Any], depth: int) -> torch.Size:
+        dims = _payload(node, *[int] * (len(node) - 1))
+        if any(dim > 2**63 - 1 or dim < -(2**63) for dim in dims):
+            raise ProtocolError("a size beyond 64 bits")
+        return torch.Size(dims)
+
+    def device(self, node: list[Any], depth: int) -> torch.device:
+        (name,) = _payload(node, str)
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise InvalidObjectError(f"device {name!r}: {error}") from error
+
+
+def _payload(node: list[Any], *kinds: type) -> list[Any]:
+    """What follows the tag: exactly these types."""
+    if [type(item) for item in node[1:]] != list(kinds):
+        raise ProtocolError(f"tag {node[0]} with other contents than it has")
+    return node[1:]
+
+
+_READERS: dict[int, Callable[[_Decoder, list[Any], int], Any]] = {
+    Tag.LIST: _Decoder.items,
+    Tag.TUPLE: _Decoder.fixed,
+    Tag.DICT: _Decoder.mapping,
+    Tag.ORDERED_DICT: _Decoder.ordered,
+    Tag.SET: _Decoder.members,
+    Tag.TENSOR: _Decoder.tensor,
+    Tag.COMPLEX: lambda d, node, depth: complex(*_payload(node, float, float)),
+    Tag.INTEGER: _Decoder.integer,
+    Tag.SIZE: _Decoder.size,
+    Tag.DTYPE: lambda d, node, depth: torch_dtype(*_payload(node, str)),
+    Tag.DEVICE: _Decoder.device,
+}

@@ -1,0 +1,1 @@
+"""Where bytes live: storages, arenas and slabs. torch, no wire, no I/O."""

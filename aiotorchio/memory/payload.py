@@ -1,0 +1,261 @@
+"""The payload as memory: the storages of a message, addressed as they lie on the wire.
+
+``OutgoingPayload`` cuts storages into chunks, ``IncomingPayload`` makes storages for chunks.
+Both see the payload as a sequence of *regions*; between regions there are only the zeros that
+align them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from aiotorchio.memory.host import view_of
+from aiotorchio.memory.staging import Copier, DeviceCopier, Slabs, bytes_of
+
+__all__ = ["IncomingPayload", "OutgoingPayload", "needs_staging"]
+
+# Storages below this size share an arena. A storage of its own costs 1 us and, in the allocator,
+# up to 64 bytes more; receiving into one arena is one system call instead of one a storage.
+ARENA_STORAGE_MAX = 64 * 2**10
+# What is kept alive, at most, by one small storage that outlives its neighbours.
+ARENA_MAX = 4 * 2**20
+
+_PADDING = memoryview(bytes(64))
+
+NeedsStaging = Callable[[torch.device], bool]
+
+
+def needs_staging(device: torch.device) -> bool:
+    """Whether memory of this device is out of reach for sockets."""
+    return device.type != "cpu"
+
+
+class OutgoingPayload:
+    """The chunks of a payload, as views of the storages themselves.
+
+    Args:
+        storages: In the order of the header.
+        offsets: First byte of each in the payload.
+        nbytes: Bytes of each in the payload; 0 for those on ``meta``.
+        chunk_size: In bytes.
+        copier: For storages on a device; the default fits the device.
+        staged: Which devices need staging; tests stage the CPU.
+    """
+
+    def __init__(
+        self,
+        storages: Sequence[torch.UntypedStorage],
+        offsets: Sequence[int],
+        nbytes: Sequence[int],
+        chunk_size: int,
+        *,
+        copier: Copier | None = None,
+        staged: NeedsStaging = needs_staging,
+    ) -> None:
+        # Only storages with bytes: empty ones share their offset with the next one.
+        self._rows = [n for n, size in enumerate(nbytes) if size]
+        self._starts = [offsets[n] for n in self._rows]
+        self._ends = [offsets[n] + nbytes[n] for n in self._rows]
+        self._storages = storages
+        devices = [storages[n].device for n in self._rows]
+        self._staged = [staged(device) for device in devices]
+        self.has_staged = any(self._staged)
+        if self.has_staged:
+            self._copier = copier or DeviceCopier(devices)
+            self._slabs = Slabs(chunk_size, self._copier)
+
+    def chunk(self, start: int, length: int) -> list[memoryview]:
+        """Views of ``length`` bytes from ``start``; from a device, they are copied first.
+
+        Views of a slab hold until the chunk after the next is taken.
+        """
+        views: list[memoryview] = []
+        slab: tuple[torch.Tensor, memoryview] | None = None
+        position, end = start, start + length
+        index = max(bisect_right(self._starts, start) - 1, 0)
+        while position < end:
+            if index == len(self._rows):
+                raise AssertionError("a chunk beyond the payload")
+            first, last = self._starts[index], min(self._ends[index], end)
+            if position < first:
+                gap = min(first, end) - position
+                views.append(_PADDING[:gap])
+                position += gap
+            elif position < last:
+                storage = self._storages[self._rows[index]]
+                if self._staged[index]:
+                    slab = slab or self._slabs.take()
+                    tensor, view = slab
+                    at = slice(position - start, last - start)
+                    self._copier.copy(
+                        tensor[at], bytes_of(storage)[position - first : last - first]
+                    )
+                    views.append(view[at])
+                else:
+                    views.append(view_of(storage)[position - first : last - first])
+                position = last
+            else:
+                index += 1
+        return views
+
+
+@dataclass(slots=True)
+class _Region:
+    """A range of the payload that becomes one piece of memory: one storage, or an arena."""
+
+    start: int
+    end: int
+    device: torch.device
+    rows: list[int]
+    storage: torch.UntypedStorage | None = None
+    view: memoryview | None = field(default=None, repr=False)
+
+
+class IncomingPayload:
+    """Memory for the storages of a message, made when their first bytes are about to arrive.
+
+    Args:
+        offsets: First byte of each storage in the payload.
+        nbytes: Bytes of each in the payload; 0 for those on ``meta``.
+        sizes: Size of each storage.
+        devices: Where each goes. What goes to ``meta`` is received and dropped.
+        chunk_size: In bytes.
+        copier: For storages on a device; the default fits the device.
+        staged: Which devices need staging; tests stage the CPU.
+    """
+
+    def __init__(
+        self,
+        offsets: Sequence[int],
+        nbytes: Sequence[int],
+        sizes: Sequence[int],
+        devices: Sequence[torch.device],
+        chunk_size: int,
+        *,
+        copier: Copier | None = None,
+        staged: NeedsStaging = needs_staging,
+    ) -> None:
+        self._offsets, self._nbytes, self._sizes = offsets, nbytes, sizes
+        self._devices = devices
+        self._needs_staging = staged
+        self._regions = list(self._plan())
+        self._starts = [region.start for region in self._regions]
+        self._chunk_size = chunk_size
+        self._dropped: memoryview | None = None
+        real = [region.device for region in self._regions if region.device.type != "meta"]
+        if any(map(staged, real)):
+            self._copier = copier or DeviceCopier(real)
+            self._slabs = Slabs(chunk_size, self._copier)
+
+    def _plan(self) -> Iterator[_Region]:
+        arena: _Region | None = None
+        for row, (start, nbytes) in enumerate(zip(self._offsets, self._nbytes, strict=True)):
+            if not nbytes:
+                continue
+            device, end = self._devices[row], start + nbytes
+            small = nbytes < ARENA_STORAGE_MAX and not self._needs_staging(device)
+            if arena and small and arena.device == device and end - arena.start <= ARENA_MAX:
+                arena.end = end
+                arena.rows.append(row)
+                continue
+            if arena:
+                yield arena
+                arena = None
+            region = _Region(start, end, device, [row])
+            if small:
+                arena = region
+            else:
+                yield region
+        if arena:
+            yield arena
+
+    def chunk(self, start: int, length: int) -> tuple[list[memoryview], Callable[[], None] | None]:
+        """Buffers for ``length`` bytes from ``start``, and what moves them on to a device.
+
+        Returns:
+            The buffers, and a function to call when they are filled, in a worker thread if the
+            caller likes: it must return before the chunk after the next is taken. None if the
+            buffers are where the bytes belong.
+
+        Raises:
+            MemoryError: There is none left.
+        """
+        views: list[memoryview] = []
+        moves: list[tuple[torch.Tensor, torch.Tensor]] = []
+        slab: tuple[torch.Tensor, memoryview] | None = None
+        position, end = start, start + length
+        index = max(bisect_right(self._starts, start) - 1, 0)
+        while position < end:
+            region = self._regions[index]
+            last = min(region.end, end)
+            if position < region.start:
+                gap = min(region.start, end) - position
+                views.append(memoryview(bytearray(gap)))
+                position += gap
+            elif position >= last:
+                index += 1
+            elif region.device.type == "meta":
+                self._dropped = self._dropped or memoryview(bytearray(self._chunk_size))
+                views.append(self._dropped[position - start : last - start])
+                position = last
+            elif self._needs_staging(region.device):
+                slab = slab or self._slabs.take()
+                at = slice(position - start, last - start)
+                within = slice(position - region.start, last - region.start)
+                moves.append((bytes_of(self._storage_of(region))[within], slab[0][at]))
+                views.append(slab[1][at])
+                position = last
+            else:
+                view = self._view_of(region)
+                views.append(view[position - region.start : last - region.start])
+                position = last
+        if not moves:
+            return views, None
+
+        def move() -> None:
+            for destination, source in moves:
+                self._copier.copy(destination, source)
+
+        return views, move
+
+    def storages(self) -> list[torch.UntypedStorage]:
+        """One storage for each row, when all chunks have arrived."""
+        made: list[torch.UntypedStorage | None] = [None] * len(self._offsets)
+        for region in self._regions:
+            if region.device.type == "meta":
+                continue
+            whole = self._storage_of(region)
+            for row in region.rows:
+                at = self._offsets[row] - region.start
+                size = self._nbytes[row]
+                # A slice is a storage of its own that shares the memory of the arena.
+                alone = size == whole.nbytes()
+                made[row] = whole if alone else whole[at : at + size]
+        return [
+            torch.UntypedStorage(self._sizes[row], device=self._devices[row])
+            if storage is None
+            else storage
+            for row, storage in enumerate(made)
+        ]
+
+    def _storage_of(self, region: _Region) -> torch.UntypedStorage:
+        if region.storage is None:
+            try:
+                # Memory of the host is only reserved here: it grows as bytes are written.
+                region.storage = torch.UntypedStorage(
+                    region.end - region.start, device=region.device
+                )
+            except RuntimeError as error:
+                raise MemoryError(
+                    f"no {region.end - region.start} bytes on {region.device}: {error}"
+                ) from error
+        return region.storage
+
+    def _view_of(self, region: _Region) -> memoryview:
+        if region.view is None:
+            region.view = view_of(self._storage_of(region))
+        return region.view

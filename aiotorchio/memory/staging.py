@@ -1,0 +1,94 @@
+"""Device <-> host through a few slabs of host memory, so that no copy of the model is made.
+
+Memory of a device is never sent or received itself: each chunk goes through a slab, in a worker
+thread, while the chunk before it is on the wire. With two slabs in turn that takes two chunks of
+host memory, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+
+from aiotorchio.memory.host import view_of
+
+__all__ = ["Copier", "DeviceCopier", "Slabs", "bytes_of"]
+
+
+class Copier(Protocol):
+    """Moves bytes between a device and slabs; tests put one of their own in its place."""
+
+    def slab(self, nbytes: int) -> torch.UntypedStorage:
+        """Host memory that the device copies from and to at full speed."""
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy bytes, and return when they have arrived. May run in a worker thread."""
+
+
+class DeviceCopier:
+    """Copies on streams of its own, behind what the caller's streams have queued so far.
+
+    To be made in the caller's thread: there, the current stream of a device is the one on which
+    the tensors to be sent were computed.
+
+    Args:
+        devices: Where the storages are.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._streams = {
+            device: (torch.cuda.current_stream(device), torch.cuda.Stream(device))
+            for device in set(devices)
+            if device.type == "cuda"
+        }
+
+    def slab(self, nbytes: int) -> torch.UntypedStorage:
+        """Host memory; pinned for CUDA."""
+        pinned = bool(self._streams)
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).untyped_storage()
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy bytes, and return when they have arrived; no more than one stream is waited for."""
+        device = source.device if destination.device.type == "cpu" else destination.device
+        if device not in self._streams:
+            destination.copy_(source)
+            return
+        callers_stream, stream = self._streams[device]
+        # The allocator may hand out memory that the caller's stream still uses.
+        stream.wait_stream(callers_stream)
+        with torch.cuda.stream(stream):
+            destination.copy_(source, non_blocking=True)
+            done = stream.record_event()
+        done.synchronize()
+
+
+class Slabs:
+    """Two slabs in turn: one on the wire, one being copied.
+
+    Args:
+        nbytes: Size of one slab.
+        copier: Makes them.
+    """
+
+    def __init__(self, nbytes: int, copier: Copier) -> None:
+        self._nbytes = nbytes
+        self._copier = copier
+        self._slabs: list[tuple[torch.Tensor, memoryview]] = []
+        self._turn = 0
+
+    def take(self) -> tuple[torch.Tensor, memoryview]:
+        """The slab that was taken longest ago, as a tensor of bytes and as a view of them."""
+        if len(self._slabs) < 2:
+            storage = self._copier.slab(self._nbytes)
+            self._slabs.append((bytes_of(storage), view_of(storage)))
+            return self._slabs[-1]
+        self._turn = 1 - self._turn
+        return self._slabs[1 - self._turn]
+
+
+def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """A storage as a tensor of its bytes, on its device."""
+    tensor = torch.empty((0,), dtype=torch.uint8, device=storage.device)
+    return tensor.set_(storage)

@@ -1,0 +1,26 @@
+"""Byte order: turns the numbers of a storage around, for messages from the other kind of host."""
+
+from __future__ import annotations
+
+import torch
+
+from aiotorchio.memory.staging import bytes_of
+
+__all__ = ["swap_bytes"]
+
+# The reversed copy is made of this many bytes at a time.
+_STEP = 2**20
+
+
+def swap_bytes(storage: torch.UntypedStorage, unit: int) -> None:
+    """Reverse the bytes of every number in a storage, in place.
+
+    Args:
+        storage: On any device.
+        unit: Bytes of a number; what is left over at the end stays as it is.
+    """
+    if unit == 1:
+        return
+    numbers = bytes_of(storage)[: storage.nbytes() // unit * unit].view(-1, unit)
+    for part in numbers.split(_STEP // unit):
+        part.copy_(part.flip(1))

@@ -1,0 +1,79 @@
+"""anyio byte streams on asyncio and trio: TCP, UNIX, TLS, processes, files."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+from anyio.abc import ByteReceiveStream, ByteSendStream, SocketAttribute, SocketStream
+
+from aiotorchio.streams.base import (
+    PIECE_SIZE,
+    Buffer,
+    Sink,
+    Source,
+    coalesce,
+    connection_errors,
+    copy_into,
+)
+
+__all__ = ["AnyioSink", "AnyioSource"]
+
+
+class AnyioSource(Source):
+    """Takes bytes off an anyio byte stream, which copies them once.
+
+    Args:
+        stream: Stays the caller's.
+    """
+
+    def __init__(self, stream: ByteReceiveStream) -> None:
+        self._stream = stream
+
+    async def read(self, size: int) -> bytes:
+        data = bytearray(size)
+        received = await self.fill([memoryview(data)])
+        return bytes(data[:received])
+
+    async def fill(self, buffers: Sequence[memoryview]) -> int:
+        size, done = sum(map(len, buffers)), 0
+        while done < size:
+            with connection_errors():
+                try:
+                    data = await self._stream.receive(min(size - done, PIECE_SIZE))
+                except anyio.EndOfStream:
+                    break
+            self.in_message = True
+            copy_into(buffers, data, done)
+            done += len(data)
+        return done
+
+
+class AnyioSink(Sink):
+    """Puts bytes on an anyio byte stream.
+
+    Args:
+        stream: Stays the caller's.
+    """
+
+    def __init__(self, stream: ByteSendStream) -> None:
+        self._stream = stream
+        # The socket streams of anyio take any buffer; others are promised bytes.
+        self._takes_buffers = isinstance(stream, SocketStream)
+
+    async def send(self, buffers: Sequence[Buffer]) -> None:
+        self.in_message = True
+        for piece in coalesce(buffers):
+            item: Any = piece if self._takes_buffers else bytes(piece)
+            with connection_errors():
+                await self._stream.send(item)
+
+    def abort(self) -> None:
+        # Closing a stream of anyio needs an await; its socket, if it has one, can be shut now.
+        sock = self._stream.extra(SocketAttribute.raw_socket, None)
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,189 @@
+"""``asyncio.StreamReader`` and ``StreamWriter``, on asyncio's own loops and on uvloop.
+
+asyncio's transports copy what they receive and what they cannot send at once. So for the bytes
+of large tensors, a transport over a plain socket (TCP, UNIX) steps aside: it stops reading, or
+has sent all it had, and the bytes go through a duplicate of its socket straight from and to
+their memory. Small frames, TLS and pipes go through the transport itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from aiotorchio.streams.base import (
+    PIECE_SIZE,
+    Buffer,
+    Sink,
+    Source,
+    coalesce,
+    connection_errors,
+    copy_into,
+)
+from aiotorchio.streams.sockets import SocketSink, SocketSource
+
+__all__ = ["AsyncioSink", "AsyncioSource"]
+
+# Below this, a copy costs less than the transport's stepping aside (about 50 us).
+_DIRECT_MIN = 128 * 2**10
+
+
+def _duplicate(transport: Any) -> socket.socket | None:
+    """A second handle on a transport's socket; None where bytes must go through the transport."""
+    if sys.platform == "win32" or transport is None or transport.get_extra_info("ssl_object"):
+        return None
+    sock = transport.get_extra_info("socket")
+    if sock is None or transport.is_closing():
+        return None
+    duplicate = socket.socket(fileno=os.dup(sock.fileno()))
+    duplicate.setblocking(False)
+    return duplicate
+
+
+class AsyncioSource(Source):
+    """Takes bytes off an ``asyncio.StreamReader``.
+
+    Args:
+        reader: Stays the caller's, and is back as it was after ``release``.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        self._reader = reader
+        # asyncio has no public way from a reader to its transport. Without one, bytes are copied.
+        self._transport: Any = getattr(reader, "_transport", None)
+        self._socket: socket.socket | None = None
+        self._direct: SocketSource | None = None
+        # What the reader had buffered when its transport stepped aside.
+        self._buffered = memoryview(b"")
+
+    async def read(self, size: int) -> bytes:
+        if self._direct:
+            data = bytearray(size)
+            received = await self.fill([memoryview(data)])
+            return bytes(data[:received])
+        with connection_errors():
+            try:
+                # Takes nothing off the stream until all is there: it can be cancelled.
+                data_read = await self._reader.readexactly(size)
+            except asyncio.IncompleteReadError as error:
+                data_read = error.partial
+        self.in_message = self.in_message or bool(data_read)
+        return data_read
+
+    async def fill(self, buffers: Sequence[memoryview]) -> int:
+        size = sum(map(len, buffers))
+        if not self._direct and size >= _DIRECT_MIN:
+            await self._step_in()
+        if not self._direct:
+            return await self._fill_by_copy(buffers, size)
+        done = min(len(self._buffered), size)
+        copy_into(buffers, self._buffered[:done], 0)
+        self._buffered = self._buffered[done:]
+        if done < size:
+            done += await self._direct.fill(_after(buffers, done))
+        return done
+
+    async def _fill_by_copy(self, buffers: Sequence[memoryview], size: int) -> int:
+        done = 0
+        while done < size:
+            with connection_errors():
+                data = await self._reader.read(min(size - done, PIECE_SIZE))
+            if not data:
+                break
+            self.in_message = True
+            copy_into(buffers, data, done)
+            done += len(data)
+        return done
+
+    async def _step_in(self) -> None:
+        """Stop the transport, take what the reader has, and go on with the socket."""
+        duplicate = _duplicate(self._transport)
+        if duplicate is None:
+            return
+        try:
+            # With a byte of ours in it, read() returns at once with all that is buffered.
+            self._reader.feed_data(b"\0")
+        except AssertionError:  # the end is in the buffer already: nothing to take from the socket
+            duplicate.close()
+            return
+        self._socket, self._direct = duplicate, SocketSource(duplicate)
+        data = await self._reader.read(sys.maxsize)
+        # Not before: read() may set the transport reading again.
+        self._transport.pause_reading()
+        self._buffered = memoryview(data)[:-1]
+
+    def release(self) -> None:
+        if self._socket is None:
+            return
+        self._socket.close()
+        self._socket = self._direct = None
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+        if self._buffered:
+            self._reader.feed_data(bytes(self._buffered))
+            self._buffered = memoryview(b"")
+
+
+class AsyncioSink(Sink):
+    """Puts bytes on an ``asyncio.StreamWriter``.
+
+    Args:
+        writer: Stays the caller's.
+    """
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._socket: socket.socket | None = None
+        self._direct: SocketSink | None = None
+        self._limits: tuple[int, int] | None = None
+
+    async def send(self, buffers: Sequence[Buffer]) -> None:
+        self.in_message = True
+        if not self._direct and sum(map(len, buffers)) >= _DIRECT_MIN:
+            await self._drain_all()
+            self._socket = _duplicate(self._writer.transport)
+            self._direct = SocketSink(self._socket) if self._socket else None
+        if self._direct:
+            await self._direct.send(buffers)
+            return
+        for piece in coalesce(buffers):
+            with connection_errors():
+                # From Python 3.12 on transports keep what they are given instead of a copy.
+                self._writer.write(piece)
+            await self._drain_all()
+
+    async def _drain_all(self) -> None:
+        """Wait until the transport has nothing left to send."""
+        transport = self._writer.transport
+        if self._limits is None:
+            low, high = transport.get_write_buffer_limits()
+            self._limits = (low, high)
+            transport.set_write_buffer_limits(high=0)
+        with connection_errors():
+            await self._writer.drain()
+
+    def abort(self) -> None:
+        self._writer.transport.abort()
+
+    def release(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = self._direct = None
+        if self._limits is not None:
+            low, high = self._limits
+            self._writer.transport.set_write_buffer_limits(high=high, low=low)
+            self._limits = None
+
+
+def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of a sequence of buffers behind its first ``count`` bytes."""
+    rest = []
+    for buffer in buffers:
+        if count < len(buffer):
+            rest.append(buffer[count:])
+        count = max(count - len(buffer), 0)
+    return rest

@@ -1,0 +1,126 @@
+"""What a driver has to do, and what several of them share."""
+
+from __future__ import annotations
+
+import ssl
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import anyio
+
+from aiotorchio.errors import TransferTimeout, TruncatedError
+
+__all__ = [
+    "Buffer",
+    "Sink",
+    "Source",
+    "coalesce",
+    "connection_errors",
+    "copy_into",
+]
+
+Buffer = bytes | bytearray | memoryview
+
+# What a copying driver hands over at a time: large enough that a call costs little, small
+# enough that little is buffered.
+PIECE_SIZE = 256 * 2**10
+
+
+class Source(ABC):
+    """Takes bytes off a stream: exactly those that are asked for, none beyond.
+
+    Attributes:
+        in_message: Bytes of a message were taken, and its last one was not: whoever stops here
+            leaves the stream in the middle of a message. Set by the driver whenever it takes
+            bytes, cleared by its user at the end of a message.
+    """
+
+    in_message = False
+
+    @abstractmethod
+    async def read(self, size: int) -> bytes:
+        """The next ``size`` bytes; fewer only if the stream ended."""
+
+    @abstractmethod
+    async def fill(self, buffers: Sequence[memoryview]) -> int:
+        """Write the next bytes into buffers; returns how many, fewer only if the stream ended."""
+
+    def release(self) -> None:  # noqa: B027 - most drivers have nothing to give back
+        """Give the stream back to its owner, who may use it again."""
+
+
+class Sink(ABC):
+    """Puts bytes on a stream.
+
+    Attributes:
+        in_message: As for a source.
+    """
+
+    in_message = False
+
+    @abstractmethod
+    async def send(self, buffers: Sequence[Buffer]) -> None:
+        """Send bytes; on return the memory of the buffers may be used for something else."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Break the connection, without waiting: the peer must not take half for whole."""
+
+    def release(self) -> None:  # noqa: B027 - most drivers have nothing to give back
+        """Give the stream back to its owner, who may use it again."""
+
+
+@contextmanager
+def connection_errors() -> Iterator[None]:
+    """What a peer or a network does to a connection, as an error of ours.
+
+    Raises:
+        TransferTimeout: The connection timed out.
+        TruncatedError: The connection broke.
+    """
+    try:
+        yield
+    except TimeoutError as error:
+        raise TransferTimeout(f"the connection timed out: {error}") from error
+    except (
+        ConnectionError,
+        ssl.SSLError,
+        anyio.BrokenResourceError,
+        anyio.ClosedResourceError,
+    ) as error:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise TruncatedError(f"the connection broke inside a message: {text}") from error
+
+
+def coalesce(buffers: Sequence[Buffer], size: int = PIECE_SIZE) -> Iterator[Buffer]:
+    """Buffers as pieces of about ``size`` bytes: small ones joined, large ones cut by views."""
+    small = bytearray()
+    for buffer in buffers:
+        if len(small) + len(buffer) <= size:
+            small += buffer
+            continue
+        if small:
+            yield small
+            small = bytearray()
+        if len(buffer) < size:
+            small += buffer
+            continue
+        view = memoryview(buffer)
+        for start in range(0, len(view), size):
+            yield view[start : start + size]
+    if small:
+        yield small
+
+
+def copy_into(buffers: Sequence[memoryview], data: Buffer, start: int) -> None:
+    """Copy data into a sequence of buffers, from the byte ``start`` of them all on."""
+    view, position = memoryview(data), 0
+    for buffer in buffers:
+        end = position + len(buffer)
+        if view and start < end:
+            at = start - position
+            count = min(len(view), len(buffer) - at)
+            buffer[at : at + count] = view[:count]
+            view, start = view[count:], start + count
+        position = end

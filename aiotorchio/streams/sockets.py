@@ -1,0 +1,171 @@
+"""Non-blocking sockets, on asyncio and trio: bytes go from and to the buffers themselves.
+
+``sendmsg`` and ``recvmsg_into`` take many buffers in one system call. On asyncio the socket is
+watched once for a whole call, and each wake-up moves as much as the kernel takes: awaiting each
+readiness on its own costs a future and two system calls more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Sequence
+
+import anyio
+import anyio.lowlevel
+
+from aiotorchio.streams.base import Buffer, Sink, Source, connection_errors
+
+__all__ = ["SocketSink", "SocketSource"]
+
+# The most buffers that Linux and macOS take in one call (IOV_MAX).
+_BUFFERS_MAX = 1024
+# One wake-up may move this much before other tasks get their turn: about half a millisecond.
+_TURN_SIZE = 2**20
+
+
+class _Cursor:
+    """A sequence of buffers, and how far it has been worked off."""
+
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
+        self._buffers = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        self._index = 0
+        self.done = 0
+
+    def __bool__(self) -> bool:
+        return self._index < len(self._buffers)
+
+    def next(self) -> list[memoryview]:
+        return self._buffers[self._index : self._index + _BUFFERS_MAX]
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        while count:
+            buffer = self._buffers[self._index]
+            if count < len(buffer):
+                self._buffers[self._index] = buffer[count:]
+                return
+            count -= len(buffer)
+            self._index += 1
+
+
+class SocketSource(Source):
+    """Takes bytes off a non-blocking stream socket.
+
+    Args:
+        sock: Connected; stays the caller's.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        _check_non_blocking(sock)
+        self._sock = sock
+
+    async def read(self, size: int) -> bytes:
+        data = bytearray(size)
+        received = await self.fill([memoryview(data)])
+        return bytes(data[:received])
+
+    async def fill(self, buffers: Sequence[memoryview]) -> int:
+        cursor = _Cursor(buffers)
+
+        def step() -> bool:
+            """Receive what the kernel has; True when the buffers are full or the stream ended."""
+            stop = cursor.done + _TURN_SIZE
+            while cursor and cursor.done < stop:
+                views = cursor.next()
+                try:
+                    # recvmsg_into builds what recv_into does not need.
+                    received = (
+                        self._sock.recv_into(views[0])
+                        if len(views) == 1
+                        else self._sock.recvmsg_into(views)[0]
+                    )
+                except (BlockingIOError, InterruptedError):
+                    return False
+                if received == 0:
+                    return True
+                self.in_message = True
+                cursor.advance(received)
+            return not cursor
+
+        with connection_errors():
+            await _repeat(self._sock, step, writing=False)
+        return cursor.done
+
+
+class SocketSink(Sink):
+    """Puts bytes on a non-blocking stream socket.
+
+    Args:
+        sock: Connected; stays the caller's.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        _check_non_blocking(sock)
+        self._sock = sock
+
+    async def send(self, buffers: Sequence[Buffer]) -> None:
+        self.in_message = True
+        cursor = _Cursor(buffers)
+
+        def step() -> bool:
+            """Send what the kernel takes; True when all is sent."""
+            stop = cursor.done + _TURN_SIZE
+            while cursor and cursor.done < stop:
+                try:
+                    cursor.advance(self._sock.sendmsg(cursor.next()))
+                except (BlockingIOError, InterruptedError):
+                    return False
+            return not cursor
+
+        with connection_errors():
+            await _repeat(self._sock, step, writing=True)
+
+    def abort(self) -> None:
+        # The socket is the caller's to close; the peer sees the end at once.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+
+def _check_non_blocking(sock: socket.socket) -> None:
+    if sock.getblocking():
+        raise ValueError("the socket must be non-blocking: call setblocking(False) first")
+
+
+async def _repeat(sock: socket.socket, step: Callable[[], bool], *, writing: bool) -> None:
+    """Call ``step`` whenever the socket is ready, until it says that it is done."""
+    if step():
+        # Nothing was waited for: let other tasks run all the same.
+        await anyio.lowlevel.checkpoint()
+        return
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # trio
+        wait = anyio.wait_writable if writing else anyio.wait_readable
+        done = False
+        while not done:
+            await wait(sock)
+            done = step()
+        return
+    finished: asyncio.Future[None] = loop.create_future()
+
+    def ready() -> None:
+        try:
+            if step() and not finished.done():
+                finished.set_result(None)
+        except Exception as error:
+            if not finished.done():
+                finished.set_exception(error)
+        if finished.done():
+            stop(descriptor)
+
+    start, stop = (
+        (loop.add_writer, loop.remove_writer) if writing else (loop.add_reader, loop.remove_reader)
+    )
+    descriptor = sock.fileno()
+    start(descriptor, ready)
+    try:
+        await finished
+    finally:
+        stop(descriptor)

@@ -1,0 +1,1 @@
+"""Bytes <-> frames, as SPEC.md describes them: no torch, no I/O."""

@@ -1,0 +1,90 @@
+"""Header, skeleton and chunks -> buffers to send. The payload passes through untouched."""
+
+from __future__ import annotations
+
+from aiotorchio.wire.frames import (
+    ABORT,
+    ABORT_REASON_MAX,
+    CHUNK,
+    END,
+    FLAG_CHECKSUM,
+    HEADER,
+    SKELETON,
+    Buffer,
+    EndDigest,
+    FrameHead,
+    encode_preface,
+    frame_digest,
+    message_id,
+)
+from aiotorchio.wire.header import Header, Layout, encode_header
+
+__all__ = ["Composer"]
+
+
+class Composer:
+    """Writes one message: ``opening()``, every chunk in order, then ``end()`` or ``abort()``.
+
+    Args:
+        header: Valid; what a receiver would refuse is refused by ``validate``, not here.
+        layout: The layout of that header.
+        checksum: Whether chunks carry a digest of their bytes.
+    """
+
+    def __init__(self, header: Header, layout: Layout, *, checksum: bool) -> None:
+        self._layout = layout
+        self._checksum = checksum
+        self._preface = encode_preface(FLAG_CHECKSUM if checksum else 0)
+        self._header = encode_header(header)
+        self.message_id = message_id(self._preface, self._header)
+        self._end_digest = EndDigest(self.message_id)
+        self._index = 0
+
+    def opening(self, skeleton: bytes) -> list[Buffer]:
+        """Preface, header and skeleton."""
+        head = FrameHead(HEADER, 0, 0, len(self._header))
+        # The header defines the message id; in its own digest the preface stands for it.
+        digest = frame_digest(self._preface, head, [self._header])
+        opening: list[Buffer] = [
+            self._preface,
+            head._replace(digest=digest).encode(),
+            self._header,
+        ]
+        return opening + self._frame(SKELETON, 0, 0, [skeleton])
+
+    def chunk(self, body: list[memoryview]) -> list[Buffer]:
+        """The next chunk; ``body`` holds exactly its bytes."""
+        start, length = self._layout.chunk(self._index)
+        frame = self._frame(CHUNK, self._index, start, body, length, digest=self._checksum)
+        self._index += 1
+        return frame
+
+    def end(self) -> list[Buffer]:
+        """The frame that says that the message is whole."""
+        return self._frame(END, self._index, self._layout.total, [self._end_digest.encode()])
+
+    def abort(self, reason: str) -> list[Buffer]:
+        """The frame that ends a message that can't be finished; long reasons are cut."""
+        text = reason.encode("utf-8", "replace")[:ABORT_REASON_MAX]
+        # Cutting may split a character: what is left of it is dropped.
+        body = text.decode("utf-8", "ignore").encode()
+        return self._frame(ABORT, 0, 0, [body])
+
+    def _frame(
+        self,
+        kind: bytes,
+        index: int,
+        offset: int,
+        body: list[Buffer] | list[memoryview] | list[bytes],
+        length: int | None = None,
+        *,
+        digest: bool = True,
+    ) -> list[Buffer]:
+        size = sum(map(len, body)) if length is None else length
+        head = FrameHead(kind, index, offset, size)
+        if digest:
+            head = head._replace(digest=frame_digest(self.message_id, head, body))
+        encoded = head.encode()
+        if kind in (SKELETON, CHUNK):
+            self._end_digest.update(encoded)
+        return [encoded, *body]

@@ -1,0 +1,264 @@
+"""The header: who sends what, and the tables of storages and tensors (SPEC.md section 5).
+
+``decode_header`` checks the types; ``validate`` checks everything that the numbers promise,
+before anything is allocated for them. What both accept, memory/ and graph/ can rely on.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from typing import Annotated, Literal
+
+import msgspec
+
+from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError
+from aiotorchio.wire.dtypes import DTYPES
+from aiotorchio.wire.limits import Limits
+
+__all__ = [
+    "ALIGNMENT",
+    "CHUNK_SIZE_MIN",
+    "CONJUGATE",
+    "META_LOCATION",
+    "MIXED_UNITS",
+    "NEGATIVE",
+    "PARAMETER",
+    "REQUIRES_GRAD",
+    "Codec",
+    "Header",
+    "Layout",
+    "StorageRow",
+    "TensorRow",
+    "decode_header",
+    "encode_header",
+    "validate",
+]
+
+ALIGNMENT = 64
+CHUNK_SIZE_MIN = 4096
+CHUNKS_MAX = 2**32 - 1
+INT64_MAX = 2**63 - 1
+META_LOCATION = "meta"
+"""Storages with this location have a size and no bytes."""
+
+MIXED_UNITS = 0
+"""Unit of a storage that is viewed with numbers of different sizes: it cannot be swapped."""
+
+REQUIRES_GRAD, PARAMETER, CONJUGATE, NEGATIVE = 1, 2, 4, 8
+
+Codec = Literal["tree", "pickle"]
+Size = Annotated[int, msgspec.Meta(ge=0, le=INT64_MAX)]
+Text = Annotated[str, msgspec.Meta(max_length=256)]
+
+
+class StorageRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    """One range of memory."""
+
+    nbytes: Size
+    unit: Annotated[int, msgspec.Meta(ge=0, le=8)]
+    location: Size
+
+
+class TensorRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """One strided view of a storage; offset, shape and stride count elements."""
+
+    storage: Size
+    dtype: str
+    offset: Size
+    shape: list[Size]
+    stride: list[Size]
+    flags: Annotated[int, msgspec.Meta(ge=0, le=15)]
+    names: list[str]
+
+
+class Header(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """All that is known about a message before its payload."""
+
+    byteorder: Literal["little", "big"]
+    nonce: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    producer: Text
+    metadata: list[tuple[str, str]]
+    codec: Codec
+    chunk_size: Annotated[int, msgspec.Meta(ge=CHUNK_SIZE_MIN, le=INT64_MAX)]
+    locations: list[Text]
+    storages: list[StorageRow]
+    tensors: list[TensorRow]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Header)
+
+
+def encode_header(header: Header) -> bytes:
+    """The header as MessagePack."""
+    return _encoder.encode(header)
+
+
+def decode_header(data: bytes, *, offset: int = 0) -> Header:
+    """Read a header; ``validate`` must follow.
+
+    Raises:
+        ProtocolError: Not MessagePack, other types or fields than SPEC.md has, left-over bytes.
+    """
+    try:
+        return _decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"malformed header: {error}", entry="header", offset=offset) from error
+
+
+class Layout:
+    """Where each storage lies in the payload, one after the other at multiples of 64 bytes.
+
+    Attributes:
+        offsets: First byte of every storage in the payload.
+        nbytes: Bytes that every storage has in the payload: its size, or 0 on ``meta``.
+        total: Size of the payload in bytes.
+    """
+
+    def __init__(self, header: Header) -> None:
+        self.offsets: list[int] = []
+        self.nbytes: list[int] = []
+        self.chunk_size = header.chunk_size
+        self._tensors = header.tensors
+        end = 0
+        for row in header.storages:
+            start = -(-end // ALIGNMENT) * ALIGNMENT
+            nbytes = 0 if header.locations[row.location] == META_LOCATION else row.nbytes
+            self.offsets.append(start)
+            self.nbytes.append(nbytes)
+            end = start + nbytes
+        self.total = end
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks of the payload."""
+        return -(-self.total // self.chunk_size)
+
+    def chunk(self, index: int) -> tuple[int, int]:
+        """First byte and length of one chunk."""
+        start = index * self.chunk_size
+        return start, min(self.chunk_size, self.total - start)
+
+    def entry_at(self, offset: int) -> str:
+        """Words for the storage that holds a byte of the payload, and for its first tensor."""
+        index = bisect_right(self.offsets, offset) - 1
+        row = next((n for n, row in enumerate(self._tensors) if row.storage == index), None)
+        if row is None:
+            return f"storage {index}"
+        return f"storage {index} of {describe(self._tensors[row], row)}"
+
+
+def describe(row: TensorRow, index: int) -> str:
+    """Words for one tensor in an error."""
+    return f"tensor {index} ({row.names[0]!r})" if row.names else f"tensor {index}"
+
+
+def validate(header: Header, limits: Limits, *, offset: int = 0) -> Layout:
+    """Check everything that a decoded header claims (SPEC.md section 5.5).
+
+    Args:
+        header: As ``decode_header`` returned it.
+        limits: What the receiver accepts.
+        offset: Byte of the message where the header begins, for errors.
+
+    Returns:
+        Where each storage lies in the payload.
+
+    Raises:
+        ProtocolError: A number points outside its table, or a value is unknown.
+        LimitExceeded: More than ``limits`` allow.
+        InvalidObjectError: A tensor that its storage or its dtype cannot carry.
+    """
+    try:
+        return _validate(header, limits)
+    except (ProtocolError, LimitExceeded, InvalidObjectError) as error:
+        error.offset = offset
+        raise
+
+
+def _validate(header: Header, limits: Limits) -> Layout:
+    for what, count in (("storages", len(header.storages)), ("tensors", len(header.tensors))):
+        if count > limits.entries:
+            raise LimitExceeded(f"{count} {what}, {limits.entries} allowed", entry="header")
+    if header.chunk_size % ALIGNMENT:
+        raise ProtocolError(
+            f"chunk size {header.chunk_size} is not a multiple of {ALIGNMENT}", entry="header"
+        )
+    if header.chunk_size > limits.chunk_nbytes:
+        raise LimitExceeded(
+            f"chunks of {header.chunk_size} bytes, {limits.chunk_nbytes} allowed", entry="header"
+        )
+    keys = [key for key, _ in header.metadata]
+    if len(set(keys)) != len(keys):
+        raise ProtocolError("duplicate key in the metadata", entry="header")
+    for index, storage in enumerate(header.storages):
+        if storage.location >= len(header.locations):
+            raise ProtocolError(
+                f"location {storage.location} of {len(header.locations)}", entry=f"storage {index}"
+            )
+        if storage.unit not in (MIXED_UNITS, 1, 2, 4, 8):
+            raise ProtocolError(f"unit of {storage.unit} bytes", entry=f"storage {index}")
+    layout = Layout(header)
+    if layout.chunks > CHUNKS_MAX:
+        raise ProtocolError(f"{layout.chunks} chunks, {CHUNKS_MAX} possible", entry="header")
+    if layout.total > limits.total_nbytes:
+        raise LimitExceeded(
+            f"payload of {layout.total} bytes, {limits.total_nbytes} allowed", entry="header"
+        )
+    for index, row in enumerate(header.tensors):
+        _validate_row(row, index, header, limits)
+    return layout
+
+
+def _validate_row(row: TensorRow, index: int, header: Header, limits: Limits) -> None:
+    if row.storage >= len(header.storages):
+        raise ProtocolError(
+            f"storage {row.storage} of {len(header.storages)}", entry=describe(row, index)
+        )
+    dtype = DTYPES.get(row.dtype)
+    if dtype is None:
+        raise ProtocolError(f"unknown dtype {row.dtype!r}", entry=describe(row, index))
+    if dtype.kind == "quantized":
+        raise InvalidObjectError(f"{row.dtype} without a scale", entry=describe(row, index))
+    storage = header.storages[row.storage]
+    if storage.unit not in (MIXED_UNITS, dtype.unit):
+        raise ProtocolError(
+            f"{row.dtype} in storage {row.storage} of {storage.unit}-byte numbers",
+            entry=describe(row, index),
+        )
+    if len(row.shape) != len(row.stride):
+        raise InvalidObjectError(
+            f"{len(row.shape)} dimensions and {len(row.stride)} strides",
+            entry=describe(row, index),
+        )
+    if len(row.shape) > limits.dims:
+        raise LimitExceeded(
+            f"{len(row.shape)} dimensions, {limits.dims} allowed", entry=describe(row, index)
+        )
+    if row.flags & (REQUIRES_GRAD | NEGATIVE) and dtype.kind not in ("float", "complex"):
+        raise InvalidObjectError(
+            f"{row.dtype} can neither require gradients nor be a negative view",
+            entry=describe(row, index),
+        )
+    if row.flags & CONJUGATE and dtype.kind != "complex":
+        raise InvalidObjectError(f"conjugate view of {row.dtype}", entry=describe(row, index))
+    count = math.prod(row.shape)
+    dense = count * dtype.itemsize
+    if header.locations[storage.location] == META_LOCATION:
+        limit = INT64_MAX
+    else:
+        limit = limits.total_nbytes
+    if dense > limit:
+        raise LimitExceeded(
+            f"{dense} bytes when contiguous, {limit} allowed", entry=describe(row, index)
+        )
+    if count:
+        last = row.offset + sum(
+            (size - 1) * step for size, step in zip(row.shape, row.stride, strict=True)
+        )
+        if (last + 1) * dtype.itemsize > storage.nbytes:
+            raise InvalidObjectError(
+                f"reaches byte {(last + 1) * dtype.itemsize} of a storage of {storage.nbytes}",
+                entry=describe(row, index),
+            )

@@ -1,0 +1,274 @@
+"""Bytes -> events, as a generator that asks for the bytes it needs.
+
+The generator yields *requests*, which its driver answers, and *events*:
+
+    ReadBytes(n)        answer: n bytes, or fewer if the stream ended
+    FillBuffers(views)  answer: how many bytes were written, fewer only if the stream ended
+    ChunkStarted(...)   answer: the buffers that take the chunk, in order
+    other events        answer: None
+
+It never asks for a byte beyond its message, and checks every length before it asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aiotorchio.errors import (
+    ChecksumError,
+    LimitExceeded,
+    ProtocolError,
+    RemoteAbort,
+    TruncatedError,
+)
+from aiotorchio.wire.frames import (
+    ABORT,
+    ABORT_REASON_MAX,
+    CHUNK,
+    END,
+    FLAG_CHECKSUM,
+    FRAME_HEAD_SIZE,
+    HEADER,
+    PREFACE_SIZE,
+    SKELETON,
+    EndDigest,
+    FrameHead,
+    decode_preface,
+    frame_digest,
+    message_id,
+)
+from aiotorchio.wire.header import Header, Layout, decode_header, validate
+from aiotorchio.wire.limits import Limits
+
+__all__ = [
+    "ChunkReceived",
+    "ChunkStarted",
+    "FillBuffers",
+    "HeaderReceived",
+    "MessageEnded",
+    "Parser",
+    "ReadBytes",
+    "SkeletonReceived",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBytes:
+    """Asks for the next ``size`` bytes."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class FillBuffers:
+    """Asks for the next bytes to be written into these buffers."""
+
+    buffers: Sequence[memoryview]
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderReceived:
+    """The header is in and valid; nothing of the payload was asked for yet."""
+
+    header: Header
+    layout: Layout
+    message_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SkeletonReceived:
+    """The skeleton is in and intact; ``offset`` is its first byte in the message."""
+
+    skeleton: bytes
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkStarted:
+    """A chunk follows: ``length`` bytes of the payload from ``offset``."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkReceived:
+    """The chunk of the last ``ChunkStarted`` is in its buffers, and intact."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class MessageEnded:
+    """The stream stands behind the last byte of the message: whole, or aborted by its sender."""
+
+
+Step = (
+    ReadBytes
+    | FillBuffers
+    | HeaderReceived
+    | SkeletonReceived
+    | ChunkStarted
+    | ChunkReceived
+    | MessageEnded
+)
+
+
+class Parser:
+    """Reads one message.
+
+    Args:
+        limits: What to accept.
+
+    Attributes:
+        position: Bytes of the message that were read so far.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._identity = b""
+        self.position = 0
+
+    def parse(self) -> Generator[Step, Any, None]:
+        """Yield requests and events until the message ends.
+
+        Raises:
+            ProtocolError: Bytes that SPEC.md does not allow here.
+            TruncatedError: The stream ended.
+            ChecksumError: A digest does not match.
+            LimitExceeded: More than the limits allow.
+            InvalidObjectError: The header describes tensors that cannot exist.
+            RemoteAbort: The sender gave up.
+        """
+        preface = yield from self._read(PREFACE_SIZE, "preface")
+        checksum = bool(decode_preface(preface) & FLAG_CHECKSUM)
+
+        # The header defines the message id; until it is in, the preface stands for it.
+        self._identity = preface
+        head, _ = yield from self._head(HEADER, 0, 0)
+        if head.length > self._limits.header_nbytes:
+            raise self._limit(f"header of {head.length} bytes", self._limits.header_nbytes)
+        start = self.position
+        data = yield from self._body(head)
+        self._identity = message_id(preface, data)
+        header = decode_header(data, offset=start)
+        layout = validate(header, self._limits, offset=start)
+        end_digest = EndDigest(self._identity)
+        yield HeaderReceived(header, layout, self._identity)
+
+        head, encoded = yield from self._head(SKELETON, 0, 0)
+        if head.length > self._limits.skeleton_nbytes:
+            raise self._limit(f"skeleton of {head.length} bytes", self._limits.skeleton_nbytes)
+        end_digest.update(encoded)
+        start = self.position
+        skeleton = yield from self._body(head)
+        yield SkeletonReceived(skeleton, start)
+
+        for index in range(layout.chunks):
+            yield from self._chunk(index, layout, end_digest, checksum)
+
+        head, _ = yield from self._head(END, layout.chunks, layout.total)
+        if head.length != 8:
+            raise ProtocolError(
+                f"end frame of {head.length} bytes instead of 8",
+                entry="end",
+                offset=self.position,
+            )
+        body = yield from self._body(head)
+        yield MessageEnded()
+        if body != end_digest.encode():
+            raise ChecksumError(
+                "the frames are not those that were sent", entry="end", offset=self.position - 8
+            )
+
+    def _chunk(
+        self, index: int, layout: Layout, end_digest: EndDigest, checksum: bool
+    ) -> Generator[Step, Any, None]:
+        offset, length = layout.chunk(index)
+        head, encoded = yield from self._head(CHUNK, index, offset)
+        if head.length != length:
+            raise ProtocolError(
+                f"chunk of {head.length} bytes where {length} must follow",
+                entry=f"chunk {index}",
+                offset=self.position,
+            )
+        if not checksum and head.digest:
+            raise ProtocolError(
+                "digest in a message without checksums",
+                entry=f"chunk {index}",
+                offset=self.position,
+            )
+        end_digest.update(encoded)
+        buffers = yield ChunkStarted(offset, length)
+        filled = yield FillBuffers(buffers)
+        if filled < length:
+            raise TruncatedError(
+                f"the stream ended {length - filled} bytes before the end of chunk {index}",
+                entry=layout.entry_at(offset + filled),
+                offset=self.position + filled,
+            )
+        if checksum and frame_digest(self._identity, head, buffers) != head.digest:
+            raise ChecksumError(
+                f"the bytes of chunk {index} are not those that were sent",
+                entry=layout.entry_at(offset),
+                offset=self.position,
+            )
+        self.position += length
+        yield ChunkReceived(offset, length)
+
+    def _read(self, size: int, entry: str) -> Generator[Step, Any, bytes]:
+        data: bytes = yield ReadBytes(size)
+        if len(data) < size:
+            at = self.position + len(data)
+            what = "before a message began" if at == 0 else f"inside the {entry}"
+            raise TruncatedError(f"the stream ended {what}", entry=entry, offset=at)
+        self.position += size
+        return data
+
+    def _head(
+        self, kind: bytes, index: int, offset: int
+    ) -> Generator[Step, Any, tuple[FrameHead, bytes]]:
+        """The next head, which must be of this kind and place, or else an abort."""
+        entry = f"{kind.decode()} frame"
+        start = self.position
+        encoded = yield from self._read(FRAME_HEAD_SIZE, entry)
+        head = FrameHead.decode(encoded)
+        if head.kind == ABORT:
+            yield from self._aborted(head)
+        if head.kind != kind:
+            raise ProtocolError(f"{head.kind!r} instead of a frame", entry=entry, offset=start)
+        if (head.number, head.offset) != (index, offset):
+            raise ProtocolError(
+                f"index {head.number} at {head.offset} where {index} at {offset} must follow",
+                entry=entry,
+                offset=start,
+            )
+        return head, encoded
+
+    def _body(self, head: FrameHead) -> Generator[Step, Any, bytes]:
+        entry = f"{head.kind.decode()} frame"
+        start = self.position
+        body = yield from self._read(head.length, entry)
+        if frame_digest(self._identity, head, [body]) != head.digest:
+            raise ChecksumError("the bytes are not those that were sent", entry=entry, offset=start)
+        return body
+
+    def _aborted(self, head: FrameHead) -> Generator[Step, Any, None]:
+        if (head.number, head.offset) != (0, 0) or head.length > ABORT_REASON_MAX:
+            raise ProtocolError("malformed abort", entry="ABRT frame", offset=self.position)
+        start = self.position
+        body = yield from self._body(head)
+        try:
+            reason = body.decode()
+        except UnicodeDecodeError as error:
+            raise ProtocolError(
+                "the reason of an abort is not UTF-8", entry="ABRT frame", offset=start
+            ) from error
+        yield MessageEnded()
+        raise RemoteAbort(f"the sender gave up: {reason}", offset=start)
+
+    def _limit(self, what: str, allowed: int) -> LimitExceeded:
+        return LimitExceeded(f"{what}, {allowed} allowed", offset=self.position)
