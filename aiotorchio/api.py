@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 import anyio.to_thread
 
+from aiotorchio.drive import Send, Task, drive, drive_blocking
 from aiotorchio.graph.location import MapLocation
 from aiotorchio.options import (
     DEFAULT_CHUNK_SIZE,
@@ -19,19 +20,17 @@ from aiotorchio.options import (
     outgoing_message,
 )
 from aiotorchio.streams.base import coalesce
-from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.guard import exclusive
-from aiotorchio.streams.select import open_sink, open_source
-from aiotorchio.transfer import (
-    Progress,
-    Send,
-    Summary,
-    Work,
-    drive,
-    drive_blocking,
-    receive_message,
+from aiotorchio.streams.iterables import resumable
+from aiotorchio.streams.select import (
+    open_blocking_sink,
+    open_blocking_source,
+    open_sink,
+    open_source,
 )
+from aiotorchio.transfer import Progress, Summary, receive_message
 from aiotorchio.wire.limits import Limits
+from aiotorchio.wire.parser import Work
 
 __all__ = [
     "StreamReader",
@@ -226,7 +225,7 @@ class StreamReader:
 
     def __init__(self, stream: Any) -> None:
         # anyio's byte streams are iterable too, and are their own iterators.
-        self._stream = aiter(stream) if isinstance(stream, AsyncIterable) else stream
+        self._stream = resumable(stream) if isinstance(stream, AsyncIterable) else stream
 
     async def load(self, **options: Unpack[LoadKeywords]) -> Any:
         """Receive the next object; arguments and errors as in ``load_from_stream``."""
@@ -257,25 +256,25 @@ async def iter_bytes(
         [tensor([1., 1.])]
     """
     message = outgoing_message(obj, **options)
-    answer: Any = None
-    with contextlib.closing(message):
+    with contextlib.closing(message), contextlib.suppress(StopIteration):
+        request = next(message)
         while True:
-            try:
-                request = message.send(answer)
-            except StopIteration:
-                return
-            answer = None
+            task: Task | None = None
             match request:
-                case Send(buffers, meanwhile):
+                case Send(buffers, task):
                     for piece in coalesce(buffers):
-                        if meanwhile is None and isinstance(piece, memoryview):
+                        if task is None and isinstance(piece, memoryview):
                             yield piece.toreadonly()
                         else:
                             yield bytes(piece)
-                    if meanwhile:
-                        answer = await anyio.to_thread.run_sync(meanwhile)
                 case Work(task):
-                    answer = await anyio.to_thread.run_sync(task)
+                    pass
+            try:
+                answer = await anyio.to_thread.run_sync(task) if task else None
+            except Exception as error:
+                request = message.throw(error)
+            else:
+                request = message.send(answer)
 
 
 def save(obj: object, file: Any, **options: Unpack[SaveKeywords]) -> Summary:
@@ -304,7 +303,7 @@ def save(obj: object, file: Any, **options: Unpack[SaveKeywords]) -> Summary:
     if isinstance(file, str | os.PathLike):
         with open(file, "wb") as opened:
             return save(obj, opened, **options)
-    with exclusive(file, "save", BlockingStream) as stream:
+    with exclusive(file, "save", open_blocking_sink) as stream:
         return drive_blocking(outgoing_message(obj, **options), stream)
 
 
@@ -328,5 +327,5 @@ def load(file: Any, **options: Unpack[LoadKeywords]) -> Any:
     if isinstance(file, str | os.PathLike):
         with open(file, "rb") as opened:
             return load(opened, **options)
-    with exclusive(file, "load", BlockingStream) as stream:
+    with exclusive(file, "load", open_blocking_source) as stream:
         return drive_blocking(receive_message(checked), stream)

@@ -9,9 +9,10 @@ from typing import Any, TypedDict
 
 import torch
 
+from aiotorchio.drive import Request
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.graph.location import MapLocation
-from aiotorchio.transfer import LoadOptions, Progress, Request, Summary, send_message
+from aiotorchio.transfer import LoadOptions, Progress, Summary, send_message
 from aiotorchio.wire.header import ALIGNMENT, CHUNK_SIZE_MIN
 from aiotorchio.wire.limits import Limits
 

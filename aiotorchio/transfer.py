@@ -1,30 +1,27 @@
 """The one junction: a message between wire, graph, memory and a stream.
 
 ``send_message`` and ``receive_message`` are generators that do everything but I/O: they yield
-what they wait for. The two drivers at the end of this module carry it out, ``drive`` on an async
-stream and ``drive_blocking`` on a blocking one.
+what they wait for, and a driver (see ``drive``) carries it out.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import anyio
-import anyio.to_thread
 import torch
 
+from aiotorchio.drive import Fill, Request, Send, Task
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded
 from aiotorchio.graph.flatten import Flattened
 from aiotorchio.graph.location import MapLocation, destinations, relocate
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.memory.payload import IncomingPayload, OutgoingPayload
 from aiotorchio.memory.swap import swap_bytes
-from aiotorchio.streams.base import Buffer, Sink, Source
-from aiotorchio.streams.blocking import BlockingStream
+from aiotorchio.streams.base import Buffer
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.header import MIXED_UNITS, Header, Layout
 from aiotorchio.wire.limits import Limits
@@ -37,52 +34,19 @@ from aiotorchio.wire.parser import (
     Parser,
     ReadBytes,
     SkeletonReceived,
+    Step,
+    Work,
 )
 
-__all__ = [
-    "LoadOptions",
-    "Progress",
-    "Summary",
-    "drive",
-    "drive_blocking",
-    "receive_message",
-    "send_message",
-]
+__all__ = ["LoadOptions", "Progress", "Summary", "receive_message", "send_message"]
 
-T = TypeVar("T")
 Progress = Callable[[int, int], object]
-Task = Callable[[], Any]
+Event = TypeVar("Event")
 
 # Up to this size an object is built where it is: a thread takes 0.1 ms to get to work, and
 # building takes 5 us a tensor and less for a byte of the skeleton.
 _INLINE_TENSORS = 200
 _INLINE_SKELETON = 8 * 2**10
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Asks to send buffers, and to run a task in the meantime; answer: the task's result."""
-
-    buffers: Sequence[Buffer]
-    meanwhile: Task | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """Asks to fill buffers, and to run a task in the meantime; answer: bytes written."""
-
-    buffers: Sequence[memoryview]
-    meanwhile: Task | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Asks to run a task away from the event loop; answer: its result."""
-
-    task: Task
-
-
-Request = ReadBytes | Fill | Send | Work | MessageEnded
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +127,12 @@ def send_message(
                 nbytes += _size(buffers)
                 if progress:
                     progress(sum(layout.chunk(index)), layout.total)
-            except AiotorchioError:
-                raise
             except Exception as error:
-                # The stream stands between two frames: the receiver can be told.
-                if upcoming is not None:
-                    yield Send(composer.abort(f"{type(error).__name__}: {error}"))
-                    yield MessageEnded()
+                # The stream stands between two frames, so the receiver can be told, if it has
+                # not got all. Had the stream itself failed, this would fail with the same error.
+                reason = f"{type(error).__name__}: {error}"
+                yield Send([] if upcoming is None else composer.abort(reason))
+                yield MessageEnded()
                 raise
     yield MessageEnded()
     return Summary(
@@ -215,7 +178,6 @@ class _Incoming:
         self.header = header
         self._swapped = swapped
         self._map_location = options.map_location
-        self.total = layout.total
         self.payload = IncomingPayload(
             layout.offsets,
             layout.nbytes,
@@ -252,164 +214,94 @@ def receive_message(
     Returns:
         The object.
     """
-    steps = Parser(options.limits).parse()
-    message: Any = None
-    rebuilder: Any = None
+    parser = Parser(options.limits)
+    try:
+        return (yield from _receive(parser.parse(), options, incoming))
+    except AiotorchioError as error:
+        if error.offset is None:
+            error.offset = parser.position
+        raise
+
+
+def _receive(
+    steps: Generator[Step, Any, None], options: LoadOptions, incoming: Callable[..., _Incoming]
+) -> Generator[Request, Any, Any]:
+    opened = yield from _until(HeaderReceived, steps)
+    header, layout = opened.header, opened.layout
+    message = incoming(header, layout, options)
+
+    received = yield from _until(SkeletonReceived, steps)
+    rebuilder = Rebuilder(
+        received.skeleton,
+        header.codec,
+        allow_pickle=options.allow_pickle,
+        weights_only=options.weights_only,
+        pickle_module=options.pickle_module,
+        encoding=options.encoding,
+        safe_globals=options.safe_globals,
+        map_location=options.map_location,
+        limits=options.limits,
+        offset=received.offset,
+    )
+    small = (
+        header.codec == "tree"
+        and len(header.tensors) <= _INLINE_TENSORS
+        and len(received.skeleton) <= _INLINE_SKELETON
+    )
+    yield from _work(functools.partial(rebuilder.check, len(header.tensors)), inline=small)
+
     move: Task | None = None
-    upcoming: Task | None = None
-    answer: Any = None
-    while True:
+    for _ in range(layout.chunks):
+        started = yield from _until(ChunkStarted, steps)
         try:
-            step = steps.send(answer)
-        except StopIteration:
-            break
-        answer = None
-        match step:
-            case ReadBytes() | MessageEnded():
-                answer = yield step
-            case FillBuffers(buffers):
-                # The chunk before goes to its device while this one comes in.
-                answer = yield Fill(buffers, meanwhile=move)
-                move = None
-            case ChunkStarted(offset, length):
-                try:
-                    answer, upcoming = message.payload.chunk(offset, length)
-                except MemoryError as error:
-                    raise LimitExceeded(str(error), entry="payload") from error
-            case ChunkReceived(offset, length):
-                move = upcoming
-                if options.progress:
-                    options.progress(offset + length, message.total)
-            case HeaderReceived(header, layout):
-                message = incoming(header, layout, options)
-            case SkeletonReceived(skeleton, offset):
-                rebuilder = Rebuilder(
-                    skeleton,
-                    message.header.codec,
-                    allow_pickle=options.allow_pickle,
-                    weights_only=options.weights_only,
-                    pickle_module=options.pickle_module,
-                    encoding=options.encoding,
-                    safe_globals=options.safe_globals,
-                    map_location=options.map_location,
-                    limits=options.limits,
-                    offset=offset,
-                )
-                rows = len(message.header.tensors)
-                small = (
-                    rows <= _INLINE_TENSORS
-                    and len(skeleton) <= _INLINE_SKELETON
-                    and message.header.codec == "tree"
-                )
-                yield from _work(functools.partial(rebuilder.check, rows), small)
+            buffers, upcoming = message.payload.chunk(started.offset, started.length)
+        except MemoryError as error:
+            raise LimitExceeded(str(error), entry="payload") from error
+        # The chunk before goes to its device while this one comes in.
+        arrived = yield from _until(ChunkReceived, steps, answer=buffers, meanwhile=move)
+        move = upcoming
+        if options.progress:
+            options.progress(arrived.offset + arrived.length, layout.total)
+    yield from _until(MessageEnded, steps)
+    # The parser has its last word: whether the end frame is that of these frames.
+    for _ in steps:
+        raise AssertionError("a step after the end")
+
     if move is not None:
         yield Work(move)
-    # In the caller's thread: a callable map_location is the caller's code.
+    # Here, not in a worker thread: a callable map_location is the caller's code.
     storages = message.storages()
 
     def build() -> Any:
         # Tensors made in inference mode could not be trained on, wherever they go.
         with torch.inference_mode(False):
-            return rebuilder.build(build_tensors(message.header, storages), storages)
+            return rebuilder.build(build_tensors(header, storages), storages)
 
-    return (yield from _work(build, small))
+    return (yield from _work(build, inline=small))
 
 
-def _work(task: Task, inline: bool) -> Generator[Request, Any, Any]:
+def _until(
+    kind: type[Event],
+    steps: Generator[Step, Any, None],
+    *,
+    answer: Any = None,
+    meanwhile: Task | None = None,
+) -> Generator[Request, Any, Event]:
+    """Pass the parser's requests on to the driver until it has this kind of event."""
+    while True:
+        step = steps.send(answer)
+        answer = None
+        match step:
+            case ReadBytes() | Work():
+                answer = yield step
+            case FillBuffers(buffers):
+                answer = yield Fill(buffers, meanwhile=meanwhile)
+            case MessageEnded():
+                # Before its time, too: after an abort, which the parser raises next.
+                yield step
+        if isinstance(step, kind):
+            return step
+
+
+def _work(task: Task, *, inline: bool) -> Generator[Request, Any, Any]:
     return task() if inline else (yield Work(task))
-
-
-async def drive(steps: Generator[Request, Any, T], stream: Source | Sink) -> T:
-    """Carry out on an async stream what a message waits for; return what it returns."""
-    try:
-        request = next(steps)
-        while True:
-            try:
-                answer = await _perform(request, stream)
-            except Exception as error:
-                request = steps.throw(error)
-            else:
-                request = steps.send(answer)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-    finally:
-        steps.close()
-
-
-async def _perform(request: Request, stream: Any) -> Any:
-    match request:
-        case ReadBytes(size):
-            return await stream.read(size)
-        case Fill(buffers, meanwhile):
-            filled, _ = await _with(meanwhile, functools.partial(stream.fill, buffers))
-            return filled
-        case Send(buffers, meanwhile):
-            _, result = await _with(meanwhile, functools.partial(stream.send, buffers))
-            return result
-        case Work(task):
-            return await anyio.to_thread.run_sync(task)
-        case MessageEnded():
-            stream.in_message = False
-
-
-async def _with(task: Task | None, transfer: Callable[[], Awaitable[Any]]) -> tuple[Any, Any]:
-    """Run a task in a worker thread while bytes are on the way; return both results."""
-    if task is None:
-        return await transfer(), None
-    errors: list[Exception] = []
-    result = transferred = None
-
-    async def background() -> None:
-        nonlocal result
-        try:
-            result = await anyio.to_thread.run_sync(task)
-        except Exception as error:
-            errors.append(error)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(background)
-        try:
-            transferred = await transfer()
-        except Exception as error:
-            # First in the list: a broken connection matters more than a failed copy.
-            errors.insert(0, error)
-    if errors:
-        raise errors[0]
-    return transferred, result
-
-
-def drive_blocking(steps: Generator[Request, Any, T], stream: BlockingStream) -> T:
-    """Carry out on a blocking stream what a message waits for; return what it returns."""
-    try:
-        request = next(steps)
-        while True:
-            try:
-                answer = _perform_blocking(request, stream)
-            except Exception as error:
-                request = steps.throw(error)
-            else:
-                request = steps.send(answer)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-    finally:
-        steps.close()
-
-
-def _perform_blocking(request: Request, stream: BlockingStream) -> Any:
-    match request:
-        case ReadBytes(size):
-            return stream.read(size)
-        case Fill(buffers, meanwhile):
-            filled = stream.fill(buffers)
-            if meanwhile:
-                meanwhile()
-            return filled
-        case Send(buffers, meanwhile):
-            stream.send(buffers)
-            return meanwhile() if meanwhile else None
-        case Work(task):
-            return task()
-        case MessageEnded():
-            stream.in_message = False

@@ -17,6 +17,8 @@ from torch.utils.hooks import warn_if_has_hooks
 __all__ = [
     "BLOCKED_MODULES",
     "WeightsOnlyUnpickler",
+    "empty_affine_quantized",
+    "empty_per_channel_quantized",
     "has_names",
     "make_parameter",
     "make_wrapper_subclass",
@@ -33,6 +35,8 @@ BLOCKED_MODULES = frozenset(unpickler_module._blocklisted_modules)
 _TORCH_HAS_NAMES = hasattr(torch.Tensor, "has_names")
 make_wrapper_subclass: Callable[..., torch.Tensor] = torch.Tensor._make_wrapper_subclass
 nested_view: Callable[..., torch.Tensor] = torch._nested_view_from_buffer
+empty_affine_quantized: Callable[..., torch.Tensor] = torch._empty_affine_quantized
+empty_per_channel_quantized: Callable[..., torch.Tensor] = torch._empty_per_channel_affine_quantized
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:

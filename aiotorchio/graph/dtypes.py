@@ -23,7 +23,9 @@ def torch_dtype(name: object) -> torch.dtype:
     Raises:
         ProtocolError: No name of the format, or none that the installed torch has.
     """
-    dtype = TORCH_DTYPES.get(name) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        raise ProtocolError(f"{type(name).__name__} instead of the name of a dtype")
+    dtype = TORCH_DTYPES.get(name)
     if dtype is None:
         raise ProtocolError(f"dtype {name!r} is unknown to torch {torch.__version__}")
     return dtype

@@ -25,6 +25,7 @@ from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
 from aiotorchio.graph.table import Table
 from aiotorchio.wire.dtypes import DTYPES
+from aiotorchio.wire.header import MIXED_UNITS
 
 __all__ = ["dump", "load", "load_trusted"]
 
@@ -51,7 +52,8 @@ def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int)
                 row = table.add_storage(untyped_storage_of(obj), DTYPES[name].unit)
                 return ("storage", row, name)
             if isinstance(obj, torch.UntypedStorage):
-                return ("storage", table.add_storage(obj, 1), None)
+                # torch names the dtype of the numbers elsewhere, or nowhere.
+                return ("storage", table.add_storage(obj, MIXED_UNITS), None)
             return None
 
     file = io.BytesIO()
@@ -173,7 +175,9 @@ def _resolver(
 
 def _row(row: Any, count: int, what: str) -> int:
     if type(row) is not int or not 0 <= row < count:
-        raise ProtocolError(f"{what} {row!r} of {count}")
+        # Nothing but plain values in messages: the repr of a doubled tuple never ends.
+        shown = row if type(row) is int else type(row).__name__
+        raise ProtocolError(f"{what} {shown} of {count}")
     return row
 
 

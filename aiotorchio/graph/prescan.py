@@ -5,19 +5,24 @@ bytes can still take all memory, all time or the interpreter's stack. This scan 
 opcodes over a stack of *measures* instead of objects and refuses what grows too far:
 
 - every opcode is one of those that torch's unpickler knows, complete, and finds its operands;
-- every global is allowed, only globals are called or instantiated, and only objects made by
-  globals that take a state are given one;
+- every global is allowed, only globals are called and only classes instantiated, only lists and
+  dicts get items (a tensor would be written to), and only objects that take a state get one;
 - depth of nesting is bounded: hashing or freeing a deep tuple overflows the C stack;
 - memory of the objects is bounded by the size of the pickle (an empty set is one byte here and
   216 in memory);
 - work of hashing is bounded: a tuple doubled through the memo 60 times is small in memory, and
-  hashing it takes 2**60 steps; and so is the number of integers whose hashes can collide.
+  hashing it takes 2**60 steps; and so is the number of keys of a dict with the same hash.
+
+A list can be filled after a tuple was made around it, so what is known of a tuple with a list in
+it may be too little. Such a tuple cannot be hashed; where it holds arguments, the measures of
+the arguments themselves count.
 """
 
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Container
+import struct
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,16 +37,28 @@ _MEMORY_FLOOR = 64 * 2**20
 _MEMORY_PER_BYTE = 16
 # Steps of hashing: 10**7 take about half a second.
 _HASH_STEPS_MAX = 10**7
-# hash(n) of an int is n modulo 2**61 - 1, so beyond 64 bits any number of them can collide.
-_BIG_INTEGERS_MAX = 4096
+# hash(n) of an int is n modulo 2**61 - 1: the sender chooses it, and so that of a tuple of ints.
+_EQUAL_HASHES_MAX = 64
+# Keys whose hash the scan does not know: complex numbers, frozensets, instances. If all of them
+# collide, that takes a second.
+_UNKNOWN_HASHES_MAX = 4096
+# A set can take eight times the memory of the list it is made from.
+_SETS = {"builtins.set": 8, "builtins.frozenset": 8}
+_DICTS = ("collections.OrderedDict", "collections.Counter")
 
 
 @dataclass(slots=True)
 class _Measure:
     """What the scan knows of one object; the memo and the stack share it, as they do objects."""
 
+    memory: int  # without that of the items
     depth: int = 0
     hash_steps: int = 1
+    hash: int | None = None
+    forgeable: bool = False  # whether the sender can choose the hash
+    kind: str | None = None  # "list" or "dict"
+    items: Sequence[_Measure] | None = None  # of a tuple
+    hashes: dict[int, int] | None = None  # of a dict: how many keys have each forgeable hash
     name: str | None = None  # path, if the object is a global
     made_by: str | None = None  # path of the global whose call made it
 
@@ -55,7 +72,7 @@ class _Opcode(NamedTuple):
 
 def prescan(
     data: bytes,
-    allowed: Container[str],
+    allowed: Mapping[str, object],
     stateful: Container[str],
     *,
     depth_limit: int,
@@ -65,14 +82,14 @@ def prescan(
 
     Args:
         data: The pickle.
-        allowed: Paths of the globals that may be used.
+        allowed: Path of each global that may be used -> what stands for it.
         stateful: Paths of those whose instances may be given a state.
         depth_limit: Nesting of containers to accept.
         offset: Byte of the message where the pickle begins, for errors.
 
     Raises:
         UnsafeObjectError: A global that is not allowed, an opcode that torch does not know, a
-            call of something that is not a global.
+            call of something that is not a global, items for something that has none.
         LimitExceeded: Too deep, too large in memory, too long to hash.
         ProtocolError: Cut short, left-over bytes, operands that are not there.
     """
@@ -86,7 +103,11 @@ def prescan(
 
 class _Scan:
     def __init__(
-        self, data: bytes, allowed: Container[str], stateful: Container[str], depth_limit: int
+        self,
+        data: bytes,
+        allowed: Mapping[str, object],
+        stateful: Container[str],
+        depth_limit: int,
     ) -> None:
         self.data = data
         self.at = 0
@@ -98,7 +119,7 @@ class _Scan:
         self.memo: dict[int, _Measure] = {}
         self.memory_left = _MEMORY_FLOOR + _MEMORY_PER_BYTE * len(data)
         self.hash_steps_left = _HASH_STEPS_MAX + len(data)
-        self.big_integers_left = _BIG_INTEGERS_MAX
+        self.unknown_hashes_left = _UNKNOWN_HASHES_MAX
         self.stopped = False
 
     def run(self) -> None:
@@ -136,8 +157,8 @@ class _Scan:
 
     # The stack
 
-    def push(self, measure: _Measure, memory: int) -> None:
-        self.charge(memory + 8)
+    def push(self, measure: _Measure) -> None:
+        self.charge(measure.memory + 8)
         self.stack.append(measure)
 
     def pop(self) -> _Measure:
@@ -171,8 +192,8 @@ class _Scan:
         if self.hash_steps_left < 0:
             raise LimitExceeded(f"hashing the keys takes more than {_HASH_STEPS_MAX} steps")
 
-    def nest(self, items: list[_Measure]) -> int:
-        depth = 1 + max((item.depth for item in items), default=0)
+    def nest(self, items: Sequence[_Measure]) -> int:
+        depth = 1 + max(item.depth for item in items)
         if depth > self.depth_limit:
             raise LimitExceeded(f"nested deeper than {self.depth_limit} levels")
         return depth
@@ -191,33 +212,51 @@ class _Scan:
             raise ProtocolError("the pickle ends with objects left over")
         self.stopped = True
 
-    def leaf(self, argument: bytes) -> None:
-        self.push(_Measure(), 32 + len(argument))
+    def constant(self, argument: bytes) -> None:
+        self.push(_Measure(16, hash=0))
+
+    def integer(self, argument: bytes) -> None:
+        signed = len(argument) == 4
+        self.push(_Measure(32, hash=hash(int.from_bytes(argument, "little", signed=signed))))
+
+    def float_(self, argument: bytes) -> None:
+        self.push(_Measure(32, hash=hash(struct.unpack(">d", argument)[0])))
 
     def text(self, argument: bytes) -> None:
-        self.push(_Measure(), 64 + 4 * len(argument))
+        # Not its hash in Python, yet as much of a secret to the sender, and the same for the same.
+        self.push(_Measure(64 + 4 * len(argument), hash=hash(argument)))
 
     def long(self, argument: bytes) -> None:
-        if len(argument) > 8:
-            self.big_integers_left -= 1
-            if self.big_integers_left < 0:
-                raise LimitExceeded(f"more than {_BIG_INTEGERS_MAX} integers beyond 64 bits")
-        self.push(_Measure(), 32 + len(argument))
+        value = int.from_bytes(argument, "little", signed=True)
+        forgeable = len(argument) > 8
+        self.push(_Measure(32 + len(argument), hash=hash(value), forgeable=forgeable))
 
-    def container(self, _: bytes) -> None:
-        self.push(_Measure(depth=1), 64)
+    def list_(self, _: bytes) -> None:
+        self.push(_Measure(64, depth=1, kind="list"))
+
+    def dict_(self, _: bytes) -> None:
+        self.push(_Measure(64, depth=1, kind="dict"))
 
     def empty_set(self, _: bytes) -> None:
-        self.push(_Measure(depth=1), 216)
+        self.push(_Measure(216, depth=1))
 
     def mark(self, _: bytes) -> None:
         self.charge(64)
         self.marks.append(self.stack)
         self.stack = []
 
-    def tuple(self, items: list[_Measure]) -> None:
-        steps = 1 + sum(item.hash_steps for item in items)
-        self.push(_Measure(self.nest(items), steps), 40 + 8 * len(items))
+    def tuple_(self, items: Sequence[_Measure]) -> None:
+        hashes = tuple(item.hash for item in items)
+        self.push(
+            _Measure(
+                40 + 8 * len(items),
+                depth=self.nest(items) if items else 0,
+                hash_steps=1 + sum(item.hash_steps for item in items),
+                hash=None if None in hashes else hash(hashes),
+                forgeable=True,
+                items=items,
+            )
+        )
 
     def global_(self, argument: bytes) -> None:
         try:
@@ -230,17 +269,40 @@ class _Scan:
                 f"global {path!r} is not allowed; if you trust it, "
                 f"pass it in safe_globals, or weights_only=False if you trust the sender"
             )
-        self.push(_Measure(name=path), 8)
+        self.push(_Measure(0, hash=hash(path), name=path))
+
+    def instantiate(self, argument: bytes) -> None:
+        if len(self.stack) < 2:
+            raise ProtocolError("an opcode without its operands")
+        name = self.stack[-2].name
+        if name is not None and not isinstance(self.allowed[name], type):
+            raise UnsafeObjectError(f"an instance of {name!r}, which is not a class here")
+        self.call(argument)
 
     def call(self, _: bytes) -> None:
         arguments = self.pop()
         function = self.pop()
         if function.name is None:
             raise UnsafeObjectError("a call of something that is not a global")
-        # Sets hash what they are made from; other allowed calls keep or copy their arguments.
-        self.hash(arguments)
-        depth = self.nest([arguments])
-        self.push(_Measure(depth, arguments.hash_steps, made_by=function.name), 256)
+        items = arguments.items
+        if items is None:
+            raise ProtocolError("a call whose arguments are no tuple")
+        if not function.name.startswith("torch._"):  # which hash nothing
+            for item in items:
+                self.hash(item)
+        # What is made can be a copy of an argument that is used many times.
+        memory = 256 + sum(item.memory for item in items) * _SETS.get(function.name, 1)
+        same = function.name == "torch.Size" and len(items) == 1
+        self.push(
+            _Measure(
+                memory,
+                depth=self.nest([arguments]),
+                hash_steps=1 + sum(item.hash_steps for item in items),
+                hash=items[0].hash if same else None,
+                forgeable=same,
+                made_by=function.name,
+            )
+        )
 
     def build(self, _: bytes) -> None:
         state = self.pop()
@@ -250,10 +312,15 @@ class _Scan:
         self.adopt([state])
 
     def append(self, _: bytes) -> None:
-        self.adopt([self.pop()])
+        self.extend([self.pop()])
 
     def appends(self, _: bytes) -> None:
-        self.adopt(self.pop_mark())
+        self.extend(self.pop_mark())
+
+    def extend(self, items: Sequence[_Measure]) -> None:
+        if self.top().kind != "list":
+            raise UnsafeObjectError("items for something that is not a list")
+        self.adopt(items)
 
     def set_item(self, _: bytes) -> None:
         value, key = self.pop(), self.pop()
@@ -266,21 +333,42 @@ class _Scan:
         self.put(items)
 
     def put(self, items: list[_Measure]) -> None:
+        container = self.top()
+        if container.kind != "dict" and container.made_by not in _DICTS:
+            raise UnsafeObjectError("keys and values for something that is not a dict")
         for key in items[::2]:
             self.hash(key)
+            if key.forgeable or key.hash is None:
+                self.collide(key, container)
         self.charge(96 * (len(items) // 2))
         self.adopt(items)
 
-    def adopt(self, items: list[_Measure]) -> None:
+    def collide(self, key: _Measure, container: _Measure) -> None:
+        """Count a key among those with its hash."""
+        if key.hash is None:
+            self.unknown_hashes_left -= 1
+        else:
+            hashes = container.hashes = {} if container.hashes is None else container.hashes
+            self.charge(96)
+            hashes[key.hash] = hashes.get(key.hash, 0) + 1
+            if hashes[key.hash] > _EQUAL_HASHES_MAX:
+                raise LimitExceeded(f"more than {_EQUAL_HASHES_MAX} keys with the same hash")
+        if self.unknown_hashes_left < 0:
+            raise LimitExceeded(f"more than {_UNKNOWN_HASHES_MAX} keys that are not plain values")
+
+    def adopt(self, items: Sequence[_Measure]) -> None:
         """Items go into the container on top of the stack."""
         self.charge(16 * len(items))
         container = self.top()
-        container.depth = max(container.depth, self.nest(items))
-        container.hash_steps += sum(item.hash_steps for item in items)
+        container.memory += 16 * len(items)
+        if items:
+            container.depth = max(container.depth, self.nest(items))
+            container.hash_steps += sum(item.hash_steps for item in items)
 
     def persistent_id(self, _: bytes) -> None:
         self.pop()
-        self.push(_Measure(), 8)
+        # Tensors are hashed by their addresses, which differ as much as places in the pickle do.
+        self.push(_Measure(0, hash=self.at))
 
     def put_memo(self, argument: bytes) -> None:
         self.charge(104)
@@ -290,12 +378,17 @@ class _Scan:
         index = int.from_bytes(argument, "little")
         if index not in self.memo:
             raise ProtocolError(f"memo {index} was never set")
-        self.push(self.memo[index], 0)
+        self.charge(8)
+        self.stack.append(self.memo[index])
 
 
 def _tuple_of(count: int) -> Callable[[_Scan, bytes], None]:
     def action(scan: _Scan, _: bytes) -> None:
-        scan.tuple([scan.pop() for _ in range(count)])
+        if len(scan.stack) < count:
+            raise ProtocolError("an opcode without its operands")
+        items = scan.stack[-count:]
+        del scan.stack[-count:]
+        scan.tuple_(items)
 
     return action
 
@@ -306,7 +399,7 @@ _OPCODES = {
         (b"\x80", 1, _Scan.proto),
         (b".", 0, _Scan.stop),
         (b"c", "2 lines", _Scan.global_),
-        (b"\x81", 0, _Scan.call),  # NEWOBJ
+        (b"\x81", 0, _Scan.instantiate),  # NEWOBJ
         (b"R", 0, _Scan.call),  # REDUCE
         (b"b", 0, _Scan.build),
         (b"a", 0, _Scan.append),
@@ -314,21 +407,21 @@ _OPCODES = {
         (b"s", 0, _Scan.set_item),
         (b"u", 0, _Scan.set_items),
         (b"(", 0, _Scan.mark),
-        (b"t", 0, lambda scan, _: scan.tuple(scan.pop_mark())),
+        (b"t", 0, lambda scan, _: scan.tuple_(scan.pop_mark())),
         (b"\x85", 0, _tuple_of(1)),
         (b"\x86", 0, _tuple_of(2)),
         (b"\x87", 0, _tuple_of(3)),
-        (b"N", 0, _Scan.leaf),
-        (b"\x88", 0, _Scan.leaf),  # NEWTRUE
-        (b"\x89", 0, _Scan.leaf),  # NEWFALSE
-        (b")", 0, _Scan.leaf),  # EMPTY_TUPLE
-        (b"]", 0, _Scan.container),
-        (b"}", 0, _Scan.container),
+        (b"N", 0, _Scan.constant),
+        (b"\x88", 0, _Scan.constant),  # NEWTRUE
+        (b"\x89", 0, _Scan.constant),  # NEWFALSE
+        (b")", 0, lambda scan, _: scan.tuple_(())),  # EMPTY_TUPLE
+        (b"]", 0, _Scan.list_),
+        (b"}", 0, _Scan.dict_),
         (b"\x8f", 0, _Scan.empty_set),
-        (b"J", 4, _Scan.leaf),
-        (b"K", 1, _Scan.leaf),
-        (b"M", 2, _Scan.leaf),
-        (b"G", 8, _Scan.leaf),
+        (b"J", 4, _Scan.integer),
+        (b"K", 1, _Scan.integer),
+        (b"M", 2, _Scan.integer),
+        (b"G", 8, _Scan.float_),
         (b"\x8a", "count1", _Scan.long),
         (b"X", "count4", _Scan.text),
         (b"U", "count1", _Scan.text),

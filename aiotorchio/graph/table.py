@@ -129,4 +129,4 @@ class Table:
         )
         index = self.add_storage(storage, DTYPES[dtype].unit)
         offset, shape, stride = int(tensor.storage_offset()), tensor.shape, tensor.stride()
-        return TensorRow(index, dtype, offset, list(shape), list(stride), flags, [])
+        return TensorRow(index, dtype, offset, tuple(shape), stride, flags, [])

@@ -16,6 +16,7 @@ import torch
 
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, ProtocolError
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
+from aiotorchio.graph.plain import check_hashes
 from aiotorchio.graph.table import Table
 
 __all__ = ["decode", "encode"]
@@ -245,6 +246,7 @@ class _Decoder:
     def members(self, node: list[Any], depth: int) -> set[Any]:
         items = self.items(node, depth)
         try:
+            check_hashes(items)
             members = set(items)
         except TypeError as error:
             raise InvalidObjectError(f"a set of {error}") from error

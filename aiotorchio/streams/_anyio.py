@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Sequence
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import ByteReceiveStream, ByteSendStream, SocketAttribute, SocketStream
 
 from aiotorchio.streams.base import (
@@ -64,7 +66,9 @@ class AnyioSink(Sink):
         # The socket streams of anyio take any buffer; others are promised bytes.
         self._takes_buffers = isinstance(stream, SocketStream)
 
-    async def send(self, buffers: Sequence[Buffer]) -> None:
+    async def _send(self, buffers: Sequence[Buffer]) -> None:
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        # A send that is cancelled from here on does not say how much it has sent.
         self.in_message = True
         for piece in coalesce(buffers):
             item: Any = piece if self._takes_buffers else bytes(piece)
@@ -75,5 +79,9 @@ class AnyioSink(Sink):
         # Closing a stream of anyio needs an await; its socket, if it has one, can be shut now.
         sock = self._stream.extra(SocketAttribute.raw_socket, None)
         if sock is not None:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+            # The sockets that uvloop shows can't be shut; a duplicate can.
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(fileno=os.dup(sock.fileno())) as duplicate,
+            ):
+                duplicate.shutdown(socket.SHUT_RDWR)

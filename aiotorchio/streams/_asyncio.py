@@ -9,12 +9,14 @@ their memory. Small frames, TLS and pipes go through the transport itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from aiotorchio.errors import TruncatedError
 from aiotorchio.streams.base import (
     PIECE_SIZE,
     Buffer,
@@ -30,18 +32,49 @@ __all__ = ["AsyncioSink", "AsyncioSource"]
 
 # Below this, a copy costs less than the transport's stepping aside (about 50 us).
 _DIRECT_MIN = 128 * 2**10
+# How often to look whether the transport that stepped aside was closed, in seconds.
+_LOOK_EVERY = 0.1
 
 
-def _duplicate(transport: Any) -> socket.socket | None:
-    """A second handle on a transport's socket; None where bytes must go through the transport."""
-    if sys.platform == "win32" or transport is None or transport.get_extra_info("ssl_object"):
+class _Duplicate:
+    """A second handle on a transport's socket, which ends when the transport is closed.
+
+    Its owner may close the transport to stop a call that hangs. A transport tells only its
+    protocol, so the duplicate has to look.
+    """
+
+    def __init__(self, transport: Any, sock: socket.socket) -> None:
+        self._transport = transport
+        self.socket = sock
+        self._look()
+
+    def _look(self) -> None:
+        if self._transport.is_closing():
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(_LOOK_EVERY, self._look)
+
+    def close(self) -> None:
+        self._timer.cancel()
+        self.socket.close()
+
+
+def _duplicate(transport: Any) -> _Duplicate | None:
+    """None where bytes must go through the transport."""
+    if sys.platform == "win32" or transport is None or transport.is_closing():
         return None
     sock = transport.get_extra_info("socket")
-    if sock is None or transport.is_closing():
+    if sock is None or transport.get_extra_info("ssl_object"):
         return None
-    duplicate = socket.socket(fileno=os.dup(sock.fileno()))
+    descriptor = os.dup(sock.fileno())
+    try:
+        duplicate = socket.socket(fileno=descriptor)
+    except OSError:  # uvloop calls its pipes sockets
+        os.close(descriptor)
+        return None
     duplicate.setblocking(False)
-    return duplicate
+    return _Duplicate(transport, duplicate)
 
 
 class AsyncioSource(Source):
@@ -55,7 +88,7 @@ class AsyncioSource(Source):
         self._reader = reader
         # asyncio has no public way from a reader to its transport. Without one, bytes are copied.
         self._transport: Any = getattr(reader, "_transport", None)
-        self._socket: socket.socket | None = None
+        self._duplicate: _Duplicate | None = None
         self._direct: SocketSource | None = None
         # What the reader had buffered when its transport stepped aside.
         self._buffered = memoryview(b"")
@@ -65,7 +98,7 @@ class AsyncioSource(Source):
             data = bytearray(size)
             received = await self.fill([memoryview(data)])
             return bytes(data[:received])
-        with connection_errors():
+        with connection_errors(OSError):
             try:
                 # Takes nothing off the stream until all is there: it can be cancelled.
                 data_read = await self._reader.readexactly(size)
@@ -90,7 +123,7 @@ class AsyncioSource(Source):
     async def _fill_by_copy(self, buffers: Sequence[memoryview], size: int) -> int:
         done = 0
         while done < size:
-            with connection_errors():
+            with connection_errors(OSError):
                 data = await self._reader.read(min(size - done, PIECE_SIZE))
             if not data:
                 break
@@ -101,30 +134,34 @@ class AsyncioSource(Source):
 
     async def _step_in(self) -> None:
         """Stop the transport, take what the reader has, and go on with the socket."""
-        duplicate = _duplicate(self._transport)
+        duplicate = None if self._reader.exception() else _duplicate(self._transport)
         if duplicate is None:
             return
         try:
             # With a byte of ours in it, read() returns at once with all that is buffered.
             self._reader.feed_data(b"\0")
-        except AssertionError:  # the end is in the buffer already: nothing to take from the socket
+        except AssertionError:
+            # The end is in the buffer already: nothing to take from the socket. Without
+            # assertions nothing is raised, and the socket says that it has ended.
             duplicate.close()
             return
-        self._socket, self._direct = duplicate, SocketSource(duplicate)
+        self._duplicate, self._direct = duplicate, SocketSource(duplicate.socket)
         data = await self._reader.read(sys.maxsize)
         # Not before: read() may set the transport reading again.
         self._transport.pause_reading()
         self._buffered = memoryview(data)[:-1]
 
     def release(self) -> None:
-        if self._socket is None:
+        if self._duplicate is None:
             return
-        self._socket.close()
-        self._socket = self._direct = None
+        self._duplicate.close()
+        self._duplicate = self._direct = None
         if not self._transport.is_closing():
             self._transport.resume_reading()
         if self._buffered:
-            self._reader.feed_data(bytes(self._buffered))
+            # A reader whose connection was lost in the meantime takes nothing back.
+            with contextlib.suppress(AssertionError):
+                self._reader.feed_data(bytes(self._buffered))
             self._buffered = memoryview(b"")
 
 
@@ -137,46 +174,58 @@ class AsyncioSink(Sink):
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
-        self._socket: socket.socket | None = None
+        self._duplicate: _Duplicate | None = None
         self._direct: SocketSink | None = None
         self._limits: tuple[int, int] | None = None
 
-    async def send(self, buffers: Sequence[Buffer]) -> None:
-        self.in_message = True
+    async def _send(self, buffers: Sequence[Buffer]) -> None:
         if not self._direct and sum(map(len, buffers)) >= _DIRECT_MIN:
             await self._drain_all()
-            self._socket = _duplicate(self._writer.transport)
-            self._direct = SocketSink(self._socket) if self._socket else None
+            self._duplicate = _duplicate(self._writer.transport)
+            self._direct = SocketSink(self._duplicate.socket) if self._duplicate else None
         if self._direct:
-            await self._direct.send(buffers)
+            try:
+                await self._direct.send(buffers)
+            finally:
+                self.in_message = self.in_message or self._direct.in_message
             return
         for piece in coalesce(buffers):
-            with connection_errors():
+            self._check_open()
+            with connection_errors(OSError):
                 # From Python 3.12 on transports keep what they are given instead of a copy.
                 self._writer.write(piece)
+            self.in_message = True
             await self._drain_all()
 
     async def _drain_all(self) -> None:
         """Wait until the transport has nothing left to send."""
+        self._check_open()
         transport = self._writer.transport
         if self._limits is None:
-            low, high = transport.get_write_buffer_limits()
-            self._limits = (low, high)
-            transport.set_write_buffer_limits(high=0)
-        with connection_errors():
+            self._limits = transport.get_write_buffer_limits()
+            # A TLS transport stops the writer at its high mark, others above it: with a mark of
+            # zero, TLS would stop with nothing to send.
+            high = 1 if transport.get_extra_info("ssl_object") else 0
+            transport.set_write_buffer_limits(high=high, low=0)
+        with connection_errors(OSError):
             await self._writer.drain()
+
+    def _check_open(self) -> None:
+        # What a closed transport is given it drops; uvloop's raise RuntimeError.
+        if self._writer.transport.is_closing():
+            raise TruncatedError("the connection was closed")
 
     def abort(self) -> None:
         self._writer.transport.abort()
 
     def release(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = self._direct = None
-        if self._limits is not None:
+        if self._duplicate is not None:
+            self._duplicate.close()
+            self._duplicate = self._direct = None
+        if self._limits is not None and not self._writer.transport.is_closing():
             low, high = self._limits
             self._writer.transport.set_write_buffer_limits(high=high, low=low)
-            self._limits = None
+        self._limits = None
 
 
 def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:

@@ -58,10 +58,25 @@ class Sink(ABC):
     """
 
     in_message = False
+    _failure: Exception | None = None
+
+    async def send(self, buffers: Sequence[Buffer]) -> None:
+        """Send bytes; on return the memory of the buffers may be used for something else.
+
+        After a call that failed, nobody knows where in a frame the stream stands: all others
+        fail with the same error.
+        """
+        if self._failure is not None:
+            raise self._failure
+        try:
+            await self._send(buffers)
+        except Exception as error:
+            self._failure = error
+            raise
 
     @abstractmethod
-    async def send(self, buffers: Sequence[Buffer]) -> None:
-        """Send bytes; on return the memory of the buffers may be used for something else."""
+    async def _send(self, buffers: Sequence[Buffer]) -> None:
+        """Send bytes, and set ``in_message`` when the first of them may be on its way."""
 
     @abstractmethod
     def abort(self) -> None:
@@ -72,8 +87,11 @@ class Sink(ABC):
 
 
 @contextmanager
-def connection_errors() -> Iterator[None]:
+def connection_errors(broken: type[OSError] = ConnectionError) -> Iterator[None]:
     """What a peer or a network does to a connection, as an error of ours.
+
+    Args:
+        broken: What says that the connection broke; of sockets, every ``OSError`` does.
 
     Raises:
         TransferTimeout: The connection timed out.
@@ -84,7 +102,7 @@ def connection_errors() -> Iterator[None]:
     except TimeoutError as error:
         raise TransferTimeout(f"the connection timed out: {error}") from error
     except (
-        ConnectionError,
+        broken,
         ssl.SSLError,
         anyio.BrokenResourceError,
         anyio.ClosedResourceError,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,8 @@ Driver = TypeVar("Driver", Source, Sink, BlockingStream)
 
 @dataclass(slots=True)
 class _State:
-    busy: bool = False
+    # A lock for the blocking twins, which may come from several threads.
+    busy: Lock = field(default_factory=Lock)
     poison: str | None = None
 
 
@@ -51,23 +53,24 @@ def exclusive(
         StreamPoisoned: Another call stopped inside a message.
     """
     state = _state(stream, direction)
-    if state.busy:
+    if not state.busy.acquire(blocking=False):
         raise StreamBusy(f"another {direction} is using this stream")
-    if state.poison is not None:
-        raise StreamPoisoned(
-            f"an earlier {direction} stopped inside a message: {state.poison}; "
-            f"close this stream and open another"
-        )
-    driver = open_driver(stream)
-    state.busy = True
     try:
-        yield driver
-    except BaseException as error:
-        if driver.in_message:
-            state.poison = f"{type(error).__name__}: {error}" if str(error) else repr(error)
-            if not isinstance(driver, Source):
-                driver.abort()
-        raise
+        if state.poison is not None:
+            raise StreamPoisoned(
+                f"an earlier {direction} stopped inside a message: {state.poison}; "
+                f"close this stream and open another"
+            )
+        driver = open_driver(stream)
+        try:
+            yield driver
+        except BaseException as error:
+            if driver.in_message:
+                state.poison = f"{type(error).__name__}: {error}" if str(error) else repr(error)
+                if direction == "save" and not isinstance(driver, Source):
+                    driver.abort()
+            raise
+        finally:
+            driver.release()
     finally:
-        state.busy = False
-        driver.release()
+        state.busy.release()

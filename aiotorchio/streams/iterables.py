@@ -2,51 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import anyio.lowlevel
+
 from aiotorchio.streams.base import Buffer, Source, connection_errors, copy_into
 
-__all__ = ["IterableSource"]
+__all__ = ["IterableSource", "resumable"]
 
 # An iterator can't take back the end of a piece that belongs to the next message, so it waits
 # here. Iterables that start anew each time have no next message.
-_left_over: WeakKeyDictionary[Any, memoryview] = WeakKeyDictionary()
+_left_over: WeakKeyDictionary[Any, bytes] = WeakKeyDictionary()
+
+_NOTHING = memoryview(b"")
 
 
 class IterableSource(Source):
     """Takes bytes off an async iterable.
 
     Args:
-        iterable: Of bytes-like pieces of any size.
+        iterable: Of bytes-like pieces of any size. A piece may change when the next is asked for.
     """
 
     def __init__(self, iterable: AsyncIterable[Buffer]) -> None:
         self._iterator = aiter(iterable)
-        self._resumes = self._iterator is iterable
-        self._piece = memoryview(b"")
+        self._resumes = self._iterator is iterable and _can_wait(iterable)
+        self._piece = _NOTHING
         if self._resumes:
-            self._piece = _left_over.pop(iterable, self._piece)
+            self._piece = memoryview(_left_over.pop(iterable, b""))
 
     async def read(self, size: int) -> bytes:
-        parts: list[memoryview] = []
-        while size and await self._more():
-            parts.append(self._take(size))
-            size -= len(parts[-1])
-        return b"".join(parts)
+        data = bytearray()
+        while len(data) < size and await self._more():
+            data += self._take(size - len(data))
+        return bytes(data)
 
     async def fill(self, buffers: Sequence[memoryview]) -> int:
+        # The iterator may have all of its pieces at hand: let other tasks run all the same.
+        await anyio.lowlevel.checkpoint()
         size, done = sum(map(len, buffers)), 0
         while done < size and await self._more():
-            part = self._take(size - done)
-            copy_into(buffers, part, done)
-            done += len(part)
+            count = min(len(self._piece), size - done)
+            copy_into(buffers, self._take(count), done)
+            done += count
         return done
 
     async def _more(self) -> bool:
         """Have a piece with bytes in it; False at the end."""
         while not self._piece:
+            # A view, even of nothing, would keep a bytearray from changing its size.
+            self._piece = _NOTHING
             with connection_errors():
                 try:
                     piece = await anext(self._iterator)
@@ -62,4 +69,32 @@ class IterableSource(Source):
 
     def release(self) -> None:
         if self._resumes and self._piece:
-            _left_over[self._iterator] = self._piece
+            _left_over[self._iterator] = bytes(self._piece)
+        self._piece = _NOTHING
+
+
+def resumable(iterable: AsyncIterable[Buffer]) -> AsyncIterator[Buffer]:
+    """An iterator from which one message can be loaded after the other."""
+    iterator = aiter(iterable)
+    return iterator if _can_wait(iterator) else _Resumable(iterator)
+
+
+class _Resumable:
+    """Stands for an iterator that can't be the key of what it has left over."""
+
+    def __init__(self, iterator: AsyncIterator[Buffer]) -> None:
+        self._iterator = iterator
+
+    def __aiter__(self) -> _Resumable:
+        return self
+
+    async def __anext__(self) -> Buffer:
+        return await anext(self._iterator)
+
+
+def _can_wait(iterator: Any) -> bool:
+    """Whether it can be hashed and weakly referenced."""
+    try:
+        return iterator in _left_over or True
+    except TypeError:
+        return False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import io
 import socket
 from collections.abc import AsyncIterable
 from typing import Any
@@ -12,10 +14,11 @@ from anyio.abc import ByteReceiveStream, ByteSendStream
 from aiotorchio.streams._anyio import AnyioSink, AnyioSource
 from aiotorchio.streams._asyncio import AsyncioSink, AsyncioSource
 from aiotorchio.streams.base import Sink, Source
+from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.iterables import IterableSource
 from aiotorchio.streams.sockets import SocketSink, SocketSource
 
-__all__ = ["open_sink", "open_source"]
+__all__ = ["open_blocking_sink", "open_blocking_source", "open_sink", "open_source"]
 
 
 def open_source(stream: Any) -> Source:
@@ -56,3 +59,43 @@ def open_sink(stream: Any) -> Sink:
         f"can't save to {type(stream).__name__}: an asyncio.StreamWriter, an anyio byte stream or "
         "a non-blocking socket is needed (files: aiotorchio.save; HTTP bodies: iter_bytes)"
     )
+
+
+def open_blocking_source(file: Any) -> BlockingStream:
+    """What loads from a blocking file or socket.
+
+    Raises:
+        TypeError: Not a binary file or a socket.
+        ValueError: A non-blocking socket.
+    """
+    if not _has(file, "recv_into", "readinto", "read"):
+        raise TypeError(
+            f"can't load from {type(file).__name__}: a path, a binary file or a blocking socket is "
+            f"needed (async streams: aiotorchio.load_from_stream)"
+        )
+    return BlockingStream(file)
+
+
+def open_blocking_sink(file: Any) -> BlockingStream:
+    """What saves to a blocking file or socket.
+
+    Raises:
+        TypeError: Not a binary file or a socket.
+        ValueError: A non-blocking socket.
+    """
+    if not _has(file, "send", "write"):
+        raise TypeError(
+            f"can't save to {type(file).__name__}: a path, a binary file or a blocking socket is "
+            f"needed (async streams: aiotorchio.save_to_stream)"
+        )
+    return BlockingStream(file)
+
+
+def _has(file: Any, *methods: str) -> bool:
+    """Whether a file has one of these methods, for bytes and blocking."""
+    if isinstance(file, io.TextIOBase | asyncio.StreamReader | asyncio.StreamWriter):
+        return False
+    # Those of sockets only count for sockets.
+    names = methods[:1] if isinstance(file, socket.socket) else methods[1:]
+    found = [getattr(file, name) for name in names if hasattr(file, name)]
+    return bool(found) and not any(map(inspect.iscoroutinefunction, found))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Callable, Sequence
 
 import anyio
@@ -58,7 +59,7 @@ class SocketSource(Source):
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        _check_non_blocking(sock)
+        _check(sock)
         self._sock = sock
 
     async def read(self, size: int) -> bytes:
@@ -89,7 +90,7 @@ class SocketSource(Source):
                 cursor.advance(received)
             return not cursor
 
-        with connection_errors():
+        with connection_errors(OSError):
             await _repeat(self._sock, step, writing=False)
         return cursor.done
 
@@ -102,11 +103,10 @@ class SocketSink(Sink):
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        _check_non_blocking(sock)
+        _check(sock)
         self._sock = sock
 
-    async def send(self, buffers: Sequence[Buffer]) -> None:
-        self.in_message = True
+    async def _send(self, buffers: Sequence[Buffer]) -> None:
         cursor = _Cursor(buffers)
 
         def step() -> bool:
@@ -114,12 +114,14 @@ class SocketSink(Sink):
             stop = cursor.done + _TURN_SIZE
             while cursor and cursor.done < stop:
                 try:
-                    cursor.advance(self._sock.sendmsg(cursor.next()))
+                    sent = self._sock.sendmsg(cursor.next())
                 except (BlockingIOError, InterruptedError):
                     return False
+                self.in_message = True
+                cursor.advance(sent)
             return not cursor
 
-        with connection_errors():
+        with connection_errors(OSError):
             await _repeat(self._sock, step, writing=True)
 
     def abort(self) -> None:
@@ -128,7 +130,13 @@ class SocketSink(Sink):
             self._sock.shutdown(socket.SHUT_RDWR)
 
 
-def _check_non_blocking(sock: socket.socket) -> None:
+def _check(sock: socket.socket) -> None:
+    if isinstance(sock, ssl.SSLSocket):
+        raise TypeError("TLS needs a stream of asyncio or anyio, not an ssl.SSLSocket")
+    if sock.type != socket.SOCK_STREAM:
+        raise ValueError("a stream socket is needed")
+    if sock.fileno() < 0:
+        raise ValueError("the socket is closed")
     if sock.getblocking():
         raise ValueError("the socket must be non-blocking: call setblocking(False) first")
 
@@ -151,12 +159,13 @@ async def _repeat(sock: socket.socket, step: Callable[[], bool], *, writing: boo
     finished: asyncio.Future[None] = loop.create_future()
 
     def ready() -> None:
+        if finished.done():  # cancelled: not a byte more
+            return
         try:
-            if step() and not finished.done():
+            if step():
                 finished.set_result(None)
         except Exception as error:
-            if not finished.done():
-                finished.set_exception(error)
+            finished.set_exception(error)
         if finished.done():
             stop(descriptor)
 

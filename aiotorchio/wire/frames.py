@@ -85,14 +85,18 @@ def decode_preface(data: bytes) -> int:
     """
     magic, version, flags, reserved = _PREFACE.unpack(data)
     if magic != MAGIC:
-        raise ProtocolError(f"not an aiotorchio message: it begins with {magic!r}", offset=0)
+        raise _bad_preface(f"not an aiotorchio message: it begins with {magic!r}", 0)
     if version != VERSION:
-        raise ProtocolError(f"unknown format version {version}; this is {VERSION}", offset=8)
+        raise _bad_preface(f"unknown format version {version}; this is {VERSION}", 8)
     if flags & ~FLAG_CHECKSUM:
-        raise ProtocolError(f"unknown flags {flags:#06x}", offset=10)
+        raise _bad_preface(f"unknown flags {flags:#06x}", 10)
     if reserved:
-        raise ProtocolError(f"reserved bytes are {reserved:#010x} instead of zero", offset=12)
+        raise _bad_preface(f"reserved bytes are {reserved:#010x} instead of zero", 12)
     return int(flags)
+
+
+def _bad_preface(what: str, offset: int) -> ProtocolError:
+    return ProtocolError(what, entry="preface", offset=offset)
 
 
 def message_id(preface: bytes, header: bytes) -> bytes:

@@ -1,0 +1,115 @@
+"""Checked counterparts of the builtins that a pickle calls to make plain objects.
+
+Each takes what pickle itself passes to it, and nothing else: ``bytearray(2**31)`` takes memory,
+``set(bytearray(10**9))`` time, and so does what other codecs than latin-1 decode.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from aiotorchio.errors import InvalidObjectError, LimitExceeded, UnsafeObjectError
+
+__all__ = [
+    "OrderedDicts",
+    "check_hashes",
+    "encode",
+    "make_bytearray",
+    "make_bytes",
+    "make_frozenset",
+    "make_set",
+    "make_size",
+]
+
+# Two equal hashes are rare, and 20 integers of up to 64 bits can have the same at most.
+_EQUAL_HASHES_MAX = 64
+
+
+class OrderedDicts:
+    """Makes those of one load, and remembers them: they can have attributes of their own."""
+
+    def __init__(self) -> None:
+        self._made: list[OrderedDict[Any, Any]] = []
+
+    def make(self, *args: Any) -> OrderedDict[Any, Any]:
+        """An empty one; pickle adds the items later."""
+        if args:
+            raise UnsafeObjectError("OrderedDict() with arguments")
+        made: OrderedDict[Any, Any] = OrderedDict()
+        self._made.append(made)
+        return made
+
+    def check(self) -> None:
+        """Refuse attributes that pass for methods; to be called when all is built."""
+        for made in self._made:
+            for key in vars(made):
+                if type(key) is not str:
+                    raise InvalidObjectError(f"an attribute named by {type(key).__name__}")
+                if hasattr(OrderedDict, key) or is_dunder(key):
+                    raise InvalidObjectError(f"attribute {key!r} of an OrderedDict")
+
+
+def make_counter(items: Any = None) -> Counter[Any]:
+    """A ``Counter`` from the dict that pickle makes of it."""
+    if items is not None and type(items) is not dict:
+        raise UnsafeObjectError(f"a Counter from {type(items).__name__}")
+    return Counter(items)
+
+
+def is_dunder(name: str) -> bool:
+    """Whether a name is one of Python's own: ``__array_interface__`` can point anywhere."""
+    return name.startswith("__") and name.endswith("__")
+
+
+def check_hashes(items: Iterable[Any]) -> None:
+    """Refuse items with the same hash: a set of 50,000 of them takes half a minute to make."""
+    hashes = Counter(map(hash, items))
+    if hashes and max(hashes.values()) > _EQUAL_HASHES_MAX:
+        raise LimitExceeded(f"more than {_EQUAL_HASHES_MAX} items with the same hash")
+
+
+def make_set(items: Any = ()) -> set[Any]:
+    """A set from the list that pickle makes of it."""
+    if type(items) is not list and items != ():
+        raise UnsafeObjectError(f"a set from {type(items).__name__}")
+    check_hashes(items)
+    return set(items)
+
+
+def make_frozenset(items: Any = ()) -> frozenset[Any]:
+    """Likewise."""
+    return frozenset(make_set(items))
+
+
+def make_size(items: Any = ()) -> torch.Size:
+    """A ``torch.Size`` from a tuple."""
+    if type(items) is not tuple:
+        raise UnsafeObjectError(f"a Size from {type(items).__name__}")
+    return torch.Size(items)
+
+
+def make_bytes(*args: Any) -> bytes:
+    """Empty bytes; others are made with ``encode``."""
+    if args:
+        raise UnsafeObjectError("bytes() with arguments")
+    return b""
+
+
+def encode(*args: Any) -> bytes:
+    """Bytes, as protocol 2 has them: the characters of a str."""
+    if len(args) != 2 or type(args[0]) is not str or args[1] not in ("latin1", "latin-1"):
+        raise UnsafeObjectError("bytes made of anything but a str in latin-1")
+    return args[0].encode("latin-1")
+
+
+def make_bytearray(*args: Any) -> bytearray:
+    """A bytearray from bytes, or from what ``encode`` takes."""
+    if not args:
+        return bytearray()
+    if len(args) == 1 and type(args[0]) is bytes:
+        return bytearray(args[0])
+    return bytearray(encode(*args))

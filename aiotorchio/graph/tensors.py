@@ -1,0 +1,356 @@
+"""Checked counterparts of torch's functions that rebuild tensors from a pickle.
+
+torch's take their arguments as they are: they resize storages, read beyond indices, set any
+attribute. These have the same arguments, check them, and raise ``InvalidObjectError``,
+``LimitExceeded`` or ``UnsafeObjectError``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from aiotorchio.errors import InvalidObjectError, LimitExceeded, UnsafeObjectError
+from aiotorchio.graph import _torch
+from aiotorchio.graph.dtypes import DTYPE_NAMES
+from aiotorchio.graph.plain import is_dunder
+from aiotorchio.wire.dtypes import DTYPES
+from aiotorchio.wire.limits import Limits
+
+__all__ = ["TensorMaker", "TypeName", "set_attributes", "tensor_class"]
+
+_INT64_MAX = 2**63 - 1
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
+class TypeName:
+    """Stands for a class that may be named but neither called nor instantiated.
+
+    torch puts the class of a tensor with attributes into the pickle. The class itself would be
+    a way to memory that was never written: ``torch.Tensor(64)`` shows what was there before.
+    """
+
+    def __init__(self, kind: type[torch.Tensor]) -> None:
+        self.kind = kind
+
+    def __call__(self, *_: object) -> Any:
+        """Refuse: a message may hold no uninitialised memory."""
+        raise UnsafeObjectError(f"{self.kind.__name__} may be named, not called")
+
+
+class TensorMaker:
+    """Makes the tensors of one load that have no row in the table.
+
+    Args:
+        limits: Bounds for what is made.
+        map_location: For tensors that have a device and no storage.
+    """
+
+    def __init__(self, limits: Limits, map_location: Any) -> None:
+        self._limits = limits
+        self._map_location = map_location
+        self._work_left = limits.total_nbytes
+
+    def strided(
+        self,
+        storage: Any,
+        offset: Any,
+        size: Any,
+        stride: Any,
+        requires_grad: Any,
+        _hooks: Any,
+        dtype_or_metadata: Any = None,
+        metadata: Any = None,
+    ) -> torch.Tensor:
+        """A strided tensor: v2 has a storage of the dtype and maybe metadata, v3 an untyped one."""
+        if isinstance(dtype_or_metadata, torch.dtype):
+            dtype = dtype_or_metadata
+        else:
+            dtype, metadata = _storage_dtype(storage), dtype_or_metadata
+        kind = DTYPES[DTYPE_NAMES[dtype]].kind
+        if kind == "quantized":
+            raise InvalidObjectError(f"a tensor of {dtype} without a scale")
+        untyped = self._checked_view(storage, dtype, offset, size, stride)
+        tensor = torch.empty((0,), dtype=dtype, device=untyped.device)
+        tensor.set_(untyped, offset, size, stride)
+        if metadata is not None:
+            if type(metadata) is not dict or not metadata.keys() <= {"conj", "neg"}:
+                raise InvalidObjectError("a tensor with metadata other than conj and neg")
+            if kind != "complex" and ("conj" in metadata or kind != "float"):
+                raise InvalidObjectError(f"conjugate or negative view of {dtype}")
+            _torch.set_view_bits(tensor, conjugate="conj" in metadata, negative="neg" in metadata)
+        return tensor.requires_grad_(_bool(requires_grad))
+
+    def meta(self, dtype: Any, size: Any, stride: Any, requires_grad: Any) -> torch.Tensor:
+        """A tensor on ``meta``: a shape and no bytes."""
+        _expect(dtype, torch.dtype)
+        self._checked_span(dtype, size, stride, limit=_INT64_MAX)
+        return torch.empty_strided(
+            size, stride, dtype=dtype, device="meta", requires_grad=_bool(requires_grad)
+        )
+
+    def on_device(self, data: Any, dtype: Any, device: Any, requires_grad: Any) -> torch.Tensor:
+        """A tensor on a device that has no storages; its numbers come from one on the CPU."""
+        tensor: torch.Tensor = _expect(data, torch.Tensor)
+        if tensor.dtype is not _expect(dtype, torch.dtype):
+            raise UnsafeObjectError(f"a device tensor of {dtype} from {tensor.dtype}")
+        self._charge(tensor)
+        return tensor.to(self.device(device)).requires_grad_(_bool(requires_grad))
+
+    def quantized(
+        self,
+        storage: Any,
+        offset: Any,
+        size: Any,
+        stride: Any,
+        params: Any,
+        requires_grad: Any,
+        _hooks: Any,
+    ) -> torch.Tensor:
+        """A quantized tensor: integers, and what scales them."""
+        dtype = _storage_dtype(storage)
+        untyped = self._checked_view(storage, dtype, offset, size, stride)
+        if DTYPES[DTYPE_NAMES[dtype]].kind != "quantized" or type(params) is not tuple:
+            raise InvalidObjectError(f"a quantized tensor of {dtype}")
+        # The scales are made for an empty tensor: the size is taken from the storage below.
+        if len(params) == 3 and params[0] is torch.per_tensor_affine:
+            _expect(params[1], float, int)
+            _expect(params[2], int)
+            tensor = _torch.empty_affine_quantized(
+                [0], scale=params[1], zero_point=params[2], dtype=dtype, device=untyped.device
+            )
+        elif len(params) == 4 and params[0] is not torch.per_tensor_affine:
+            scales, zero_points, axis = params[1:]
+            self._charge(scales)
+            self._charge(zero_points)
+            if not 0 <= _expect(axis, int) < len(size):
+                raise InvalidObjectError(f"channel axis {axis} of {len(size)} dimensions")
+            if scales.shape != (size[axis],) or zero_points.shape != (size[axis],):
+                raise InvalidObjectError(
+                    f"{scales.numel()} scales and {zero_points.numel()} zero points "
+                    f"for {size[axis]} channels"
+                )
+            empty = [0 if n != axis else size[axis] for n in range(len(size))]
+            tensor = _torch.empty_per_channel_quantized(
+                empty,
+                scales=scales,
+                zero_points=zero_points,
+                axis=axis,
+                dtype=dtype,
+                device=untyped.device,
+            )
+        else:
+            raise InvalidObjectError("a quantized tensor without its scales")
+        tensor.set_(untyped, offset, size, stride)
+        return tensor.requires_grad_(_bool(requires_grad))
+
+    def sparse(self, layout: Any, data: Any) -> torch.Tensor:
+        """A sparse tensor of any layout."""
+        _expect(data, tuple)
+        if layout is torch.sparse_coo and len(data) in (3, 4):
+            self._check_shape(data[2])
+            self._charge(data[0])
+            return torch.sparse_coo_tensor(
+                data[0],
+                _expect(data[1], torch.Tensor),
+                data[2],
+                is_coalesced=_bool(data[3]) if len(data) == 4 else None,
+                check_invariants=True,
+            )
+        if layout in _COMPRESSED and len(data) == 4:
+            self._check_shape(data[3])
+            self._charge(data[0])
+            self._charge(data[1])
+            return torch.sparse_compressed_tensor(
+                data[0],
+                data[1],
+                _expect(data[2], torch.Tensor),
+                data[3],
+                layout=layout,
+                check_invariants=True,
+            )
+        raise InvalidObjectError(f"a sparse tensor of other parts than its layout has: {len(data)}")
+
+    def nested(self, buffer: Any, sizes: Any, strides: Any, offsets: Any) -> torch.Tensor:
+        """A nested tensor of the strided layout: many tensors in one buffer."""
+        _expect(buffer, torch.Tensor)
+        for part in (sizes, strides, offsets):
+            self._charge(part)
+        if (
+            buffer.dim() != 1
+            # torch reads all four as if they were contiguous.
+            or not all(part.is_contiguous() for part in (buffer, sizes, strides, offsets))
+            or sizes.dim() != 2
+            or strides.shape != sizes.shape
+            or offsets.shape != sizes.shape[:1]
+            or any(part.dtype != torch.int64 for part in (sizes, strides, offsets))
+            or any(part.device.type != "cpu" for part in (sizes, strides, offsets))
+        ):
+            raise InvalidObjectError("a nested tensor whose parts do not fit together")
+        for offset, size, stride in zip(
+            offsets.tolist(), sizes.tolist(), strides.tolist(), strict=True
+        ):
+            if offset < 0 or offset + self._checked_span(buffer.dtype, size, stride) > len(buffer):
+                raise InvalidObjectError("a nested tensor beyond its buffer")
+        return _torch.nested_view(buffer, sizes, strides, offsets)
+
+    def wrapper(
+        self,
+        kind: Any,
+        dtype: Any,
+        size: Any,
+        stride: Any,
+        offset: Any,
+        layout: Any,
+        device: Any,
+        requires_grad: Any,
+    ) -> torch.Tensor:
+        """A subclass without a storage; its parts follow as attributes."""
+        kind = tensor_class(kind)
+        _expect(dtype, torch.dtype)
+        self._checked_span(dtype, size, stride, limit=_INT64_MAX)
+        return _torch.make_wrapper_subclass(
+            kind,
+            size,
+            strides=stride,
+            dtype=dtype,
+            storage_offset=_expect(offset, int),
+            layout=layout,
+            device=self.device(device),
+            requires_grad=_bool(requires_grad),
+        )
+
+    def parameter(
+        self, data: Any, requires_grad: Any, _hooks: Any, state: Any = None
+    ) -> torch.Tensor:
+        """A parameter of anything that is not a plain tensor, or with attributes."""
+        parameter = torch.nn.Parameter(_expect(data, torch.Tensor), _bool(requires_grad))
+        if state is not None:
+            set_attributes(parameter, state)
+        return parameter
+
+    # Checks
+
+    def device(self, device: Any) -> torch.device:
+        """Where a tensor without a storage of its own goes: ``map_location``, as in torch."""
+        _expect(device, str, torch.device)
+        location = self._map_location
+        if isinstance(location, Mapping):
+            return torch.device(location.get(str(device), device))
+        if isinstance(location, str | torch.device):
+            return torch.device(location)
+        return torch.device(device)
+
+    def _charge(self, tensor: Any) -> None:
+        """Count what is read or copied to make a tensor: a pickle can make the same one often."""
+        _expect(tensor, torch.Tensor)
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise InvalidObjectError(f"a part of a tensor of layout {tensor.layout}")
+        nbytes = tensor.numel() * tensor.element_size()
+        if nbytes > tensor.untyped_storage().nbytes():
+            raise InvalidObjectError("a part of a tensor that is expanded")
+        self._work_left -= nbytes
+        if self._work_left < 0:
+            raise LimitExceeded(
+                f"tensors are made from more than {self._limits.total_nbytes} bytes"
+            )
+
+    def _check_shape(self, shape: Any) -> None:
+        if not isinstance(shape, tuple | list) or any(type(n) is not int or n < 0 for n in shape):
+            raise InvalidObjectError("a shape or stride that is no tuple of natural numbers")
+        if len(shape) > self._limits.dims:
+            raise LimitExceeded(f"{len(shape)} dimensions, {self._limits.dims} allowed")
+
+    def _checked_span(
+        self, dtype: torch.dtype, size: Any, stride: Any, *, limit: int | None = None
+    ) -> int:
+        """Elements from the first to the last of a view, both included."""
+        limit = self._limits.total_nbytes if limit is None else limit
+        self._check_shape(size)
+        self._check_shape(stride)
+        if len(size) != len(stride):
+            raise InvalidObjectError(f"{len(size)} dimensions and {len(stride)} strides")
+        count = math.prod(size)
+        if count == 0:
+            return 0
+        if count * dtype.itemsize > limit:
+            raise LimitExceeded(f"{count * dtype.itemsize} bytes when contiguous, {limit} allowed")
+        span: int = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if span * dtype.itemsize > _INT64_MAX:
+            raise InvalidObjectError(f"a tensor of {span * dtype.itemsize} bytes from end to end")
+        return span
+
+    def _checked_view(
+        self, storage: Any, dtype: torch.dtype, offset: Any, size: Any, stride: Any
+    ) -> torch.UntypedStorage:
+        untyped = _untyped(storage)
+        if _expect(offset, int) < 0:
+            raise InvalidObjectError(f"a tensor at offset {offset}")
+        span = self._checked_span(dtype, size, stride)
+        if span and (offset + span) * dtype.itemsize > untyped.nbytes():
+            raise InvalidObjectError(
+                f"a tensor reaches byte {(offset + span) * dtype.itemsize} "
+                f"of a storage of {untyped.nbytes()}"
+            )
+        return untyped
+
+
+def _expect(value: Any, *kinds: type) -> Any:
+    if not isinstance(value, kinds):
+        raise InvalidObjectError(
+            f"{type(value).__name__} where {' or '.join(k.__name__ for k in kinds)} must be"
+        )
+    return value
+
+
+def _bool(value: Any) -> bool:
+    return bool(_expect(value, bool))
+
+
+def _untyped(storage: Any) -> torch.UntypedStorage:
+    if isinstance(storage, torch.TypedStorage):
+        return _torch.untyped_storage_of(storage)
+    untyped: torch.UntypedStorage = _expect(storage, torch.UntypedStorage)
+    return untyped
+
+
+def _storage_dtype(storage: Any) -> torch.dtype:
+    if isinstance(storage, torch.UntypedStorage):
+        return torch.uint8
+    typed: torch.TypedStorage = _expect(storage, torch.TypedStorage)
+    return typed.dtype
+
+
+def set_attributes(tensor: torch.Tensor, state: Any) -> None:
+    """Set attributes of a tensor that its class leaves to its instances."""
+    parts = state if type(state) is tuple and len(state) == 2 else (state, None)
+    for part in parts:
+        for key, value in (part or {}).items():
+            if type(key) is not str or is_dunder(key) or not _is_free(tensor, key):
+                shown = key if type(key) is str else type(key)
+                raise UnsafeObjectError(f"attribute {shown!r} of a {type(tensor).__name__}")
+            setattr(tensor, key, value)
+
+
+def _is_free(tensor: torch.Tensor, key: str) -> bool:
+    if not hasattr(type(tensor), key):
+        return True
+    # A subclass says which attributes its instances have, even if Tensor has a method of that
+    # name (the jagged layout has ``_values``).
+    return any(
+        key in vars(base).get("__slots__", ()) or key in inspect.get_annotations(base)
+        for base in type(tensor).__mro__
+        if base not in torch.nn.Parameter.__mro__
+    )
+
+
+def tensor_class(kind: Any) -> type[torch.Tensor]:
+    """The class that a pickle names for a tensor."""
+    named = kind.kind if isinstance(kind, TypeName) else kind
+    if not isinstance(named, type) or not issubclass(named, torch.Tensor):
+        raise UnsafeObjectError("a tensor subclass that is none")
+    return named

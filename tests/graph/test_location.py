@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import aiotorchio
+from aiotorchio.graph.location import destinations, relocate
+from aiotorchio.wire.header import Header
+from tests import corpus
+from tests.graph import forge
+
+STATE = {"a": torch.arange(3.0), "m": torch.empty(2, device="meta")}
+
+
+def from_cuda(header: Header) -> None:
+    header.locations = [
+        "cuda:0" if location == "cpu" else location for location in header.locations
+    ]
+
+
+def message() -> bytes:
+    """The state as a machine with a GPU sends it."""
+    tensors = list(STATE.values())
+    return forge.message(forge.flattened(tensors).skeleton, "tree", tensors, from_cuda)
+
+
+@pytest.mark.parametrize(
+    "map_location",
+    [
+        "cpu",
+        torch.device("cpu"),
+        {"cuda:0": "cpu"},
+        {"cuda:0": torch.device("cpu")},
+        lambda storage, location: storage,
+        lambda storage, location: torch.TypedStorage(
+            wrap_storage=storage, dtype=torch.uint8, _internal=True
+        ),
+    ],
+)
+def test_map_location_to_the_cpu(map_location: Any) -> None:
+    corpus.assert_same(forge.load(message(), map_location=map_location), list(STATE.values()))
+
+
+@pytest.mark.parametrize("map_location", ["meta", torch.device("meta"), {"cpu": "meta"}])
+def test_map_location_to_meta(map_location: Any) -> None:
+    (loaded,) = forge.round_trip([torch.ones(3, 2).t()], map_location=map_location)
+    assert loaded.device.type == "meta"
+    assert (loaded.shape, loaded.stride()) == ((2, 3), (1, 2))
+    assert loaded.untyped_storage().nbytes() == 24
+
+
+def test_a_callable_gets_every_storage_with_its_bytes() -> None:
+    seen: list[tuple[list[int], str]] = []
+
+    def place(storage: torch.UntypedStorage, location: str) -> Any:
+        seen.append((storage.tolist(), location))
+        return storage if location == "cuda:0" else None
+
+    tensors = [torch.tensor([1, 2], dtype=torch.uint8), torch.tensor([3], dtype=torch.uint8)]
+    data = forge.message(forge.flattened(tensors).skeleton, "tree", tensors, from_cuda)
+    corpus.assert_same(forge.load(data, map_location=place), tensors)
+    assert seen == [([1, 2], "cuda:0"), ([3], "cuda:0")]
+
+
+def test_a_callable_that_does_not_care() -> None:
+    corpus.assert_same(forge.round_trip(STATE, map_location=lambda storage, location: None), STATE)
+    storage = torch.UntypedStorage(4)
+    assert relocate(storage, "cpu", lambda storage, location: None) is storage
+    assert relocate(storage, "meta", lambda storage, location: None).device.type == "meta"
+
+
+def test_the_error_of_a_callable_is_its_own() -> None:
+    def fail(storage: torch.UntypedStorage, location: str) -> Any:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        forge.round_trip(STATE, map_location=fail)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["cuda:99", "nowhere", "", "cpu:1:2", "cuda:-1", "cuda:x", "xpu", "hpu", "mps", "xla:0", "\x00"],
+)
+def test_a_device_that_is_not_here(location: str) -> None:
+    tensors = [torch.ones(1)]
+
+    def change(header: Header) -> None:
+        header.locations = [location]
+
+    data = forge.message(forge.flattened(tensors).skeleton, "tree", tensors, change)
+    with pytest.raises(aiotorchio.InvalidObjectError) as caught:
+        forge.load(data)
+    assert caught.value.entry == "header"
+    corpus.assert_same(forge.load(data, map_location="cpu"), tensors)
+
+
+def test_map_location_of_another_type() -> None:
+    with pytest.raises(TypeError, match="map_location"):
+        forge.round_trip(STATE, map_location=3)
+    with pytest.raises(TypeError, match="map_location"):
+        destinations(forge.flattened(STATE).header, 3)  # type: ignore[arg-type]
+
+
+def test_map_location_of_tensors_without_storage() -> None:
+    source = forge.rebuild(
+        "_rebuild_device_tensor_from_cpu_tensor",
+        forge.tensor(0),
+        forge.name("torch", "float32"),
+        "xla:0",
+        False,
+    )
+    for map_location in ("cpu", torch.device("cpu"), {"xla:0": "cpu"}):
+        loaded = forge.load_pickle(
+            forge.pickled(source), [torch.ones(2)], map_location=map_location
+        )
+        corpus.assert_same(loaded, torch.ones(2))
+    with pytest.raises(aiotorchio.InvalidObjectError):
+        forge.load_pickle(forge.pickled(source), [torch.ones(2)])

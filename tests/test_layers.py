@@ -1,0 +1,156 @@
+"""Rooms import only downward, and each only what it is for; torch's private names have one door.
+
+All of this is read from the sources; nothing is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "aiotorchio"
+SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+
+# Each room: the rooms it may import from, and what else beside the standard library. A room may
+# always import from itself; what is at the top of the package is a room of one module.
+ROOMS: dict[str, tuple[set[str], set[str]]] = {
+    "errors": (set(), set()),
+    "wire": ({"errors"}, {"msgspec", "xxhash"}),
+    "graph": ({"errors", "wire"}, {"msgspec", "torch"}),
+    "memory": ({"errors"}, {"torch"}),
+    "streams": ({"errors"}, {"anyio"}),
+    "drive": ({"errors", "wire", "streams"}, {"anyio"}),
+    "transfer": ({"errors", "wire", "graph", "memory", "streams", "drive"}, {"torch"}),
+    "options": ({"errors", "wire", "graph", "drive", "transfer"}, {"torch"}),
+    "api": (
+        {"errors", "wire", "graph", "streams", "drive", "transfer", "options"},
+        {"anyio"},
+    ),
+    "__init__": ({"errors", "wire", "transfer", "api"}, set()),
+}
+
+# What ordinary code of torch hangs on objects of the user, so that every writer must know it.
+PUBLIC_BY_CUSTOM = {
+    # The versions of a state dict: an attribute that nn.Module.state_dict() sets.
+    ("graph/tree.py", "_metadata"),
+}
+
+
+def room_of(source: str) -> str:
+    return source.split("/")[0].removesuffix(".py")
+
+
+def tree_of(source: str) -> ast.Module:
+    return ast.parse(SOURCES[source].read_text(encoding="utf-8"), source)
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module, and every name from a module, that is imported anywhere in a source."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where they lead"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_rooms(source: str) -> set[str]:
+    names = (name.split(".") for name in imports(tree_of(source)))
+    return {name[1] for name in names if name[0] == "aiotorchio"} - {room_of(source)}
+
+
+def imported_packages(source: str) -> set[str]:
+    names = {name.split(".")[0] for name in imports(tree_of(source))}
+    return names - sys.stdlib_module_names - {"aiotorchio"}
+
+
+def test_every_source_is_in_a_room() -> None:
+    assert {room_of(source) for source in SOURCES} == ROOMS.keys()
+
+
+def test_the_rooms_have_an_order() -> None:
+    below: set[str] = set()
+    for room, (allowed, _) in ROOMS.items():
+        assert allowed <= below, room
+        below.add(room)
+
+
+@pytest.mark.parametrize("source", sorted(SOURCES))
+def test_imports_lead_downward(source: str) -> None:
+    rooms, packages = ROOMS[room_of(source)]
+    assert imported_rooms(source) <= rooms
+    assert imported_packages(source) <= packages
+
+
+@pytest.mark.parametrize("source", sorted(SOURCES))
+def test_no_module_is_imported_by_name(source: str) -> None:
+    """An import that this test cannot see."""
+    for node in ast.walk(tree_of(source)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("__import__", "importlib.import_module", "import_module")
+
+
+# Private names of torch
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
+
+
+def own_private_names() -> set[str]:
+    """Private attributes, methods, functions and modules that this package defines."""
+    names = {Path(source).stem for source in SOURCES}
+    for source in SOURCES:
+        for node in ast.walk(tree_of(source)):
+            match node:
+                case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                    names.add(name)
+                case ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                    names.add(name)
+                case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                    names.add(name)
+    return names
+
+
+def private_names_of_torch(source: str, own: set[str]) -> set[str]:
+    """Those that the syntax shows: from torch itself, and of objects, if nothing here has them."""
+    tree = tree_of(source)
+    if "torch" not in imported_packages(source):
+        return set()
+    found = set()
+    for name in imports(tree):
+        if name.startswith("torch."):
+            found |= {part for part in name.split(".") if is_private(part)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            if ast.unparse(node).startswith("torch.") or node.attr not in own:
+                found.add(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch."):
+            found |= {word.arg for word in node.keywords if word.arg and is_private(word.arg)}
+    return found
+
+
+@pytest.mark.parametrize("source", sorted(SOURCES))
+def test_private_names_of_torch_have_one_door(source: str) -> None:
+    if source == "graph/_torch.py":
+        return
+    found = private_names_of_torch(source, own_private_names())
+    assert found - {name for where, name in PUBLIC_BY_CUSTOM if where == source} == set()
+
+
+def test_the_check_sees_the_private_names_where_they_are() -> None:
+    """Else it would pass for having found nothing."""
+    found = private_names_of_torch("graph/_torch.py", own_private_names())
+    assert {
+        "_weights_only_unpickler",
+        "_utils",
+        "_C",
+        "_cdata",
+        "_untyped_storage",
+        "_internal",
+    } <= found
