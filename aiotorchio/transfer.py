@@ -23,7 +23,7 @@ from aiotorchio.memory.payload import IncomingPayload, OutgoingPayload
 from aiotorchio.memory.swap import swap_bytes
 from aiotorchio.streams.base import Buffer
 from aiotorchio.wire.composer import Composer
-from aiotorchio.wire.header import MIXED_UNITS, Header, Layout
+from aiotorchio.wire.header import META_LOCATION, MIXED_UNITS, Header, Layout
 from aiotorchio.wire.limits import Limits
 from aiotorchio.wire.parser import (
     ChunkReceived,
@@ -192,7 +192,8 @@ class _Incoming:
         rows, locations = self.header.storages, self.header.locations
         if self._swapped:
             for storage, row in zip(storages, rows, strict=True):
-                swap_bytes(storage, row.unit)
+                if storage.device.type != META_LOCATION:
+                    swap_bytes(storage, row.unit)
         return [
             relocate(storage, locations[row.location], self._map_location)
             for storage, row in zip(storages, rows, strict=True)

@@ -61,14 +61,20 @@ def relocate(
 
     Raises:
         InvalidObjectError: A location that this machine does not have, in torch's words.
+        ValueError: The callable returned a storage of another size.
     """
-    if not callable(map_location):
+    if not callable(map_location) or tag == META_LOCATION:
         return storage
     placed = map_location(storage, tag)
     if placed is None:
         return storage if tag == "cpu" else _restored(storage, tag)
     # torch.load takes typed storages too, such as storage.cuda() of older code.
-    return untyped_storage_of(placed) if isinstance(placed, torch.TypedStorage) else placed
+    untyped = untyped_storage_of(placed) if isinstance(placed, torch.TypedStorage) else placed
+    if untyped.nbytes() != storage.nbytes():
+        raise ValueError(
+            f"map_location returned {untyped.nbytes()} bytes for a storage of {storage.nbytes()}"
+        )
+    return untyped
 
 
 def _destination(tag: str, map_location: MapLocation) -> torch.device:

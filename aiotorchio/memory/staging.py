@@ -47,7 +47,8 @@ class DeviceCopier:
     def slab(self, nbytes: int) -> torch.UntypedStorage:
         """Host memory; pinned for CUDA."""
         pinned = bool(self._streams)
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).untyped_storage()
+        slab = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        return slab.untyped_storage()
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Copy bytes, and return when they have arrived; no more than one stream is waited for."""

@@ -1,0 +1,179 @@
+"""State on a device passes through two slabs; without a device, a copier of our own stands in."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+import torch
+
+import aiotorchio
+from aiotorchio.drive import drive, drive_blocking
+from aiotorchio.graph.flatten import Flattened, flatten
+from aiotorchio.memory.payload import IncomingPayload, OutgoingPayload
+from aiotorchio.memory.staging import DeviceCopier, Slabs, bytes_of
+from aiotorchio.options import load_options
+from aiotorchio.streams.blocking import BlockingStream
+from aiotorchio.streams.iterables import IterableSource
+from aiotorchio.transfer import _Incoming, receive_message, send_message
+from aiotorchio.wire.header import Layout
+from tests.memory.test_payload import CopierOnCpu, staged
+
+CHUNK = 4096
+STATE = {"a": torch.arange(5000.0), "b": torch.ones(3), "c": torch.arange(20_000)}
+
+cuda = pytest.mark.cuda
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def flattened() -> Flattened:
+    return flatten(STATE, chunk_size=CHUNK, metadata={}, producer="tests")
+
+
+def staged_payload(flat: Flattened, copier: Any) -> OutgoingPayload:
+    layout = Layout(flat.header)
+    return OutgoingPayload(
+        flat.storages, layout.offsets, layout.nbytes, CHUNK, copier=copier, staged=staged
+    )
+
+
+def staged_incoming(copier: Any) -> Callable[..., _Incoming]:
+    def make(header: Any, layout: Layout, options: Any) -> _Incoming:
+        incoming = _Incoming(header, layout, options)
+        sizes = [row.nbytes for row in header.storages]
+        devices = [torch.device("cpu")] * len(sizes)
+        incoming.payload = IncomingPayload(
+            layout.offsets, layout.nbytes, sizes, devices, CHUNK, copier=copier, staged=staged
+        )
+        return incoming
+
+    return make
+
+
+def sent(copier: Any) -> bytes:
+    file = io.BytesIO()
+    flat = flattened()
+    message = send_message(flat, checksum=True, payload=staged_payload(flat, copier))
+    drive_blocking(message, BlockingStream(file))
+    return file.getvalue()
+
+
+async def pieces(data: bytes) -> AsyncGenerator[bytes, None]:
+    for start in range(0, len(data), 1000):
+        yield data[start : start + 1000]
+
+
+def assert_state(loaded: Any) -> None:
+    assert loaded.keys() == STATE.keys()
+    assert all(torch.equal(loaded[key], STATE[key]) for key in STATE)
+
+
+def test_sending_takes_two_slabs_of_one_chunk() -> None:
+    copier = CopierOnCpu()
+    assert_state(aiotorchio.load(io.BytesIO(sent(copier))))
+    assert [slab.nbytes() for slab in copier.slabs] == [CHUNK, CHUNK]
+
+
+def test_receiving_takes_two_slabs_of_one_chunk() -> None:
+    copier = CopierOnCpu()
+    message = receive_message(load_options(), staged_incoming(copier))
+    assert_state(drive_blocking(message, BlockingStream(io.BytesIO(sent(CopierOnCpu())))))
+    assert [slab.nbytes() for slab in copier.slabs] == [CHUNK, CHUNK]
+
+
+@pytest.mark.anyio
+async def test_copies_run_in_worker_threads() -> None:
+    class Watching(CopierOnCpu):
+        def __init__(self) -> None:
+            super().__init__()
+            self.threads: set[int] = set()
+
+        def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+            self.threads.add(threading.get_ident())
+            super().copy(destination, source)
+
+    copier = Watching()
+    message = receive_message(load_options(), staged_incoming(copier))
+    async with aclosing(pieces(sent(CopierOnCpu()))) as body:
+        assert_state(await drive(message, IterableSource(body)))
+    assert threading.get_ident() not in copier.threads
+
+
+@pytest.mark.anyio
+async def test_a_copy_that_fails_is_the_error_of_the_load() -> None:
+    class Failing(CopierOnCpu):
+        def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+            raise RuntimeError("device lost")
+
+    message = receive_message(load_options(), staged_incoming(Failing()))
+    async with aclosing(pieces(sent(CopierOnCpu()))) as body:
+        with pytest.raises(RuntimeError, match="device lost"):
+            await drive(message, IterableSource(body))
+
+
+def test_a_copy_that_fails_in_the_middle_aborts_the_message() -> None:
+    class Failing(CopierOnCpu):
+        def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+            if self.copied > 3 * CHUNK:
+                raise RuntimeError("device lost")
+            super().copy(destination, source)
+
+    file = io.BytesIO()
+    flat = flattened()
+    message = send_message(flat, checksum=True, payload=staged_payload(flat, Failing()))
+    with pytest.raises(RuntimeError, match="device lost"):
+        drive_blocking(message, BlockingStream(file))
+    with pytest.raises(aiotorchio.RemoteAbort, match="RuntimeError: device lost"):
+        aiotorchio.load(io.BytesIO(file.getvalue()))
+
+
+def test_slabs_take_turns() -> None:
+    slabs = Slabs(64, CopierOnCpu())
+    first, second, third, fourth = (slabs.take()[0].data_ptr() for _ in range(4))
+    assert first == third != second == fourth
+
+
+def test_the_copier_of_the_library_copies_on_the_cpu() -> None:
+    copier = DeviceCopier([torch.device("cpu")])
+    slab = copier.slab(8)
+    copier.copy(bytes_of(slab), torch.arange(8, dtype=torch.uint8))
+    assert bytes_of(slab).tolist() == list(range(8))
+
+
+@cuda
+@needs_cuda
+def test_state_goes_from_device_to_device() -> None:
+    state = {key: tensor.cuda() for key, tensor in STATE.items()}
+    file = io.BytesIO()
+    aiotorchio.save(state, file, chunk_size=CHUNK)
+    file.seek(0)
+    loaded = aiotorchio.load(file)
+    assert all(loaded[key].device == state[key].device for key in state)
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    file.seek(0)
+    assert_state(aiotorchio.load(file, map_location="cpu"))
+
+
+@cuda
+@needs_cuda
+def test_what_the_current_stream_computes_is_sent() -> None:
+    stream = torch.cuda.Stream()
+    file = io.BytesIO()
+    with torch.cuda.stream(stream):
+        tensor = torch.zeros(2**24, device="cuda")
+        for _ in range(50):
+            tensor += 1
+        aiotorchio.save(tensor, file)
+    file.seek(0)
+    assert torch.equal(aiotorchio.load(file, map_location="cpu"), torch.full((2**24,), 50.0))
+
+
+@cuda
+@needs_cuda
+def test_slabs_of_cuda_are_pinned() -> None:
+    copier = DeviceCopier([torch.device("cuda", torch.cuda.current_device())])
+    assert bytes_of(copier.slab(64)).is_pinned()
