@@ -15,6 +15,7 @@ import pickletools
 import re
 import struct
 import sys
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -579,6 +580,11 @@ class _Unpickler(pickle.Unpickler):
         self.found: list[int | StorageId] = []
 
     def find_class(self, module: str, name: str) -> Any:
+        # Names of Python 2, as pickle does.
+        if (module, name) in NAME_MAPPING:
+            module, name = NAME_MAPPING[(module, name)]
+        else:
+            module = IMPORT_MAPPING.get(module, module)
         if f"{module}.{name}" not in _GLOBALS:
             raise UnsafeObjectError(f"global {module}.{name}")
         return _StandIn
@@ -588,7 +594,9 @@ class _Unpickler(pickle.Unpickler):
             _require(0 <= pid < len(self.header.tensors), "persistent id: row of a tensor")
             self.found.append(pid)
             return _StandIn()
-        _require(type(pid) is tuple and len(pid) == 3 and pid[0] == "storage", "persistent id")
+        if type(pid) is not tuple or (pid and pid[0] != "storage"):
+            raise UnsafeObjectError("persistent id")
+        _require(len(pid) == 3, "persistent id")
         _, row, name = pid
         rows = len(self.header.storages)
         _require(type(row) is int and 0 <= row < rows, "persistent id: row of a storage")
@@ -600,7 +608,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def parse_pickle(body: bytes, header: Header) -> list[int | StorageId]:
-    """The persistent ids, in order. As a receiver without trust in the sender."""
+    """The persistent ids, in order; protocol, opcodes and globals as without trust in the sender.
+
+    What the stand-ins are called with, and what is appended to what, is not looked at.
+    """
     operations = io.BytesIO(body)
     try:
         name = ""
