@@ -135,7 +135,8 @@ async def load_from_stream(
     Args:
         stream: An ``asyncio.StreamReader``, an anyio byte stream, a non-blocking
             ``socket.socket``, or an async iterable of bytes-like pieces (one that is its own
-            iterator, such as an async generator, keeps what follows for the next load).
+            iterator, such as an async generator, keeps what follows for the next load;
+            ``StreamReader`` keeps it for all others).
         map_location: As in ``torch.load``: a device or its string for all tensors, a dict from
             locations at the sender to locations here, or a callable that gets every storage, on
             the CPU, with its location at the sender, and returns a storage or None. By default
@@ -184,7 +185,8 @@ async def load_from_stream(
         encoding=encoding,
     )
     with exclusive(stream, "load", open_source) as source:
-        return await drive(receive_message(options), source)
+        async with contextlib.aclosing(source):
+            return await drive(receive_message(options), source)
 
 
 class StreamWriter:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import pytest
 import trustme
 import uvloop
@@ -35,7 +36,7 @@ T = TypeVar("T")
 Script = Callable[["End"], Coroutine[Any, Any, T]]
 
 # Nothing takes that long, unless it hangs.
-PATIENCE = 60
+PATIENCE = 30
 
 
 class End(ABC):
@@ -264,7 +265,12 @@ async def file_end(sock: socket.socket, serves: bool) -> AsyncIterator[End]:
 async def _anyio_stream(sock: socket.socket) -> anyio.abc.SocketStream:
     if sock.family == socket.AF_UNIX:
         return await anyio.abc.UNIXSocketStream.from_socket(sock)
-    return await anyio.abc.SocketStream.from_socket(sock)
+    stream = await anyio.abc.SocketStream.from_socket(sock)
+    # As streams from connect_tcp do on asyncio, wait for a receive before reading.
+    transport = getattr(stream, "_transport", None)
+    if transport is not None:
+        transport.pause_reading()
+    return stream
 
 
 # ------------------------------------------------------------------------------ worlds
@@ -418,6 +424,13 @@ async def all_blocked() -> None:
     """Wait until every other task of this loop waits for something."""
     for _ in range(10):
         await anyio.wait_all_tasks_blocked()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let other tasks run until something is so."""
+    with anyio.fail_after(PATIENCE):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
 
 
 class CancelledAt(Exception):

@@ -19,7 +19,10 @@ __all__ = [
     "WeightsOnlyUnpickler",
     "empty_affine_quantized",
     "empty_per_channel_quantized",
+    "get_layout",
     "has_names",
+    "make_compressed",
+    "make_coo",
     "make_parameter",
     "make_wrapper_subclass",
     "nested_view",
@@ -35,6 +38,7 @@ BLOCKED_MODULES = frozenset(unpickler_module._blocklisted_modules)
 _TORCH_HAS_NAMES = hasattr(torch.Tensor, "has_names")
 make_wrapper_subclass: Callable[..., torch.Tensor] = torch.Tensor._make_wrapper_subclass
 nested_view: Callable[..., torch.Tensor] = torch._nested_view_from_buffer
+get_layout: Callable[[str], torch.layout] = torch.serialization._get_layout
 empty_affine_quantized: Callable[..., torch.Tensor] = torch._empty_affine_quantized
 empty_per_channel_quantized: Callable[..., torch.Tensor] = torch._empty_per_channel_affine_quantized
 
@@ -68,6 +72,32 @@ def make_parameter(tensor: torch.Tensor, requires_grad: bool) -> torch.nn.Parame
         torch.nn.Parameter, tensor, requires_grad
     )
     return parameter
+
+
+# The public constructors of sparse tensors check their parts under a flag of the whole process,
+# which they set and put back: of two threads, one checks nothing, and the flag can stay set.
+
+
+def make_coo(
+    indices: torch.Tensor, values: torch.Tensor, size: Any, is_coalesced: bool | None
+) -> torch.Tensor:
+    """A sparse COO tensor of parts that fit together; a RuntimeError if they don't."""
+    torch._validate_sparse_coo_tensor_args(indices, values, size, is_coalesced)
+    tensor: torch.Tensor = torch.ops.aten._sparse_coo_tensor_unsafe(
+        indices, values, size, is_coalesced=is_coalesced
+    )
+    return tensor
+
+
+def make_compressed(
+    compressed: torch.Tensor, plain: torch.Tensor, values: torch.Tensor, size: Any, layout: Any
+) -> torch.Tensor:
+    """Likewise of the layouts CSR, CSC, BSR and BSC."""
+    torch._validate_sparse_compressed_tensor_args(compressed, plain, values, size, layout)
+    tensor: torch.Tensor = torch.ops.aten._sparse_compressed_tensor_unsafe(
+        compressed, plain, values, size, dtype=values.dtype, layout=layout, device=values.device
+    )
+    return tensor
 
 
 def has_names(tensor: torch.Tensor) -> bool:

@@ -57,7 +57,8 @@ def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int)
             return None
 
     file = io.BytesIO()
-    Pickler(file, protocol=pickle_protocol).dump(obj)
+    # In protocol 0 persistent ids are lines of text: 1 has the same opcodes, and objects as ids.
+    Pickler(file, protocol=pickle_protocol or 1).dump(obj)
     return file.getvalue()
 
 

@@ -23,44 +23,17 @@ from __future__ import annotations
 import pickletools
 import struct
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError, UnsafeObjectError
+from aiotorchio.errors import AiotorchioError, ProtocolError, UnsafeObjectError
 from aiotorchio.graph._torch import BLOCKED_MODULES, python_name
+from aiotorchio.graph.budget import Budget, Measure
 
 __all__ = ["prescan"]
 
-# Memory that any pickle may take, and what each of its bytes may take beyond. Honest state
-# takes about ten times its pickle: a dict of three tensors is 232 bytes, pickled about 25.
-_MEMORY_FLOOR = 64 * 2**20
-_MEMORY_PER_BYTE = 16
-# Steps of hashing: 10**7 take about half a second.
-_HASH_STEPS_MAX = 10**7
-# hash(n) of an int is n modulo 2**61 - 1: the sender chooses it, and so that of a tuple of ints.
-_EQUAL_HASHES_MAX = 64
-# Keys whose hash the scan does not know: complex numbers, frozensets, instances. If all of them
-# collide, that takes a second.
-_UNKNOWN_HASHES_MAX = 4096
 # A set can take eight times the memory of the list it is made from.
 _SETS = {"builtins.set": 8, "builtins.frozenset": 8}
 _DICTS = ("collections.OrderedDict", "collections.Counter")
-
-
-@dataclass(slots=True)
-class _Measure:
-    """What the scan knows of one object; the memo and the stack share it, as they do objects."""
-
-    memory: int  # without that of the items
-    depth: int = 0
-    hash_steps: int = 1
-    hash: int | None = None
-    forgeable: bool = False  # whether the sender can choose the hash
-    kind: str | None = None  # "list" or "dict"
-    items: Sequence[_Measure] | None = None  # of a tuple
-    hashes: dict[int, int] | None = None  # of a dict: how many keys have each forgeable hash
-    name: str | None = None  # path, if the object is a global
-    made_by: str | None = None  # path of the global whose call made it
 
 
 class _Opcode(NamedTuple):
@@ -113,13 +86,10 @@ class _Scan:
         self.at = 0
         self.allowed = allowed
         self.stateful = stateful
-        self.depth_limit = depth_limit
-        self.stack: list[_Measure] = []
-        self.marks: list[list[_Measure]] = []
-        self.memo: dict[int, _Measure] = {}
-        self.memory_left = _MEMORY_FLOOR + _MEMORY_PER_BYTE * len(data)
-        self.hash_steps_left = _HASH_STEPS_MAX + len(data)
-        self.unknown_hashes_left = _UNKNOWN_HASHES_MAX
+        self.stack: list[Measure] = []
+        self.marks: list[list[Measure]] = []
+        self.memo: dict[int, Measure] = {}
+        self.budget = Budget(len(data), depth_limit)
         self.stopped = False
 
     def run(self) -> None:
@@ -157,46 +127,25 @@ class _Scan:
 
     # The stack
 
-    def push(self, measure: _Measure) -> None:
-        self.charge(measure.memory + 8)
+    def push(self, measure: Measure) -> None:
+        self.budget.charge(measure.memory + 8)
         self.stack.append(measure)
 
-    def pop(self) -> _Measure:
+    def pop(self) -> Measure:
         if not self.stack:
             raise ProtocolError("an opcode without its operand")
         return self.stack.pop()
 
-    def pop_mark(self) -> list[_Measure]:
+    def pop_mark(self) -> list[Measure]:
         if not self.marks:
             raise ProtocolError("an opcode without its mark")
         items, self.stack = self.stack, self.marks.pop()
         return items
 
-    def top(self) -> _Measure:
+    def top(self) -> Measure:
         if not self.stack:
             raise ProtocolError("an opcode without its operand")
         return self.stack[-1]
-
-    # What is bounded
-
-    def charge(self, memory: int) -> None:
-        self.memory_left -= memory
-        if self.memory_left < 0:
-            raise LimitExceeded(
-                f"the objects take more than {_MEMORY_FLOOR} bytes of memory and "
-                f"{_MEMORY_PER_BYTE} for each byte of the skeleton"
-            )
-
-    def hash(self, key: _Measure) -> None:
-        self.hash_steps_left -= key.hash_steps
-        if self.hash_steps_left < 0:
-            raise LimitExceeded(f"hashing the keys takes more than {_HASH_STEPS_MAX} steps")
-
-    def nest(self, items: Sequence[_Measure]) -> int:
-        depth = 1 + max(item.depth for item in items)
-        if depth > self.depth_limit:
-            raise LimitExceeded(f"nested deeper than {self.depth_limit} levels")
-        return depth
 
     # The opcodes
 
@@ -213,44 +162,44 @@ class _Scan:
         self.stopped = True
 
     def constant(self, argument: bytes) -> None:
-        self.push(_Measure(16, hash=0))
+        self.push(Measure(16, hash=0))
 
     def integer(self, argument: bytes) -> None:
         signed = len(argument) == 4
-        self.push(_Measure(32, hash=hash(int.from_bytes(argument, "little", signed=signed))))
+        self.push(Measure(32, hash=hash(int.from_bytes(argument, "little", signed=signed))))
 
     def float_(self, argument: bytes) -> None:
-        self.push(_Measure(32, hash=hash(struct.unpack(">d", argument)[0])))
+        self.push(Measure(32, hash=hash(struct.unpack(">d", argument)[0])))
 
     def text(self, argument: bytes) -> None:
         # Not its hash in Python, yet as much of a secret to the sender, and the same for the same.
-        self.push(_Measure(64 + 4 * len(argument), hash=hash(argument)))
+        self.push(Measure(64 + 4 * len(argument), hash=hash(argument)))
 
     def long(self, argument: bytes) -> None:
         value = int.from_bytes(argument, "little", signed=True)
         forgeable = len(argument) > 8
-        self.push(_Measure(32 + len(argument), hash=hash(value), forgeable=forgeable))
+        self.push(Measure(32 + len(argument), hash=hash(value), forgeable=forgeable))
 
     def list_(self, _: bytes) -> None:
-        self.push(_Measure(64, depth=1, kind="list"))
+        self.push(Measure(64, depth=1, kind="list"))
 
     def dict_(self, _: bytes) -> None:
-        self.push(_Measure(64, depth=1, kind="dict"))
+        self.push(Measure(64, depth=1, kind="dict"))
 
     def empty_set(self, _: bytes) -> None:
-        self.push(_Measure(216, depth=1))
+        self.push(Measure(216, depth=1))
 
     def mark(self, _: bytes) -> None:
-        self.charge(64)
+        self.budget.charge(64)
         self.marks.append(self.stack)
         self.stack = []
 
-    def tuple_(self, items: Sequence[_Measure]) -> None:
+    def tuple_(self, items: Sequence[Measure]) -> None:
         hashes = tuple(item.hash for item in items)
         self.push(
-            _Measure(
+            Measure(
                 40 + 8 * len(items),
-                depth=self.nest(items) if items else 0,
+                depth=self.budget.nest(items) if items else 0,
                 hash_steps=1 + sum(item.hash_steps for item in items),
                 hash=None if None in hashes else hash(hashes),
                 forgeable=True,
@@ -269,7 +218,7 @@ class _Scan:
                 f"global {path!r} is not allowed; if you trust it, "
                 f"pass it in safe_globals, or weights_only=False if you trust the sender"
             )
-        self.push(_Measure(0, hash=hash(path), name=path))
+        self.push(Measure(0, hash=hash(path), name=path))
 
     def instantiate(self, argument: bytes) -> None:
         if len(self.stack) < 2:
@@ -289,14 +238,14 @@ class _Scan:
             raise ProtocolError("a call whose arguments are no tuple")
         if not function.name.startswith("torch._"):  # which hash nothing
             for item in items:
-                self.hash(item)
+                self.budget.hash(item)
         # What is made can be a copy of an argument that is used many times.
         memory = 256 + sum(item.memory for item in items) * _SETS.get(function.name, 1)
         same = function.name == "torch.Size" and len(items) == 1
         self.push(
-            _Measure(
+            Measure(
                 memory,
-                depth=self.nest([arguments]),
+                depth=self.budget.nest([arguments]),
                 hash_steps=1 + sum(item.hash_steps for item in items),
                 hash=items[0].hash if same else None,
                 forgeable=same,
@@ -317,7 +266,7 @@ class _Scan:
     def appends(self, _: bytes) -> None:
         self.extend(self.pop_mark())
 
-    def extend(self, items: Sequence[_Measure]) -> None:
+    def extend(self, items: Sequence[Measure]) -> None:
         if self.top().kind != "list":
             raise UnsafeObjectError("items for something that is not a list")
         self.adopt(items)
@@ -332,53 +281,40 @@ class _Scan:
             raise ProtocolError("a key without a value")
         self.put(items)
 
-    def put(self, items: list[_Measure]) -> None:
+    def put(self, items: list[Measure]) -> None:
         container = self.top()
         if container.kind != "dict" and container.made_by not in _DICTS:
             raise UnsafeObjectError("keys and values for something that is not a dict")
         for key in items[::2]:
-            self.hash(key)
+            self.budget.hash(key)
             if key.forgeable or key.hash is None:
-                self.collide(key, container)
-        self.charge(96 * (len(items) // 2))
+                self.budget.collide(key, container)
+        self.budget.charge(96 * (len(items) // 2))
         self.adopt(items)
 
-    def collide(self, key: _Measure, container: _Measure) -> None:
-        """Count a key among those with its hash."""
-        if key.hash is None:
-            self.unknown_hashes_left -= 1
-        else:
-            hashes = container.hashes = {} if container.hashes is None else container.hashes
-            self.charge(96)
-            hashes[key.hash] = hashes.get(key.hash, 0) + 1
-            if hashes[key.hash] > _EQUAL_HASHES_MAX:
-                raise LimitExceeded(f"more than {_EQUAL_HASHES_MAX} keys with the same hash")
-        if self.unknown_hashes_left < 0:
-            raise LimitExceeded(f"more than {_UNKNOWN_HASHES_MAX} keys that are not plain values")
-
-    def adopt(self, items: Sequence[_Measure]) -> None:
+    def adopt(self, items: Sequence[Measure]) -> None:
         """Items go into the container on top of the stack."""
-        self.charge(16 * len(items))
+        self.budget.charge(16 * len(items))
         container = self.top()
         container.memory += 16 * len(items)
         if items:
-            container.depth = max(container.depth, self.nest(items))
+            container.depth = max(container.depth, self.budget.nest(items))
             container.hash_steps += sum(item.hash_steps for item in items)
 
     def persistent_id(self, _: bytes) -> None:
         self.pop()
         # Tensors are hashed by their addresses, which differ as much as places in the pickle do.
-        self.push(_Measure(0, hash=self.at))
+        self.push(Measure(0, hash=self.at))
 
     def put_memo(self, argument: bytes) -> None:
-        self.charge(104)
+        self.budget.charge(104)
         self.memo[int.from_bytes(argument, "little")] = self.top()
 
     def get_memo(self, argument: bytes) -> None:
         index = int.from_bytes(argument, "little")
         if index not in self.memo:
             raise ProtocolError(f"memo {index} was never set")
-        self.charge(8)
+        self.budget.charge(8)
         self.stack.append(self.memo[index])
 
 

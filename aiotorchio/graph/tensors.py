@@ -152,27 +152,18 @@ class TensorMaker:
         """A sparse tensor of any layout."""
         _expect(data, tuple)
         if layout is torch.sparse_coo and len(data) in (3, 4):
-            self._check_shape(data[2])
-            self._charge(data[0])
-            return torch.sparse_coo_tensor(
-                data[0],
-                _expect(data[1], torch.Tensor),
-                data[2],
-                is_coalesced=_bool(data[3]) if len(data) == 4 else None,
-                check_invariants=True,
-            )
-        if layout in _COMPRESSED and len(data) == 4:
-            self._check_shape(data[3])
-            self._charge(data[0])
-            self._charge(data[1])
-            return torch.sparse_compressed_tensor(
-                data[0],
-                data[1],
-                _expect(data[2], torch.Tensor),
-                data[3],
-                layout=layout,
-                check_invariants=True,
-            )
+            indices, values, size = data[:3]
+            self._check_shape(size)
+            self._charge(indices)
+            coalesced = _bool(data[3]) if len(data) == 4 else None
+            return _torch.make_coo(indices, _expect(values, torch.Tensor), size, coalesced)
+        if any(layout is known for known in _COMPRESSED) and len(data) == 4:
+            compressed, plain, values, size = data
+            self._check_shape(size)
+            self._charge(compressed)
+            self._charge(plain)
+            _expect(values, torch.Tensor)
+            return _torch.make_compressed(compressed, plain, values, size, layout)
         raise InvalidObjectError(f"a sparse tensor of other parts than its layout has: {len(data)}")
 
     def nested(self, buffer: Any, sizes: Any, strides: Any, offsets: Any) -> torch.Tensor:
@@ -319,8 +310,6 @@ def _untyped(storage: Any) -> torch.UntypedStorage:
 
 
 def _storage_dtype(storage: Any) -> torch.dtype:
-    if isinstance(storage, torch.UntypedStorage):
-        return torch.uint8
     typed: torch.TypedStorage = _expect(storage, torch.TypedStorage)
     return typed.dtype
 

@@ -16,6 +16,7 @@ import torch
 
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, ProtocolError
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
+from aiotorchio.graph.growth import check_growth
 from aiotorchio.graph.plain import check_hashes
 from aiotorchio.graph.table import Table
 
@@ -175,6 +176,7 @@ def decode(skeleton: bytes, tensors: Sequence[Any], *, depth_limit: int, offset:
         InvalidObjectError: A set of unhashable items, a device that torch does not know.
     """
     try:
+        check_growth(skeleton)
         node = msgspec.msgpack.decode(skeleton)
         return _Decoder(tensors, depth_limit).value(node, 0)
     except RecursionError:
@@ -276,9 +278,13 @@ class _Decoder:
     def device(self, node: list[Any], depth: int) -> torch.device:
         (name,) = _payload(node, str)
         try:
-            return torch.device(name)
+            device = torch.device(name)
         except RuntimeError as error:
             raise InvalidObjectError(f"device {name!r}: {error}") from error
+        # torch keeps eight bits of the index: 300 would become 44.
+        if str(device) != name:
+            raise InvalidObjectError(f"device {name!r} is {device} to torch")
+        return device
 
 
 def _payload(node: list[Any], *kinds: type) -> list[Any]:

@@ -46,6 +46,9 @@ class Source(ABC):
     async def fill(self, buffers: Sequence[memoryview]) -> int:
         """Write the next bytes into buffers; returns how many, fewer only if the stream ended."""
 
+    async def aclose(self) -> None:  # noqa: B027 - as below
+        """Close what the driver has opened itself; the stream is not among it."""
+
     def release(self) -> None:  # noqa: B027 - most drivers have nothing to give back
         """Give the stream back to its owner, who may use it again."""
 

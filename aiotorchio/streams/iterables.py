@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import anyio.lowlevel
 
@@ -28,7 +28,8 @@ class IterableSource(Source):
 
     def __init__(self, iterable: AsyncIterable[Buffer]) -> None:
         self._iterator = aiter(iterable)
-        self._resumes = self._iterator is iterable and _can_wait(iterable)
+        self._owned = self._iterator is not iterable
+        self._resumes = not self._owned and _can_wait(iterable)
         self._piece = _NOTHING
         if self._resumes:
             self._piece = memoryview(_left_over.pop(iterable, b""))
@@ -67,6 +68,10 @@ class IterableSource(Source):
         part, self._piece = self._piece[:size], self._piece[size:]
         return part
 
+    async def aclose(self) -> None:
+        if self._owned and hasattr(self._iterator, "aclose"):
+            await self._iterator.aclose()
+
     def release(self) -> None:
         if self._resumes and self._piece:
             _left_over[self._iterator] = bytes(self._piece)
@@ -95,6 +100,8 @@ class _Resumable:
 def _can_wait(iterator: Any) -> bool:
     """Whether it can be hashed and weakly referenced."""
     try:
-        return iterator in _left_over or True
+        ref(iterator)
+        hash(iterator)
     except TypeError:
         return False
+    return True

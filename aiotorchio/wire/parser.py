@@ -171,9 +171,7 @@ class Parser:
         data = yield from self._body(head)
         self._identity = message_id(preface, data)
         open_header = functools.partial(_open_header, data, self._limits, start)
-        header, layout = (
-            open_header() if len(data) <= _SMALL_HEADER else (yield Work(open_header))
-        )
+        header, layout = open_header() if len(data) <= _SMALL_HEADER else (yield Work(open_header))
         end_digest = EndDigest(self._identity)
         yield HeaderReceived(header, layout, self._identity)
 

@@ -96,9 +96,7 @@ def rebuild(function: str, *args: Any) -> Code:
 
 def strided(row: int, dtype: str, offset: Any, size: Any, stride: Any, *more: Any) -> Code:
     source = storage(row, dtype)
-    return rebuild(
-        "_rebuild_tensor_v2", source, offset, size, stride, False, ordered_dict(), *more
-    )
+    return rebuild("_rebuild_tensor_v2", source, offset, size, stride, False, ordered_dict(), *more)
 
 
 def subclassed(function: Code, kind: Code, args: Any, state: Any) -> Code:

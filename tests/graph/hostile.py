@@ -10,7 +10,8 @@ from __future__ import annotations
 import pickletools
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
@@ -40,8 +41,16 @@ from tests.graph.forge import (
 Case = tuple[bytes, str]  # a message, and the name of the class it is refused with
 
 # Rows that the pickles refer to.
-FLOATS, INDICES, BEYOND, WIDE, PAIR, SHORT, QUANTA, EXPANDED, ODD, META, EXPANDED_INDICES = range(11)
+FLOATS, INDICES, BEYOND, WIDE, PAIR, SHORT = range(6)
+QUANTA, EXPANDED, ODD, META, EXPANDED_INDICES, EQUAL_INDICES = range(6, 12)
 MODULUS = 2**61 - 1  # of hash(int)
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A class that a caller trusts."""
+
+    number: int
 
 
 def tensors() -> list[torch.Tensor]:
@@ -57,6 +66,7 @@ def tensors() -> list[torch.Tensor]:
         torch.zeros(7, dtype=torch.uint8),
         torch.empty(4, device="meta"),
         torch.zeros(1, 1, dtype=torch.int64).expand(1, 4),
+        torch.zeros(1, 4, dtype=torch.int64),
     ]
 
 
@@ -221,6 +231,11 @@ def colliding_tuples(count: int) -> list[tuple[int, int]]:
     return pairs
 
 
+def keys(values: Iterable[Any]) -> Code:
+    """A dict with these keys, which no dict of this process has to hold."""
+    return Code(b"}(" + b"".join(assemble(value) + b"N" for value in values) + b"u")
+
+
 def limits() -> dict[str, bytes]:
     key = Code(doubled(60))
     text = "x" * 2**20
@@ -233,12 +248,21 @@ def limits() -> dict[str, bytes]:
             b"](" + encode_args + put(1) + (encode + get(1) + b"R") * 2000 + b"e"
         ),
         "bytearrays": Code(
-            b"](" + encode + encode_args + b"R\x85" + put(1)
-            + (name("builtins", "bytearray") + get(1) + b"R") * 2000 + b"e"
+            b"]("
+            + encode
+            + encode_args
+            + b"R\x85"
+            + put(1)
+            + (name("builtins", "bytearray") + get(1) + b"R") * 2000
+            + b"e"
         ),
         "sets_of_one_list": Code(
-            b"](" + assemble(list(range(5000))) + b"\x85" + put(1)
-            + (name("builtins", "set") + get(1) + b"R") * 2000 + b"e"
+            b"]("
+            + assemble(list(range(5000)))
+            + b"\x85"
+            + put(1)
+            + (name("builtins", "set") + get(1) + b"R") * 2000
+            + b"e"
         ),
         "deep_list": Code(b"]" * 10**6 + b"a" * (10**6 - 1)),
         "deep_tuple": Code(b")" + b"\x85" * 10**6),
@@ -255,22 +279,12 @@ def limits() -> dict[str, bytes]:
         "doubled_ordered": Code(assemble(ordered_dict()) + key + b"Ns"),
         "doubled_late_set": filled_late(name("builtins", "set"), key),
         "doubled_late_frozenset": filled_late(name("builtins", "frozenset"), key),
-        "doubled_slowly": Code(
-            b"](" + doubled(22) + put(1) + (b"}" + get(1) + b"Ns") * 3 + b"e"
-        ),
-        "colliding_integers": dict.fromkeys(colliding_integers(50_000)),
-        "colliding_tuples": dict.fromkeys(colliding_tuples(20_000)),
-        "colliding_sizes": Code(
-            b"}("
-            + b"".join(call("torch", "Size", pair) + b"N" for pair in colliding_tuples(200))
-            + b"u"
-        ),
-        "complex_keys": Code(
-            b"}("
-            + b"".join(
-                call("builtins", "complex", -1000003.0 * n, float(n)) + b"N" for n in range(5000)
-            )
-            + b"u"
+        "doubled_slowly": Code(b"](" + doubled(22) + put(1) + (b"}" + get(1) + b"Ns") * 3 + b"e"),
+        "colliding_integers": keys(colliding_integers(50_000)),
+        "colliding_tuples": keys(colliding_tuples(20_000)),
+        "colliding_sizes": keys(call("torch", "Size", pair) for pair in colliding_tuples(200)),
+        "complex_keys": keys(
+            call("builtins", "complex", -1000003.0 * n, float(n)) for n in range(5000)
         ),
         "colliding_set": call("builtins", "set", colliding_integers(1000)),
         "colliding_frozenset": call("builtins", "frozenset", colliding_tuples(1000)),
@@ -306,7 +320,10 @@ def nested(buffer: int, sizes: int, strides: int, offsets: int) -> Code:
 
 
 def invalid() -> dict[str, bytes]:
-    per_tensor, per_channel = name("torch", "per_tensor_affine"), name("torch", "per_channel_affine")
+    per_tensor, per_channel = (
+        name("torch", "per_tensor_affine"),
+        name("torch", "per_channel_affine"),
+    )
     attributed = ordered_dict()
     float32 = name("torch", "float32")
     cases: dict[str, Any] = {
@@ -365,7 +382,9 @@ def invalid() -> dict[str, bytes]:
         "coo_negative": sparse("sparse_coo", tensor(INDICES), tensor(FLOATS), (-4,)),
         "coo_overflow": sparse("sparse_coo", tensor(INDICES), tensor(FLOATS), (2**62, 2**62)),
         "coo_values": sparse("sparse_coo", tensor(INDICES), tensor(SHORT), (4,)),
-        "coo_uncoalesced": sparse("sparse_coo", tensor(EXPANDED_INDICES), tensor(FLOATS), (4,), True),
+        "coo_expanded": sparse("sparse_coo", tensor(EXPANDED_INDICES), tensor(FLOATS), (4,)),
+        "coo_uncoalesced": sparse("sparse_coo", tensor(EQUAL_INDICES), tensor(FLOATS), (4,), True),
+        "coo_coalesced": sparse("sparse_coo", tensor(INDICES), tensor(FLOATS), (4,), 1),
         "coo_meta": sparse("sparse_coo", tensor(META), tensor(FLOATS), (4,)),
         "coo_floats": sparse("sparse_coo", tensor(FLOATS), tensor(FLOATS), (4,)),
         "coo_parts": sparse("sparse_coo", tensor(INDICES), tensor(FLOATS)),
@@ -402,7 +421,7 @@ def invalid() -> dict[str, bytes]:
         "unhashable_key": {Code(b"]"): 1},
         "encode_wide": call("_codecs", "encode", "\u20ac", "latin1"),
         "complex": call("builtins", "complex", "x"),
-        "size_of_str": call("torch", "Size", ("a",)),
+        "size_of_letters": call("torch", "Size", ("a",)),
         "device": call("torch", "device", "nowhere"),
         "parameter_of_none": rebuild("_rebuild_parameter", None, True, ordered_dict()),
         "storage_of_odd_size": storage(ODD, "float32"),
@@ -499,6 +518,7 @@ def trees() -> dict[str, Case]:
         "dtype_attribute": (pack([9, "Tensor"]), "ProtocolError"),
         "device": (pack([10, "nowhere"]), "InvalidObjectError"),
         "device_index": (pack([10, "cuda:99999999999999999999"]), "InvalidObjectError"),
+        "device_wrapped": (pack([10, "cuda:300"]), "InvalidObjectError"),
         "device_empty": (pack([10, ""]), "InvalidObjectError"),
         "device_null": (pack([10, "cpu\x00"]), "InvalidObjectError"),
         "utf8": (b"\xa2\xff\xff", "ProtocolError"),

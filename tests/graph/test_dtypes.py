@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import aiotorchio
 from aiotorchio.graph.dtypes import DTYPE_NAMES, TORCH_DTYPES, torch_dtype

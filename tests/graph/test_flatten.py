@@ -92,10 +92,8 @@ def test_in_inference_mode(name: str) -> None:
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickle_protocols(protocol: int) -> None:
-    obj = corpus.make("shared_list") + [frozenset({1}), torch.eye(2).to_sparse()]
-    parts = flatten(
-        obj, chunk_size=4096, metadata={}, producer="tests", pickle_protocol=protocol
-    )
+    obj = [*corpus.make("shared_list"), frozenset({1}), torch.eye(2).to_sparse()]
+    parts = flatten(obj, chunk_size=4096, metadata={}, producer="tests", pickle_protocol=protocol)
     data = forge.compose(parts)
     corpus.assert_same(forge.load(data, weights_only=False), obj)
     if protocol == 2:
@@ -107,7 +105,7 @@ def test_pickle_protocols(protocol: int) -> None:
 
 def test_weights_only_false_loads_any_class() -> None:
     obj = [corpus.make("trusted_class"), OrderedDict(a=range(3)), torch.eye(3).to_sparse_csr()]
-    with pytest.raises(aiotorchio.UnsafeObjectError, match="tests.corpus.Point"):
+    with pytest.raises(aiotorchio.UnsafeObjectError, match=r"tests\.corpus\.Point"):
         forge.round_trip(obj)
     corpus.assert_same(forge.round_trip(obj, weights_only=False), obj)
 
@@ -175,7 +173,7 @@ def test_backward_hooks_are_dropped_with_a_warning(pickled: bool) -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.register_hook(lambda grad: grad)
     obj = [parameter, x := [1], x] if pickled else [parameter]
-    with pytest.warns(UserWarning, match="backward hooks"):
+    with pytest.warns(UserWarning, match="backward hook .* not be serialized"):
         loaded = forge.round_trip(obj)
     assert loaded[0]._backward_hooks is None
 

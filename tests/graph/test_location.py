@@ -68,7 +68,21 @@ def test_a_callable_that_does_not_care() -> None:
     corpus.assert_same(forge.round_trip(STATE, map_location=lambda storage, location: None), STATE)
     storage = torch.UntypedStorage(4)
     assert relocate(storage, "cpu", lambda storage, location: None) is storage
-    assert relocate(storage, "meta", lambda storage, location: None).device.type == "meta"
+
+
+def test_a_callable_is_not_asked_for_storages_without_bytes() -> None:
+    meta = torch.UntypedStorage(4, device="meta")
+    assert relocate(meta, "meta", lambda storage, location: torch.UntypedStorage(4)) is meta
+
+
+def test_a_callable_that_sends_a_storage_back_to_where_it_was() -> None:
+    with pytest.raises(aiotorchio.InvalidObjectError, match="nowhere"):
+        relocate(torch.UntypedStorage(4), "nowhere", lambda storage, location: None)
+
+
+def test_a_callable_that_returns_a_storage_of_another_size() -> None:
+    with pytest.raises(ValueError, match="8 bytes for a storage of 12"):
+        forge.round_trip(STATE, map_location=lambda storage, location: torch.UntypedStorage(8))
 
 
 def test_the_error_of_a_callable_is_its_own() -> None:
@@ -81,7 +95,19 @@ def test_the_error_of_a_callable_is_its_own() -> None:
 
 @pytest.mark.parametrize(
     "location",
-    ["cuda:99", "nowhere", "", "cpu:1:2", "cuda:-1", "cuda:x", "xpu", "hpu", "mps", "xla:0", "\x00"],
+    [
+        "cuda:99",
+        "nowhere",
+        "",
+        "cpu:1:2",
+        "cuda:-1",
+        "cuda:x",
+        "xpu",
+        "hpu",
+        "mps",
+        "xla:0",
+        "\x00",
+    ],
 )
 def test_a_device_that_is_not_here(location: str) -> None:
     tensors = [torch.ones(1)]

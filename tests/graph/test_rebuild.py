@@ -99,9 +99,7 @@ def test_many_loads_at_once() -> None:
     )
     distrusting: Message = (trusting[0], {}, lambda loaded: loaded)
     bad: Message = (
-        forge.message(
-            forge.pickled(bad_coo), "pickle", [torch.tensor([[0, 9]]), torch.ones(2)]
-        ),
+        forge.message(forge.pickled(bad_coo), "pickle", [torch.tensor([[0, 9]]), torch.ones(2)]),
         {},
         lambda loaded: loaded,
     )

@@ -1,0 +1,92 @@
+"""What a pickle may take of memory, depth and time, and what is left of it.
+
+The memo and the stack of the scan hold one ``Measure`` for each object; ``Budget`` has the bounds
+for all of them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aiotorchio.errors import LimitExceeded
+
+__all__ = ["Budget", "Measure"]
+
+# Memory that any pickle may take, and what each of its bytes may take beyond. Honest state
+# takes about ten times its pickle: a dict of three tensors is 232 bytes, pickled about 25.
+_MEMORY_FLOOR = 64 * 2**20
+_MEMORY_PER_BYTE = 16
+# Steps of hashing: 10**7 take about half a second.
+_HASH_STEPS_MAX = 10**7
+# hash(n) of an int is n modulo 2**61 - 1: the sender chooses it, and so that of a tuple of ints.
+_EQUAL_HASHES_MAX = 64
+# Keys whose hash the scan does not know: complex numbers, frozensets, instances. If all of them
+# collide, that takes a second.
+_UNKNOWN_HASHES_MAX = 4096
+
+
+@dataclass(slots=True)
+class Measure:
+    """What is known of one object; whatever refers to the object refers to its measure."""
+
+    memory: int  # without that of the items
+    depth: int = 0
+    hash_steps: int = 1
+    hash: int | None = None
+    forgeable: bool = False  # whether the sender can choose the hash
+    kind: str | None = None  # "list" or "dict"
+    items: Sequence[Measure] | None = None  # of a tuple
+    hashes: dict[int, int] | None = None  # of a dict: how many keys have each forgeable hash
+    name: str | None = None  # path, if the object is a global
+    made_by: str | None = None  # path of the global whose call made it
+
+
+class Budget:
+    """What is left of the bounds.
+
+    Args:
+        nbytes: Size of the pickle.
+        depth_limit: Nesting of containers to accept.
+    """
+
+    def __init__(self, nbytes: int, depth_limit: int) -> None:
+        self._memory_left = _MEMORY_FLOOR + _MEMORY_PER_BYTE * nbytes
+        self._hash_steps_left = _HASH_STEPS_MAX + nbytes
+        self._unknown_hashes_left = _UNKNOWN_HASHES_MAX
+        self._depth_limit = depth_limit
+
+    def charge(self, memory: int) -> None:
+        """Take memory."""
+        self._memory_left -= memory
+        if self._memory_left < 0:
+            raise LimitExceeded(
+                f"the objects take more than {_MEMORY_FLOOR} bytes of memory and "
+                f"{_MEMORY_PER_BYTE} for each byte of the skeleton"
+            )
+
+    def hash(self, key: Measure) -> None:
+        """Take the time to hash an object once."""
+        self._hash_steps_left -= key.hash_steps
+        if self._hash_steps_left < 0:
+            raise LimitExceeded(f"hashing the keys takes more than {_HASH_STEPS_MAX} steps")
+
+    def nest(self, items: Sequence[Measure]) -> int:
+        """The depth of what holds these items; there must be one."""
+        depth = 1 + max(item.depth for item in items)
+        if depth > self._depth_limit:
+            raise LimitExceeded(f"nested deeper than {self._depth_limit} levels")
+        return depth
+
+    def collide(self, key: Measure, container: Measure) -> None:
+        """Count a key among those with its hash."""
+        if key.hash is None:
+            self._unknown_hashes_left -= 1
+        else:
+            hashes = container.hashes = {} if container.hashes is None else container.hashes
+            self.charge(96)
+            hashes[key.hash] = hashes.get(key.hash, 0) + 1
+            if hashes[key.hash] > _EQUAL_HASHES_MAX:
+                raise LimitExceeded(f"more than {_EQUAL_HASHES_MAX} keys with the same hash")
+        if self._unknown_hashes_left < 0:
+            raise LimitExceeded(f"more than {_UNKNOWN_HASHES_MAX} keys that are not plain values")

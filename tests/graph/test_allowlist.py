@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import _weights_only_unpickler
+
+import aiotorchio
+from aiotorchio.graph.allowlist import Allowlist
+from aiotorchio.wire.limits import Limits
+from tests import corpus
+from tests.graph import forge
+from tests.graph.forge import call, name, pickled, strided, subclassed
+
+
+class Sealed(torch.Tensor):
+    """Says which attributes its instances have."""
+
+    __slots__ = ("slot",)
+    scale: float
+    slot: int
+
+    def method(self) -> None: ...
+
+
+class Stateful(torch.Tensor):
+    """Restores itself."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.restored = state
+
+
+def test_the_names_are_those_of_torch() -> None:
+    ours = set(Allowlist((), Limits(), None).globals)
+    default = set(_weights_only_unpickler._get_allowed_globals())
+    theirs = default | set(_weights_only_unpickler._get_user_allowed_globals())
+    added = {"builtins.bytes", "builtins.frozenset", *map(str, corpus_dtypes())}
+    assert ours - theirs <= added
+    # Typed storages are persistent ids here, and the classes of typed tensors constructors; the
+    # other functions are those of old versions and of devices without storages.
+    missing = {path for path in default - ours if not path.endswith(("Storage", "Tensor"))}
+    assert missing <= {
+        "torch._utils._rebuild_device_tensor_from_numpy",
+        "torch._utils._rebuild_tensor",
+        "torch.per_channel_symmetric",
+        "torch.per_tensor_symmetric",
+    }
+
+
+def corpus_dtypes() -> list[torch.dtype]:
+    return [getattr(torch, dtype) for dtype in corpus.DTYPES]
+
+
+def test_safe_globals_hold_for_one_call() -> None:
+    data = forge.compose(forge.flattened(corpus.make("trusted_class")))
+    forge.load(data, safe_globals=[corpus.Point])
+    with pytest.raises(aiotorchio.UnsafeObjectError, match="Point"):
+        forge.load(data)
+
+
+def test_what_torch_was_told_counts() -> None:
+    data = forge.compose(forge.flattened(corpus.make("trusted_class")))
+    with torch.serialization.safe_globals([corpus.Point]):
+        forge.load(data)
+
+
+def test_a_path_of_another_name() -> None:
+    data = pickled(call("elsewhere.module", "Name", 1.5, forge.tensor(0)))
+    loaded = forge.load_pickle(
+        data, [torch.ones(1)], safe_globals=[(corpus.Point, "elsewhere.module.Name")]
+    )
+    assert type(loaded) is corpus.Point
+
+
+@pytest.mark.parametrize("entry", [(corpus.Point,), (corpus.Point, 1), 5, "os.system"])
+def test_malformed_safe_globals(entry: Any) -> None:
+    with pytest.raises(TypeError, match="safe_globals"):
+        forge.load_pickle(pickled(1), safe_globals=[entry])
+
+
+def source() -> tuple[Any, ...]:
+    return (forge.storage(0, "float32"), 0, (4,), (1,), False, forge.ordered_dict())
+
+
+REBUILD = name("torch._utils", "_rebuild_tensor_v2")
+
+
+def load(value: Any, *kinds: Any) -> Any:
+    return forge.load_pickle(pickled(value), [torch.arange(4.0)], safe_globals=kinds)
+
+
+@pytest.mark.parametrize("state", [{"scale": 2.0}, {"free": 1}, (None, {"slot": 3}), ({}, None)])
+def test_attributes_that_a_subclass_has(state: Any) -> None:
+    kind = name("tests.graph.test_allowlist", "Sealed")
+    loaded = load(subclassed(REBUILD, kind, source(), state), Sealed)
+    assert type(loaded) is Sealed
+    for part in state if isinstance(state, tuple) else [state]:
+        for key, value in (part or {}).items():
+            assert getattr(loaded, key) == value
+
+
+@pytest.mark.parametrize("key", ["method", "data", "sum", "__class__", "__array_interface__"])
+def test_attributes_that_a_subclass_does_not_have(key: str) -> None:
+    kind = name("tests.graph.test_allowlist", "Sealed")
+    with pytest.raises(aiotorchio.UnsafeObjectError, match=key):
+        load(subclassed(REBUILD, kind, source(), {key: 1}), Sealed)
+
+
+def test_a_subclass_that_restores_itself() -> None:
+    kind = name("tests.graph.test_allowlist", "Stateful")
+    assert load(subclassed(REBUILD, kind, source(), {"data": 1}), Stateful).restored == {"data": 1}
+
+
+def test_a_state_for_a_trusted_tensor_class_is_refused() -> None:
+    made = subclassed(REBUILD, name("tests.corpus", "Tagged"), source(), {})
+    with pytest.raises(aiotorchio.UnsafeObjectError, match="state"):
+        load(forge.build(made, {"a": 1}), corpus.Tagged)
+    allowlist = Allowlist([corpus.Tagged, Stateful, corpus.Point], Limits(), None)
+    assert "tests.corpus.Tagged" not in allowlist.stateful
+    assert {"tests.graph.test_allowlist.Stateful", "tests.corpus.Point"} <= set(allowlist.stateful)
+
+
+def test_a_plain_tensor_from_a_parameter() -> None:
+    parameter = name("torch._utils", "_rebuild_parameter")
+    args = (forge.tensor(0), True, forge.ordered_dict())
+    loaded = load(subclassed(parameter, name("torch", "Tensor"), args, {"note": 1}))
+    assert (type(loaded), loaded.note) == (torch.Tensor, 1)
+
+
+def test_old_forms() -> None:
+    """Those that only older versions of torch wrote."""
+    v3 = forge.rebuild(
+        "_rebuild_tensor_v3",
+        *(forge.storage(0), 1, (2,), (1,), False, forge.ordered_dict(), name("torch", "float32")),
+    )
+    corpus.assert_same(load(v3), torch.arange(4.0)[1:3])
+    conj = forge.load_pickle(
+        pickled(strided(0, "complex64", 0, (2,), (1,), {"conj": True, "neg": True})),
+        [torch.ones(2, dtype=torch.complex64)],
+    )
+    assert conj.is_conj() and conj.is_neg()
+    coo = forge.rebuild(
+        "_rebuild_sparse_tensor",
+        call("torch.serialization", "_get_layout", "torch.sparse_coo"),
+        (forge.tensor(0), forge.tensor(1), call("torch", "Size", (3,))),
+    )
+    loaded = forge.load_pickle(pickled(coo), [torch.tensor([[0, 2]]), torch.ones(2)])
+    assert loaded.to_dense().tolist() == [1, 0, 1]
+
+
+def test_meta_tensors_without_storage() -> None:
+    meta = forge.rebuild(
+        "_rebuild_meta_tensor_no_storage", name("torch", "float32"), (2, 3), (1, 2), True
+    )
+    loaded = load(meta)
+    assert loaded.is_meta and loaded.requires_grad
+    assert (loaded.shape, loaded.stride()) == ((2, 3), (1, 2))
+
+
+def test_plain_objects() -> None:
+    assert load(call("builtins", "bytes")) == b""
+    assert load(call("builtins", "bytearray")) == bytearray()
+    assert load(call("builtins", "bytearray", "\u00ff", "latin-1")) == b"\xff"
+    assert load(call("builtins", "frozenset")) == frozenset()
+    assert load(call("collections", "Counter")) == Counter()
+    assert load(call("torch", "Size")) == torch.Size([])
+    assert load(call("builtins", "complex", 1.0, 2.0)) == 1 + 2j
+    state = load(forge.build(forge.ordered_dict(), {"note": [1]}))
+    assert (type(state), state.note) == (OrderedDict, [1])
+
+
+def test_work_on_tensors_is_bounded() -> None:
+    """The same tensor can be taken apart and put together as often as a pickle likes."""
+    coo = forge.rebuild(
+        "_rebuild_sparse_tensor",
+        call("torch.serialization", "_get_layout", "torch.sparse_coo"),
+        (forge.tensor(0), forge.tensor(1), (9,)),
+    )
+    tensors = [torch.zeros(1, 8, dtype=torch.int64), torch.ones(8)]
+    data = pickled([coo] * 20)
+    assert len(forge.load_pickle(data, tensors)) == 20
+    with pytest.raises(aiotorchio.LimitExceeded, match="made from more than 1000 bytes"):
+        forge.load_pickle(data, tensors, limits=Limits(total_nbytes=1000))
+
+
+def test_full_pickle_gets_the_checked_functions() -> None:
+    replaced = Allowlist((), Limits(), None).rebuild_functions()
+    assert ("torch._utils", "_rebuild_sparse_tensor") in replaced
+    assert ("torch._utils", "_rebuild_parameter_with_state") not in replaced

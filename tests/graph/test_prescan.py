@@ -1,0 +1,141 @@
+"""The scan by itself; whole hostile pickles are in ``hostile.py``, honest ones in the corpus."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections import Counter, OrderedDict
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError, UnsafeObjectError
+from aiotorchio.graph.allowlist import Allowlist
+from aiotorchio.graph.prescan import _OPCODES, prescan
+from aiotorchio.wire.limits import Limits
+from tests import corpus
+from tests.graph import forge, hostile
+
+
+def scan(data: bytes, depth: int = 256, **options: Any) -> None:
+    allowlist = Allowlist(options.get("safe_globals", ()), Limits(), None)
+    prescan(data, allowlist.globals, allowlist.stateful, depth_limit=depth, offset=1000)
+
+
+def objects() -> st.SearchStrategy[Any]:
+    atoms = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
+    hashable = atoms | st.tuples(atoms, atoms) | st.frozensets(atoms) | st.complex_numbers()
+    return st.recursive(
+        hashable,
+        lambda items: (
+            st.lists(items)
+            | st.tuples(items, items)
+            | st.dictionaries(hashable, items)
+            | st.dictionaries(hashable, items).map(OrderedDict)
+            | st.sets(hashable)
+            | st.dictionaries(st.text(), st.integers()).map(Counter)
+            | st.binary().map(bytearray)
+            | items.map(lambda item: [item, item])
+        ),
+        max_leaves=20,
+    )
+
+
+@given(objects())
+def test_honest_objects_pass_the_scan_and_load(obj: Any) -> None:
+    data = pickle.dumps(obj, 2)
+    # Integers of 256 bytes have an opcode that torch does not know.
+    if b"\x8b" in data:
+        return
+    scan(data)
+    corpus.assert_same(forge.load_pickle(data), obj)
+
+
+@given(st.binary())
+@example(b"\x80\x02}q\x00h\x00h\x00s.")
+def test_anything_is_an_error_of_ours_or_loads(data: bytes) -> None:
+    try:
+        scan(b"\x80\x02" + data)
+    except AiotorchioError as error:
+        assert error.entry == "skeleton"
+        assert error.offset is not None
+        assert 1000 <= error.offset <= 1002 + len(data)
+
+
+@given(st.lists(st.sampled_from(sorted(_OPCODES)), max_size=30), st.binary())
+def test_opcodes_at_random(codes: list[int], arguments: bytes) -> None:
+    data = bytearray(b"\x80\x02")
+    for n, code in enumerate(codes):
+        data.append(code)
+        if code in b"KUqh":
+            data.append(arguments[n] % 4 if n < len(arguments) else 0)
+    with contextlib.suppress(AiotorchioError):
+        forge.load_pickle(bytes(data) + b".")
+
+
+@pytest.mark.parametrize(
+    ("data", "offset", "error"),
+    [
+        (b"\x80\x02(N.", 1004, ProtocolError),
+        (b"\x80\x02]K\x01K\x02s.", 1007, UnsafeObjectError),
+        (forge.pickled([forge.call("os", "system", "x")]), 1004, UnsafeObjectError),
+        (b"\x80\x02N.N", 1004, ProtocolError),
+        (b"\x80\x02Ni", 1003, UnsafeObjectError),
+    ],
+)
+def test_errors_say_where(data: bytes, offset: int, error: type[AiotorchioError]) -> None:
+    with pytest.raises(error) as caught:
+        scan(data)
+    assert (caught.value.entry, caught.value.offset) == ("skeleton", offset)
+
+
+def test_depth() -> None:
+    scan(b"\x80\x02" + b")" + b"\x85" * 100 + b".", depth=100)
+    with pytest.raises(LimitExceeded, match="99 levels"):
+        scan(b"\x80\x02" + b")" + b"\x85" * 100 + b".", depth=99)
+
+
+def test_hint_of_what_to_trust() -> None:
+    with pytest.raises(UnsafeObjectError, match=r"'fractions\.Fraction'.*safe_globals"):
+        scan(forge.pickled(forge.call("fractions", "Fraction", 1)))
+
+
+def test_modules_that_torch_blocks_stay_blocked() -> None:
+    import os
+
+    with pytest.raises(UnsafeObjectError):
+        scan(forge.pickled(forge.name("os", "getcwd")), safe_globals=[(os.getcwd, "os.getcwd")])
+
+
+def test_many_honest_keys() -> None:
+    for obj in (
+        {(str(n), str(n + 1)): n for n in range(5000)},
+        {(n, n * n): n for n in range(5000)},
+        {float(n): None for n in range(5000)},
+        {n << 64: None for n in range(5000)},
+        {n << 32: None for n in range(5000)},
+        {complex(n, -n): None for n in range(4000)},
+        {(n, complex(n)) for n in range(4000)},
+        [frozenset({(n, "a")}) for n in range(5000)],
+        [bytes([n % 256]) * 100 for n in range(5000)],
+    ):
+        scan(pickle.dumps(obj, 2))
+
+
+def test_colliding_keys_collide() -> None:
+    """The attack of ``hostile.py`` is one: else its defence would prove nothing."""
+    assert len({hash(pair) for pair in hostile.colliding_tuples(50)}) == 1
+    assert len({hash(number) for number in hostile.colliding_integers(50)}) == 1
+    assert len({hash(complex(-1000003.0 * n, n)) for n in range(50)}) == 1
+
+
+def test_a_set_of_trusted_things() -> None:
+    scan(pickle.dumps({hostile.Marker(n) for n in range(3)}, 2), safe_globals=[hostile.Marker])
+
+
+def test_keys_of_unknown_hashes_are_few() -> None:
+    scan(pickle.dumps({complex(n): None for n in range(4096)}, 2))
+    with pytest.raises(LimitExceeded, match="4096 keys"):
+        scan(pickle.dumps({complex(n): None for n in range(4097)}, 2))

@@ -1,0 +1,137 @@
+"""The pickle-free codec. What it refuses is in ``hostile.py``."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from typing import Any, NamedTuple
+
+import msgpack
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError
+from aiotorchio.graph import growth, tree
+from aiotorchio.graph.growth import check_growth
+from aiotorchio.graph.table import Table
+from tests import corpus
+
+
+class Pair(NamedTuple):
+    first: int
+    second: int
+
+
+class Name(str):
+    pass
+
+
+def trees() -> st.SearchStrategy[Any]:
+    keys: st.SearchStrategy[Any] = st.text() | st.integers(-(2**63), 2**64 - 1)
+    atoms: st.SearchStrategy[Any] = st.one_of(
+        *(st.none(), st.booleans(), st.integers(), st.floats(), st.complex_numbers()),
+        *(st.text(), st.binary(), st.sampled_from([torch.float32, torch.device("cpu")])),
+        st.lists(st.integers(0, 2**63 - 1)).map(torch.Size),
+    )
+    return st.recursive(
+        atoms,
+        lambda items: (
+            st.lists(items)
+            | st.lists(items).map(tuple)
+            | st.dictionaries(keys, items)
+            | st.dictionaries(keys, items).map(OrderedDict)
+            | st.sets(st.integers() | st.text() | st.binary())
+        ),
+        max_leaves=20,
+    )
+
+
+def decode(skeleton: bytes, tensors: Any = (), depth_limit: int = 256) -> Any:
+    return tree.decode(skeleton, tensors, depth_limit=depth_limit, offset=100)
+
+
+@given(trees())
+def test_round_trip(obj: Any) -> None:
+    skeleton = tree.encode(obj, Table())
+    assert skeleton is not None
+    corpus.assert_same(decode(skeleton), obj)
+
+
+@given(trees(), st.data())
+def test_any_damage_is_an_error_or_another_object(obj: Any, data: st.DataObject) -> None:
+    skeleton = bytearray(tree.encode(obj, Table()) or b"")
+    at = data.draw(st.integers(0, len(skeleton) - 1))
+    skeleton[at] ^= data.draw(st.integers(1, 255))
+    try:
+        decode(bytes(skeleton))
+    except AiotorchioError as error:
+        assert (error.entry, error.offset) == ("skeleton", 100)
+
+
+def test_the_bytes_are_those_of_the_format() -> None:
+    obj = {"a": [1, (2.5, None)], 3: OrderedDict(b=torch.ones(1)), "s": {b"x"}, "c": 1j}
+    assert msgpack.unpackb(tree.encode(obj, Table()) or b"", strict_map_key=False) == [
+        *(2, "a", [0, 1, [1, 2.5, None]]),
+        *(3, [3, [], "b", [5, 0]], "s", [4, b"x"], "c", [6, 0.0, 1.0]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "obj",
+    [
+        *(Pair(1, 2), Name("x"), bytearray(b"x"), frozenset(), Counter(), range(3), object(), int),
+        *({None: 1}, {True: 1}, {1.5: 1}, {(1,): 1}, {2**64: 1}, {Name("a"): 1}, {Pair(1, 2)}),
+        *("\ud800", {"\ud800": 1}, [b"", "a\udfff"], torch.strided, torch.per_tensor_affine),
+        torch.quantize_per_tensor(torch.ones(1), 0.1, 0, torch.qint8),
+    ],
+    ids=repr,
+)
+def test_what_is_left_to_pickle(obj: object) -> None:
+    assert tree.encode(obj, Table()) is None
+
+
+def test_shared_containers_are_left_to_pickle() -> None:
+    tensor = torch.ones(1)
+    for shared in ([1], {1: 2}, {1}, (1, [2]), (tensor,), OrderedDict()):
+        assert tree.encode([shared, shared], Table()) is None
+    for unseen in ((1, "a", None), (), torch.ones(1), "x", 2**100):
+        assert tree.encode([unseen, unseen], Table()) is not None
+
+
+def test_depth() -> None:
+    deep: Any = 1
+    for _ in range(100):
+        deep = [deep]
+    skeleton = tree.encode(deep, Table())
+    assert skeleton is not None
+    assert tree.encode([deep], Table()) is None
+    corpus.assert_same(decode(skeleton, depth_limit=100), deep)
+    with pytest.raises(LimitExceeded, match="99 levels"):
+        decode(skeleton, depth_limit=99)
+
+
+def test_a_tensor_of_a_dtype_torch_lacks() -> None:
+    with pytest.raises(ProtocolError, match="float33"):
+        decode(msgpack.packb([9, "float33"]))
+
+
+def test_growth_counts_containers_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    contents: list[Any] = [
+        *([], {}, [[]] * 16, {n: [] for n in range(20)}, [0] * 70_000),
+        dict.fromkeys(range(70_000)),
+        *(b"\x90" * 200, b"\x90" * 300, b"\x90" * 70_000, "\u0410" * 10, "\u0410" * 100),
+        *("\u0410" * 200, "\u0410" * 40_000, 1.5, -1, -(2**40), 2**8, 2**16, 2**32, 2**63, None),
+        *(msgpack.ExtType(1, b"\x90" * n) for n in (1, 2, 4, 8, 16, 17)),
+    ]
+    packer = msgpack.Packer(strict_types=True)
+    data = packer.pack(contents)
+    # One of the outer list, and those that each of its items has.
+    assert growth._containers(data) == 1 + 1 + 1 + 17 + 21 + 1 + 1
+    monkeypatch.setattr(growth, "_MEMORY_FLOOR", 0)
+    check_growth(data)
+    check_growth(b"\xc6\x00\x00\x10\x00" + b"\x90" * 4096)
+    with pytest.raises(LimitExceeded):
+        check_growth(b"\xdc\x10\x00" + b"\x90" * 4096)
+    with pytest.raises(ProtocolError):
+        check_growth(b"\xc6\x00\x00\x20\x00" + b"\x90" * 4096)

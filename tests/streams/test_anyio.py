@@ -1,0 +1,116 @@
+"""Byte streams of anyio other than sockets; sockets are in test_api.py and test_matrix.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import anyio
+import pytest
+from anyio.abc import ByteReceiveStream, ByteSendStream
+from anyio.streams.buffered import BufferedByteReceiveStream
+from anyio.streams.file import FileReadStream, FileWriteStream
+from anyio.streams.stapled import StapledByteStream
+
+import aiotorchio
+from aiotorchio.errors import TransferTimeout, TruncatedError
+from aiotorchio.streams._anyio import AnyioSink, AnyioSource
+from tests.corpus import assert_same
+from tests.test_api import CHUNKED, LARGE, SMALL, encoded
+
+pytestmark = pytest.mark.anyio
+
+
+class Memory(ByteReceiveStream, ByteSendStream):
+    """Gives what it has got, a few bytes at a time; breaks when it has nothing more."""
+
+    def __init__(self, data: bytes = b"", *, end: Exception | None = None) -> None:
+        self.data, self.end = bytearray(data), end
+        self.kinds: set[type] = set()
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        if not self.data:
+            raise self.end or anyio.EndOfStream
+        piece = bytes(self.data[: min(max_bytes, 1000)])
+        del self.data[: len(piece)]
+        return piece
+
+    async def send(self, item: bytes) -> None:
+        if self.end:
+            raise self.end
+        self.kinds.add(type(item))
+        self.data += item
+
+    async def aclose(self) -> None:
+        raise AssertionError
+
+
+async def test_streams_get_bytes_and_keep_what_follows() -> None:
+    stream = Memory()
+    for obj in (SMALL, LARGE):
+        await aiotorchio.save_to_stream(obj, stream)
+    stream.data += b"own"
+    assert stream.kinds == {bytes}
+    assert_same(await aiotorchio.load_from_stream(stream), SMALL)
+    assert_same(await aiotorchio.load_from_stream(stream), LARGE)
+    assert stream.data == b"own"
+
+
+@pytest.mark.parametrize("error", [anyio.BrokenResourceError, anyio.ClosedResourceError])
+async def test_broken_streams(error: type[Exception]) -> None:
+    with pytest.raises(TruncatedError, match=error.__name__):
+        await aiotorchio.load_from_stream(Memory(encoded(SMALL)[:100], end=error()))
+    with pytest.raises(TruncatedError, match=error.__name__):
+        await aiotorchio.save_to_stream(SMALL, Memory(end=error()))
+    with pytest.raises(TransferTimeout):
+        await aiotorchio.load_from_stream(Memory(end=TimeoutError()))
+
+
+async def test_the_end_is_short() -> None:
+    source = AnyioSource(Memory(b"abc"))
+    states = []
+    for size, data in ((0, b""), (5, b"abc")):
+        assert await source.read(size) == data
+        states.append(source.in_message)
+    assert states == [False, True]
+    assert await source.read(5) == b""
+
+
+async def test_streams_without_a_socket_cannot_be_aborted() -> None:
+    AnyioSink(Memory()).abort()
+
+
+async def test_stapled_and_buffered_streams() -> None:
+    memory = Memory()
+    stream = StapledByteStream(memory, memory)
+    await aiotorchio.save_to_stream(CHUNKED, stream, chunk_size=4096)
+    memory.data += b"line\n"
+    buffered = BufferedByteReceiveStream(stream)
+    assert_same(await aiotorchio.load_from_stream(buffered), CHUNKED)
+    assert await buffered.receive_until(b"\n", 100) == b"line"
+
+
+async def test_files(tmp_path: Path) -> None:
+    async with await FileWriteStream.from_path(tmp_path / "x") as sink:
+        for obj in (LARGE, SMALL):
+            await aiotorchio.save_to_stream(obj, sink)
+    async with await FileReadStream.from_path(tmp_path / "x") as source:
+        for obj in (LARGE, SMALL):
+            assert_same(await aiotorchio.load_from_stream(source), obj)
+
+
+async def test_the_pipes_of_a_process() -> None:
+    program = "import shutil, sys; shutil.copyfileobj(sys.stdin.buffer, sys.stdout.buffer)"
+    async with await anyio.open_process([sys.executable, "-c", program]) as process:
+        assert process.stdin is not None and process.stdout is not None
+        async with anyio.create_task_group() as group:
+
+            async def push(sink: ByteSendStream) -> None:
+                for obj in (LARGE, SMALL):
+                    await aiotorchio.save_to_stream(obj, sink)
+                await sink.aclose()
+
+            group.start_soon(push, process.stdin)
+            assert_same(await aiotorchio.load_from_stream(process.stdout), LARGE)
+            assert_same(await aiotorchio.load_from_stream(process.stdout), SMALL)
+        assert await process.wait() == 0

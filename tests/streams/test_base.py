@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import errno
+import ssl
+from collections.abc import Sequence
+
+import anyio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aiotorchio.errors import TransferTimeout, TruncatedError
+from aiotorchio.streams.base import Buffer, Sink, coalesce, connection_errors, copy_into
+
+buffers = st.lists(
+    st.one_of(
+        st.binary(max_size=40),
+        st.binary(max_size=40).map(bytearray),
+        st.binary().map(lambda data: memoryview(data)),
+    )
+)
+
+
+@settings(deadline=None)
+@given(buffers, st.integers(1, 50))
+def test_coalesce_keeps_every_byte_in_order(buffers: list[Buffer], size: int) -> None:
+    pieces = list(coalesce(buffers, size))
+    assert b"".join(pieces) == b"".join(buffers)
+    assert all(0 < len(piece) <= size for piece in pieces)
+
+
+@settings(deadline=None)
+@given(buffers, st.integers(1, 50))
+def test_coalesce_makes_few_pieces(buffers: list[Buffer], size: int) -> None:
+    pieces = list(coalesce(buffers, size))
+    # Two neighbours could be one only where a large buffer lies between its views and small ones.
+    cuts = sum(-(-len(buffer) // size) + 1 for buffer in buffers if len(buffer) >= size)
+    assert len(pieces) <= 2 * (sum(map(len, buffers)) // size) + cuts + 1
+
+
+def test_coalesce_does_not_copy_what_is_large() -> None:
+    large = bytearray(100)
+    pieces = list(coalesce([b"head", large], 40))
+    assert [len(piece) for piece in pieces] == [4, 40, 40, 20]
+    large[:] = b"x" * 100
+    assert b"".join(pieces) == b"head" + b"x" * 100
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 20)), st.data())
+def test_copy_into_writes_data_at_its_place_and_nowhere_else(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    total = sum(sizes)
+    start = data.draw(st.integers(0, total))
+    content = data.draw(st.binary(max_size=total - start))
+    arrays = [bytearray(b"." * size) for size in sizes]
+    copy_into([memoryview(array) for array in arrays], content, start)
+    expected = b"." * start + content + b"." * (total - start - len(content))
+    assert b"".join(arrays) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "translated"),
+    [
+        (ConnectionResetError("reset"), TruncatedError),
+        (BrokenPipeError(), TruncatedError),
+        (ssl.SSLError("bad record"), TruncatedError),
+        (anyio.BrokenResourceError(), TruncatedError),
+        (anyio.ClosedResourceError(), TruncatedError),
+        (TimeoutError("slow"), TransferTimeout),
+    ],
+)
+def test_what_a_peer_does_is_translated(error: Exception, translated: type[Exception]) -> None:
+    with pytest.raises(translated) as caught, connection_errors():
+        raise error
+    assert caught.value.__cause__ is error
+    assert (str(error) or type(error).__name__) in str(caught.value)
+
+
+def test_what_a_file_does_is_not_translated_but_what_a_socket_does() -> None:
+    unreachable = OSError(errno.EHOSTUNREACH, "No route to host")
+    with pytest.raises(OSError, match="No route") as caught, connection_errors():
+        raise unreachable
+    assert caught.value is unreachable
+    with pytest.raises(TruncatedError, match="No route"), connection_errors(OSError):
+        raise unreachable
+
+
+class OnceBroken(Sink):
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def _send(self, buffers: Sequence[Buffer]) -> None:
+        self.calls += 1
+        raise ZeroDivisionError
+
+    def abort(self) -> None:
+        raise AssertionError
+
+
+@pytest.mark.anyio
+async def test_a_sink_that_has_failed_goes_on_failing() -> None:
+    sink = OnceBroken()
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            await sink.send([])
+    assert sink.calls == 1
