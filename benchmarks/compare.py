@@ -54,6 +54,11 @@ def make_state(case: str) -> State:
     return {f"layer.{n}.weight": torch.full((nbytes // 4,), float(n)) for n in range(count)}
 
 
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    array: Any = tensor.numpy()
+    return memoryview(array).cast("B")
+
+
 # Each method: what the sender does with a connected socket, and what the receiver does.
 
 
@@ -109,7 +114,7 @@ async def _torch_save_receive(sock: socket.socket) -> Any:
 
 async def _raw_send(state: State, sock: socket.socket) -> None:
     loop = asyncio.get_running_loop()
-    views = [memoryview(tensor.numpy()).cast("B") for tensor in state.values()]
+    views = [bytes_of(tensor) for tensor in state.values()]
     await loop.sock_sendall(sock, sum(map(len, views)).to_bytes(8, "little"))
     for view in views:
         await loop.sock_sendall(sock, view)
@@ -119,7 +124,7 @@ async def _raw_receive(sock: socket.socket) -> Any:
     loop = asyncio.get_running_loop()
     size = int.from_bytes(await loop.sock_recv(sock, 8), "little")
     data = torch.empty(size, dtype=torch.uint8)
-    view = memoryview(data.numpy())
+    view = bytes_of(data)
     done = 0
     while done < size:
         done += await loop.sock_recv_into(sock, view[done:])

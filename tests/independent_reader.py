@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import xxhash
 
 MAGIC = bytes.fromhex("894154430d0a1a0a")

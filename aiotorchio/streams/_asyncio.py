@@ -62,7 +62,7 @@ class _Duplicate:
 
 def _duplicate(transport: Any) -> _Duplicate | None:
     """None where bytes must go through the transport."""
-    if sys.platform == "win32" or transport is None or transport.is_closing():
+    if sys.platform == "win32" or transport.is_closing():
         return None
     sock = transport.get_extra_info("socket")
     if sock is None or transport.get_extra_info("ssl_object"):
@@ -134,7 +134,7 @@ class AsyncioSource(Source):
 
     async def _step_in(self) -> None:
         """Stop the transport, take what the reader has, and go on with the socket."""
-        duplicate = None if self._reader.exception() else _duplicate(self._transport)
+        duplicate = _duplicate(self._transport) if self._is_fed_at_once() else None
         if duplicate is None:
             return
         try:
@@ -150,6 +150,17 @@ class AsyncioSource(Source):
         # Not before: read() may set the transport reading again.
         self._transport.pause_reading()
         self._buffered = memoryview(data)[:-1]
+
+    def _is_fed_at_once(self) -> bool:
+        """Whether nothing can be on its way from the transport to the reader.
+
+        The protocols of subprocesses hand data on one turn of the loop later.
+        """
+        return (
+            self._transport is not None
+            and isinstance(self._transport.get_protocol(), asyncio.StreamReaderProtocol)
+            and self._reader.exception() is None
+        )
 
     def release(self) -> None:
         if self._duplicate is None:
@@ -181,7 +192,9 @@ class AsyncioSink(Sink):
     async def _send(self, buffers: Sequence[Buffer]) -> None:
         if not self._direct and sum(map(len, buffers)) >= _DIRECT_MIN:
             await self._drain_all()
-            self._duplicate = _duplicate(self._writer.transport)
+            transport = self._writer.transport
+            empty = not transport.get_write_buffer_size()
+            self._duplicate = _duplicate(transport) if empty else None
             self._direct = SocketSink(self._duplicate.socket) if self._duplicate else None
         if self._direct:
             try:

@@ -316,6 +316,9 @@ class FakeTransport:
     def is_closing(self) -> bool:
         return False
 
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return asyncio.streams.FlowControlMixin()
+
     def get_extra_info(self, name: str) -> Any:
         return self.info.get(name)
 
@@ -324,7 +327,6 @@ async def test_which_transports_step_aside(monkeypatch: pytest.MonkeyPatch) -> N
     sock, other = socket.socketpair()
     with sock, other, os.fdopen(os.open(os.devnull, os.O_RDONLY)) as file:
         for transport in (
-            None,
             FakeTransport(),
             FakeTransport(socket=sock, ssl_object=object()),
             # Not a socket, whatever its transport says.
@@ -336,6 +338,18 @@ async def test_which_transports_step_aside(monkeypatch: pytest.MonkeyPatch) -> N
         duplicate.close()
         monkeypatch.setattr(sys, "platform", "win32")
         assert _asyncio._duplicate(FakeTransport(socket=sock)) is None
+
+
+async def test_a_reader_that_is_fed_later_is_not_overtaken() -> None:
+    sock, other = socket.socketpair()
+    with sock, other:
+        reader = asyncio.StreamReader()
+        reader._transport = FakeTransport(socket=sock)  # type: ignore[attr-defined]
+        other.send(b"what the transport read before comes first")
+        # As subprocesses do, feed what was read on the next turn of the loop.
+        asyncio.get_running_loop().call_soon(reader.feed_data, encoded(LARGE))
+        assert_same(await aiotorchio.load_from_stream(reader), LARGE)
+        assert sock.recv(100) == b"what the transport read before comes first"
 
 
 async def test_a_sink_that_was_not_used_gives_nothing_back() -> None:
