@@ -1,4 +1,12 @@
-"""Moves PyTorch state between processes from async Python: fast, safe, in constant memory."""
+"""Moves PyTorch state between processes from async Python.
+
+``save_to_stream`` and ``load_from_stream`` carry one object over an async stream;
+``StreamWriter`` and ``StreamReader`` carry many; ``iter_bytes`` gives a message to an HTTP library;
+``save`` and ``load`` are the blocking twins. ``Limits`` says what a load accepts, ``Summary`` what
+a save has sent, and every error is an ``AiotorchioError``.
+"""
+
+from importlib.metadata import version
 
 from aiotorchio.api import (
     StreamReader,
@@ -26,6 +34,8 @@ from aiotorchio.errors import (
 from aiotorchio.transfer import Summary
 from aiotorchio.wire.limits import Limits
 
+__version__ = version("aiotorchio")
+
 __all__ = [
     "AiotorchioError",
     "ChecksumError",
@@ -43,6 +53,7 @@ __all__ = [
     "TransferTimeout",
     "TruncatedError",
     "UnsafeObjectError",
+    "__version__",
     "iter_bytes",
     "load",
     "load_from_stream",

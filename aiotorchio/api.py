@@ -8,9 +8,7 @@ import pickle
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from typing import Any, Unpack
 
-import anyio.to_thread
-
-from aiotorchio.drive import Send, Task, drive, drive_blocking
+from aiotorchio.drive import Send, Task, drive, drive_blocking, run_in_thread
 from aiotorchio.graph.location import MapLocation
 from aiotorchio.options import (
     DEFAULT_CHUNK_SIZE,
@@ -68,7 +66,8 @@ async def save_to_stream(
             unnoticed; structure and completeness are proven all the same.
         chunk_size: Bytes of a chunk: a multiple of 64, from 4096 on. Receivers accept up to
             ``Limits.chunk_nbytes``.
-        metadata: Texts that the receiver can read before it takes the payload.
+        metadata: Texts for the header of the message (SPEC.md section 5.1). No function of this
+            version reads them yet.
         progress: Called as ``progress(done, total)`` with bytes of the payload, after each chunk.
         pickle_module: Has a ``Pickler``; used for what is not made of plain containers.
         pickle_protocol: Of that pickle. Receivers load only 2 with ``weights_only=True``.
@@ -272,7 +271,7 @@ async def iter_bytes(
                 case Work(task):
                     pass
             try:
-                answer = await anyio.to_thread.run_sync(task) if task else None
+                answer = await run_in_thread(task) if task else None
             except Exception as error:
                 request = message.throw(error)
             else:
@@ -284,7 +283,8 @@ def save(obj: object, file: Any, **options: Unpack[SaveKeywords]) -> Summary:
 
     Args:
         obj: As in ``save_to_stream``.
-        file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path.
+        file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path, where
+            a file that is there is replaced once the new one is whole.
         options: The keyword arguments of ``save_to_stream``.
 
     Returns:
@@ -303,8 +303,17 @@ def save(obj: object, file: Any, **options: Unpack[SaveKeywords]) -> Summary:
         {'w': tensor([1., 1.])}
     """
     if isinstance(file, str | os.PathLike):
-        with open(file, "wb") as opened:
-            return save(obj, opened, **options)
+        # Under another name until it is whole: what was there before is not lost for half of it.
+        unfinished = f"{os.fspath(file)}.part"
+        try:
+            with open(unfinished, "wb") as opened:
+                summary = save(obj, opened, **options)
+            os.replace(unfinished, file)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(unfinished)
+            raise
+        return summary
     with exclusive(file, "save", open_blocking_sink) as stream:
         return drive_blocking(outgoing_message(obj, **options), stream)
 

@@ -7,18 +7,20 @@ whatever takes time. ``drive`` answers on an async stream, ``drive_blocking`` on
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
+from anyio.lowlevel import RunVar
 
 from aiotorchio.streams.base import Buffer, Sink, Source
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.wire.parser import MessageEnded, ReadBytes, Work
 
-__all__ = ["Fill", "Request", "Send", "Task", "drive", "drive_blocking"]
+__all__ = ["Fill", "Request", "Send", "Task", "drive", "drive_blocking", "run_in_thread"]
 
 T = TypeVar("T")
 Task = Callable[[], Any]
@@ -38,6 +40,23 @@ class Fill:
 
     buffers: Sequence[memoryview]
     meanwhile: Task | None = None
+
+
+_limiter: RunVar[anyio.CapacityLimiter] = RunVar("aiotorchio.threads")
+
+
+async def run_in_thread(task: Task) -> Any:
+    """Run a task in a worker thread, and return its result.
+
+    Not in one of those that anyio has for all: if all of them wait for messages, as handlers of
+    web servers may, no message could go on.
+    """
+    try:
+        limiter = _limiter.get()
+    except LookupError:
+        limiter = anyio.CapacityLimiter((os.cpu_count() or 1) + 4)
+        _limiter.set(limiter)
+    return await anyio.to_thread.run_sync(task, limiter=limiter)
 
 
 Request = ReadBytes | Fill | Send | Work | MessageEnded
@@ -72,7 +91,7 @@ async def _perform(request: Request, stream: Any) -> Any:
             _, result = await _with(meanwhile, functools.partial(stream.send, buffers))
             return result
         case Work(task):
-            return await anyio.to_thread.run_sync(task)
+            return await run_in_thread(task)
         case MessageEnded():
             stream.in_message = False
 
@@ -87,7 +106,7 @@ async def _with(task: Task | None, transfer: Callable[[], Awaitable[Any]]) -> tu
     async def background() -> None:
         nonlocal result
         try:
-            result = await anyio.to_thread.run_sync(task)
+            result = await run_in_thread(task)
         except Exception as error:
             errors.append(error)
 

@@ -87,7 +87,7 @@ class InvalidObjectError(AiotorchioError):
 
 
 class MismatchError(AiotorchioError):
-    """The message does not fit the destination that the caller gave."""
+    """The message does not fit the destination that the caller gave; reserved for that."""
 
 
 class TransferTimeout(AiotorchioError, TimeoutError):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Generator, Iterable, Mapping
-from importlib import metadata as package_metadata
+from importlib.metadata import version
 from typing import Any, TypedDict
 
 import torch
 
 from aiotorchio.drive import Request
-from aiotorchio.graph.flatten import flatten
+from aiotorchio.graph.flatten import flatten, is_small
 from aiotorchio.graph.location import MapLocation
 from aiotorchio.transfer import LoadOptions, Progress, Summary, send_message
 from aiotorchio.wire.header import ALIGNMENT, CHUNK_SIZE_MIN
@@ -26,7 +27,7 @@ __all__ = [
 
 DEFAULT_CHUNK_SIZE = 4 * 2**20
 
-PRODUCER = f"aiotorchio/{package_metadata.version('aiotorchio')} torch/{torch.__version__}"
+PRODUCER = f"aiotorchio/{version('aiotorchio')} torch/{torch.__version__}"
 
 
 class SaveKeywords(TypedDict, total=False):
@@ -63,7 +64,7 @@ def outgoing_message(
     pickle_module: Any = pickle,
     pickle_protocol: int = 2,
 ) -> Generator[Request, Any, Summary]:
-    """Check the options, take the object apart, and return its message, of which nothing is sent.
+    """Check the options, and return the message, of which nothing is done yet.
 
     Raises:
         TypeError: An option of another type.
@@ -82,7 +83,8 @@ def outgoing_message(
     for pair in metadata.items():
         if not all(isinstance(text, str) for text in pair):
             raise TypeError(f"metadata maps str to str, not {pair!r}")
-    flattened = flatten(
+    take_apart = functools.partial(
+        flatten,
         obj,
         chunk_size=chunk_size,
         metadata=metadata,
@@ -90,7 +92,7 @@ def outgoing_message(
         pickle_module=pickle_module,
         pickle_protocol=pickle_protocol,
     )
-    return send_message(flattened, checksum=checksum, progress=progress)
+    return send_message(take_apart, inline=is_small(obj), checksum=checksum, progress=progress)
 
 
 def load_options(
@@ -120,9 +122,15 @@ def load_options(
         map_location=map_location,
         weights_only=weights_only,
         allow_pickle=allow_pickle,
-        safe_globals=tuple(safe_globals),
+        safe_globals=_trusted(safe_globals),
         limits=Limits() if limits is None else limits,
         progress=progress,
         pickle_module=pickle if pickle_module is None else pickle_module,
         encoding=encoding,
     )
+
+
+def _trusted(safe_globals: Iterable[Any]) -> tuple[Any, ...]:
+    if isinstance(safe_globals, type) or not isinstance(safe_globals, Iterable):
+        raise TypeError(f"safe_globals is a list of classes and functions, not {safe_globals!r}")
+    return tuple(safe_globals)

@@ -20,6 +20,7 @@ from aiotorchio.graph.flatten import Flattened
 from aiotorchio.graph.location import MapLocation, destinations, relocate
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.memory.payload import IncomingPayload, OutgoingPayload
+from aiotorchio.memory.staging import Copier, DeviceCopier
 from aiotorchio.memory.swap import swap_bytes
 from aiotorchio.streams.base import Buffer
 from aiotorchio.wire.composer import Composer
@@ -43,9 +44,9 @@ __all__ = ["LoadOptions", "Progress", "Summary", "receive_message", "send_messag
 Progress = Callable[[int, int], object]
 Event = TypeVar("Event")
 
-# Up to this size an object is built where it is: a thread takes 0.1 ms to get to work, and
+# Up to this size an object is built on the event loop: a thread takes 0.1 ms to get to work, and
 # building takes 5 us a tensor and less for a byte of the skeleton.
-_INLINE_TENSORS = 200
+_INLINE_ROWS = 200
 _INLINE_SKELETON = 8 * 2**10
 
 
@@ -73,19 +74,21 @@ class Summary:
 
 
 def send_message(
-    flattened: Flattened,
+    flatten: Callable[[], Flattened],
     *,
+    inline: bool,
     checksum: bool,
     progress: Progress | None = None,
-    payload: OutgoingPayload | None = None,
+    outgoing: Callable[..., OutgoingPayload] = OutgoingPayload,
 ) -> Generator[Request, Any, Summary]:
     """Everything about sending one message but the sending.
 
     Args:
-        flattened: The object.
+        flatten: Takes the object apart.
+        inline: The object is so small that this need not happen in a worker thread.
         checksum: Whether chunks carry a digest.
         progress: Called with bytes done and bytes in total, after each chunk.
-        payload: In place of the default one, for tests.
+        outgoing: In place of the default one, for tests.
 
     Yields:
         What it waits for.
@@ -93,27 +96,34 @@ def send_message(
     Returns:
         What was sent.
     """
-    header = flattened.header
-    layout = Layout(header)
-    composer = Composer(header, layout, checksum=checksum)
-    if payload is None:
-        payload = OutgoingPayload(
-            flattened.storages, layout.offsets, layout.nbytes, layout.chunk_size
+    # In the caller's thread: a copier reads which streams of the devices are current there.
+    copier = DeviceCopier()
+
+    def prepare() -> tuple[Header, Layout, Composer, OutgoingPayload, list[Buffer]]:
+        flattened = flatten()
+        header = flattened.header
+        layout = Layout(header)
+        composer = Composer(header, layout, checksum=checksum)
+        payload = outgoing(
+            flattened.storages, layout.offsets, layout.nbytes, layout.chunk_size, copier=copier
         )
+        return header, layout, composer, payload, composer.opening(flattened.skeleton)
+
+    header, layout, composer, payload, unsent = yield from _work(prepare, inline=inline)
     nbytes = 0
 
     def compose(index: int) -> list[Buffer]:
         """One chunk, and with the last one the end."""
-        frame = composer.chunk(payload.chunk(*layout.chunk(index)))
+        frame: list[Buffer] = composer.chunk(payload.chunk(*layout.chunk(index)))
         return frame + composer.end() if index == layout.chunks - 1 else frame
 
-    unsent = composer.opening(flattened.skeleton)
     if not layout.chunks:
         unsent += composer.end()
         yield Send(unsent)
         nbytes += _size(unsent)
     else:
-        frame = (yield Work(functools.partial(compose, 0))) if payload.has_staged else compose(0)
+        first = functools.partial(compose, 0)
+        frame = yield from _work(first, inline=not payload.has_staged)
         for index in range(layout.chunks):
             buffers, unsent = unsent + frame, []
             upcoming = functools.partial(compose, index + 1) if index + 1 < layout.chunks else None
@@ -165,35 +175,48 @@ class LoadOptions:
 
 
 class _Incoming:
-    """What is known of a message once its header is in."""
+    """Where the payload of a message goes, once its header is in."""
 
     def __init__(self, header: Header, layout: Layout, options: LoadOptions) -> None:
-        swapped = header.byteorder != sys.byteorder
-        if swapped and any(row.unit == MIXED_UNITS for row in header.storages):
+        self._swapped = header.byteorder != sys.byteorder
+        if self._swapped and any(row.unit == MIXED_UNITS for row in header.storages):
             raise InvalidObjectError(
                 f"a storage of numbers of several sizes can't be read on a "
                 f"{sys.byteorder}-endian machine",
                 entry="header",
             )
-        self.header = header
-        self._swapped = swapped
+        self._header = header
+        self._layout = layout
         self._map_location = options.map_location
-        self.payload = IncomingPayload(
-            layout.offsets,
-            layout.nbytes,
-            [row.nbytes for row in header.storages],
-            destinations(header, options.map_location),
-            layout.chunk_size,
+        # In the caller's thread: "cuda" is the device that is current there.
+        self._devices = destinations(header, options.map_location)
+        self._copier: Copier = DeviceCopier()
+        self._incoming: Callable[..., IncomingPayload] = IncomingPayload
+
+    def payload(self) -> IncomingPayload:
+        """Memory for the storages, of which nothing is made yet."""
+        return self._incoming(
+            self._layout.offsets,
+            self._layout.nbytes,
+            [row.nbytes for row in self._header.storages],
+            self._devices,
+            self._layout.chunk_size,
+            copier=self._copier,
         )
 
-    def storages(self) -> list[torch.UntypedStorage]:
-        """The storages with their bytes, in their final places."""
-        storages = self.payload.storages()
-        rows, locations = self.header.storages, self.header.locations
+    def ordered(self, storages: list[torch.UntypedStorage]) -> list[torch.UntypedStorage]:
+        """The storages in the byte order of this machine."""
         if self._swapped:
-            for storage, row in zip(storages, rows, strict=True):
+            for storage, row in zip(storages, self._header.storages, strict=True):
                 if storage.device.type != META_LOCATION:
                     swap_bytes(storage, row.unit)
+        return storages
+
+    def relocated(self, storages: list[torch.UntypedStorage]) -> list[torch.UntypedStorage]:
+        """The storages where a callable ``map_location`` puts them."""
+        if not callable(self._map_location):
+            return storages
+        rows, locations = self._header.storages, self._header.locations
         return [
             relocate(storage, locations[row.location], self._map_location)
             for storage, row in zip(storages, rows, strict=True)
@@ -229,7 +252,9 @@ def _receive(
 ) -> Generator[Request, Any, Any]:
     opened = yield from _until(HeaderReceived, steps)
     header, layout = opened.header, opened.layout
+    rows = max(len(header.tensors), len(header.storages))
     message = incoming(header, layout, options)
+    payload = yield from _work(message.payload, inline=rows <= _INLINE_ROWS)
 
     received = yield from _until(SkeletonReceived, steps)
     rebuilder = Rebuilder(
@@ -246,7 +271,7 @@ def _receive(
     )
     small = (
         header.codec == "tree"
-        and len(header.tensors) <= _INLINE_TENSORS
+        and rows <= _INLINE_ROWS
         and len(received.skeleton) <= _INLINE_SKELETON
     )
     yield from _work(functools.partial(rebuilder.check, len(header.tensors)), inline=small)
@@ -255,7 +280,7 @@ def _receive(
     for _ in range(layout.chunks):
         started = yield from _until(ChunkStarted, steps)
         try:
-            buffers, upcoming = message.payload.chunk(started.offset, started.length)
+            buffers, upcoming = payload.chunk(started.offset, started.length)
         except MemoryError as error:
             raise LimitExceeded(str(error), entry="payload") from error
         # The chunk before goes to its device while this one comes in.
@@ -270,8 +295,13 @@ def _receive(
 
     if move is not None:
         yield Work(move)
-    # Here, not in a worker thread: a callable map_location is the caller's code.
-    storages = message.storages()
+
+    def gather() -> list[torch.UntypedStorage]:
+        return message.ordered(payload.storages())
+
+    storages = yield from _work(gather, inline=small)
+    # Not in a worker thread: a callable map_location is the caller's code.
+    storages = message.relocated(storages)
 
     def build() -> Any:
         # Tensors made in inference mode could not be trained on, wherever they go.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import io
 import itertools
@@ -592,7 +593,7 @@ async def test_iter_bytes_of_a_sender_that_fails() -> None:
 class FailingCopier:
     """A device whose third copy fails."""
 
-    def __init__(self, devices: object) -> None:
+    def __init__(self) -> None:
         self.copies = 0
 
     def slab(self, nbytes: int) -> torch.UntypedStorage:
@@ -607,13 +608,14 @@ class FailingCopier:
 
 @pytest.fixture
 def failing_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aiotorchio import transfer
+    from aiotorchio import options, transfer
     from aiotorchio.memory.payload import OutgoingPayload
 
-    def staged(*args: Any) -> OutgoingPayload:
-        return OutgoingPayload(*args, copier=FailingCopier(None), staged=lambda device: True)
+    def staged(*args: Any, **_: Any) -> OutgoingPayload:
+        return OutgoingPayload(*args, copier=FailingCopier(), staged=lambda device: True)
 
-    monkeypatch.setattr(transfer, "OutgoingPayload", staged)
+    send = functools.partial(transfer.send_message, outgoing=staged)
+    monkeypatch.setattr(options, "send_message", send)
 
 
 @in_one_loop
@@ -938,3 +940,14 @@ async def test_pieces_that_reuse_one_buffer() -> None:
     async with aclosing(pieces()) as stream:
         assert_same(await aiotorchio.load_from_stream(stream), CHUNKED)
         assert_same(await aiotorchio.load_from_stream(stream), SMALL)
+
+
+def test_a_file_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    aiotorchio.save({"a": 1}, path)
+    with pytest.raises(ValueError, match="chunk_size"):
+        aiotorchio.save({"a": 2}, path, chunk_size=1)
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        aiotorchio.save({"a": lambda: None}, path)
+    assert aiotorchio.load(path) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["state"]

@@ -749,7 +749,7 @@ PICKLES: list[tuple[bytes, str]] = [
     (b"\x93.", "UnsafeObjectError"),
     (b"cos\nsystem\n.", "UnsafeObjectError"),
     (b"c__builtin__\neval\n.", "UnsafeObjectError"),
-    (b"c__builtin__\nset\n.", ""),
+    (b"c__builtin__\ncomplex\n.", ""),
     (b"K\x00Q.", ""),
     (b"K\x01Q.", "ProtocolError"),
     (b"J\xff\xff\xff\xffQ.", "ProtocolError"),

@@ -6,7 +6,7 @@ Behind them stand the checked functions of ``plain`` and ``tensors``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class Allowlist:
         trusted = _paths(torch.serialization.get_safe_globals()) | _paths(safe_globals)
         self.globals |= trusted
         self._trusted = list(trusted.values())
+        self._trusted_paths = frozenset(trusted)
         self.stateful = {"collections.OrderedDict"}
         self.stateful |= {path for path, value in trusted.items() if _takes_state(value)}
 
@@ -87,6 +88,16 @@ class Allowlist:
             for path, value in self.globals.items()
             if path.startswith(prefix) and "_with_state" not in path
         }
+
+    def guard_state(self, paths: Iterable[str]) -> None:
+        """Let trusted functions, whose results are given a state, return no tensors.
+
+        numpy's arrays are made like this. A tensor would be pointed anywhere by its state.
+        """
+        for path in paths:
+            value = self.globals[path]
+            if path in self._trusted_paths and not isinstance(value, type):
+                self.globals[path] = _without_tensors(value)
 
     def check_result(self) -> None:
         """Refuse what can be judged only when all is built."""
@@ -110,11 +121,22 @@ class Allowlist:
 
 
 def _takes_state(trusted: Any) -> bool:
-    """Whether its instances may be given a state: no tensors, whose state points anywhere."""
-    return isinstance(trusted, type) and (
-        not issubclass(trusted, torch.Tensor)
+    """Whether what it makes may be given a state: no tensors, whose state points anywhere."""
+    return (
+        not isinstance(trusted, type)
+        or not issubclass(trusted, torch.Tensor)
         or trusted.__setstate__ is not torch.Tensor.__setstate__
     )
+
+
+def _without_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*args: Any) -> Any:
+        made = function(*args)
+        if isinstance(made, torch.Tensor):
+            raise UnsafeObjectError("a state for a tensor: it takes none")
+        return made
+
+    return checked
 
 
 def _paths(trusted: Iterable[Any]) -> dict[str, Any]:

@@ -39,7 +39,9 @@ class Measure:
     items: Sequence[Measure] | None = None  # of a tuple
     hashes: dict[int, int] | None = None  # of a dict: how many keys have each forgeable hash
     name: str | None = None  # path, if the object is a global
+    stand_in: str | None = None  # path, if it is or holds a global that is not what it is called
     made_by: str | None = None  # path of the global whose call made it
+    has_state: bool = False
 
 
 class Budget:

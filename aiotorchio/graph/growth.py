@@ -1,8 +1,8 @@
-"""How much memory a MessagePack skeleton takes once it is decoded: bounded before it is.
+"""What a MessagePack skeleton takes once it is decoded: looked at before it is.
 
-An empty array is one byte in a message and 64 in memory. In a large skeleton such bytes are
-counted first, which is fast and may count too many: bytes inside of texts look the same. Only if
-that is too much, the skeleton is walked through.
+An empty array is one byte in a message and 80 in memory. And maps, which the format does not have,
+would be built by the decoder before anyone could refuse them, however long their keys take to hash.
+So the skeleton is walked through first, unless it is small and no byte of it can begin one.
 """
 
 from __future__ import annotations
@@ -14,58 +14,64 @@ __all__ = ["check_growth"]
 # What any skeleton may take, and what each of its bytes may take beyond.
 _MEMORY_FLOOR = 64 * 2**20
 _MEMORY_PER_BYTE = 16
-_CONTAINER_NBYTES = 64
+# What values take, with their places in the list that is decoded and in the object.
+_ARRAY_NBYTES, _TEXT_NBYTES, _NUMBER_NBYTES, _CONSTANT_NBYTES = 80, 72, 48, 16
 
-_MAPS_AND_ARRAYS = bytes([*range(0x80, 0xA0), 0xDC, 0xDD, 0xDE, 0xDF])
-_OTHERS = bytes(set(range(256)) - set(_MAPS_AND_ARRAYS))
+_MAPS = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
+_EXTENSIONS = frozenset([*range(0xC7, 0xCA), *range(0xD4, 0xD9)])
+_ALL_BUT_THESE = bytes(set(range(256)) - _MAPS - _EXTENSIONS)
 # Head -> bytes that follow it, for numbers; -> bytes of a length, for what has one.
-_FIXED = dict(zip(range(0xCA, 0xD4), (4, 8, 1, 2, 4, 8, 1, 2, 4, 8), strict=True)) | {
-    0xD4 + n: 1 + 2**n for n in range(5)
-}
-_SIZED = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
-_EXTENSIONS = {0xC7: 1, 0xC8: 2, 0xC9: 4}
-_COUNTED = {0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}
+_NUMBERS = dict(zip(range(0xCA, 0xD4), (4, 8, 1, 2, 4, 8, 1, 2, 4, 8), strict=True))
+_TEXTS = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
+_ARRAYS = {0xDC: 2, 0xDD: 4}
 
 
 def check_growth(skeleton: bytes) -> None:
-    """Refuse a skeleton of far more containers than contents.
+    """Refuse a skeleton that holds maps, or takes far more memory than its size.
 
     Raises:
         LimitExceeded: It would take more memory than any honest one.
-        ProtocolError: It ends inside a value.
+        ProtocolError: A map or an extension, or it ends inside a value.
     """
     allowed = _MEMORY_FLOOR + _MEMORY_PER_BYTE * len(skeleton)
-    candidates = len(skeleton.translate(None, _OTHERS))
-    if candidates * _CONTAINER_NBYTES > allowed and (
-        _containers(skeleton) * _CONTAINER_NBYTES > allowed
-    ):
+    harmless = len(skeleton) * _ARRAY_NBYTES <= allowed
+    if harmless and not skeleton.translate(None, _ALL_BUT_THESE):
+        return
+    if _memory(skeleton) > allowed:
         raise LimitExceeded(
-            f"the containers take more than {_MEMORY_FLOOR} bytes of memory and "
+            f"the values take more than {_MEMORY_FLOOR} bytes of memory and "
             f"{_MEMORY_PER_BYTE} for each byte of the skeleton"
         )
 
 
-def _containers(skeleton: bytes) -> int:
-    count = position = 0
+def _memory(skeleton: bytes) -> int:
+    memory = position = 0
     size = len(skeleton)
     while position < size:
         head = skeleton[position]
         position += 1
-        if 0x80 <= head < 0xA0:
-            count += 1
+        if head < 0x80 or head >= 0xE0:
+            memory += _CONSTANT_NBYTES
+        elif 0x90 <= head < 0xA0:
+            memory += _ARRAY_NBYTES
         elif 0xA0 <= head < 0xC0:
+            memory += _TEXT_NBYTES
             position += head - 0xA0
-        elif head in _COUNTED:
-            count += 1
-            position += _COUNTED[head]
-        elif head in _SIZED:
-            width = _SIZED[head]
-            position += width + int.from_bytes(skeleton[position : position + width], "big")
-        elif head in _EXTENSIONS:
-            width = _EXTENSIONS[head]
-            position += width + 1 + int.from_bytes(skeleton[position : position + width], "big")
+        elif head in _TEXTS:
+            width = _TEXTS[head]
+            length = int.from_bytes(skeleton[position : position + width], "big")
+            memory += _TEXT_NBYTES + length
+            position += width + length
+        elif head in _NUMBERS:
+            memory += _NUMBER_NBYTES
+            position += _NUMBERS[head]
+        elif head in _ARRAYS:
+            memory += _ARRAY_NBYTES
+            position += _ARRAYS[head]
+        elif head in _MAPS or head in _EXTENSIONS:
+            raise ProtocolError("a map or an extension, which skeletons do not have")
         else:
-            position += _FIXED.get(head, 0)
+            memory += _CONSTANT_NBYTES
     if position > size:
         raise ProtocolError("the skeleton ends inside a value")
-    return count
+    return memory

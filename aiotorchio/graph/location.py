@@ -97,6 +97,9 @@ def _restored(storage: torch.UntypedStorage, location: str) -> torch.UntypedStor
     try:
         restored = torch.serialization.default_restore_location(storage, location)
     except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
-        raise InvalidObjectError(f"location {location!r}: {error}", entry="header") from error
+        raise InvalidObjectError(
+            f"location {location!r} is not on this machine: pass map_location; torch says: {error}",
+            entry="header",
+        ) from error
     untyped: torch.UntypedStorage = restored
     return untyped

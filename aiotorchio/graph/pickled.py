@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ def load(
     *,
     allowlist: Allowlist,
     encoding: str,
+    depth_limit: int,
     offset: int = 0,
 ) -> Any:
     """Rebuild an object without running anything that is not on the allowlist.
@@ -79,6 +80,7 @@ def load(
         storages: The storage of each row.
         allowlist: What the pickle may name.
         encoding: Of the strings of Python 2.
+        depth_limit: Nesting of lists, tuples and dicts to accept.
         offset: Byte of the message where the skeleton begins, for errors.
 
     Returns:
@@ -100,6 +102,7 @@ def load(
         )
         loaded = unpickler.load()
         allowlist.check_result()
+        _check_depth(loaded, depth_limit)
         return loaded
 
     return _translated(read, offset)
@@ -172,6 +175,21 @@ def _resolver(
         return typed.setdefault((row, name), typed_storage(storage, dtype))
 
     return resolve
+
+
+def _check_depth(loaded: Any, limit: int) -> None:
+    """Refuse lists and dicts that were nested after the scan had measured what holds them."""
+    path: list[Iterator[Any]] = [iter([loaded])]
+    seen: set[int] = set()
+    while path:
+        value = next(path[-1], path)
+        if value is path:
+            path.pop()
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            path.append(iter(value.values() if isinstance(value, dict) else value))
+            if len(path) > limit + 1:
+                raise LimitExceeded(f"nested deeper than {limit} levels")
 
 
 def _row(row: Any, count: int, what: str) -> int:

@@ -35,6 +35,9 @@ __all__ = ["prescan"]
 _SETS = {"builtins.set": 8, "builtins.frozenset": 8}
 _DICTS = ("collections.OrderedDict", "collections.Counter")
 
+# The modules whose functions stand for those of torch on the allowlist.
+_PACKAGE = __name__.rpartition(".")[0] + "."
+
 
 class _Opcode(NamedTuple):
     """One opcode: how its argument is laid out, and what it does to the stack."""
@@ -50,7 +53,7 @@ def prescan(
     *,
     depth_limit: int,
     offset: int = 0,
-) -> None:
+) -> set[str]:
     """Refuse a pickle that torch's weights-only unpickler must not see.
 
     Args:
@@ -59,6 +62,9 @@ def prescan(
         stateful: Paths of those whose instances may be given a state.
         depth_limit: Nesting of containers to accept.
         offset: Byte of the message where the pickle begins, for errors.
+
+    Returns:
+        Paths of the globals to whose instances it gives a state.
 
     Raises:
         UnsafeObjectError: A global that is not allowed, an opcode that torch does not know, a
@@ -72,6 +78,7 @@ def prescan(
     except AiotorchioError as error:
         error.entry, error.offset = "skeleton", offset + scan.at
         raise
+    return scan.given_state
 
 
 class _Scan:
@@ -86,6 +93,7 @@ class _Scan:
         self.at = 0
         self.allowed = allowed
         self.stateful = stateful
+        self.given_state: set[str] = set()
         self.stack: list[Measure] = []
         self.marks: list[list[Measure]] = []
         self.memo: dict[int, Measure] = {}
@@ -156,7 +164,7 @@ class _Scan:
             )
 
     def stop(self, _: bytes) -> None:
-        self.pop()
+        self.check_contents([self.pop()])
         if self.stack or self.marks:
             raise ProtocolError("the pickle ends with objects left over")
         self.stopped = True
@@ -195,7 +203,8 @@ class _Scan:
         self.stack = []
 
     def tuple_(self, items: Sequence[Measure]) -> None:
-        hashes = tuple(item.hash for item in items)
+        # A tuple in a tuple counts with all 64 bits of its hash, which a number here does not have.
+        hashes = tuple(None if item.items or item.made_by else item.hash for item in items)
         self.push(
             Measure(
                 40 + 8 * len(items),
@@ -204,6 +213,7 @@ class _Scan:
                 hash=None if None in hashes else hash(hashes),
                 forgeable=True,
                 items=items,
+                stand_in=next((item.stand_in for item in items if item.stand_in), None),
             )
         )
 
@@ -218,7 +228,9 @@ class _Scan:
                 f"global {path!r} is not allowed; if you trust it, "
                 f"pass it in safe_globals, or weights_only=False if you trust the sender"
             )
-        self.push(Measure(0, hash=hash(path), name=path))
+        ours = getattr(self.allowed[path], "__module__", "").startswith(_PACKAGE)
+        stand_in = path if ours else None
+        self.push(Measure(0, hash=hash(path), name=path, stand_in=stand_in))
 
     def instantiate(self, argument: bytes) -> None:
         if len(self.stack) < 2:
@@ -256,8 +268,15 @@ class _Scan:
     def build(self, _: bytes) -> None:
         state = self.pop()
         # A state given to a tensor would point it anywhere: torch passes it on to Tensor.set_.
-        if self.top().made_by not in self.stateful:
-            raise UnsafeObjectError("a state for an object that takes none")
+        maker = self.top().made_by
+        if maker is None or maker not in self.stateful:
+            raise UnsafeObjectError(f"a state for an object of {maker or 'torch'}: it takes none")
+        if self.top().has_state:
+            raise UnsafeObjectError(f"a second state for an object of {maker}")
+        self.top().has_state = True
+        self.given_state.add(maker)
+        # It is copied into the object, item by item, and may be that of many objects.
+        self.budget.charge(state.memory)
         self.adopt([state])
 
     def append(self, _: bytes) -> None:
@@ -294,12 +313,19 @@ class _Scan:
 
     def adopt(self, items: Sequence[Measure]) -> None:
         """Items go into the container on top of the stack."""
+        self.check_contents(items)
         self.budget.charge(16 * len(items))
         container = self.top()
         container.memory += 16 * len(items)
         if items:
             container.depth = max(container.depth, self.budget.nest(items))
             container.hash_steps += sum(item.hash_steps for item in items)
+
+    def check_contents(self, items: Sequence[Measure]) -> None:
+        """Refuse, as part of the object, what only stands for one of Python's or torch's names."""
+        for item in items:
+            if item.stand_in is not None:
+                raise UnsafeObjectError(f"{item.stand_in!r} itself as a part of the object")
 
     def persistent_id(self, _: bytes) -> None:
         self.pop()

@@ -119,13 +119,14 @@ class Rebuilder:
         if self._codec == "tree":
             self._build_tree([object() for _ in range(rows)])
         elif self._weights_only:
-            prescan(
+            given_state = prescan(
                 self._skeleton,
                 self._allowlist.globals,
                 self._allowlist.stateful,
                 depth_limit=self._limits.depth,
                 offset=self._offset,
             )
+            self._allowlist.guard_state(given_state)
 
     def build(
         self, tensors: Sequence[torch.Tensor], storages: Sequence[torch.UntypedStorage]
@@ -145,6 +146,7 @@ class Rebuilder:
                 storages,
                 allowlist=self._allowlist,
                 encoding=self._encoding,
+                depth_limit=self._limits.depth,
                 offset=self._offset,
             )
         return pickled.load_trusted(

@@ -42,6 +42,10 @@ class TypeName:
         raise UnsafeObjectError(f"{self.kind.__name__} may be named, not called")
 
 
+# Checking one part of a nested tensor takes as long as copying about this many bytes.
+_NESTED_WORK = 64 * 2**10
+
+
 class TensorMaker:
     """Makes the tensors of one load that have no row in the table.
 
@@ -182,11 +186,18 @@ class TensorMaker:
             or any(part.device.type != "cpu" for part in (sizes, strides, offsets))
         ):
             raise InvalidObjectError("a nested tensor whose parts do not fit together")
+        # Each part of it is looked at in Python.
+        self._work_left -= offsets.numel() * _NESTED_WORK
+        self._check_work()
+        elements = 0
         for offset, size, stride in zip(
             offsets.tolist(), sizes.tolist(), strides.tolist(), strict=True
         ):
             if offset < 0 or offset + self._checked_span(buffer.dtype, size, stride) > len(buffer):
                 raise InvalidObjectError("a nested tensor beyond its buffer")
+            elements += math.prod(size)
+        if elements * buffer.dtype.itemsize > self._limits.total_nbytes:
+            raise LimitExceeded(f"a nested tensor of {elements} elements")
         return _torch.nested_view(buffer, sizes, strides, offsets)
 
     def wrapper(
@@ -245,6 +256,9 @@ class TensorMaker:
         if nbytes > tensor.untyped_storage().nbytes():
             raise InvalidObjectError("a part of a tensor that is expanded")
         self._work_left -= nbytes
+        self._check_work()
+
+    def _check_work(self) -> None:
         if self._work_left < 0:
             raise LimitExceeded(
                 f"tensors are made from more than {self._limits.total_nbytes} bytes"

@@ -71,7 +71,7 @@ class OutgoingPayload:
         ]
         self.has_staged = any(self._staged)
         if self.has_staged:
-            self._copier = copier or DeviceCopier(devices)
+            self._copier = copier or DeviceCopier()
             self._slabs = Slabs(chunk_size, self._copier)
 
     def chunk(self, start: int, length: int) -> list[memoryview]:
@@ -93,7 +93,7 @@ class OutgoingPayload:
             elif self._staged[index]:
                 slab = slab or self._slabs.take()
                 at = slice(position - start, last - start)
-                source = bytes_of(self._storages[index])[position - first : last - first]
+                source = bytes_of(self._checked(index))[position - first : last - first]
                 self._copier.copy(slab[0][at], source)
                 views.append(slab[1][at])
                 position = last
@@ -101,9 +101,18 @@ class OutgoingPayload:
                 views.append(self._gather(index, position, end))
                 position += len(views[-1])
             else:
-                views.append(view_of(self._storages[index])[position - first : last - first])
+                views.append(view_of(self._checked(index))[position - first : last - first])
                 position = last
         return views
+
+    def _checked(self, index: int) -> torch.UntypedStorage:
+        """A storage, which must still be as large as the header says."""
+        storage, nbytes = self._storages[index], self._ends[index] - self._starts[index]
+        if storage.nbytes() != nbytes:
+            raise RuntimeError(
+                f"a storage of {nbytes} bytes was resized to {storage.nbytes()} while it was sent"
+            )
+        return storage
 
     def _gather(self, index: int, start: int, end: int) -> memoryview:
         """Copy a run of small storages, and what aligns them, into one piece of memory."""
@@ -118,7 +127,7 @@ class OutgoingPayload:
             first, last = max(self._starts[n], start), min(self._ends[n], end)
             if position < first:
                 view[position - start : first - start] = _PADDING[: first - position]
-            source = self._storages[n].data_ptr() + first - self._starts[n]
+            source = self._checked(n).data_ptr() + first - self._starts[n]
             ctypes.memmove(address + first - start, source, last - first)
             position = last
         return view
@@ -169,7 +178,7 @@ class IncomingPayload:
         self._dropped: memoryview | None = None
         real = [region.device for region in self._regions if region.device.type != "meta"]
         if any(map(staged, real)):
-            self._copier = copier or DeviceCopier(real)
+            self._copier = copier or DeviceCopier()
             self._slabs = Slabs(chunk_size, self._copier)
 
     def _plan(self) -> Iterator[_Region]:

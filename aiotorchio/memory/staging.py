@@ -7,7 +7,6 @@ host memory, whatever the size of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -32,33 +31,33 @@ class DeviceCopier:
 
     To be made in the caller's thread: there, the current stream of a device is the one on which
     the tensors to be sent were computed.
-
-    Args:
-        devices: Where the storages are.
     """
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._streams = {
-            device: (torch.cuda.current_stream(device), torch.cuda.Stream(device))
-            for device in set(devices)
-            if device.type == "cuda"
-        }
+    def __init__(self) -> None:
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        self._callers_streams = {device: torch.cuda.current_stream(device) for device in devices}
+        self._streams: dict[int, torch.cuda.Stream] = {}
 
     def slab(self, nbytes: int) -> torch.UntypedStorage:
-        """Host memory; pinned for CUDA."""
-        pinned = bool(self._streams)
-        slab = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        """Host memory; pinned if CUDA is in use."""
+        slab = torch.empty(
+            nbytes, dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_initialized()
+        )
         return slab.untyped_storage()
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Copy bytes, and return when they have arrived; no more than one stream is waited for."""
         device = source.device if destination.device.type == "cpu" else destination.device
-        if device not in self._streams:
+        if device.type != "cuda":
             destination.copy_(source)
             return
-        callers_stream, stream = self._streams[device]
+        stream = self._streams.get(device.index)
+        if stream is None:
+            stream = self._streams[device.index] = torch.cuda.Stream(device)
         # The allocator may hand out memory that the caller's stream still uses.
-        stream.wait_stream(callers_stream)
+        stream.wait_stream(
+            self._callers_streams.get(device.index) or torch.cuda.current_stream(device)
+        )
         with torch.cuda.stream(stream):
             destination.copy_(source, non_blocking=True)
             done = stream.record_event()
@@ -91,5 +90,7 @@ class Slabs:
 
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     """A storage as a tensor of its bytes, on its device."""
-    tensor = torch.empty((0,), dtype=torch.uint8, device=storage.device)
-    return tensor.set_(storage)
+    # The caller may be in inference mode, whose tensors a worker thread could not write to.
+    with torch.inference_mode(False):
+        tensor = torch.empty((0,), dtype=torch.uint8, device=storage.device)
+        return tensor.set_(storage)

@@ -43,15 +43,17 @@ class _Duplicate:
     protocol, so the duplicate has to look.
     """
 
-    def __init__(self, transport: Any, sock: socket.socket) -> None:
+    def __init__(self, transport: Any, sock: socket.socket, direction: int) -> None:
         self._transport = transport
         self.socket = sock
+        # Not both: a transport that is closed still sends what it was given before.
+        self._direction = direction
         self._look()
 
     def _look(self) -> None:
         if self._transport.is_closing():
             with contextlib.suppress(OSError):
-                self.socket.shutdown(socket.SHUT_RDWR)
+                self.socket.shutdown(self._direction)
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(_LOOK_EVERY, self._look)
 
@@ -60,7 +62,7 @@ class _Duplicate:
         self.socket.close()
 
 
-def _duplicate(transport: Any) -> _Duplicate | None:
+def _duplicate(transport: Any, direction: int) -> _Duplicate | None:
     """None where bytes must go through the transport."""
     if sys.platform == "win32" or transport.is_closing():
         return None
@@ -74,7 +76,7 @@ def _duplicate(transport: Any) -> _Duplicate | None:
         os.close(descriptor)
         return None
     duplicate.setblocking(False)
-    return _Duplicate(transport, duplicate)
+    return _Duplicate(transport, duplicate, direction)
 
 
 class AsyncioSource(Source):
@@ -134,7 +136,7 @@ class AsyncioSource(Source):
 
     async def _step_in(self) -> None:
         """Stop the transport, take what the reader has, and go on with the socket."""
-        duplicate = _duplicate(self._transport) if self._is_fed_at_once() else None
+        duplicate = _duplicate(self._transport, socket.SHUT_RD) if self._is_fed_at_once() else None
         if duplicate is None:
             return
         try:
@@ -194,7 +196,7 @@ class AsyncioSink(Sink):
             await self._drain_all()
             transport = self._writer.transport
             empty = not transport.get_write_buffer_size()
-            self._duplicate = _duplicate(transport) if empty else None
+            self._duplicate = _duplicate(transport, socket.SHUT_WR) if empty else None
             self._direct = SocketSink(self._duplicate.socket) if self._duplicate else None
         if self._direct:
             try:

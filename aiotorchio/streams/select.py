@@ -34,7 +34,8 @@ def open_source(stream: Any) -> Source:
         return SocketSource(stream)
     if isinstance(stream, ByteReceiveStream):
         return AnyioSource(stream)
-    if isinstance(stream, AsyncIterable):
+    # trio's own streams are iterable, and would lose what follows a message.
+    if isinstance(stream, AsyncIterable) and not hasattr(stream, "receive_some"):
         return IterableSource(stream)
     raise TypeError(
         f"can't load from {type(stream).__name__}: an asyncio.StreamReader, an anyio byte stream, "

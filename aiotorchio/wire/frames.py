@@ -23,10 +23,12 @@ __all__ = [
     "FLAG_CHECKSUM",
     "FRAME_HEAD_SIZE",
     "HEADER",
+    "MAGIC_SIZE",
     "PREFACE_SIZE",
     "SKELETON",
     "EndDigest",
     "FrameHead",
+    "check_magic",
     "decode_preface",
     "encode_preface",
     "frame_digest",
@@ -44,6 +46,7 @@ ABORT_REASON_MAX = 4096
 _PREFACE = struct.Struct("<8sHHI")
 _HEAD = struct.Struct("<4sIQQQ")
 _HEAD_WITHOUT_DIGEST = struct.Struct("<4sIQQ")
+MAGIC_SIZE = len(MAGIC)
 PREFACE_SIZE = _PREFACE.size
 FRAME_HEAD_SIZE = _HEAD.size
 
@@ -74,6 +77,19 @@ def encode_preface(flags: int) -> bytes:
     return _PREFACE.pack(MAGIC, VERSION, flags, 0)
 
 
+def check_magic(start: bytes) -> None:
+    """Tell a message from other bytes by the first 8 of them, or by those that there are.
+
+    Raises:
+        ProtocolError: Foreign bytes.
+    """
+    if not MAGIC.startswith(start):
+        hint = " (a file of torch.save is for torch.load)" if start.startswith(b"PK") else ""
+        raise ProtocolError(
+            f"not an aiotorchio message: it begins with {start!r}{hint}", entry="preface", offset=0
+        )
+
+
 def decode_preface(data: bytes) -> int:
     """Read the 16 bytes that open a message.
 
@@ -84,8 +100,7 @@ def decode_preface(data: bytes) -> int:
         ProtocolError: Foreign bytes, another version, an unknown flag, a reserved bit.
     """
     magic, version, flags, reserved = _PREFACE.unpack(data)
-    if magic != MAGIC:
-        raise _bad_preface(f"not an aiotorchio message: it begins with {magic!r}", 0)
+    check_magic(magic)
     if version != VERSION:
         raise _bad_preface(f"unknown format version {version}; this is {VERSION}", 8)
     if flags & ~FLAG_CHECKSUM:

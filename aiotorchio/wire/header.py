@@ -129,7 +129,9 @@ def decode_header(data: bytes, limits: Limits, *, offset: int = 0) -> Header:
             count = _array_length(getattr(outline, what))
             if count > limits.entries:
                 raise LimitExceeded(
-                    f"{count} {what}, {limits.entries} allowed", entry="header", offset=offset
+                    f"{count} {what}, {limits.entries} allowed (Limits.entries)",
+                    entry="header",
+                    offset=offset,
                 )
         return _decoder.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
@@ -223,7 +225,9 @@ def _validate(header: Header, limits: Limits) -> Layout:
         )
     if header.chunk_size > limits.chunk_nbytes:
         raise LimitExceeded(
-            f"chunks of {header.chunk_size} bytes, {limits.chunk_nbytes} allowed", entry="header"
+            f"chunks of {header.chunk_size} bytes, {limits.chunk_nbytes} allowed "
+            "(Limits.chunk_nbytes)",
+            entry="header",
         )
     keys = [key for key, _ in header.metadata]
     if len(set(keys)) != len(keys):
@@ -238,7 +242,8 @@ def _validate(header: Header, limits: Limits) -> Layout:
     layout = Layout(header)
     if layout.total > limits.total_nbytes:
         raise LimitExceeded(
-            f"payload of {layout.total} bytes, {limits.total_nbytes} allowed", entry="header"
+            f"payload of {layout.total} bytes, {limits.total_nbytes} allowed (Limits.total_nbytes)",
+            entry="header",
         )
     if layout.chunks > CHUNKS_MAX:
         raise ProtocolError(f"{layout.chunks} chunks, {CHUNKS_MAX} possible", entry="header")
@@ -270,7 +275,8 @@ def _validate_row(row: TensorRow, index: int, header: Header, limits: Limits) ->
         )
     if len(row.shape) > limits.dims:
         raise LimitExceeded(
-            f"{len(row.shape)} dimensions, {limits.dims} allowed", entry=describe(row, index)
+            f"{len(row.shape)} dimensions, {limits.dims} allowed (Limits.dims)",
+            entry=describe(row, index),
         )
     if row.flags & (REQUIRES_GRAD | NEGATIVE) and dtype.kind not in ("float", "complex"):
         raise InvalidObjectError(

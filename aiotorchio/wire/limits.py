@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 __all__ = ["Limits"]
 
@@ -33,6 +33,10 @@ class Limits:
         depth: Nesting of containers in the object.
         dims: Dimensions of one tensor.
 
+    Raises:
+        TypeError: A limit that is not an int.
+        ValueError: A negative limit.
+
     Example:
         >>> from aiotorchio import Limits
         >>> Limits(total_nbytes=2**30).total_nbytes
@@ -46,3 +50,11 @@ class Limits:
     entries: int = 1_000_000
     depth: int = 256
     dims: int = 64
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{limit.name} is a whole number, not {value!r}")
+            if value < 0:
+                raise ValueError(f"{limit.name} is {value}: it must not be negative")

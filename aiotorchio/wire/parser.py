@@ -34,10 +34,12 @@ from aiotorchio.wire.frames import (
     FLAG_CHECKSUM,
     FRAME_HEAD_SIZE,
     HEADER,
+    MAGIC_SIZE,
     PREFACE_SIZE,
     SKELETON,
     EndDigest,
     FrameHead,
+    check_magic,
     decode_preface,
     frame_digest,
     message_id,
@@ -159,7 +161,11 @@ class Parser:
             InvalidObjectError: The header describes tensors that cannot exist.
             RemoteAbort: The sender gave up.
         """
-        preface = yield from self._read(PREFACE_SIZE, "preface")
+        # First, and even if there is no more: a peer that speaks something else may say no more.
+        magic: bytes = yield ReadBytes(MAGIC_SIZE)
+        check_magic(magic)
+        self._took(magic, MAGIC_SIZE, "preface")
+        preface = magic + (yield from self._read(PREFACE_SIZE - MAGIC_SIZE, "preface"))
         checksum = bool(decode_preface(preface) & FLAG_CHECKSUM)
 
         # The header defines the message id; until it is in, the preface stands for it.
@@ -237,12 +243,14 @@ class Parser:
 
     def _read(self, size: int, entry: str) -> Generator[Step, Any, bytes]:
         data: bytes = yield ReadBytes(size)
-        if len(data) < size:
-            at = self.position + len(data)
-            what = "before a message began" if at == 0 else f"inside the {entry}"
-            raise TruncatedError(f"the stream ended {what}", entry=entry, offset=at)
-        self.position += size
+        self._took(data, size, entry)
         return data
+
+    def _took(self, data: bytes, size: int, entry: str) -> None:
+        self.position += len(data)
+        if len(data) < size:
+            what = "before a message began" if self.position == 0 else f"inside the {entry}"
+            raise TruncatedError(f"the stream ended {what}", entry=entry, offset=self.position)
 
     def _head(
         self, kind: bytes, index: int, offset: int

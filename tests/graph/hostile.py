@@ -528,7 +528,7 @@ def trees() -> dict[str, Case]:
         "reserved": (b"\xc1", "ProtocolError"),
         "depth": (b"\x92\x00" * 300 + b"\xc0", "LimitExceeded"),
         "depth_million": (b"\x92\x00" * 10**6 + b"\xc0", "LimitExceeded"),
-        "map_depth": (b"\x81\xa1a" * 10**6 + b"\xc0", "LimitExceeded"),
+        "map_depth": (b"\x81\xa1a" * 10**6 + b"\xc0", "ProtocolError"),
         "empty_lists": (
             b"\xdd" + struct.pack(">I", 8_000_000) + b"\x90" * 8_000_000,
             "LimitExceeded",

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import io
 from collections import Counter, OrderedDict
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import _weights_only_unpickler
@@ -189,3 +191,33 @@ def test_full_pickle_gets_the_checked_functions() -> None:
     replaced = Allowlist((), Limits(), None).rebuild_functions()
     assert ("torch._utils", "_rebuild_sparse_tensor") in replaced
     assert ("torch._utils", "_rebuild_parameter_with_state") not in replaced
+
+
+def test_arrays_of_numpy_load_when_the_caller_trusts_what_makes_them() -> None:
+    array = numpy.arange(6.0).reshape(2, 3)
+    make = array.__reduce__()[0]
+    trusted = [make, numpy.ndarray, numpy.dtype, type(array.dtype)]
+    file = io.BytesIO()
+    aiotorchio.save({"array": array}, file)
+    file.seek(0)
+    loaded = aiotorchio.load(file, safe_globals=trusted)
+    assert numpy.array_equal(loaded["array"], array)
+
+
+class MadeByAFunction:
+    """Pickles as a call of a trusted function, and a state for what that returns."""
+
+    def __reduce__(self) -> Any:
+        return make_a_tensor, (), (torch.ones(4).untyped_storage(), 0, (100,), (1,))
+
+
+def make_a_tensor() -> torch.Tensor:
+    return torch.zeros(1)
+
+
+def test_a_trusted_function_gives_no_tensor_a_state() -> None:
+    file = io.BytesIO()
+    aiotorchio.save(MadeByAFunction(), file)
+    file.seek(0)
+    with pytest.raises(aiotorchio.UnsafeObjectError, match="a state for a tensor"):
+        aiotorchio.load(file, safe_globals=[make_a_tensor])

@@ -32,7 +32,13 @@ def read(skeleton: bytes, *, trusted: bool = False, allowlist: Any = None) -> An
             offset=7,
         )
     return pickled.load(
-        skeleton, tensors, storages, allowlist=allowlist, encoding="utf-8", offset=7
+        skeleton,
+        tensors,
+        storages,
+        allowlist=allowlist,
+        encoding="utf-8",
+        depth_limit=256,
+        offset=7,
     )
 
 
@@ -55,6 +61,7 @@ def test_references() -> None:
         table.sources,
         allowlist=Allowlist((), Limits(), None),
         encoding="utf-8",
+        depth_limit=256,
     )
     corpus.assert_same(loaded, [tensor, typed, bare, bare])
 

@@ -139,3 +139,37 @@ def test_keys_of_unknown_hashes_are_few() -> None:
     scan(pickle.dumps({complex(n): None for n in range(4096)}, 2))
     with pytest.raises(LimitExceeded, match="4096 keys"):
         scan(pickle.dumps({complex(n): None for n in range(4097)}, 2))
+
+
+def test_an_object_is_given_one_state() -> None:
+    # Each state is copied into the object, and costs the sender three bytes.
+    first = b"\x80\x02ccollections\nOrderedDict\n)R}q\x00X\x01\x00\x00\x00aK\x01sb"
+    scan(first + b".")
+    with pytest.raises(UnsafeObjectError, match="a second state"):
+        scan(first + b"h\x00b.")
+
+
+@pytest.mark.parametrize("kind", [OrderedDict, set, bytearray])
+def test_names_that_stand_for_something_are_no_part_of_an_object(kind: type) -> None:
+    for obj in (kind, [kind], {"a": (1, kind)}):
+        with pytest.raises(UnsafeObjectError, match="itself as a part"):
+            scan(pickle.dumps(obj, protocol=2))
+
+
+def test_tuples_in_tuples_as_keys_are_few() -> None:
+    # Their hashes have 64 bits of which numbers keep 61: the scan can't tell which are equal.
+    scan(pickle.dumps({((n,), 0): n for n in range(4000)}, protocol=2))
+    with pytest.raises(LimitExceeded, match="not plain values"):
+        scan(pickle.dumps({((n,), 0): n for n in range(5000)}, protocol=2))
+
+
+def test_lists_that_are_nested_after_they_were_measured() -> None:
+    # ]q0 ]q1 a, h1 ]q2 a, ...: each list goes into the one before while that is at the top.
+    levels = 400
+    data = b"\x80\x02]r\x00\x00\x00\x00"
+    for level in range(1, levels):
+        slot = level.to_bytes(4, "little")
+        data += b"]r" + slot + b"aj" + slot
+    # What is left on the stack goes into one more list, so that one object remains.
+    with pytest.raises(LimitExceeded, match="nested deeper than 256"):
+        forge.load_pickle(b"\x80\x02(" + data[2:] + b"t.")

@@ -116,22 +116,33 @@ def test_a_tensor_of_a_dtype_torch_lacks() -> None:
         decode(msgpack.packb([9, "float33"]))
 
 
-def test_growth_counts_containers_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    contents: list[Any] = [
-        *([], {}, [[]] * 16, {n: [] for n in range(20)}, [0] * 70_000),
-        dict.fromkeys(range(70_000)),
-        *(b"\x90" * 200, b"\x90" * 300, b"\x90" * 70_000, "\u0410" * 10, "\u0410" * 100),
-        *("\u0410" * 200, "\u0410" * 40_000, 1.5, -1, -(2**40), 2**8, 2**16, 2**32, 2**63, None),
-        *(msgpack.ExtType(1, b"\x90" * n) for n in (1, 2, 4, 8, 16, 17)),
-    ]
+def test_growth_walks_over_every_kind_of_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[Any] = [b"\x80" * 200, b"\x80" * 300, b"\x80" * 70_000, "\u0410" * 10]
+    texts += ["\u0410" * 100, "\u0410" * 200, "\u0410" * 40_000]
+    numbers = [1.5, -(2**7), -(2**15), -(2**31), -(2**40), 2**7, 2**8, 2**16, 2**32, 2**63]
+    constants = [None, True, False, 5, -1]
     packer = msgpack.Packer(strict_types=True)
-    data = packer.pack(contents)
-    # One of the outer list, and those that each of its items has.
-    assert growth._containers(data) == 1 + 1 + 1 + 17 + 21 + 1 + 1
+    data = packer.pack([texts, numbers, constants, [[]] * 16, [0] * 70_000])
+    expected = (
+        growth._ARRAY_NBYTES * (6 + 16)
+        + sum(growth._TEXT_NBYTES + len(packer.pack(text)) for text in texts)
+        + growth._NUMBER_NBYTES * len(numbers)
+        + growth._CONSTANT_NBYTES * (len(constants) + 70_000)
+    )
+    # Heads of texts are counted above, and lengths of short texts are not counted at all.
+    assert abs(growth._memory(data) - expected) < 100
     monkeypatch.setattr(growth, "_MEMORY_FLOOR", 0)
-    check_growth(data)
     check_growth(b"\xc6\x00\x00\x10\x00" + b"\x90" * 4096)
     with pytest.raises(LimitExceeded):
         check_growth(b"\xdc\x10\x00" + b"\x90" * 4096)
     with pytest.raises(ProtocolError):
         check_growth(b"\xc6\x00\x00\x20\x00" + b"\x90" * 4096)
+
+
+@pytest.mark.parametrize(
+    "head", ["81", "de0001", "df00000001", "d401", "d8", "c70101", "c8000101", "c90000000101"]
+)
+def test_maps_and_extensions_are_refused_before_they_are_built(head: str) -> None:
+    data = b"\x92\x00" + bytes.fromhex(head) + b"\x01" * 18
+    with pytest.raises(ProtocolError, match="a map or an extension"):
+        tree.decode(data, [], depth_limit=256)

@@ -236,3 +236,12 @@ def test_storages_without_bytes_have_their_size_and_place() -> None:
     empty, meta = incoming.storages()
     assert (empty.nbytes(), empty.device) == (0, CPU)
     assert (meta.nbytes(), meta.device) == (2**40, META)
+
+
+@pytest.mark.parametrize("size", [100, 2 * SMALL])
+def test_a_storage_that_is_resized_while_it_is_sent_is_noticed(size: int) -> None:
+    storage = torch.UntypedStorage(size)
+    outgoing = OutgoingPayload([storage], [0], [size], CHUNK)
+    storage.resize_(0)
+    with pytest.raises(RuntimeError, match=f"of {size} bytes was resized to 0"):
+        outgoing.chunk(0, min(size, CHUNK))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,15 +13,14 @@ import pytest
 import torch
 
 import aiotorchio
-from aiotorchio.drive import drive, drive_blocking
-from aiotorchio.graph.flatten import Flattened, flatten
+from aiotorchio.drive import Request, drive, drive_blocking
+from aiotorchio.graph.flatten import flatten
 from aiotorchio.memory.payload import IncomingPayload, OutgoingPayload
 from aiotorchio.memory.staging import DeviceCopier, Slabs, bytes_of
 from aiotorchio.options import load_options
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.iterables import IterableSource
 from aiotorchio.transfer import _Incoming, receive_message, send_message
-from aiotorchio.wire.header import Layout
 from tests.memory.test_payload import CopierOnCpu, staged
 
 CHUNK = 4096
@@ -30,35 +30,40 @@ cuda = pytest.mark.cuda
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def flattened() -> Flattened:
-    return flatten(STATE, chunk_size=CHUNK, metadata={}, producer="tests")
-
-
-def staged_payload(flat: Flattened, copier: Any) -> OutgoingPayload:
-    layout = Layout(flat.header)
-    return OutgoingPayload(
-        flat.storages, layout.offsets, layout.nbytes, CHUNK, copier=copier, staged=staged
-    )
-
-
-def staged_incoming(copier: Any) -> Callable[..., _Incoming]:
-    def make(header: Any, layout: Layout, options: Any) -> _Incoming:
-        incoming = _Incoming(header, layout, options)
-        sizes = [row.nbytes for row in header.storages]
-        devices = [torch.device("cpu")] * len(sizes)
-        incoming.payload = IncomingPayload(
-            layout.offsets, layout.nbytes, sizes, devices, CHUNK, copier=copier, staged=staged
-        )
-        return incoming
+def staged_outgoing(copier: Any) -> Callable[..., OutgoingPayload]:
+    def make(*args: Any, **_: Any) -> OutgoingPayload:
+        return OutgoingPayload(*args, copier=copier, staged=staged)
 
     return make
 
 
+class StagedIncoming(_Incoming):
+    """Takes the CPU for a device."""
+
+    copier: Any
+
+    def payload(self) -> IncomingPayload:
+        self._incoming = functools.partial(IncomingPayload, staged=staged)
+        self._copier = self.copier
+        return super().payload()
+
+
+def staged_incoming(copier: Any) -> type[_Incoming]:
+    return type("Staged", (StagedIncoming,), {"copier": copier})
+
+
+def message_of(copier: Any) -> Generator[Request, Any, aiotorchio.Summary]:
+    return send_message(
+        lambda: flatten(STATE, chunk_size=CHUNK, metadata={}, producer="tests"),
+        inline=True,
+        checksum=True,
+        outgoing=staged_outgoing(copier),
+    )
+
+
 def sent(copier: Any) -> bytes:
     file = io.BytesIO()
-    flat = flattened()
-    message = send_message(flat, checksum=True, payload=staged_payload(flat, copier))
-    drive_blocking(message, BlockingStream(file))
+    drive_blocking(message_of(copier), BlockingStream(file))
     return file.getvalue()
 
 
@@ -123,8 +128,7 @@ def test_a_copy_that_fails_in_the_middle_aborts_the_message() -> None:
             super().copy(destination, source)
 
     file = io.BytesIO()
-    flat = flattened()
-    message = send_message(flat, checksum=True, payload=staged_payload(flat, Failing()))
+    message = message_of(Failing())
     with pytest.raises(RuntimeError, match="device lost"):
         drive_blocking(message, BlockingStream(file))
     with pytest.raises(aiotorchio.RemoteAbort, match="RuntimeError: device lost"):
@@ -138,7 +142,7 @@ def test_slabs_take_turns() -> None:
 
 
 def test_the_copier_of_the_library_copies_on_the_cpu() -> None:
-    copier = DeviceCopier([torch.device("cpu")])
+    copier = DeviceCopier()
     slab = copier.slab(8)
     copier.copy(bytes_of(slab), torch.arange(8, dtype=torch.uint8))
     assert bytes_of(slab).tolist() == list(range(8))
@@ -175,5 +179,17 @@ def test_what_the_current_stream_computes_is_sent() -> None:
 @cuda
 @needs_cuda
 def test_slabs_of_cuda_are_pinned() -> None:
-    copier = DeviceCopier([torch.device("cuda", torch.cuda.current_device())])
+    torch.cuda.init()
+    copier = DeviceCopier()
     assert bytes_of(copier.slab(64)).is_pinned()
+
+
+@pytest.mark.anyio
+async def test_inference_mode_of_the_caller_does_not_matter() -> None:
+    with torch.inference_mode():
+        data = sent(CopierOnCpu())
+        message = receive_message(load_options(), staged_incoming(CopierOnCpu()))
+        async with aclosing(pieces(data)) as body:
+            loaded = await drive(message, IterableSource(body))
+    assert_state(loaded)
+    assert not any(tensor.is_inference() for tensor in loaded.values())

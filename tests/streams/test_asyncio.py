@@ -316,6 +316,11 @@ class FakeTransport:
     def is_closing(self) -> bool:
         return False
 
+    def pause_reading(self) -> None:
+        """The reader asks for it when its buffer is full."""
+
+    resume_reading = pause_reading
+
     def get_protocol(self) -> asyncio.BaseProtocol:
         return asyncio.streams.FlowControlMixin()
 
@@ -332,12 +337,12 @@ async def test_which_transports_step_aside(monkeypatch: pytest.MonkeyPatch) -> N
             # Not a socket, whatever its transport says.
             FakeTransport(socket=file),
         ):
-            assert _asyncio._duplicate(transport) is None
-        duplicate = _asyncio._duplicate(FakeTransport(socket=sock))
+            assert _asyncio._duplicate(transport, socket.SHUT_RD) is None
+        duplicate = _asyncio._duplicate(FakeTransport(socket=sock), socket.SHUT_RD)
         assert duplicate is not None
         duplicate.close()
         monkeypatch.setattr(sys, "platform", "win32")
-        assert _asyncio._duplicate(FakeTransport(socket=sock)) is None
+        assert _asyncio._duplicate(FakeTransport(socket=sock), socket.SHUT_RD) is None
 
 
 async def test_a_reader_that_is_fed_later_is_not_overtaken() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
 import pytest
 
@@ -50,3 +51,14 @@ def test_limits_do_not_change_and_have_names() -> None:
         Limits(1)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
         Limits(unknown=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("value", [8e9, True, None, "8"])
+def test_limits_are_whole_numbers(value: Any) -> None:
+    with pytest.raises(TypeError, match="total_nbytes is a whole number"):
+        Limits(total_nbytes=value)
+
+
+def test_limits_are_not_negative() -> None:
+    with pytest.raises(ValueError, match="dims is -1"):
+        Limits(dims=-1)

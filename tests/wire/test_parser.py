@@ -115,10 +115,20 @@ def test_two_messages_in_a_row() -> None:
 
 def test_nothing_of_the_payload_is_asked_for_before_the_header_is_valid() -> None:
     steps = Parser(LIMITS).parse()
-    assert next(steps) == ReadBytes(16)
-    assert steps.send(SMALL[:16]) == ReadBytes(32)
+    assert next(steps) == ReadBytes(8)
+    assert steps.send(SMALL[:8]) == ReadBytes(8)
+    assert steps.send(SMALL[8:16]) == ReadBytes(32)
     assert steps.send(SMALL[16:48]) == ReadBytes(len(Message().header))
     assert isinstance(steps.send(Message().header), HeaderReceived)
+
+
+@pytest.mark.parametrize("start", [b"H", b"Not Foun", SMALL[:7] + b"x", b"PK\x03\x04"])
+def test_foreign_bytes_are_told_by_the_first_eight(start: bytes) -> None:
+    """A peer that speaks something else may send no more, and leave the stream open."""
+    steps = Parser(LIMITS).parse()
+    next(steps)
+    with pytest.raises(ProtocolError, match="it begins with"):
+        steps.send(start)
 
 
 # Cuts

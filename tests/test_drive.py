@@ -1,0 +1,27 @@
+"""What a message waits for is carried out, whatever else the process is busy with."""
+
+from __future__ import annotations
+
+import threading
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from aiotorchio.drive import run_in_thread
+
+
+async def wait_in_a_thread(done: threading.Event) -> None:
+    await anyio.to_thread.run_sync(done.wait)
+
+
+@pytest.mark.anyio
+async def test_messages_go_on_while_all_threads_of_anyio_wait_for_them() -> None:
+    done = threading.Event()
+    limiter = anyio.to_thread.current_default_thread_limiter()
+    async with anyio.create_task_group() as group:
+        for _ in range(int(limiter.total_tokens)):
+            group.start_soon(wait_in_a_thread, done)
+        await anyio.wait_all_tasks_blocked()
+        with anyio.fail_after(60):
+            await run_in_thread(done.set)
