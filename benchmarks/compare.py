@@ -22,42 +22,30 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
-import gc
 import io
-import multiprocessing
-import platform
 import socket
 import statistics
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from common import (
+    CASES,
+    MIB,
+    Handler,
+    PeakMemory,
+    State,
+    bytes_of,
+    finished,
+    heading,
+    make_state,
+    nonblocking,
+    two_processes,
+)
 from torch.distributed._serialization import _streaming_load, _streaming_save
 
 import aiotorchio
-
-MIB = 2**20
-State = dict[str, torch.Tensor]
-
-CASES: dict[str, tuple[int, int]] = {
-    # name: (tensors, bytes each)
-    "1 GiB in 64 storages": (64, 16 * MIB),
-    "10,000 tensors of 4 KiB": (10_000, 4096),
-}
-
-
-def make_state(case: str) -> State:
-    count, nbytes = CASES[case]
-    return {f"layer.{n}.weight": torch.full((nbytes // 4,), float(n)) for n in range(count)}
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    array: Any = tensor.numpy()
-    return memoryview(array).cast("B")
-
 
 # Each method: what the sender does with a connected socket, and what the receiver does.
 
@@ -65,19 +53,13 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 async def _aiotorchio_send(state: State, sock: socket.socket, checksum: bool) -> None:
     _, writer = await asyncio.open_connection(sock=sock)
     await aiotorchio.save_to_stream(state, writer, checksum=checksum)
-    await _finished(writer)
-
-
-async def _finished(writer: asyncio.StreamWriter) -> None:
-    """Close once all is sent; the dup that the caller holds keeps the connection open."""
-    writer.close()
-    await writer.wait_closed()
+    await finished(writer)
 
 
 async def _aiotorchio_receive(sock: socket.socket) -> Any:
     reader, writer = await asyncio.open_connection(sock=sock)
     state = await aiotorchio.load_from_stream(reader)
-    await _finished(writer)
+    await finished(writer)
     return state
 
 
@@ -101,14 +83,14 @@ async def _torch_save_send(state: State, sock: socket.socket) -> None:
     writer.write(len(data).to_bytes(8, "little"))
     writer.write(data)
     await writer.drain()
-    await _finished(writer)
+    await finished(writer)
 
 
 async def _torch_save_receive(sock: socket.socket) -> Any:
     reader, writer = await asyncio.open_connection(sock=sock)
     size = int.from_bytes(await reader.readexactly(8), "little")
     state = torch.load(io.BytesIO(await reader.readexactly(size)))
-    await _finished(writer)
+    await finished(writer)
     return state
 
 
@@ -152,100 +134,53 @@ METHODS: dict[str, tuple[Callable[[State, socket.socket], Any], Callable[[socket
 }
 
 
-class PeakMemory:
-    """The most resident memory since ``__enter__`` above what was resident then, in bytes."""
-
-    def __enter__(self) -> PeakMemory:
-        gc.collect()
-        # What the rounds before have freed goes back to the system: memory is fresh for all.
-        ctypes.CDLL(None).malloc_trim(0)
-        # Linux: 5 sets the high-water mark back to what is resident now.
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        self._before = self._read("VmRSS")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.nbytes = self._read("VmHWM") - self._before
-
-    @staticmethod
-    def _read(key: str) -> int:
-        with open("/proc/self/status") as file:
-            line = next(line for line in file if line.startswith(key))
-        return int(line.split()[1]) * 1024
-
-
-def sender(orders: Connection, port: int) -> None:
-    torch.set_num_threads(1)
+def sender() -> Handler:
     states = {case: make_state(case) for case in CASES}
-    while (order := orders.recv()) is not None:
+
+    def handle(order: tuple[str, str], sock: socket.socket) -> tuple[float, int]:
         case, method = order
-        with socket.create_connection(("127.0.0.1", port)) as sock:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            with sock.dup() as used:
-                used.setblocking(False)
-                with PeakMemory() as memory:
-                    start = time.perf_counter()
-                    METHODS[method][0](states[case], used)
-                    sock.setblocking(True)
-                    if sock.recv(1) != b"!":
-                        raise RuntimeError("the receiver has failed")
-                    seconds = time.perf_counter() - start
-        orders.send((seconds, memory.nbytes))
+        with PeakMemory() as memory:
+            start = time.perf_counter()
+            with nonblocking(sock) as used:
+                METHODS[method][0](states[case], used)
+            if sock.recv(1) != b"!":
+                raise RuntimeError("the receiver has failed")
+            seconds = time.perf_counter() - start
+        return seconds, memory.nbytes
+
+    return handle
 
 
-def receiver(orders: Connection, listener: socket.socket) -> None:
-    torch.set_num_threads(1)
-    while (order := orders.recv()) is not None:
+def receiver() -> Handler:
+    def handle(order: tuple[str, str], sock: socket.socket) -> int:
         case, method = order
-        sock, _ = listener.accept()
-        with sock, sock.dup() as used:
-            used.setblocking(False)
-            with PeakMemory() as memory:
+        with PeakMemory() as memory:
+            with nonblocking(sock) as used:
                 state = METHODS[method][1](used)
-                sock.setblocking(True)
-                sock.sendall(b"!")
-            if method != "raw":
-                expected = make_state(case)
-                if not all(torch.equal(state[key], expected[key]) for key in expected):
-                    raise RuntimeError(f"{method} has changed the state")
-                del expected
-            del state
-        orders.send((0.0, memory.nbytes))
+            sock.sendall(b"!")
+        if method != "raw":
+            expected = make_state(case)
+            if not all(torch.equal(state[key], expected[key]) for key in expected):
+                raise RuntimeError(f"{method} has changed the state")
+        return memory.nbytes
+
+    return handle
 
 
 def run(rounds: int, methods: list[str], cases: list[str]) -> dict[Any, list[Any]]:
-    context = multiprocessing.get_context("spawn")
-    listener = socket.create_server(("127.0.0.1", 0))
-    ends, processes = [], []
-    for target, argument in ((sender, listener.getsockname()[1]), (receiver, listener)):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=target, args=(theirs, argument), daemon=True)
-        process.start()
-        theirs.close()
-        ends.append(ours)
-        processes.append(process)
     results: dict[Any, list[Any]] = {}
-    for number in range(rounds + 1):
-        for case in cases:
-            for method in methods:
-                for end in ends:
-                    end.send((case, method))
-                (seconds, sent), (_, received) = ends[0].recv(), ends[1].recv()
-                if number:
-                    results.setdefault((case, method), []).append((seconds, sent, received))
-    for end in ends:
-        end.send(None)
-    for process in processes:
-        process.join()
+    with two_processes(sender, receiver) as order:
+        for number in range(rounds + 1):
+            for case in cases:
+                for method in methods:
+                    (seconds, sent), received = order((case, method))
+                    if number:
+                        results.setdefault((case, method), []).append((seconds, sent, received))
     return results
 
 
 def report(results: dict[Any, list[Any]], cases: list[str], methods: list[str]) -> None:
-    print(
-        f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"medians (minimum - maximum) of {len(next(iter(results.values())))} rounds"
-    )
+    print(heading(len(next(iter(results.values())))))
     for case in cases:
         count, nbytes = CASES[case]
         print(f"\n{case}")
