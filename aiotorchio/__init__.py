@@ -1,9 +1,11 @@
 """Moves PyTorch state between processes from async Python.
 
 ``save_to_stream`` and ``load_from_stream`` carry one object over an async stream;
-``StreamWriter`` and ``StreamReader`` carry many; ``iter_bytes`` gives a message to an HTTP library;
-``save`` and ``load`` are the blocking twins. ``Limits`` says what a load accepts, ``Summary`` what
-a save has sent, and every error is an ``AiotorchioError``.
+``StreamWriter`` and ``StreamReader`` carry many, of which ``StreamReader.open`` shows the header
+first, as a ``Message`` with a ``TensorSpec`` for each tensor; ``iter_bytes`` gives a message to an
+HTTP library; ``save`` and ``load`` are the blocking twins. ``Limits`` says what a load accepts,
+``DoubleBuffer`` is to load into, ``Summary`` says what a save has sent, and every error is an
+``AiotorchioError``.
 """
 
 from importlib.metadata import version
@@ -12,9 +14,7 @@ from aiotorchio.api import (
     StreamReader,
     StreamWriter,
     iter_bytes,
-    load,
     load_from_stream,
-    save,
     save_to_stream,
 )
 from aiotorchio.errors import (
@@ -31,7 +31,11 @@ from aiotorchio.errors import (
     TruncatedError,
     UnsafeObjectError,
 )
-from aiotorchio.transfer import Summary
+from aiotorchio.files import load, save
+from aiotorchio.graph.names import TensorSpec
+from aiotorchio.message import Message
+from aiotorchio.transfer.plan import DoubleBuffer
+from aiotorchio.transfer.send import Summary
 from aiotorchio.wire.limits import Limits
 
 __version__ = version("aiotorchio")
@@ -39,9 +43,11 @@ __version__ = version("aiotorchio")
 __all__ = [
     "AiotorchioError",
     "ChecksumError",
+    "DoubleBuffer",
     "InvalidObjectError",
     "LimitExceeded",
     "Limits",
+    "Message",
     "MismatchError",
     "ProtocolError",
     "RemoteAbort",
@@ -50,6 +56,7 @@ __all__ = [
     "StreamReader",
     "StreamWriter",
     "Summary",
+    "TensorSpec",
     "TransferTimeout",
     "TruncatedError",
     "UnsafeObjectError",

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
-from typing import Any, Unpack
+from typing import Any, Unpack, get_args
 
-from aiotorchio.drive import Send, Task, drive, drive_blocking, run_in_thread
+import torch
+
+from aiotorchio.drive import (
+    Next,
+    Send,
+    Task,
+    carry_out,
+    drive,
+    next_item,
+    run_in_thread,
+)
 from aiotorchio.graph.location import MapLocation
+from aiotorchio.graph.names import TensorSpec
+from aiotorchio.graph.select import Select
+from aiotorchio.message import Message, Unread
 from aiotorchio.options import (
     DEFAULT_CHUNK_SIZE,
+    Destination,
     LoadKeywords,
     SaveKeywords,
+    check_lock,
+    checked_limits,
     load_options,
     outgoing_message,
 )
@@ -21,12 +36,12 @@ from aiotorchio.streams.base import coalesce
 from aiotorchio.streams.guard import exclusive
 from aiotorchio.streams.iterables import resumable
 from aiotorchio.streams.select import (
-    open_blocking_sink,
-    open_blocking_source,
     open_sink,
     open_source,
 )
-from aiotorchio.transfer import Progress, Summary, receive_message
+from aiotorchio.transfer.receive import IncomingMessage, receive_message
+from aiotorchio.transfer.send import Summary
+from aiotorchio.transfer.steps import Progress
 from aiotorchio.wire.limits import Limits
 from aiotorchio.wire.parser import Work
 
@@ -34,9 +49,7 @@ __all__ = [
     "StreamReader",
     "StreamWriter",
     "iter_bytes",
-    "load",
     "load_from_stream",
-    "save",
     "save_to_stream",
 ]
 
@@ -48,6 +61,7 @@ async def save_to_stream(
     checksum: bool = True,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     metadata: Mapping[str, str] | None = None,
+    specs: Mapping[str, TensorSpec | torch.Tensor] | None = None,
     progress: Progress | None = None,
     pickle_module: Any = pickle,
     pickle_protocol: int = 2,
@@ -66,8 +80,13 @@ async def save_to_stream(
             unnoticed; structure and completeness are proven all the same.
         chunk_size: Bytes of a chunk: a multiple of 64, from 4096 on. Receivers accept up to
             ``Limits.chunk_nbytes``.
-        metadata: Texts for the header of the message (SPEC.md section 5.1). No function of this
-            version reads them yet.
+        metadata: Texts for the header of the message (SPEC.md section 5.1), which the receiver
+            can read before the payload: ``Message.metadata``.
+        specs: The tensors of a dict that is made while it is sent: shape and dtype of each, by
+            name, or a tensor that has them (on ``meta``, say). ``obj`` is then an iterable, plain
+            or async, of (name, tensor) in the same order. The header is sent at once; each tensor
+            is asked for when the one before is sent, and not kept. They arrive on the CPU, unless
+            ``map_location`` says otherwise. A plain iterable runs on the event loop.
         progress: Called as ``progress(done, total)`` with bytes of the payload, after each chunk.
         pickle_module: Has a ``Pickler``; used for what is not made of plain containers.
         pickle_protocol: Of that pickle. Receivers load only 2 with ``weights_only=True``.
@@ -81,6 +100,8 @@ async def save_to_stream(
         TruncatedError: The peer closed the connection, or it broke.
         StreamBusy: Another save is using the stream.
         StreamPoisoned: An earlier save was stopped inside its message.
+        ValueError: An iterable that gives other tensors than ``specs`` says. This, and what an
+            iterable raises, the receiver gets as a ``RemoteAbort``, and the stream lives on.
         Exception: What ``pickle_module`` raises for an object it cannot pickle; the stream is
             untouched then.
 
@@ -107,6 +128,7 @@ async def save_to_stream(
             checksum=checksum,
             chunk_size=chunk_size,
             metadata=metadata,
+            specs=specs,
             progress=progress,
             pickle_module=pickle_module,
             pickle_protocol=pickle_protocol,
@@ -122,6 +144,12 @@ async def load_from_stream(
     allow_pickle: bool = True,
     safe_globals: Iterable[Any] = (),
     limits: Limits | None = None,
+    into: Destination | None = None,
+    strict: bool = True,
+    cast: bool = False,
+    staged: bool = False,
+    lock: Any = None,
+    select: Select | None = None,
     progress: Progress | None = None,
     pickle_module: Any = None,
     encoding: str = "utf-8",
@@ -146,16 +174,40 @@ async def load_from_stream(
         safe_globals: Classes and functions that pickled objects may use in this call, beside
             those of ``torch.serialization.add_safe_globals``; or pairs of one and its path.
         limits: What to accept; the default is ``Limits()``.
+        into: Tensors to receive into, so that none are made: a mapping from names (see
+            ``Message.tensors``) to tensors, which may be nested like a state dict; or a
+            ``torch.nn.Module``, of which parameters and persistent buffers count; or a
+            ``DoubleBuffer``. All is compared before a byte is written. Bytes go straight to where
+            they belong if dtype and layout are the sender's, else through a chunk of scratch. The
+            tensors must not be resized, nor used by others, until this returns; if it fails,
+            they are partly overwritten, unless ``staged``.
+        strict: As in ``load_state_dict``: whether the names must be the same on both sides. If
+            not, what has no destination arrives in memory of its own.
+        cast: Convert to the dtype of the destination, as far as ``torch.can_cast`` allows.
+        staged: Receive and verify everything in memory of its own, as much as the destinations
+            have, and then exchange the bytes. If this call raises anything, a cancellation too,
+            all destinations are as they were. A ``DoubleBuffer`` is always staged, and exchanges
+            memory instead of bytes.
+        lock: An async context manager, such as ``asyncio.Lock``, that is held while staged
+            destinations change, so that nobody sees some of them changed and others not.
+        select: Only these tensors: names, shell patterns (``"encoder.*"``), or a function of a
+            name. Others are received and dropped, without memory for them. They are left out of
+            dicts; elsewhere in the object they are on ``meta``. With ``into``, destinations that
+            are not selected stay as they are.
         progress: Called as ``progress(done, total)`` with bytes of the payload, after each chunk.
         pickle_module: With ``weights_only=False``: has an ``Unpickler``.
         encoding: For the 8-bit strings in pickles of Python 2.
 
     Returns:
-        The object.
+        The object; with ``into``, with the destination tensors in it.
 
     Raises:
         TypeError: Not a stream that can be loaded from, or an option of another type.
-        ValueError: A blocking socket, or a ``pickle_module`` with ``weights_only=True``.
+        ValueError: A blocking socket, or an option that would have no effect.
+        MismatchError: ``into`` or ``select`` does not fit the message; with all that does not.
+            Nothing was written, but the message is not read either: ``StreamReader.open`` is for
+            those who want to go on. Later it says that a destination was resized meanwhile, or
+            that a pickled object has the storage of such a tensor itself.
         ProtocolError: The bytes are not a message.
         TruncatedError: The stream ended or broke; also an ``EOFError``. Its ``offset`` is 0 if
             the stream ended before a message began.
@@ -178,14 +230,27 @@ async def load_from_stream(
         weights_only=weights_only,
         allow_pickle=allow_pickle,
         safe_globals=safe_globals,
-        limits=limits,
+        into=into,
+        strict=strict,
+        cast=cast,
+        staged=staged,
+        lock=lock,
+        select=select,
         progress=progress,
         pickle_module=pickle_module,
         encoding=encoding,
     )
-    with exclusive(stream, "load", open_source) as source:
-        async with contextlib.aclosing(source):
-            return await drive(receive_message(options), source)
+    check_lock(lock, blocking=False)
+    message = receive_message(checked_limits(limits), options)
+    with contextlib.ExitStack() as unfinished:
+        with exclusive(stream, "load", open_source) as source:
+            async with contextlib.aclosing(source):
+                loaded = await drive(message, source)
+                unfinished.callback(loaded.close)
+        # Behind all that can fail: what raises must leave the destinations as they were.
+        if loaded.commit is not None:
+            await carry_out(loaded.commit, lock)
+    return loaded.obj
 
 
 class StreamWriter:
@@ -232,6 +297,48 @@ class StreamReader:
         """Receive the next object; arguments and errors as in ``load_from_stream``."""
         return await load_from_stream(self._stream, **options)
 
+    @contextlib.asynccontextmanager
+    async def open(
+        self, *, limits: Limits | None = None, unread: Unread = "skip"
+    ) -> AsyncIterator[Message]:
+        """Receive the header of the next message, and leave the rest to the caller.
+
+        Args:
+            limits: What to accept; the default is ``Limits()``.
+            unread: What happens to a message that is left unread: ``"skip"`` receives and drops
+                it, in the memory of a chunk, so that the next one can be read; ``"abort"`` breaks
+                the connection, so that the sender stops. If an error leads out of the ``async
+                with``, nothing is skipped: the stream is of no more use.
+
+        Yields:
+            The message, to be read inside the ``async with``.
+
+        Raises:
+            ValueError: ``unread`` is neither of the two.
+            Exception: As ``load_from_stream``.
+
+        Example:
+            >>> async def follow(stream, model, version=0):
+            ...     reader = aiotorchio.StreamReader(stream)
+            ...     while True:
+            ...         async with reader.open() as message:
+            ...             if int(message.metadata["version"]) > version:
+            ...                 await message.load(into=model, staged=True)
+        """
+        if unread not in get_args(Unread):
+            raise ValueError(f"unread is 'skip' or 'abort', not {unread!r}")
+        incoming = IncomingMessage(checked_limits(limits))
+        with exclusive(self._stream, "load", open_source) as source:
+            async with contextlib.aclosing(source):
+                await drive(incoming.open(), source)
+                message = Message(incoming, source)
+                try:
+                    yield message
+                except BaseException:
+                    await message.close(unread, failed=True)
+                    raise
+                await message.close(unread, failed=False)
+
 
 async def iter_bytes(
     obj: object, **options: Unpack[SaveKeywords]
@@ -262,81 +369,23 @@ async def iter_bytes(
         while True:
             task: Task | None = None
             match request:
-                case Send(buffers, task):
+                case Send(buffers, task, passing):
                     for piece in coalesce(buffers):
-                        if task is None and isinstance(piece, memoryview):
+                        if isinstance(piece, memoryview) and not passing:
                             yield piece.toreadonly()
                         else:
                             yield bytes(piece)
+                    # A tensor of the caller's iterator is free when the next is asked for.
+                    buffers, piece = (), b""
                 case Work(task):
                     pass
             try:
-                answer = await run_in_thread(task) if task else None
+                if isinstance(request, Next):
+                    answer = await next_item(request.iterator)
+                else:
+                    answer = await run_in_thread(task) if task else None
             except Exception as error:
                 request = message.throw(error)
             else:
                 request = message.send(answer)
-
-
-def save(obj: object, file: Any, **options: Unpack[SaveKeywords]) -> Summary:
-    """The blocking twin of ``save_to_stream``.
-
-    Args:
-        obj: As in ``save_to_stream``.
-        file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path, where
-            a file that is there is replaced once the new one is whole.
-        options: The keyword arguments of ``save_to_stream``.
-
-    Returns:
-        What was written.
-
-    Raises:
-        Exception: As ``save_to_stream``, and ``OSError`` of a file.
-
-    Example:
-        >>> import io, torch, aiotorchio
-        >>> file = io.BytesIO()
-        >>> aiotorchio.save({"w": torch.ones(2)}, file).tensors
-        1
-        >>> _ = file.seek(0)
-        >>> aiotorchio.load(file)
-        {'w': tensor([1., 1.])}
-    """
-    if isinstance(file, str | os.PathLike):
-        # Under another name until it is whole: what was there before is not lost for half of it.
-        unfinished = f"{os.fspath(file)}.part"
-        try:
-            with open(unfinished, "wb") as opened:
-                summary = save(obj, opened, **options)
-            os.replace(unfinished, file)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(unfinished)
-            raise
-        return summary
-    with exclusive(file, "save", open_blocking_sink) as stream:
-        return drive_blocking(outgoing_message(obj, **options), stream)
-
-
-def load(file: Any, **options: Unpack[LoadKeywords]) -> Any:
-    """The blocking twin of ``load_from_stream``.
-
-    Args:
-        file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path.
-        options: The keyword arguments of ``load_from_stream``.
-
-    Returns:
-        The object.
-
-    Raises:
-        Exception: As ``load_from_stream``, and ``OSError`` of a file.
-
-    Example:
-        See ``save``.
-    """
-    checked = load_options(**options)
-    if isinstance(file, str | os.PathLike):
-        with open(file, "rb") as opened:
-            return load(opened, **options)
-    with exclusive(file, "load", open_blocking_source) as stream:
-        return drive_blocking(receive_message(checked), stream)
+                del answer

@@ -6,21 +6,42 @@ whatever takes time. ``drive`` answers on an async stream, ``drive_blocking`` on
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import os
-from collections.abc import Awaitable, Callable, Generator, Sequence
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from contextvars import Context, copy_context
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
-from aiotorchio.streams.base import Buffer, Sink, Source
+from aiotorchio.streams.base import Buffer, Sink, Source, asyncio_loop
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.wire.parser import MessageEnded, ReadBytes, Work
 
-__all__ = ["Fill", "Request", "Send", "Task", "drive", "drive_blocking", "run_in_thread"]
+__all__ = [
+    "END",
+    "Commit",
+    "Fill",
+    "Next",
+    "Request",
+    "Send",
+    "Task",
+    "carry_out",
+    "carry_out_blocking",
+    "drive",
+    "drive_blocking",
+    "next_item",
+    "run_in_thread",
+]
 
 T = TypeVar("T")
 Task = Callable[[], Any]
@@ -28,10 +49,14 @@ Task = Callable[[], Any]
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Asks to send buffers, and to run a task in the meantime; answer: the task's result."""
+    """Asks to send buffers, and to run a task in the meantime; answer: the task's result.
+
+    ``passing`` buffers are of use only until the answer: their memory takes other bytes then.
+    """
 
     buffers: Sequence[Buffer]
     meanwhile: Task | None = None
+    passing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +67,105 @@ class Fill:
     meanwhile: Task | None = None
 
 
-_limiter: RunVar[anyio.CapacityLimiter] = RunVar("aiotorchio.threads")
+@dataclass(frozen=True, slots=True)
+class Next:
+    """Asks an iterator of the caller's, plain or async, for its next item; END behind the last."""
+
+    iterator: Iterator[Any] | AsyncIterator[Any]
+
+
+class Commit(Protocol):
+    """A change of many tensors, all or none of it; see ``memory.staged``.
+
+    Attributes:
+        prepares: Whether ``prepare`` has anything to do.
+        quick: Whether ``apply`` takes so little time that an event loop calls it in its thread.
+    """
+
+    prepares: bool
+    quick: bool
+
+    def prepare(self) -> None:
+        """Do what takes long and what nobody sees; comes first."""
+
+    def apply(self) -> None:
+        """Make it."""
+
+    def undo(self) -> None:
+        """Take it back, as far as it was made."""
+
+
+END = object()
+
+_THREADS = (os.cpu_count() or 1) + 4
+_limiter: RunVar[anyio.CapacityLimiter] = RunVar("aiotorchio.limiter")
+_executor: RunVar[ThreadPoolExecutor] = RunVar("aiotorchio.executor")
 
 
 async def run_in_thread(task: Task) -> Any:
     """Run a task in a worker thread, and return its result.
 
     Not in one of those that anyio has for all: if all of them wait for messages, as handlers of
-    web servers may, no message could go on.
+    web servers may, no message could go on. A cancellation waits for the task, which may be
+    writing to memory that the caller has back as soon as this returns.
     """
+    await anyio.lowlevel.checkpoint_if_cancelled()
+    loop = asyncio_loop()
+    with anyio.CancelScope(shield=True):
+        if loop is None:
+            limiter = _of_this_run(_limiter, lambda: anyio.CapacityLimiter(_THREADS))
+            return await anyio.to_thread.run_sync(task, limiter=limiter)
+        executor = _of_this_run(_executor, lambda: ThreadPoolExecutor(_THREADS, "aiotorchio"))
+        # A future, and no task: whoever cancels all tasks, as asyncio.run does at its end, would
+        # cancel a task in anyio's way, too. Not run_in_executor: its future keeps what the task
+        # returned until the next garbage collection.
+        future = loop.create_future()
+        executor.submit(_work, loop, future, copy_context(), task)
+        return await _outlast(future)
+
+
+def _work(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], context: Context, task: Task
+) -> None:
     try:
-        limiter = _limiter.get()
+        loop.call_soon_threadsafe(future.set_result, context.run(task))
+    except BaseException as error:
+        loop.call_soon_threadsafe(future.set_exception, error)
+    finally:
+        # See _outlast.
+        del future, task
+
+
+def _of_this_run(variable: RunVar[T], make: Callable[[], T]) -> T:
+    try:
+        return variable.get()
     except LookupError:
-        limiter = anyio.CapacityLimiter((os.cpu_count() or 1) + 4)
-        _limiter.set(limiter)
-    return await anyio.to_thread.run_sync(task, limiter=limiter)
+        value = make()
+        variable.set(value)
+        return value
 
 
-Request = ReadBytes | Fill | Send | Work | MessageEnded
+async def _outlast(future: asyncio.Future[Any]) -> Any:
+    """Wait for a future of asyncio, whatever happens; anyio shields from its own scopes only."""
+    cancelled: asyncio.CancelledError | None = None
+    try:
+        while not future.done():
+            try:
+                await asyncio.wait([future])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is None:
+            return future.result()
+        # Its error, if it has one, matters no more.
+        future.exception()
+        raise cancelled
+    finally:
+        # An error that is raised here holds this frame, which must not hold the error: what its
+        # traceback reaches, such as staged tensors, would stay until the next garbage collection.
+        del future, cancelled
+
+
+Request = ReadBytes | Fill | Send | Work | Next | MessageEnded
 
 
 async def drive(message: Generator[Request, Any, T], stream: Source | Sink) -> T:
@@ -73,6 +179,8 @@ async def drive(message: Generator[Request, Any, T], stream: Source | Sink) -> T
                 request = message.throw(error)
             else:
                 request = message.send(answer)
+                # A tensor of the caller's iterator is free when the next is asked for.
+                del answer
     except StopIteration as stop:
         result: T = stop.value
         return result
@@ -92,8 +200,18 @@ async def _perform(request: Request, stream: Any) -> Any:
             return result
         case Work(task):
             return await run_in_thread(task)
+        case Next(iterator):
+            return await next_item(iterator)
         case MessageEnded():
             stream.in_message = False
+
+
+async def next_item(iterator: Iterator[Any] | AsyncIterator[Any]) -> Any:
+    """The next item of an iterator of the caller's; END behind the last."""
+    if isinstance(iterator, AsyncIterator):
+        return await anext(iterator, END)
+    # Here, not in a thread: what it sets for its thread (no_grad) must stay there.
+    return next(iterator, END)
 
 
 async def _with(task: Task | None, transfer: Callable[[], Awaitable[Any]]) -> tuple[Any, Any]:
@@ -117,9 +235,59 @@ async def _with(task: Task | None, transfer: Callable[[], Awaitable[Any]]) -> tu
         except Exception as error:
             # First in the list: a broken connection matters more than a failed copy.
             errors.insert(0, error)
-    if errors:
-        raise errors[0]
-    return transferred, result
+    try:
+        if errors:
+            raise errors[0]
+        return transferred, result
+    finally:
+        errors.clear()
+
+
+async def carry_out(commit: Commit, lock: AbstractAsyncContextManager[Any] | None) -> None:
+    """Change the destinations of a message: all of them, or none if this raises.
+
+    Args:
+        commit: The change.
+        lock: Held meanwhile.
+    """
+    async with contextlib.nullcontext() if lock is None else _held(lock):
+        try:
+            # To their end, even if they are cancelled: then what they did is undone.
+            if commit.prepares:
+                await run_in_thread(commit.prepare)
+            await run_in_thread(commit.apply) if not commit.quick else commit.apply()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await run_in_thread(commit.undo) if not commit.quick else commit.undo()
+            raise
+
+
+@contextlib.asynccontextmanager
+async def _held(lock: AbstractAsyncContextManager[Any]) -> AsyncIterator[None]:
+    """Hold a lock of the caller's, whose release is not cancelled: all is done by then."""
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(lock)
+        held = stack.pop_all()
+    try:
+        yield
+    except BaseException:
+        if not await held.__aexit__(*sys.exc_info()):
+            raise
+    else:
+        with anyio.CancelScope(shield=True):
+            await held.aclose()
+
+
+def carry_out_blocking(commit: Commit, lock: AbstractContextManager[Any] | None) -> None:
+    """Likewise, for the blocking twin."""
+    with contextlib.nullcontext() if lock is None else lock:
+        try:
+            if commit.prepares:
+                commit.prepare()
+            commit.apply()
+        except BaseException:
+            commit.undo()
+            raise
 
 
 def drive_blocking(message: Generator[Request, Any, T], stream: BlockingStream) -> T:
@@ -133,6 +301,7 @@ def drive_blocking(message: Generator[Request, Any, T], stream: BlockingStream) 
                 request = message.throw(error)
             else:
                 request = message.send(answer)
+                del answer
     except StopIteration as stop:
         result: T = stop.value
         return result
@@ -154,5 +323,7 @@ def _perform_blocking(request: Request, stream: BlockingStream) -> Any:
             return meanwhile() if meanwhile else None
         case Work(task):
             return task()
+        case Next(iterator):
+            return next(iterator, END)  # type: ignore[arg-type]
         case MessageEnded():
             stream.in_message = False

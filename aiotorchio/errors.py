@@ -21,6 +21,7 @@ Misuse by the caller is a plain ``TypeError`` or ``ValueError``.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable, Mapping
 
 __all__ = [
     "AiotorchioError",
@@ -87,7 +88,31 @@ class InvalidObjectError(AiotorchioError):
 
 
 class MismatchError(AiotorchioError):
-    """The message does not fit the destination that the caller gave; reserved for that."""
+    """The message does not fit what the caller gave or asked for; the text says all of it.
+
+    Args:
+        message: As of every error.
+        entry: Likewise.
+        offset: Likewise.
+        missing: Names of destinations that the message does not have.
+        unexpected: Names in the message for which there is no destination.
+        misfits: Why a tensor does not fit its destination, by name.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        entry: str | None = None,
+        offset: int | None = None,
+        missing: Iterable[str] = (),
+        unexpected: Iterable[str] = (),
+        misfits: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, entry=entry, offset=offset)
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.misfits = dict(misfits or {})
 
 
 class TransferTimeout(AiotorchioError, TimeoutError):

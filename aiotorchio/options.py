@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import functools
 import pickle
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import AsyncIterable, Generator, Iterable, Mapping
 from importlib.metadata import version
+from types import AsyncGeneratorType, GeneratorType
 from typing import Any, TypedDict
 
 import torch
 
 from aiotorchio.drive import Request
-from aiotorchio.graph.flatten import flatten, is_small
+from aiotorchio.graph.flatten import announce, flatten, is_small
+from aiotorchio.graph.into import destinations_of
 from aiotorchio.graph.location import MapLocation
-from aiotorchio.transfer import LoadOptions, Progress, Summary, send_message
+from aiotorchio.graph.names import TensorSpec
+from aiotorchio.graph.select import Select
+from aiotorchio.transfer.plan import DoubleBuffer, Into, TensorOptions
+from aiotorchio.transfer.receive import LoadOptions
+from aiotorchio.transfer.send import Summary, send_message, send_produced
+from aiotorchio.transfer.steps import Progress
 from aiotorchio.wire.header import ALIGNMENT, CHUNK_SIZE_MIN
 from aiotorchio.wire.limits import Limits
 
 __all__ = [
     "DEFAULT_CHUNK_SIZE",
+    "Destination",
     "LoadKeywords",
+    "MessageKeywords",
     "SaveKeywords",
+    "TensorKeywords",
+    "check_lock",
+    "checked_limits",
     "load_options",
     "outgoing_message",
+    "tensor_options",
 ]
 
 DEFAULT_CHUNK_SIZE = 4 * 2**20
 
 PRODUCER = f"aiotorchio/{version('aiotorchio')} torch/{torch.__version__}"
+
+
+Destination = Mapping[str, Any] | torch.nn.Module | DoubleBuffer
 
 
 class SaveKeywords(TypedDict, total=False):
@@ -36,22 +52,39 @@ class SaveKeywords(TypedDict, total=False):
     checksum: bool
     chunk_size: int
     metadata: Mapping[str, str] | None
+    specs: Mapping[str, TensorSpec | torch.Tensor] | None
     progress: Progress | None
     pickle_module: Any
     pickle_protocol: int
 
 
-class LoadKeywords(TypedDict, total=False):
-    """The keyword arguments of ``load_from_stream``, which documents them."""
+class TensorKeywords(TypedDict, total=False):
+    """The keyword arguments of ``Message.iterate``, which documents them."""
 
     map_location: MapLocation
+    select: Select | None
+    progress: Progress | None
+
+
+class MessageKeywords(TensorKeywords, total=False):
+    """The keyword arguments of ``Message.load``; ``load_from_stream`` documents them."""
+
     weights_only: bool
     allow_pickle: bool
     safe_globals: Iterable[Any]
-    limits: Limits
-    progress: Progress | None
+    into: Destination | None
+    strict: bool
+    cast: bool
+    staged: bool
+    lock: Any
     pickle_module: Any
     encoding: str
+
+
+class LoadKeywords(MessageKeywords, total=False):
+    """The keyword arguments of ``load_from_stream``, which documents them."""
+
+    limits: Limits | None
 
 
 def outgoing_message(
@@ -60,6 +93,7 @@ def outgoing_message(
     checksum: bool = True,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     metadata: Mapping[str, str] | None = None,
+    specs: Mapping[str, TensorSpec | torch.Tensor] | None = None,
     progress: Progress | None = None,
     pickle_module: Any = pickle,
     pickle_protocol: int = 2,
@@ -83,6 +117,17 @@ def outgoing_message(
     for pair in metadata.items():
         if not all(isinstance(text, str) for text in pair):
             raise TypeError(f"metadata maps str to str, not {pair!r}")
+    if specs is not None:
+        header = functools.partial(
+            announce,
+            _announced(specs),
+            chunk_size=chunk_size,
+            metadata=metadata,
+            producer=PRODUCER,
+        )
+        return send_produced(_iterator(obj), header, checksum=checksum, progress=progress)
+    if isinstance(obj, GeneratorType | AsyncGeneratorType):
+        raise TypeError("an iterator of tensors needs specs, which say what they will be")
     take_apart = functools.partial(
         flatten,
         obj,
@@ -95,13 +140,51 @@ def outgoing_message(
     return send_message(take_apart, inline=is_small(obj), checksum=checksum, progress=progress)
 
 
+def _announced(specs: Mapping[str, TensorSpec | torch.Tensor]) -> dict[str, TensorSpec]:
+    if not isinstance(specs, Mapping):
+        raise TypeError(
+            f"specs maps names to TensorSpec or tensors; it is no {type(specs).__name__}"
+        )
+    announced = {}
+    for name, spec in specs.items():
+        if not isinstance(name, str) or not isinstance(spec, TensorSpec | torch.Tensor):
+            raise TypeError(f"specs maps names to TensorSpec or tensors, not {name!r} to {spec!r}")
+        announced[name] = TensorSpec.of(spec) if isinstance(spec, torch.Tensor) else spec
+    return announced
+
+
+def _iterator(pairs: Any) -> Any:
+    if isinstance(pairs, Mapping):
+        pairs = pairs.items()
+    if isinstance(pairs, AsyncIterable):
+        return aiter(pairs)
+    if isinstance(pairs, Iterable):
+        return iter(pairs)
+    raise TypeError(f"specs needs an iterable of names and tensors, not {type(pairs).__name__}")
+
+
+def tensor_options(
+    *,
+    map_location: MapLocation = None,
+    select: Select | None = None,
+    progress: Progress | None = None,
+) -> TensorOptions:
+    """Gather the options."""
+    return TensorOptions(map_location=map_location, select=_reusable(select), progress=progress)
+
+
 def load_options(
     *,
     map_location: MapLocation = None,
     weights_only: bool = True,
     allow_pickle: bool = True,
     safe_globals: Iterable[Any] = (),
-    limits: Limits | None = None,
+    into: Destination | None = None,
+    strict: bool = True,
+    cast: bool = False,
+    staged: bool = False,
+    lock: Any = None,
+    select: Select | None = None,
     progress: Progress | None = None,
     pickle_module: Any = None,
     encoding: str = "utf-8",
@@ -110,24 +193,76 @@ def load_options(
 
     Raises:
         TypeError: An option of another type.
-        ValueError: A ``pickle_module`` where nothing is trusted to it.
+        ValueError: An option that would have no effect, or ``into`` with two tensors of one name.
     """
     if weights_only and pickle_module is not None:
         raise ValueError(
             "pickle_module has no meaning with weights_only=True: nothing would use it"
         )
-    if limits is not None and not isinstance(limits, Limits):
-        raise TypeError(f"limits must be Limits, not {limits!r}")
+    for option, value in (("strict", strict), ("cast", cast), ("staged", staged)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{option} is True or False, not {value!r}")
+    if into is None and (not strict or staged or cast or lock is not None):
+        raise ValueError("strict, cast, staged and lock have no meaning without into")
+    if lock is not None and not staged and not isinstance(into, DoubleBuffer):
+        raise ValueError("lock has no meaning without staged=True or a DoubleBuffer")
     return LoadOptions(
         map_location=map_location,
         weights_only=weights_only,
         allow_pickle=allow_pickle,
         safe_globals=_trusted(safe_globals),
-        limits=Limits() if limits is None else limits,
+        into=None if into is None else _into(into, strict=strict, cast=cast, staged=staged),
+        lock=lock,
+        select=_reusable(select),
         progress=progress,
         pickle_module=pickle if pickle_module is None else pickle_module,
         encoding=encoding,
     )
+
+
+def check_lock(lock: Any, *, blocking: bool) -> None:
+    """Check what is to be held while destinations change.
+
+    Raises:
+        TypeError: A lock of the other world.
+    """
+    if blocking and lock is not None and not hasattr(lock, "__enter__"):
+        raise TypeError(
+            f"lock is a context manager, such as threading.Lock(), not {type(lock).__name__}"
+        )
+    if not blocking and lock is not None and not hasattr(lock, "__aenter__"):
+        raise TypeError(
+            f"lock is an async context manager, such as asyncio.Lock(), not {type(lock).__name__}"
+        )
+
+
+def checked_limits(limits: Limits | None) -> Limits:
+    """The limits to go by.
+
+    Raises:
+        TypeError: Not ``Limits``.
+    """
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(f"limits must be Limits, not {limits!r}")
+    return Limits() if limits is None else limits
+
+
+def _into(into: Destination, *, strict: bool, cast: bool, staged: bool) -> Into:
+    back = into.memory if isinstance(into, DoubleBuffer) else None
+    destination = into.destination if isinstance(into, DoubleBuffer) else into
+    return Into(destinations_of(destination), strict, cast, staged, back)
+
+
+def _reusable(select: Select | None) -> Select | None:
+    """Checked in part, and no iterator that can be gone through only once."""
+    if select is None or isinstance(select, str) or callable(select):
+        return select
+    if not isinstance(select, Iterable):
+        raise TypeError(f"select is names, patterns or a predicate, not {select!r}")
+    patterns = tuple(select)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"select is names, patterns or a predicate, not {select!r}")
+    return patterns
 
 
 def _trusted(safe_globals: Iterable[Any]) -> tuple[Any, ...]:

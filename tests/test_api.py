@@ -608,13 +608,14 @@ class FailingCopier:
 
 @pytest.fixture
 def failing_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aiotorchio import options, transfer
-    from aiotorchio.memory.payload import OutgoingPayload
+    from aiotorchio import options
+    from aiotorchio.memory.outgoing import OutgoingPayload
+    from aiotorchio.transfer.send import send_message
 
     def staged(*args: Any, **_: Any) -> OutgoingPayload:
         return OutgoingPayload(*args, copier=FailingCopier(), staged=lambda device: True)
 
-    send = functools.partial(transfer.send_message, outgoing=staged)
+    send = functools.partial(send_message, outgoing=staged)
     monkeypatch.setattr(options, "send_message", send)
 
 

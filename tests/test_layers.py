@@ -19,24 +19,37 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob(
 # always import from itself; what is at the top of the package is a room of one module.
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
+    "strided": (set(), set()),
     "wire": ({"errors"}, {"msgspec", "xxhash"}),
-    "graph": ({"errors", "wire"}, {"msgspec", "torch"}),
-    "memory": ({"errors"}, {"torch"}),
+    "graph": ({"errors", "strided", "wire"}, {"msgspec", "torch"}),
+    "memory": ({"errors", "strided"}, {"torch"}),
     "streams": ({"errors"}, {"anyio"}),
     "drive": ({"errors", "wire", "streams"}, {"anyio"}),
-    "transfer": ({"errors", "wire", "graph", "memory", "streams", "drive"}, {"torch"}),
-    "options": ({"errors", "wire", "graph", "drive", "transfer"}, {"torch"}),
-    "api": (
-        {"errors", "wire", "graph", "streams", "drive", "transfer", "options"},
-        {"anyio"},
+    "transfer": (
+        {"errors", "strided", "wire", "graph", "memory", "streams", "drive"},
+        {"torch"},
     ),
-    "__init__": ({"errors", "wire", "transfer", "api"}, set()),
+    "options": ({"errors", "wire", "graph", "drive", "transfer"}, {"torch"}),
+    "message": (
+        {"errors", "graph", "streams", "drive", "transfer", "options"},
+        {"anyio", "torch"},
+    ),
+    "api": (
+        {"errors", "wire", "graph", "streams", "drive", "transfer", "options", "message"},
+        {"torch"},
+    ),
+    "files": ({"errors", "wire", "streams", "drive", "transfer", "options"}, set()),
+    "__init__": (
+        {"errors", "wire", "graph", "transfer", "message", "api", "files"},
+        set(),
+    ),
 }
 
 # What ordinary code of torch hangs on objects of the user, so that every writer must know it.
 PUBLIC_BY_CUSTOM = {
     # The versions of a state dict: an attribute that nn.Module.state_dict() sets.
     ("graph/tree.py", "_metadata"),
+    ("graph/names.py", "_metadata"),
 }
 
 

@@ -393,10 +393,10 @@ IN_ONE_LOOP = [
 
 
 @contextlib.asynccontextmanager
-async def both_ends(kind: str) -> AsyncIterator[tuple[End, End]]:
-    """Both ends of one connection."""
-    opener, link = KINDS[kind]
-    near_sock, far_sock = connected(link)
+async def both_ends(kind: str, link: str | None = None) -> AsyncIterator[tuple[End, End]]:
+    """Both ends of one connection, over its usual kind of link or another."""
+    opener, usual = KINDS[kind]
+    near_sock, far_sock = connected(link or usual)
     near, far = opener(near_sock, False), opener(far_sock, True)
     ends: dict[str, End] = {}
 
@@ -431,6 +431,15 @@ async def until(condition: Callable[[], bool]) -> None:
     with anyio.fail_after(PATIENCE):
         while not condition():
             await anyio.lowlevel.checkpoint()
+
+
+async def soon(condition: Callable[[], bool]) -> bool:
+    """Whether something is so before anybody's clock can matter."""
+    for _ in range(1000):
+        if condition():
+            return True
+        await anyio.lowlevel.checkpoint()
+    return False
 
 
 class CancelledAt(Exception):

@@ -40,7 +40,7 @@ class Allowlist:
 
     def __init__(self, safe_globals: Iterable[Any], limits: Limits, map_location: Any) -> None:
         dicts = self._dicts = plain.OrderedDicts()
-        tensors = TensorMaker(limits, map_location)
+        tensors = self._tensors = TensorMaker(limits, map_location)
         self.globals: dict[str, Any] = {
             "builtins.bytearray": plain.make_bytearray,
             "builtins.bytes": plain.make_bytes,
@@ -77,6 +77,10 @@ class Allowlist:
         self.stateful = {"collections.OrderedDict"}
         self.stateful |= {path for path, value in trusted.items() if _takes_state(value)}
 
+    def spare(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Make nothing that relies on the numbers in the memory of these tensors."""
+        self._tensors.spare(tensors)
+
     def rebuild_functions(self) -> dict[tuple[str, str], Any]:
         """(module, name) of torch's rebuild functions -> the checked ones, for full pickle.
 
@@ -111,6 +115,9 @@ class Allowlist:
             raise UnsafeObjectError(f"rebuilding a tensor with a {type(function).__name__}")
         named = tensor_class(kind)
         tensor = function(*args)
+        if any(tensor is argument for argument in args):
+            # It may be the caller's, who has not asked for attributes.
+            tensor = tensor.detach()
         if type(tensor) is not named:
             tensor = tensor.as_subclass(named)
         if named.__setstate__ is not torch.Tensor.__setstate__:

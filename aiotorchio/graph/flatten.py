@@ -9,13 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 
 from aiotorchio.graph import pickled, tree
+from aiotorchio.graph.dtypes import DTYPE_NAMES
+from aiotorchio.graph.names import TensorSpec, walk
 from aiotorchio.graph.table import Table
-from aiotorchio.wire.header import Codec, Header
+from aiotorchio.wire.dtypes import DTYPES
+from aiotorchio.wire.header import META_LOCATION, Codec, Header
 
-__all__ = ["Flattened", "flatten", "is_small"]
+__all__ = ["Flattened", "announce", "flatten", "is_small"]
 
 # Taking an object apart takes about 4 us for each thing in it.
 _SMALL_COUNT = 200
@@ -90,6 +94,37 @@ def flatten(
     return Flattened(header, skeleton, table.sources)
 
 
+def announce(
+    specs: Mapping[str, TensorSpec], *, chunk_size: int, metadata: Mapping[str, str], producer: str
+) -> Flattened:
+    """The header and the skeleton of a dict of tensors that are not made yet.
+
+    Args:
+        specs: What the tensors will be, by name.
+        chunk_size: Bytes of a chunk of the payload.
+        metadata: For the header.
+        producer: Name and version of the sender, for the header.
+
+    Returns:
+        The parts, with storages on ``meta``.
+
+    Raises:
+        ValueError: A dtype that cannot be sent so.
+    """
+    tensors = {}
+    for name, spec in specs.items():
+        if spec.dtype not in DTYPE_NAMES or DTYPES[DTYPE_NAMES[spec.dtype]].kind == "quantized":
+            raise ValueError(f"{name!r}: tensors of {spec.dtype} can't be announced by specs")
+        tensors[name] = torch.empty(spec.shape, dtype=spec.dtype, device=META_LOCATION)
+    parts = flatten(tensors, chunk_size=chunk_size, metadata=metadata, producer=producer)
+    # Nobody knows yet where they will be; the receiver's map_location says where they go.
+    return Flattened(
+        msgspec.structs.replace(parts.header, locations=["cpu"] * bool(specs)),
+        parts.skeleton,
+        parts.storages,
+    )
+
+
 def is_small(obj: object) -> bool:
     """Whether taking an object apart takes no longer than a worker thread takes to start.
 
@@ -115,14 +150,5 @@ def is_small(obj: object) -> bool:
 
 def _add_names(obj: object, table: Table) -> None:
     """Name the rows after their paths in dicts, lists and tuples, as the tree codec does."""
-    seen: set[int] = set()
-    waiting = [("", obj)]
-    while waiting:
-        path, value = waiting.pop()
-        if isinstance(value, torch.Tensor):
-            table.name(value, path)
-        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
-            prefix = path + "." if path else ""
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            waiting += reversed([(f"{prefix}{key}", item) for key, item in items])
+    for path, tensor in walk(obj):
+        table.name(tensor, path)

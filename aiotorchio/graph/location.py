@@ -23,7 +23,9 @@ MapLocation = (
 _CPU = torch.device("cpu")
 
 
-def destinations(header: Header, map_location: MapLocation) -> list[torch.device]:
+def destinations(
+    header: Header, map_location: MapLocation
+) -> list[torch.device | InvalidObjectError]:
     """Where the bytes of each storage are received.
 
     Args:
@@ -32,17 +34,22 @@ def destinations(header: Header, map_location: MapLocation) -> list[torch.device
             else is known now, and the bytes go there straight away.
 
     Returns:
-        One device for each storage.
+        One device for each storage. If this machine does not have it, the error that says so: it
+        is to be raised if the storage is needed there.
 
     Raises:
-        InvalidObjectError: A location that this machine does not have, in torch's words.
         TypeError: ``map_location`` is none of the types that it may be.
     """
-    devices = [
-        # Without bytes there is nothing to put elsewhere: as in torch, meta stays meta.
-        torch.device(META_LOCATION) if tag == META_LOCATION else _destination(tag, map_location)
-        for tag in header.locations
-    ]
+    devices: list[torch.device | InvalidObjectError] = []
+    for tag in header.locations:
+        if tag == META_LOCATION:
+            # Without bytes there is nothing to put elsewhere: as in torch, meta stays meta.
+            devices.append(torch.device(META_LOCATION))
+            continue
+        try:
+            devices.append(_destination(tag, map_location))
+        except InvalidObjectError as error:
+            devices.append(error)
     return [devices[row.location] for row in header.storages]
 
 

@@ -17,6 +17,7 @@ from aiotorchio.errors import (
     AiotorchioError,
     InvalidObjectError,
     LimitExceeded,
+    MismatchError,
     ProtocolError,
     UnsafeObjectError,
 )
@@ -65,7 +66,7 @@ def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int)
 def load(
     skeleton: bytes,
     tensors: Sequence[Any],
-    storages: Sequence[torch.UntypedStorage],
+    storages: Sequence[torch.UntypedStorage | None],
     *,
     allowlist: Allowlist,
     encoding: str,
@@ -77,7 +78,7 @@ def load(
     Args:
         skeleton: A pickle that ``prescan`` let through with the same allowlist.
         tensors: The tensor of each row.
-        storages: The storage of each row.
+        storages: The storage of each row; None if it was not received.
         allowlist: What the pickle may name.
         encoding: Of the strings of Python 2.
         depth_limit: Nesting of lists, tuples and dicts to accept.
@@ -111,7 +112,7 @@ def load(
 def load_trusted(
     skeleton: bytes,
     tensors: Sequence[Any],
-    storages: Sequence[torch.UntypedStorage],
+    storages: Sequence[torch.UntypedStorage | None],
     *,
     allowlist: Allowlist,
     pickle_module: Any,
@@ -123,7 +124,7 @@ def load_trusted(
     Args:
         skeleton: A pickle.
         tensors: The tensor of each row.
-        storages: The storage of each row.
+        storages: The storage of each row; None if it was not received.
         allowlist: Its checked rebuild functions take the place of torch's.
         pickle_module: Has an ``Unpickler`` like that of ``pickle``.
         encoding: Of the strings of Python 2.
@@ -155,7 +156,7 @@ def load_trusted(
 
 
 def _resolver(
-    tensors: Sequence[Any], storages: Sequence[torch.UntypedStorage]
+    tensors: Sequence[Any], storages: Sequence[torch.UntypedStorage | None]
 ) -> Callable[[Any], Any]:
     """What turns the persistent ids of this codec into tensors and storages."""
     typed: dict[tuple[int, str], torch.TypedStorage] = {}
@@ -167,6 +168,11 @@ def _resolver(
             raise ProtocolError("a reference that is neither to a tensor nor to a storage")
         _, row, name = reference
         storage = storages[_row(row, len(storages), "storage")]
+        if storage is None:
+            raise MismatchError(
+                f"the object has storage {row} itself, not only tensors over it: it can't be left "
+                "out or received into other tensors"
+            )
         if name is None:
             return storage
         dtype = torch_dtype(name)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from aiotorchio.errors import InvalidObjectError, UnsafeObjectError
+from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, UnsafeObjectError
 from aiotorchio.graph import pickled, tree
 from aiotorchio.graph._torch import make_parameter, set_view_bits
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.dtypes import torch_dtype
+from aiotorchio.graph.names import Placeholder, check_names
 from aiotorchio.graph.prescan import prescan
 from aiotorchio.wire.header import (
     CONJUGATE,
+    META_LOCATION,
     NEGATIVE,
     PARAMETER,
     REQUIRES_GRAD,
@@ -25,15 +27,21 @@ from aiotorchio.wire.header import (
 )
 from aiotorchio.wire.limits import Limits
 
-__all__ = ["Rebuilder", "build_tensors"]
+__all__ = ["Rebuilder", "build_tensor", "build_tensors", "check_tree"]
 
 
-def build_tensors(header: Header, storages: Sequence[torch.UntypedStorage]) -> list[torch.Tensor]:
+def build_tensors(
+    header: Header,
+    storages: Sequence[torch.UntypedStorage | None],
+    given: Mapping[int, torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
     """Make the tensor of each row, over the storages.
 
     Args:
         header: Valid, so that no row reaches beyond its storage.
-        storages: One for each row of storages, of its size.
+        storages: One for each row of storages, of its size. Where there is none, its tensors are
+            on ``meta``.
+        given: Rows whose tensor is there already.
 
     Returns:
         One tensor for each row of tensors.
@@ -43,12 +51,25 @@ def build_tensors(header: Header, storages: Sequence[torch.UntypedStorage]) -> l
         ProtocolError: A dtype that the installed torch does not have.
     """
     tensors = []
+    given = given or {}
     for index, row in enumerate(header.tensors):
-        try:
-            tensors.append(_build_tensor(row, storages[row.storage]))
-        except RuntimeError as error:
-            raise InvalidObjectError(f"torch: {error}", entry=describe(row, index)) from error
+        tensor = given.get(index)
+        if tensor is None:
+            storage = storages[row.storage]
+            if storage is None:
+                nbytes = header.storages[row.storage].nbytes
+                storage = torch.UntypedStorage(nbytes, device=META_LOCATION)
+            tensor = build_tensor(row, index, storage)
+        tensors.append(tensor)
     return tensors
+
+
+def build_tensor(row: TensorRow, index: int, storage: torch.UntypedStorage) -> torch.Tensor:
+    """Make the tensor of one row, whose number is for errors; raises as ``build_tensors``."""
+    try:
+        return _build_tensor(row, storage)
+    except RuntimeError as error:
+        raise InvalidObjectError(f"torch: {error}", entry=describe(row, index)) from error
 
 
 def _build_tensor(row: TensorRow, storage: torch.UntypedStorage) -> torch.Tensor:
@@ -63,6 +84,22 @@ def _build_tensor(row: TensorRow, storage: torch.UntypedStorage) -> torch.Tensor
     if flags & PARAMETER:
         return make_parameter(tensor, requires_grad)
     return tensor.requires_grad_(requires_grad)
+
+
+def check_tree(
+    skeleton: bytes, rows: Sequence[TensorRow], *, names: bool, depth_limit: int, offset: int
+) -> None:
+    """Refuse a bad skeleton of the tree codec; see ``Rebuilder.check`` and ``tree.decode``."""
+    stand_ins = [Placeholder(index) for index in range(len(rows))]
+    obj = tree.decode(skeleton, stand_ins, depth_limit=depth_limit, offset=offset)
+    if names:
+        try:
+            check_names(obj, rows)
+        except RecursionError:
+            raise LimitExceeded("nested too deep", entry="skeleton", offset=offset) from None
+        except ProtocolError as error:
+            error.offset = offset
+            raise
 
 
 class Rebuilder:
@@ -102,6 +139,7 @@ class Rebuilder:
                 offset=offset,
             )
         self._skeleton = skeleton
+        self.nbytes = len(skeleton)
         self._codec = codec
         self._weights_only = weights_only
         self._pickle_module = pickle_module
@@ -110,14 +148,22 @@ class Rebuilder:
         self._offset = offset
         self._allowlist = Allowlist(safe_globals, limits, map_location)
 
-    def check(self, rows: int) -> None:
+    def check(self, rows: Sequence[TensorRow], *, names: bool) -> None:
         """Refuse a bad skeleton before its payload is received; raises what ``build`` would.
 
         Args:
-            rows: Number of rows in the table of tensors.
+            rows: The table of tensors.
+            names: Whether something will be done by name. Of a pickle, nobody can tell before it
+                is built whether its names are true.
         """
         if self._codec == "tree":
-            self._build_tree([object() for _ in range(rows)])
+            check_tree(
+                self._skeleton,
+                rows,
+                names=names,
+                depth_limit=self._limits.depth,
+                offset=self._offset,
+            )
         elif self._weights_only:
             given_state = prescan(
                 self._skeleton,
@@ -129,16 +175,21 @@ class Rebuilder:
             self._allowlist.guard_state(given_state)
 
     def build(
-        self, tensors: Sequence[torch.Tensor], storages: Sequence[torch.UntypedStorage]
+        self,
+        tensors: Sequence[torch.Tensor],
+        storages: Sequence[torch.UntypedStorage | None],
+        destinations: Iterable[torch.Tensor] = (),
     ) -> Any:
         """Return the object; ``check`` must have passed.
 
         Args:
             tensors: The tensor of each row.
-            storages: The storage of each row.
+            storages: The storage of each row; None if it was not received.
+            destinations: Those of the tensors whose numbers may change.
         """
         if self._codec == "tree":
             return self._build_tree(tensors)
+        self._allowlist.spare(destinations)
         if self._weights_only:
             return pickled.load(
                 self._skeleton,

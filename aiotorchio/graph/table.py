@@ -69,8 +69,7 @@ class Table:
         """Add a name to the row of a tensor that has one."""
         row = self._row_of.get(id(tensor))
         if row is not None:
-            # The header is UTF-8; keys of a dict can hold surrogates.
-            self.tensors[row].names.append(name.encode("utf-8", "backslashreplace").decode())
+            self.tensors[row].names.append(name)
 
     def add_storage(self, storage: torch.UntypedStorage, unit: int) -> int:
         """Give a storage a row, or find the one it has.

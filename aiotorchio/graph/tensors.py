@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -58,6 +58,11 @@ class TensorMaker:
         self._limits = limits
         self._map_location = map_location
         self._work_left = limits.total_nbytes
+        self._spared: set[int] = set()
+
+    def spare(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Trust no number in the memory of these: they may have others at any time."""
+        self._spared = {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
     def strided(
         self,
@@ -103,7 +108,9 @@ class TensorMaker:
         if tensor.dtype is not _expect(dtype, torch.dtype):
             raise UnsafeObjectError(f"a device tensor of {dtype} from {tensor.dtype}")
         self._charge(tensor)
-        return tensor.to(self.device(device)).requires_grad_(_bool(requires_grad))
+        # Never the tensor itself, which may be the caller's: what follows would change it.
+        moved = tensor.detach().to(self.device(device))
+        return moved.requires_grad_(_bool(requires_grad))
 
     def quantized(
         self,
@@ -255,6 +262,8 @@ class TensorMaker:
         nbytes = tensor.numel() * tensor.element_size()
         if nbytes > tensor.untyped_storage().nbytes():
             raise InvalidObjectError("a part of a tensor that is expanded")
+        if nbytes and tensor.untyped_storage().data_ptr() in self._spared:
+            raise InvalidObjectError("a part of a tensor in the memory of a destination")
         self._work_left -= nbytes
         self._check_work()
 

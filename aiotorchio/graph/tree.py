@@ -109,7 +109,7 @@ class _Encoder:
         return [tag, *[node(item, f"{path}{n}", depth) for n, item in enumerate(value)]]
 
     def members(self, value: set[Any], path: str, depth: int) -> Any:
-        return [Tag.SET, *[self.node(item, path.rstrip("."), depth) for item in value]]
+        return [Tag.SET, *[self.node(item, path.removesuffix("."), depth) for item in value]]
 
     def pairs(self, value: dict[Any, Any], head: list[Any], path: str, depth: int) -> Any:
         node = self.node

@@ -7,7 +7,12 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["view_of"]
+__all__ = ["first_byte", "view_of"]
+
+
+def first_byte(tensor: torch.Tensor) -> int:
+    """Where in its storage the first element of a tensor is."""
+    return int(tensor.storage_offset()) * tensor.element_size()
 
 
 # Making a ctypes array type takes 18 us, a view of a known size 0.7 us; models repeat few sizes.

@@ -54,10 +54,11 @@ class DeviceCopier:
         stream = self._streams.get(device.index)
         if stream is None:
             stream = self._streams[device.index] = torch.cuda.Stream(device)
-        # The allocator may hand out memory that the caller's stream still uses.
-        stream.wait_stream(
-            self._callers_streams.get(device.index) or torch.cuda.current_stream(device)
-        )
+        # The allocator may hand out memory that the caller's stream still uses, or the one of the
+        # thread that it was made in.
+        stream.wait_stream(torch.cuda.current_stream(device))
+        if device.index in self._callers_streams:
+            stream.wait_stream(self._callers_streams[device.index])
         with torch.cuda.stream(stream):
             destination.copy_(source, non_blocking=True)
             done = stream.record_event()

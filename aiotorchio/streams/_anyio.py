@@ -17,6 +17,7 @@ from aiotorchio.streams.base import (
     Buffer,
     Sink,
     Source,
+    break_connection,
     coalesce,
     connection_errors,
     copy_into,
@@ -53,6 +54,9 @@ class AnyioSource(Source):
             done += len(data)
         return done
 
+    def abort(self) -> None:
+        _shut(self._stream)
+
 
 class AnyioSink(Sink):
     """Puts bytes on an anyio byte stream.
@@ -76,10 +80,15 @@ class AnyioSink(Sink):
                 await self._stream.send(item)
 
     def abort(self) -> None:
-        # Closing a stream of anyio needs an await; its socket, if it has one, can be shut now.
-        # A stream that its owner has closed fails in many ways, none of which matters any more.
-        with contextlib.suppress(Exception):
-            sock = self._stream.extra(SocketAttribute.raw_socket)
-            # The sockets that uvloop shows can't be shut; a duplicate can.
-            with socket.socket(fileno=os.dup(sock.fileno())) as duplicate:
-                duplicate.shutdown(socket.SHUT_RDWR)
+        _shut(self._stream)
+
+
+def _shut(stream: ByteReceiveStream | ByteSendStream) -> None:
+    # Closing a stream of anyio needs an await; its socket, if it has one, can be shut now.
+    # A stream that its owner has closed fails in many ways, none of which matters any more.
+    with contextlib.suppress(Exception):
+        sock = stream.extra(SocketAttribute.raw_socket)
+        # The sockets that uvloop shows can't be shut; a duplicate can.
+        with socket.socket(fileno=os.dup(sock.fileno())) as duplicate:
+            duplicate.setblocking(False)
+            break_connection(duplicate)

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,8 @@ __all__ = ["AsyncioSink", "AsyncioSource"]
 
 # Below this, a copy costs less than the transport's stepping aside (about 50 us).
 _DIRECT_MIN = 128 * 2**10
+# To linger for no time at all (struct linger).
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 # How often to look whether the transport that stepped aside was closed, in seconds.
 _LOOK_EVERY = 0.1
 
@@ -164,6 +167,20 @@ class AsyncioSource(Source):
             and self._reader.exception() is None
         )
 
+    def abort(self) -> None:
+        if self._transport is None:
+            return
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None:
+            # A reset: an end alone would not stop a sender who waits for room. (uvloop's pipes have
+            # no such option, and what is closed has none either.)
+            with contextlib.suppress(OSError, ValueError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        try:
+            self._transport.abort()
+        except (AttributeError, NotImplementedError):  # transports of pipes
+            self._transport.close()
+
     def release(self) -> None:
         if self._duplicate is None:
             return
@@ -210,6 +227,9 @@ class AsyncioSink(Sink):
                 # From Python 3.12 on transports keep what they are given instead of a copy.
                 self._writer.write(piece)
             self.in_message = True
+            # drain() need not wait, and then the loop would not find out that the connection is
+            # lost: the transport drops all that follows, and says nothing.
+            await asyncio.sleep(0)
             await self._drain_all()
 
     async def _drain_all(self) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import socket
 import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -15,6 +18,8 @@ __all__ = [
     "Buffer",
     "Sink",
     "Source",
+    "asyncio_loop",
+    "break_connection",
     "coalesce",
     "connection_errors",
     "copy_into",
@@ -48,6 +53,9 @@ class Source(ABC):
 
     async def aclose(self) -> None:  # noqa: B027 - as below
         """Close what the driver has opened itself; the stream is not among it."""
+
+    def abort(self) -> None:  # noqa: B027 - not all streams have a connection
+        """Break the connection, without waiting, so that the sender stops."""
 
     def release(self) -> None:  # noqa: B027 - most drivers have nothing to give back
         """Give the stream back to its owner, who may use it again."""
@@ -87,6 +95,30 @@ class Sink(ABC):
 
     def release(self) -> None:  # noqa: B027 - most drivers have nothing to give back
         """Give the stream back to its owner, who may use it again."""
+
+
+def asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    """The running loop of asyncio; None on trio."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+# More than a socket holds (net.ipv4.tcp_rmem has 6 MiB), to take off it before it is shut.
+_HELD_MAX = 16 * 2**20
+
+
+def break_connection(sock: socket.socket) -> None:
+    """Shut a non-blocking socket that stays its owner's, so that the peer notices at once."""
+    # First room is made: a sender who waits for it is only told there is none to come when it asks
+    # again, maybe minutes later. What it sends into the room is answered by a reset.
+    with contextlib.suppress(OSError):
+        scratch, taken = bytearray(PIECE_SIZE), 0
+        while taken < _HELD_MAX and (count := sock.recv_into(scratch)):
+            taken += count
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

@@ -64,6 +64,8 @@ def exclusive(
         driver = open_driver(stream)
         try:
             yield driver
+            if driver.in_message:
+                state.poison = "it was left there"
         except BaseException as error:
             if driver.in_message:
                 state.poison = f"{type(error).__name__}: {error}" if str(error) else repr(error)

@@ -8,7 +8,6 @@ readiness on its own costs a future and two system calls more.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import ssl
 from collections.abc import Callable, Sequence
@@ -16,7 +15,14 @@ from collections.abc import Callable, Sequence
 import anyio
 import anyio.lowlevel
 
-from aiotorchio.streams.base import Buffer, Sink, Source, connection_errors
+from aiotorchio.streams.base import (
+    Buffer,
+    Sink,
+    Source,
+    asyncio_loop,
+    break_connection,
+    connection_errors,
+)
 
 __all__ = ["SocketSink", "SocketSource"]
 
@@ -94,6 +100,9 @@ class SocketSource(Source):
             await _repeat(self._sock, step, writing=False)
         return cursor.done
 
+    def abort(self) -> None:
+        break_connection(self._sock)
+
 
 class SocketSink(Sink):
     """Puts bytes on a non-blocking stream socket.
@@ -125,9 +134,7 @@ class SocketSink(Sink):
             await _repeat(self._sock, step, writing=True)
 
     def abort(self) -> None:
-        # The socket is the caller's to close; the peer sees the end at once.
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        break_connection(self._sock)
 
 
 def _check(sock: socket.socket) -> None:
@@ -147,9 +154,8 @@ async def _repeat(sock: socket.socket, step: Callable[[], bool], *, writing: boo
         # Nothing was waited for: let other tasks run all the same.
         await anyio.lowlevel.checkpoint()
         return
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:  # trio
+    loop = asyncio_loop()
+    if loop is None:  # trio
         wait = anyio.wait_writable if writing else anyio.wait_readable
         done = False
         while not done:

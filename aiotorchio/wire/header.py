@@ -32,6 +32,7 @@ __all__ = [
     "TensorRow",
     "decode_header",
     "encode_header",
+    "shortened",
     "validate",
 ]
 
@@ -46,6 +47,7 @@ MIXED_UNITS = 0
 """Unit of a storage that is viewed with numbers of different sizes: it cannot be swapped."""
 
 REQUIRES_GRAD, PARAMETER, CONJUGATE, NEGATIVE = 1, 2, 4, 8
+_NAME_SHOWN = 200
 
 Codec = Literal["tree", "pickle"]
 Size = Annotated[int, msgspec.Meta(ge=0, le=INT64_MAX)]
@@ -192,7 +194,12 @@ class Layout:
 
 def describe(row: TensorRow, index: int) -> str:
     """Words for one tensor in an error."""
-    return f"tensor {index} ({row.names[0]!r})" if row.names else f"tensor {index}"
+    return f"tensor {index} ({shortened(row.names[0])!r})" if row.names else f"tensor {index}"
+
+
+def shortened(name: str) -> str:
+    """As much of a name as a person reads: a peer may have sent megabytes."""
+    return name if len(name) <= _NAME_SHOWN else name[:_NAME_SHOWN] + "..."
 
 
 def validate(header: Header, limits: Limits, *, offset: int = 0) -> Layout:

@@ -89,6 +89,7 @@ class HeaderReceived:
     header: Header
     layout: Layout
     message_id: bytes
+    checksum: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,7 @@ class Parser:
         open_header = functools.partial(_open_header, data, self._limits, start)
         header, layout = open_header() if len(data) <= _SMALL_HEADER else (yield Work(open_header))
         end_digest = EndDigest(self._identity)
-        yield HeaderReceived(header, layout, self._identity)
+        yield HeaderReceived(header, layout, self._identity, checksum)
 
         head, encoded = yield from self._head(SKELETON, 0, 0)
         if head.length > self._limits.skeleton_nbytes:
@@ -239,6 +240,8 @@ class Parser:
                 offset=self.position,
             )
         self.position += length
+        # They would keep their memory alive for as long as the next chunk is not asked for.
+        del buffers
         yield ChunkReceived(offset, length)
 
     def _read(self, size: int, entry: str) -> Generator[Step, Any, bytes]:

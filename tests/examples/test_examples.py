@@ -86,3 +86,60 @@ def test_the_last_bit_of_a_loss_counts(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_peer_without_anyone_to_ask_fails() -> None:
     with pytest.raises(ConnectionRefusedError):
         asyncio.run(module("peer_recovery").join(1))
+
+
+def test_workers_answer_while_they_take_new_weights() -> None:
+    options = ("--workers", "2", "--mib", "8", "--versions", "3", "--interval", "0.2")
+    done = run("weight_sync.py", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    row = r"^ +(\d+) +(\d+) +3 +1 +\d+\.\d\d ms +\d+ ms +\d+ ms +0$"
+    rows = re.findall(row, done.stdout, re.MULTILINE)
+    assert [worker for worker, _ in rows] == ["1", "2"], done.stdout
+    assert all(int(requests) > 0 for _, requests in rows)
+    assert done.stdout.endswith("every answer came from one version\n")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "good"),
+    [({}, True), ({"half_applied": 1}, False), ({"versions": 4}, False), ({"refused": 0}, False)],
+)
+def test_what_a_worker_did_wrong_is_told(wrong: dict[str, int], good: bool) -> None:
+    example = module("weight_sync")
+    right = {"requests": 9, "versions": 3, "refused": 1}
+    reports = [example.Report(**right), example.Report(**(right | wrong))]
+    assert example.show(reports, versions=3) is good
+
+
+def test_an_answer_tells_of_every_weight() -> None:
+    model = module("weight_sync").Model(mib=1)
+    for layer in model.layers:
+        torch.nn.init.constant_(layer, 7)
+    question = torch.ones(512)
+    assert model(question).unique().tolist() == [7]
+    with torch.no_grad():
+        model.layers[1][20, 300] = 6
+    assert len(model(question).unique()) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit works on Linux only")
+def test_a_state_larger_than_memory_passes() -> None:
+    done = run("stream_larger_than_memory.py", "--gib", "0.75")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    for who in ("sender", "receiver"):
+        assert f"{who:10}the system refuses a tensor of 512 MiB" in lines
+        (peak,) = re.findall(rf"^{who} +peak of resident memory (\d+) MiB$", done.stdout, re.M)
+        assert int(peak) < 512
+    assert "received  24 of 24 shards are right" in lines
+    assert re.fullmatch(r"0\.75 GiB in \d+\.\d s: \d+\.\d\d GiB/s", lines[-1])
+
+
+def test_a_wrong_shard_is_seen() -> None:
+    example = module("stream_larger_than_memory")
+    shard = example.make_shard(3)
+    assert example.is_right(shard, 3)
+    assert not example.is_right(shard, 2)
+    shard[-1] += 1
+    assert not example.is_right(shard, 3)

@@ -13,7 +13,7 @@ import torch
 
 import aiotorchio
 from aiotorchio.graph.flatten import Flattened, flatten
-from aiotorchio.memory.payload import OutgoingPayload
+from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.header import Header, Layout
 

@@ -49,7 +49,7 @@ def rebuild(parts: Flattened, **options: Any) -> Any:
         limits=limits,
         offset=0,
     )
-    rebuilder.check(len(parts.header.tensors))
+    rebuilder.check(parts.header.tensors, names=True)
     return rebuilder.build(build_tensors(parts.header, parts.storages), parts.storages)
 
 

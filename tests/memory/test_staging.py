@@ -15,13 +15,17 @@ import torch
 import aiotorchio
 from aiotorchio.drive import Request, drive, drive_blocking
 from aiotorchio.graph.flatten import flatten
-from aiotorchio.memory.payload import IncomingPayload, OutgoingPayload
+from aiotorchio.memory.incoming import IncomingPayload
+from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.memory.staging import DeviceCopier, Slabs, bytes_of
 from aiotorchio.options import load_options
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.iterables import IterableSource
-from aiotorchio.transfer import _Incoming, receive_message, send_message
-from tests.memory.test_payload import CopierOnCpu, staged
+from aiotorchio.transfer.plan import Placement
+from aiotorchio.transfer.receive import receive_message
+from aiotorchio.transfer.send import send_message
+from aiotorchio.wire.limits import Limits
+from tests.memory.layouts import CopierOnCpu, staged
 
 CHUNK = 4096
 STATE = {"a": torch.arange(5000.0), "b": torch.ones(3), "c": torch.arange(20_000)}
@@ -37,19 +41,10 @@ def staged_outgoing(copier: Any) -> Callable[..., OutgoingPayload]:
     return make
 
 
-class StagedIncoming(_Incoming):
+def staged_placement(copier: Any) -> Callable[..., Placement]:
     """Takes the CPU for a device."""
-
-    copier: Any
-
-    def payload(self) -> IncomingPayload:
-        self._incoming = functools.partial(IncomingPayload, staged=staged)
-        self._copier = self.copier
-        return super().payload()
-
-
-def staged_incoming(copier: Any) -> type[_Incoming]:
-    return type("Staged", (StagedIncoming,), {"copier": copier})
+    incoming = functools.partial(IncomingPayload, staged=staged)
+    return functools.partial(Placement, copier=copier, incoming=incoming)
 
 
 def message_of(copier: Any) -> Generator[Request, Any, aiotorchio.Summary]:
@@ -85,8 +80,9 @@ def test_sending_takes_two_slabs_of_one_chunk() -> None:
 
 def test_receiving_takes_two_slabs_of_one_chunk() -> None:
     copier = CopierOnCpu()
-    message = receive_message(load_options(), staged_incoming(copier))
-    assert_state(drive_blocking(message, BlockingStream(io.BytesIO(sent(CopierOnCpu())))))
+    message = receive_message(Limits(), load_options(), staged_placement(copier))
+    loaded = drive_blocking(message, BlockingStream(io.BytesIO(sent(CopierOnCpu()))))
+    assert_state(loaded.obj)
     assert [slab.nbytes() for slab in copier.slabs] == [CHUNK, CHUNK]
 
 
@@ -102,9 +98,9 @@ async def test_copies_run_in_worker_threads() -> None:
             super().copy(destination, source)
 
     copier = Watching()
-    message = receive_message(load_options(), staged_incoming(copier))
+    message = receive_message(Limits(), load_options(), staged_placement(copier))
     async with aclosing(pieces(sent(CopierOnCpu()))) as body:
-        assert_state(await drive(message, IterableSource(body)))
+        assert_state((await drive(message, IterableSource(body))).obj)
     assert threading.get_ident() not in copier.threads
 
 
@@ -114,7 +110,7 @@ async def test_a_copy_that_fails_is_the_error_of_the_load() -> None:
         def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
             raise RuntimeError("device lost")
 
-    message = receive_message(load_options(), staged_incoming(Failing()))
+    message = receive_message(Limits(), load_options(), staged_placement(Failing()))
     async with aclosing(pieces(sent(CopierOnCpu()))) as body:
         with pytest.raises(RuntimeError, match="device lost"):
             await drive(message, IterableSource(body))
@@ -188,8 +184,8 @@ def test_slabs_of_cuda_are_pinned() -> None:
 async def test_inference_mode_of_the_caller_does_not_matter() -> None:
     with torch.inference_mode():
         data = sent(CopierOnCpu())
-        message = receive_message(load_options(), staged_incoming(CopierOnCpu()))
+        message = receive_message(Limits(), load_options(), staged_placement(CopierOnCpu()))
         async with aclosing(pieces(data)) as body:
-            loaded = await drive(message, IterableSource(body))
+            loaded = (await drive(message, IterableSource(body))).obj
     assert_state(loaded)
     assert not any(tensor.is_inference() for tensor in loaded.values())

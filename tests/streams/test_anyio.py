@@ -17,6 +17,7 @@ from aiotorchio.errors import TransferTimeout, TruncatedError
 from aiotorchio.streams._anyio import AnyioSink, AnyioSource
 from tests.corpus import assert_same
 from tests.test_api import CHUNKED, LARGE, SMALL, encoded
+from tests.worlds import all_blocked, both_ends, soon
 
 pytestmark = pytest.mark.anyio
 
@@ -78,6 +79,32 @@ async def test_the_end_is_short() -> None:
 
 async def test_streams_without_a_socket_cannot_be_aborted() -> None:
     AnyioSink(Memory()).abort()
+    AnyioSource(Memory()).abort()
+
+
+@pytest.mark.parametrize(
+    ("kind", "link"),
+    [("anyio", "unix"), ("anyio", "tcp"), ("anyio-tls", "tls")],
+)
+async def test_an_abort_of_the_source_stops_a_sender_that_waits(kind: str, link: str) -> None:
+    errors: list[Exception] = []
+    async with both_ends(kind, link) as (near, far), anyio.create_task_group() as group:
+
+        async def send() -> None:
+            with pytest.raises(TruncatedError) as caught:
+                await AnyioSink(near.sink).send([bytes(2**25)])
+            errors.append(caught.value)
+
+        group.start_soon(send)
+        source = AnyioSource(far.source)
+        assert await source.read(1) == b"\0"
+        await all_blocked()
+        source.abort()
+        told = await soon(lambda: bool(errors))
+        group.cancel_scope.cancel()
+        assert told
+        await anyio.aclose_forcefully(far.source)
+        source.abort()
 
 
 async def test_stapled_and_buffered_streams() -> None:

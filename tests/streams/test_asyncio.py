@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from aiotorchio.streams import _asyncio
 from aiotorchio.streams._asyncio import AsyncioSink, AsyncioSource, _after
 from tests.corpus import assert_same
 from tests.test_api import LARGE, SMALL, encoded
-from tests.worlds import AsyncioEnd, all_blocked, asyncio_end, both_ends, connected, until
+from tests.worlds import AsyncioEnd, all_blocked, asyncio_end, both_ends, connected, soon, until
 
 pytestmark = [
     pytest.mark.anyio,
@@ -247,6 +247,60 @@ async def test_a_closed_writer(kind: str) -> None:
             await near.save(LARGE)
         with pytest.raises(TruncatedError):
             await far.load()
+
+
+@streams
+@pytest.mark.parametrize("obj", [SMALL, LARGE], ids=["small", "large"])
+async def test_a_connection_that_breaks_before_the_transport_knows(kind: str, obj: object) -> None:
+    async with both_ends(kind) as (near, far):
+        descriptor = near.sink.get_extra_info("socket").fileno()
+        with socket.socket(fileno=os.dup(descriptor)) as duplicate:
+            duplicate.shutdown(socket.SHUT_WR)
+        # No transport knows before it has its turn: bytes that it drops are not sent.
+        with pytest.raises(TruncatedError):
+            await near.save(obj)
+        with pytest.raises(TruncatedError):
+            await far.load()
+
+
+@streams
+@pytest.mark.parametrize("size", [1, 2**20], ids=["by copy", "direct"])
+async def test_an_abort_of_the_source_is_the_end_for_the_sender(kind: str, size: int) -> None:
+    async with both_ends(kind) as (near, far), asyncio.TaskGroup() as group:
+
+        async def push() -> None:
+            with pytest.raises(TruncatedError):
+                await near.save(torch.zeros(2**25, dtype=torch.uint8))
+
+        sending = group.create_task(push())
+        source = AsyncioSource(far.source)
+        assert await source.fill([memoryview(bytearray(size))]) == size
+        await all_blocked()
+        assert not sending.done()
+        source.abort()
+        source.release()
+        assert await soon(sending.done)
+        assert far.sink.transport.is_closing()
+        # Its owner may have closed it, too.
+        source.abort()
+
+
+async def test_an_abort_of_a_reader_without_a_transport() -> None:
+    AsyncioSource(asyncio.StreamReader()).abort()
+
+
+async def test_an_abort_of_a_pipe_closes_it() -> None:
+    reading, writing = os.pipe()
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(reading, "rb", 0)
+    )
+    with os.fdopen(writing, "wb", 0) as sink, closing(transport):
+        AsyncioSource(reader).abort()
+        assert transport.is_closing()
+        assert await reader.read() == b""
+        with pytest.raises(BrokenPipeError):
+            sink.write(b"x")
 
 
 async def test_closing_the_writer_ends_a_load_beside_it() -> None:

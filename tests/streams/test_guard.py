@@ -42,6 +42,9 @@ class FakeSource(Source):
     async def fill(self, buffers: Sequence[memoryview]) -> int:
         raise AssertionError
 
+    def abort(self) -> None:
+        raise AssertionError("whoever reads decides that")
+
     def release(self) -> None:
         self.released += 1
 
@@ -81,6 +84,18 @@ def test_a_load_that_stops_inside_a_message_aborts_nothing() -> None:
     assert isinstance(source, FakeSource) and source.released == 1
     with pytest.raises(StreamPoisoned):
         exclusive(stream, "load", FakeSource).__enter__()
+
+
+def test_a_stream_that_is_left_inside_a_message_is_poisoned_without_an_error_too() -> None:
+    stream = Stream()
+    with exclusive(stream, "load", FakeSource) as source:
+        source.in_message = True
+    assert isinstance(source, FakeSource) and source.released == 1
+    for _ in range(2):
+        with pytest.raises(StreamPoisoned, match="it was left there"):
+            exclusive(stream, "load", FakeSource).__enter__()
+    with exclusive(stream, "save", FakeSink):
+        pass
 
 
 def test_stopping_between_messages_leaves_the_stream_usable() -> None:

@@ -97,6 +97,13 @@ async def generator() -> AsyncGenerator[bytes, None]:
     yield b"def"
 
 
+async def test_there_is_no_connection_to_abort() -> None:
+    source = IterableSource(Pieces(b"abc"))
+    assert await source.read(1) == b"a"
+    source.abort()
+    assert await source.read(2) == b"bc"
+
+
 async def test_an_iterator_of_our_own_is_closed() -> None:
     closed = []
 

@@ -13,7 +13,7 @@ import pytest
 from aiotorchio.errors import TruncatedError
 from aiotorchio.streams import sockets
 from aiotorchio.streams.sockets import SocketSink, SocketSource
-from tests.worlds import all_blocked
+from tests.worlds import all_blocked, connected, soon
 
 pytestmark = pytest.mark.anyio
 
@@ -120,6 +120,34 @@ async def test_an_abort_is_the_end_for_the_peer(pair: Any) -> None:
     near, far = pair
     SocketSink(near).abort()
     assert await SocketSource(far).read(1) == b""
+
+
+@pytest.mark.parametrize("link", ["unix", "tcp"])
+async def test_an_abort_of_the_source_stops_a_sender_that_waits(link: str) -> None:
+    near, far = connected(link)
+    errors: list[Exception] = []
+    with near, far:
+        near.setblocking(False)
+        far.setblocking(False)
+        async with anyio.create_task_group() as group:
+
+            async def send() -> None:
+                with pytest.raises(TruncatedError) as caught:
+                    await SocketSink(near).send([bytes(2**25)])
+                errors.append(caught.value)
+
+            group.start_soon(send)
+            await all_blocked()
+            source = SocketSource(far)
+            assert await source.read(1) == b"\0"
+            source.abort()
+            # While the socket is still open here: with TCP, a sender that waits for room hears
+            # nothing of an end, and asks the more rarely the longer it has waited.
+            told = await soon(lambda: bool(errors))
+            group.cancel_scope.cancel()
+        assert told
+        source.abort()
+    source.abort()
 
 
 @pytest.mark.parametrize("driver", [SocketSource, SocketSink])

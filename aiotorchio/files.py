@@ -1,0 +1,104 @@
+"""The blocking twins: files, pipes, sockets, paths."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterable, Generator
+from typing import Any, Unpack
+
+from aiotorchio.drive import Request, carry_out_blocking, drive_blocking
+from aiotorchio.options import (
+    MessageKeywords,
+    SaveKeywords,
+    check_lock,
+    checked_limits,
+    load_options,
+    outgoing_message,
+)
+from aiotorchio.streams.guard import exclusive
+from aiotorchio.streams.select import open_blocking_sink, open_blocking_source
+from aiotorchio.transfer.receive import Loaded, receive_message
+from aiotorchio.transfer.send import Summary
+from aiotorchio.wire.limits import Limits
+
+__all__ = ["load", "save"]
+
+
+def save(obj: object, file: Any, **options: Unpack[SaveKeywords]) -> Summary:
+    """The blocking twin of ``save_to_stream``.
+
+    Args:
+        obj: As in ``save_to_stream``.
+        file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path, where
+            a file that is there is replaced once the new one is whole.
+        options: The keyword arguments of ``save_to_stream``.
+
+    Returns:
+        What was written.
+
+    Raises:
+        Exception: As ``save_to_stream``, and ``OSError`` of a file.
+
+    Example:
+        >>> import io, torch, aiotorchio
+        >>> file = io.BytesIO()
+        >>> aiotorchio.save({"w": torch.ones(2)}, file).tensors
+        1
+        >>> _ = file.seek(0)
+        >>> aiotorchio.load(file)
+        {'w': tensor([1., 1.])}
+    """
+    if isinstance(file, str | os.PathLike):
+        # Under another name until it is whole: what was there before is not lost for half of it.
+        unfinished = f"{os.fspath(file)}.part"
+        try:
+            with open(unfinished, "wb") as opened:
+                summary = save(obj, opened, **options)
+            os.replace(unfinished, file)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(unfinished)
+            raise
+        return summary
+    if isinstance(obj, AsyncIterable) and options.get("specs") is not None:
+        raise TypeError("an async iterable of tensors is for save_to_stream, not for save")
+    with exclusive(file, "save", open_blocking_sink) as stream:
+        return drive_blocking(outgoing_message(obj, **options), stream)
+
+
+def load(file: Any, *, limits: Limits | None = None, **options: Unpack[MessageKeywords]) -> Any:
+    """The blocking twin of ``load_from_stream``.
+
+    Args:
+        file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path.
+        limits: What to accept; the default is ``Limits()``.
+        options: The other keyword arguments of ``load_from_stream``; ``lock`` is a plain context
+            manager here, such as ``threading.Lock``.
+
+    Returns:
+        The object.
+
+    Raises:
+        Exception: As ``load_from_stream``, and ``OSError`` of a file.
+
+    Example:
+        See ``save``.
+    """
+    message = receive_message(checked_limits(limits), load_options(**options))
+    lock = options.get("lock")
+    check_lock(lock, blocking=True)
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            return _load(opened, message, lock)
+    return _load(file, message, lock)
+
+
+def _load(file: Any, message: Generator[Request, Any, Loaded], lock: Any) -> Any:
+    with contextlib.ExitStack() as unfinished:
+        with exclusive(file, "load", open_blocking_source) as stream:
+            loaded = drive_blocking(message, stream)
+            unfinished.callback(loaded.close)
+        if loaded.commit is not None:
+            carry_out_blocking(loaded.commit, lock)
+    return loaded.obj

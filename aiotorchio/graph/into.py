@@ -1,0 +1,197 @@
+"""Tensors that are there, to receive into: which of a message's tensors goes to which of them."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from aiotorchio.errors import MismatchError
+from aiotorchio.graph.dtypes import torch_dtype
+from aiotorchio.graph.names import rows_by_name, walk
+from aiotorchio.strided import order_of
+from aiotorchio.wire.header import CONJUGATE, META_LOCATION, NEGATIVE, Header, shortened
+
+__all__ = ["destinations_of", "has_memory", "match"]
+
+# Of each kind of misfit, as many as a person reads.
+_SHOWN = 20
+_BITS = CONJUGATE | NEGATIVE
+
+
+def destinations_of(into: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a destination by name.
+
+    Args:
+        into: A module, whose parameters and persistent buffers count, or a mapping from names to
+            tensors and modules, which may be nested; what is neither does not count.
+
+    Raises:
+        TypeError: Neither of them.
+        ValueError: Two tensors with the same name.
+    """
+    if not isinstance(into, Mapping | torch.nn.Module):
+        raise TypeError(
+            "into is a mapping from names to tensors, a torch.nn.Module or a DoubleBuffer, not "
+            f"{type(into).__name__}"
+        )
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in walk(into, _opened):
+        if found.setdefault(name, tensor) is not tensor:
+            raise ValueError(f"into has two tensors named {name!r}")
+    return found
+
+
+def _opened(value: Any) -> Any:
+    """Modules as their state, mappings as dicts."""
+    if isinstance(value, torch.nn.Module):
+        return {
+            name: item
+            for name, item in value.state_dict(keep_vars=True).items()
+            # What get_extra_state() returned is made anew each time: nobody would see a change.
+            if name.rpartition(".")[2] != "_extra_state"
+        }
+    return dict(value) if isinstance(value, Mapping) and not isinstance(value, dict) else value
+
+
+def match(
+    header: Header,
+    destinations: Mapping[str, torch.Tensor],
+    *,
+    wanted: Container[str],
+    all_wanted: bool,
+    strict: bool,
+    cast: bool,
+) -> dict[str, torch.Tensor]:
+    """The tensors that are received into, by their names in the message.
+
+    Args:
+        header: Of a message.
+        destinations: By name.
+        wanted: Whether a name counts, at either side.
+        all_wanted: Whether tensors without a name count, too.
+        strict: Whether both sides must have the same names.
+        cast: Whether a destination may have another dtype, as far as ``torch.can_cast`` allows.
+
+    Raises:
+        MismatchError: With all that does not fit.
+    """
+    names = rows_by_name(header.tensors)
+    found = {
+        name: tensor for name, tensor in destinations.items() if name in names and name in wanted
+    }
+    reasons = {
+        name: _misfit(header, names[name], tensor, cast=cast) for name, tensor in found.items()
+    }
+    misfits = {name: reason for name, reason in reasons.items() if reason is not None}
+    if strict:
+        misfits |= _tied_only_here(header, names, found)
+    missing, unexpected, unnamed = [], [], 0
+    if strict:
+        missing = [name for name in destinations if name in wanted and name not in names]
+        unexpected = [name for name in names if name in wanted and name not in destinations]
+        unnamed = sum(not row.names for row in header.tensors) if all_wanted else 0
+    if misfits or missing or unexpected or unnamed:
+        lines = [
+            *_lines("does not fit", [f"{shortened(name)}: {why}" for name, why in misfits.items()]),
+            *_lines("not in the message", map(shortened, missing)),
+            *_lines("not in the destination", map(shortened, unexpected)),
+        ]
+        if unnamed:
+            lines.append(f"{unnamed} tensors of the message have no name")
+        raise MismatchError(
+            "the message does not fit the destination" + "".join(f"\n    {line}" for line in lines),
+            entry="header",
+            missing=missing,
+            unexpected=unexpected,
+            misfits=misfits,
+        )
+    return found
+
+
+def _tied_only_here(
+    header: Header, names: Mapping[str, int], found: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
+    """Destinations that are one tensor, for which the message has several."""
+    first: dict[object, str] = {}
+    misfits = {}
+    for name, tensor in found.items():
+        if not has_memory(tensor) or not tensor.data_ptr():
+            continue
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        other = first.setdefault(place, name)
+        if _view(header, names[other]) != _view(header, names[name]):
+            misfits[name] = f"tied to {shortened(other)} in the destination, not in the message"
+    return misfits
+
+
+def _view(header: Header, index: int) -> object:
+    row = header.tensors[index]
+    return row.storage, row.offset, row.shape, row.stride, row.dtype, row.flags & _BITS
+
+
+def _misfit(header: Header, index: int, tensor: torch.Tensor, *, cast: bool) -> str | None:
+    """Why a row cannot be received into a tensor."""
+    row = header.tensors[index]
+    if header.locations[header.storages[row.storage].location] == META_LOCATION:
+        return "on meta at the sender, without bytes"
+    if not has_memory(tensor) or tensor.is_quantized:
+        return f"the destination is no plain strided tensor but a {type(tensor).__name__}"
+    if tensor.device.type == META_LOCATION:
+        return "the destination is on meta, without memory"
+    if tensor.shape != row.shape:
+        return f"shape {list(row.shape)} in the message, {list(tensor.shape)} in the destination"
+    if tensor.is_conj() or tensor.is_neg():
+        return "the destination is a conjugate or negative view: resolve it first"
+    order = order_of(tensor.shape, tensor.stride())
+    end = int(tensor.storage_offset()) + order.extent
+    if order.count and end * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "the memory of the destination was freed"
+    if order.expanded or not order.distinct:
+        return "elements of the destination overlap"
+    dtype = torch_dtype(row.dtype)
+    flags = row.flags & _BITS
+    if dtype != tensor.dtype and not (cast and torch.can_cast(dtype, tensor.dtype)):
+        possible = torch.can_cast(dtype, tensor.dtype)
+        hint = " (cast=True converts)" if possible else " (torch.can_cast says no)" if cast else ""
+        return f"{dtype} in the message, {tensor.dtype} in the destination{hint}"
+    if (dtype != tensor.dtype or flags) and not _converts(dtype, flags, tensor.dtype):
+        kind = "conjugate or negative views of " if flags else ""
+        return f"torch cannot convert {kind}{dtype} to {tensor.dtype}"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _converts(dtype: torch.dtype, flags: int, into: torch.dtype) -> bool:
+    """Whether torch can: it has conversions for most pairs of dtypes, and says so when asked."""
+    try:
+        source = torch.empty((0,), dtype=dtype).set_(torch.UntypedStorage(16), 0, (1,), (1,))
+        source = source.conj() if flags & CONJUGATE else source
+        source = source.neg() if flags & NEGATIVE else source
+        destination = torch.empty((0,), dtype=into).set_(torch.UntypedStorage(16), 0, (1,), (1,))
+        destination.copy_(source)
+    except RuntimeError:
+        return False
+    return True
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether it is a view of a storage, and nothing else.
+
+    Subclasses without ``__torch_dispatch__`` are: parameters with attributes, for example.
+    """
+    return (
+        type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and not torch.nn.parameter.is_lazy(tensor)
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
+
+
+def _lines(what: str, texts: Iterable[str]) -> list[str]:
+    """A line for each of the first ones, and one for the rest."""
+    every = list(texts)
+    more = len(every) - _SHOWN
+    return [f"{what}: {text}" for text in every[:_SHOWN]] + [f"{what}: {more} more"] * (more > 0)

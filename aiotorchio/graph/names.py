@@ -1,0 +1,225 @@
+"""Names of tensors: the path to each through dicts, lists and tuples, joined by dots.
+
+``{"layers": [{"weight": tensor}]}`` has a tensor ``layers.0.weight``; an object that is a tensor
+itself has the name ``""``. The header carries them (SPEC.md section 5.4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from aiotorchio.errors import MismatchError, ProtocolError
+from aiotorchio.graph.dtypes import torch_dtype
+from aiotorchio.wire.header import Header, TensorRow, describe
+
+__all__ = ["Placeholder", "TensorSpec", "check_names", "rows_by_name", "specs_of", "utf8", "walk"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What is known about a tensor before its bytes.
+
+    Args:
+        shape: Elements in each dimension.
+        dtype: Of the elements.
+
+    Raises:
+        TypeError: A shape that is no tuple of int, or a dtype that is none.
+        ValueError: A negative size.
+
+    Example:
+        >>> import torch, aiotorchio
+        >>> aiotorchio.TensorSpec((2, 3), torch.float32).nbytes
+        24
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shape, tuple) or not all(type(n) is int for n in self.shape):
+            raise TypeError(f"a shape is a tuple of int, not {self.shape!r}")
+        if not isinstance(self.dtype, torch.dtype):
+            raise TypeError(f"a torch.dtype is needed, not {self.dtype!r}")
+        if any(n < 0 for n in self.shape):
+            raise ValueError(f"a shape with a negative size: {self.shape}")
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        """The spec of a tensor, which may be on ``meta``."""
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    @classmethod
+    def of_row(cls, row: TensorRow) -> TensorSpec:
+        """The spec of a row of the header.
+
+        Raises:
+            ProtocolError: A dtype that the installed torch does not have.
+        """
+        return cls(row.shape, torch_dtype(row.dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements, each counted once for each index."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def utf8(path: str) -> str:
+    """A path as the header has it: keys of a dict can hold surrogates, which UTF-8 cannot."""
+    return path if path.isascii() else path.encode("utf-8", "backslashreplace").decode()
+
+
+def walk(
+    obj: object, opened: Callable[[Any], Any] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an object, each with its path; containers that recur only once.
+
+    Args:
+        obj: Of dicts, lists and tuples; what is in anything else is not seen.
+        opened: What makes a container of something else, and leaves all others as they are.
+    """
+    seen: set[int] = set()
+    waiting = [("", obj)]
+    # Long paths to many plain values would take much memory.
+    plain = (str, bytes, int, float, complex, type(None))
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield utf8(path), value
+            continue
+        container = value if opened is None else opened(value)
+        # A module has no state of its own that could recur, but makes one each time.
+        recurs = id(value) in seen and not isinstance(value, torch.nn.Module)
+        if isinstance(container, dict | list | tuple) and not recurs:
+            seen.add(id(value))
+            prefix = path + "." if path else ""
+            items = container.items() if isinstance(container, dict) else enumerate(container)
+            waiting += reversed(
+                [(f"{prefix}{key}", item) for key, item in items if not isinstance(item, plain)]
+            )
+
+
+def rows_by_name(rows: Sequence[TensorRow]) -> dict[str, int]:
+    """The row of each name, in the order of the rows.
+
+    Raises:
+        MismatchError: Two tensors have the same name, because keys contain dots.
+    """
+    found: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        for name in row.names:
+            if found.setdefault(name, index) != index:
+                raise MismatchError(
+                    f"tensors {found[name]} and {index} have the same name: without names, a load "
+                    "of the whole object works",
+                    entry=describe(row, index),
+                )
+    return found
+
+
+def specs_of(header: Header) -> dict[str, TensorSpec]:
+    """The spec of each name, in the order in which the tensors come: that of their storages.
+
+    Raises:
+        MismatchError: Two tensors have the same name.
+        ProtocolError: A dtype that the installed torch does not have.
+    """
+    rows = header.tensors
+    names = sorted(rows_by_name(rows).items(), key=lambda item: rows[item[1]].storage)
+    return {name: TensorSpec.of_row(rows[index]) for name, index in names}
+
+
+class Placeholder:
+    """Stands for the tensor of a row in an object that is checked before its bytes are there."""
+
+    __slots__ = ("row",)
+
+    def __init__(self, row: int) -> None:
+        self.row = row
+
+
+def check_names(obj: Any, rows: Sequence[TensorRow]) -> None:
+    """Make sure that the names of the header are the paths of the skeleton.
+
+    Args:
+        obj: What the tree codec made, with placeholders for the tensors.
+        rows: What the header says.
+
+    Raises:
+        ProtocolError: A tensor that has other names, fewer, or more.
+    """
+    _Check(rows).whole(obj)
+
+
+class _Check:
+    def __init__(self, rows: Sequence[TensorRow]) -> None:
+        self._rows = rows
+        # What was not met yet. In no order: members of a set have another one here.
+        self._names = [Counter(row.names) for row in rows]
+        self._lengths = [{len(name) for name in row.names} for row in rows]
+        # A path is joined only if it is as long as a name that it can be: keys of a megabyte above
+        # many tensors make no work.
+        self._parts: list[str] = []
+        self._length = 0
+
+    def whole(self, obj: Any) -> None:
+        self._visit(obj)
+        for index, names in enumerate(self._names):
+            if names:
+                raise ProtocolError(
+                    "the object has this tensor in fewer places than it has names",
+                    entry=describe(self._rows[index], index),
+                )
+
+    def _visit(self, value: Any) -> None:
+        if isinstance(value, Placeholder):
+            self._tensor(value.row)
+        elif isinstance(value, dict):
+            if isinstance(value, OrderedDict) and hasattr(value, "_metadata"):
+                outer, self._parts, self._length = (self._parts, self._length), [], 0
+                self._item("_metadata", value._metadata)
+                self._parts, self._length = outer
+            for key, item in value.items():
+                if isinstance(item, _LOOKED_INTO):
+                    self._item(str(key), item)
+        elif isinstance(value, set):
+            for item in value:
+                self._visit(item)
+        elif isinstance(value, list | tuple):
+            for n, item in enumerate(value):
+                if isinstance(item, _LOOKED_INTO):
+                    self._item(str(n), item)
+
+    def _item(self, key: str, value: Any) -> None:
+        if not key and not self._parts:
+            self._visit(value)
+            return
+        self._parts.append(key)
+        self._length += len(key) + 1
+        self._visit(value)
+        self._parts.pop()
+        self._length -= len(key) + 1
+
+    def _tensor(self, index: int) -> None:
+        names = self._names[index]
+        length = max(self._length - 1, 0)
+        if length in self._lengths[index]:
+            path = ".".join(self._parts)
+            if path in names:
+                names[path] -= 1
+                if not names[path]:
+                    del names[path]
+                return
+        raise ProtocolError(
+            "the object has this tensor in a place that is not among its names",
+            entry=describe(self._rows[index], index),
+        )
+
+
+_LOOKED_INTO = (Placeholder, dict, list, tuple, set)

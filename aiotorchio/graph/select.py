@@ -1,0 +1,148 @@
+"""Which tensors of a message are wanted: names, shell patterns, or a predicate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from fnmatch import translate
+from typing import Any, NamedTuple
+
+import torch
+
+from aiotorchio.errors import LimitExceeded, MismatchError, ProtocolError
+from aiotorchio.graph.names import utf8
+
+__all__ = ["Select", "revise", "selected"]
+
+Select = str | Iterable[str] | Callable[[str], object]
+
+
+def selected(select: Select, names: Iterable[str]) -> set[str]:
+    """The names that are selected.
+
+    Args:
+        select: A name or a pattern (``*``, ``?``, ``[...]``, as in ``fnmatch``, of which ``*``
+            matches dots, too), several of them, or a function of a name.
+        names: Those that there are.
+
+    Raises:
+        MismatchError: A name or a pattern that none of them matches.
+    """
+    if callable(select):
+        return {name for name in names if select(name)}
+    patterns = [select] if isinstance(select, str) else list(select)
+    names = set(names)
+    found: set[str] = set()
+    unmatched = []
+    for pattern in patterns:
+        # First as it stands: a name may have brackets.
+        matches = {pattern} & names or set(filter(re.compile(translate(pattern)).match, names))
+        found |= matches
+        if not matches:
+            unmatched.append(pattern)
+    if unmatched:
+        raise MismatchError(f"selected, but not in the message: {', '.join(map(repr, unmatched))}")
+    return found
+
+
+def revise(
+    obj: Any, names: Collection[str], change: Callable[[str, torch.Tensor], torch.Tensor | None]
+) -> Any:
+    """Replace tensors in the dicts, lists and tuples of an object; in place, if that can be.
+
+    Args:
+        obj: Just built, so that nobody else has it.
+        names: Paths of the tensors that can be replaced.
+        change: Gets a name, and the tensor there; returns what comes in its place, or None if it is
+            to be left out. Only dicts can leave a tensor out.
+
+    Returns:
+        The object; another one if it is a tensor or a tuple.
+
+    Raises:
+        ProtocolError: Paths that are far longer, all in all, than the names.
+        LimitExceeded: Nested deeper than Python can follow.
+    """
+    try:
+        return _Revision(names, change).of(None, obj)
+    except RecursionError:
+        raise LimitExceeded("nested too deep", entry="skeleton") from None
+
+
+class _Revision:
+    def __init__(
+        self, names: Collection[str], change: Callable[[str, torch.Tensor], torch.Tensor | None]
+    ) -> None:
+        self._names, self._change = names, change
+        # A pickle can have many tensors under a key of a megabyte. Paths are joined only where
+        # there are tensors, and for as long as the names of the header would give that many.
+        self._lengths = {len(name) for name in names}
+        self._allowance = 2 * sum(map(len, names)) + 2**20
+        # Containers that were met, and what became of them: as in ``walk``, the first path counts.
+        self._met: dict[int, Any] = {}
+
+    def of(self, path: _Path | None, value: Any) -> Any:
+        """What comes in the place of a value; None for a tensor that is left out."""
+        if isinstance(value, torch.Tensor):
+            return self._tensor(path, value)
+        if not isinstance(value, dict | list | tuple):
+            return value
+        if id(value) in self._met:
+            return self._met[id(value)]
+        self._met[id(value)] = value
+        if isinstance(value, tuple):
+            self._met[id(value)] = self._tuple(path, value)
+            return self._met[id(value)]
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in list(items):
+            if not isinstance(item, torch.Tensor | dict | list | tuple):
+                continue
+            other = self.of(_Path.below(path, utf8(str(key))), item)
+            if other is None and isinstance(value, dict):
+                del value[key]
+            elif other is not None and other is not item:
+                value[key] = other
+        return value
+
+    def _tuple(self, path: _Path | None, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        items = []
+        for key, item in enumerate(value):
+            other = self.of(_Path.below(path, str(key)), item)
+            items.append(item if other is None else other)
+        if all(other is item for other, item in zip(items, value, strict=True)):
+            return value
+        # A named tuple takes its items one by one.
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+    def _tensor(self, path: _Path | None, tensor: torch.Tensor) -> torch.Tensor | None:
+        if (path.length if path else 0) not in self._lengths:
+            return tensor
+        name = path.joined() if path else ""
+        self._allowance -= len(name)
+        if self._allowance < 0:
+            raise ProtocolError("tensors in other places than their names say", entry="skeleton")
+        return self._change(name, tensor) if name in self._names else tensor
+
+
+class _Path(NamedTuple):
+    """The key of an item, and how to get to where it is."""
+
+    above: _Path | None
+    key: str
+    length: int
+
+    @classmethod
+    def below(cls, above: _Path | None, key: str) -> _Path | None:
+        """As in a name: no dot follows a path that is empty."""
+        if above is None:
+            return cls(None, key, len(key)) if key else None
+        return cls(above, key, above.length + 1 + len(key))
+
+    def joined(self) -> str:
+        """With dots."""
+        keys: list[str] = []
+        path: _Path | None = self
+        while path is not None:
+            keys.append(path.key)
+            path = path.above
+        return ".".join(reversed(keys))

@@ -1,0 +1,264 @@
+"""Memory for the payload of a message that arrives.
+
+A byte of the payload goes to one of four places: into a storage that is made for it, straight into
+a tensor that is there, into a slab from which routes take it, or nowhere.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from aiotorchio.memory.host import view_of
+from aiotorchio.memory.outgoing import (
+    SMALL_STORAGE,
+    NeedsStaging,
+    needs_staging,
+)
+from aiotorchio.memory.route import Route
+from aiotorchio.memory.staging import Copier, DeviceCopier, Slabs, bytes_of
+
+__all__ = ["IncomingPayload"]
+
+# What is kept alive, at most, by one small storage that outlives its neighbours.
+ARENA_MAX = 4 * 2**20
+# Storages begin at multiples of this; less than it lies between two of them.
+_PADDING_MAX = 64
+
+
+@dataclass(slots=True)
+class _Region:
+    """A range of the payload that becomes one piece of memory: one storage, or an arena."""
+
+    start: int
+    end: int
+    device: torch.device
+    rows: list[int]
+    storage: torch.UntypedStorage | None = None
+    view: memoryview | None = field(default=None, repr=False)
+
+
+class IncomingPayload:
+    """Takes chunks in order; memory is made when the first bytes for it are about to arrive.
+
+    Args:
+        offsets: First byte of each storage in the payload.
+        nbytes: Bytes of each in the payload; 0 for those on ``meta``.
+        sizes: Size of each storage.
+        devices: Where each goes. What goes to ``meta`` is received and dropped; None: there is no
+            such storage here, its bytes go where the routes take them.
+        chunk_size: In bytes.
+        routes: What goes into tensors that are there.
+        copier: For storages on a device; the default fits the device.
+        staged: Which devices need staging; tests stage the CPU.
+    """
+
+    def __init__(
+        self,
+        offsets: Sequence[int],
+        nbytes: Sequence[int],
+        sizes: Sequence[int],
+        devices: Sequence[torch.device | None],
+        chunk_size: int,
+        routes: Iterable[Route] = (),
+        *,
+        copier: Copier | None = None,
+        staged: NeedsStaging = needs_staging,
+    ) -> None:
+        self._offsets, self._nbytes, self._sizes = offsets, nbytes, sizes
+        self._devices = devices
+        self._needs_staging = staged
+        self._chunk_size = chunk_size
+        self._all_routes = list(routes)
+        straight, self._upcoming = self._divide()
+        # Routes with bytes in the chunk that comes next, and maybe behind it.
+        self._under_way: list[Route] = []
+        own = list(self._plan())
+        self._region_of = {row: region for region in own for row in region.rows}
+        self._regions: list[_Region | Route] = sorted(
+            [*own, *straight], key=lambda region: region.start
+        )
+        self._starts = [region.start for region in self._regions]
+        self._dropped: memoryview | None = None
+        self._copier = copier or DeviceCopier()
+        self._slabs = Slabs(chunk_size, self._copier)
+
+    def _divide(self) -> tuple[list[Route], deque[Route]]:
+        """The routes whose bytes are received where they belong, and those that take from slabs."""
+        same: dict[tuple[int, int], list[Route]] = {}
+        for route in self._all_routes:
+            same.setdefault((route.start, route.end), []).append(route)
+        ordered: list[Route] = []
+        for _, routes in sorted(same.items()):
+            ordered += routes if len(routes) == 1 else {each.key: each for each in routes}.values()
+        shared: set[int] = set()
+        furthest: Route | None = None
+        for route in ordered:
+            if furthest and route.start < furthest.end:
+                shared |= {id(route), id(furthest)}
+            if furthest is None or route.end > furthest.end:
+                furthest = route
+        straight: list[Route] = []
+        others: deque[Route] = deque()
+        for route in ordered:
+            large = route.end - route.start >= SMALL_STORAGE
+            on_host = not self._needs_staging(route.device)
+            if route.plain and large and on_host and id(route) not in shared:
+                straight.append(route)
+            else:
+                others.append(route)
+        return straight, others
+
+    def _routes_in(self, start: int, end: int) -> list[Route]:
+        """The routes that take from the slab of a chunk; chunks come in order."""
+        routes = [route for route in self._under_way if route.end > start]
+        while self._upcoming and self._upcoming[0].start < end:
+            routes.append(self._upcoming.popleft())
+        self._under_way = routes
+        return routes
+
+    def _plan(self) -> Iterator[_Region]:
+        arena: _Region | None = None
+        for row, (start, nbytes) in enumerate(zip(self._offsets, self._nbytes, strict=True)):
+            if not nbytes:
+                continue
+            device, end = self._devices[row], start + nbytes
+            small = (
+                device is not None and nbytes < SMALL_STORAGE and not self._needs_staging(device)
+            )
+            if arena and small and arena.device == device and end - arena.start <= ARENA_MAX:
+                arena.end = end
+                arena.rows.append(row)
+                continue
+            if arena:
+                yield arena
+                arena = None
+            if device is None:
+                continue
+            region = _Region(start, end, device, [row])
+            if small:
+                arena = region
+            else:
+                yield region
+        if arena:
+            yield arena
+
+    def chunk(self, start: int, length: int) -> tuple[list[memoryview], Callable[[], None] | None]:
+        """Buffers for ``length`` bytes from ``start``, and what moves them on.
+
+        Returns:
+            The buffers, and a function to call when they are filled, in a worker thread if the
+            caller likes: it must return before the chunk after the next is taken. None if the
+            buffers are where the bytes belong.
+
+        Raises:
+            MemoryError: There is none left.
+            MismatchError: A tensor of a route changed its shape or its memory.
+        """
+        views: list[memoryview] = []
+        moves: list[tuple[torch.Tensor, torch.Tensor]] = []
+        routes = self._routes_in(start, start + length)
+        slab = self._slabs.take() if routes else None
+        position, end = start, start + length
+        index = max(bisect_right(self._starts, start) - 1, 0)
+        while position < end:
+            region = self._regions[index] if index < len(self._regions) else None
+            if region is None or position < region.start:
+                # Between regions is what aligns them, and what routes take from a slab.
+                last = end if region is None else min(region.start, end)
+                views.append(self._between(slab, slice(position - start, last - start)))
+                position = last
+                continue
+            last = min(region.end, end)
+            at = slice(position - start, last - start)
+            if position >= last:
+                index += 1
+            elif isinstance(region, Route):
+                region.check()
+                views.append(region.view(position, last))
+            elif region.device.type == "meta":
+                self._dropped = self._dropped or memoryview(bytearray(self._chunk_size))
+                views.append(self._dropped[at])
+            elif self._needs_staging(region.device):
+                slab = slab or self._slabs.take()
+                within = slice(position - region.start, last - region.start)
+                moves.append((bytes_of(self._storage_of(region))[within], slab[0][at]))
+                views.append(slab[1][at])
+            else:
+                view = self._view_of(region)
+                views.append(view[position - region.start : last - region.start])
+            position = max(position, last)
+        if slab is None:
+            return views, None
+        filled = slab[0][:length]
+
+        def move() -> None:
+            for destination, source in moves:
+                self._copier.copy(destination, source)
+            for route in routes:
+                route.check()
+                on_host = not self._needs_staging(route.device)
+                route.take(filled, start, None if on_host else self._copier)
+
+        return views, move
+
+    def _between(self, slab: tuple[torch.Tensor, memoryview] | None, at: slice) -> memoryview:
+        if slab is not None:
+            return slab[1][at]
+        if at.stop - at.start < _PADDING_MAX:
+            return memoryview(bytearray(at.stop - at.start))
+        self._dropped = self._dropped or memoryview(bytearray(self._chunk_size))
+        return self._dropped[at]
+
+    def check(self) -> None:
+        """Make sure that every tensor of a route still is where it was.
+
+        Raises:
+            MismatchError: One has another shape or other memory: the bytes went astray.
+        """
+        for route in self._all_routes:
+            route.check()
+
+    def storages(self) -> list[torch.UntypedStorage | None]:
+        """The storage of each row, when all chunks have arrived; None where there is none."""
+        return [self.storage(row) for row in range(len(self._offsets))]
+
+    def storage(self, row: int) -> torch.UntypedStorage | None:
+        """The storage of one row, when its bytes have arrived."""
+        device, region = self._devices[row], self._region_of.get(row)
+        if device is None:
+            return None
+        if region is None or region.device.type == "meta":
+            return torch.UntypedStorage(self._sizes[row], device=device)
+        whole = self._storage_of(region)
+        at, size = self._offsets[row] - region.start, self._nbytes[row]
+        # A slice is a storage of its own that shares the memory of the arena.
+        return whole if size == whole.nbytes() else whole[at : at + size]
+
+    def let_go(self, row: int) -> None:
+        """Forget the storage of a row, and those before it, which are with the caller now."""
+        region = self._region_of.get(row)
+        if region is not None and row == region.rows[-1]:
+            region.storage = region.view = None
+
+    def _storage_of(self, region: _Region) -> torch.UntypedStorage:
+        if region.storage is None:
+            try:
+                # Memory of the host is only reserved here: it grows as bytes are written.
+                region.storage = torch.UntypedStorage(
+                    region.end - region.start, device=region.device
+                )
+            except RuntimeError as error:
+                raise MemoryError(
+                    f"no {region.end - region.start} bytes on {region.device}: {error}"
+                ) from error
+        return region.storage
+
+    def _view_of(self, region: _Region) -> memoryview:
+        if region.view is None:
+            region.view = view_of(self._storage_of(region))
+        return region.view

@@ -1,0 +1,298 @@
+"""A message whose header is in, and whose payload is not."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, Unpack
+
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
+import torch
+
+from aiotorchio.drive import Request, carry_out, drive
+from aiotorchio.errors import StreamBusy, StreamPoisoned
+from aiotorchio.graph.names import TensorSpec, specs_of
+from aiotorchio.options import (
+    MessageKeywords,
+    TensorKeywords,
+    check_lock,
+    load_options,
+    tensor_options,
+)
+from aiotorchio.streams.base import Source
+from aiotorchio.transfer.plan import TensorOptions
+from aiotorchio.transfer.receive import IncomingMessage
+from aiotorchio.transfer.tensors import TensorStream
+
+__all__ = ["Message", "Unread"]
+
+T = TypeVar("T")
+Unread = Literal["skip", "abort"]
+
+
+class Message:
+    """What ``StreamReader.open`` gives: all about a message that its header says.
+
+    Nothing behind the header is read before it is asked for. Then it can be read once: by
+    ``load``, by iterating over its tensors, or by ``skip``.
+
+    Attributes:
+        metadata: The texts that the sender gave along.
+        nbytes: Bytes of the payload: of all storages, with what aligns them.
+        checksummed: Whether each chunk carries a checksum. Without, damage to tensors goes
+            unnoticed.
+        codec: ``"tree"``, or ``"pickle"`` if the object around the tensors is pickled.
+        producer: Name and versions of the sender's software, as it says.
+        message_id: 32 hexadecimal digits, as in the sender's ``Summary``.
+
+    Example:
+        >>> import asyncio, torch, aiotorchio
+        >>> async def main():
+        ...     state = {"w": torch.ones(2), "b": torch.zeros(3)}
+        ...     reader = aiotorchio.StreamReader(
+        ...         aiotorchio.iter_bytes(state, metadata={"version": "7"})
+        ...     )
+        ...     async with reader.open() as message:
+        ...         print(message.metadata, message.nbytes, list(message.tensors))
+        ...         async for name, tensor in message:
+        ...             print(name, tensor)
+        >>> asyncio.run(main())
+        {'version': '7'} 76 ['w', 'b']
+        w tensor([1., 1.])
+        b tensor([0., 0., 0.])
+    """
+
+    def __init__(self, incoming: IncomingMessage, source: Source) -> None:
+        self._incoming = incoming
+        self._source = source
+        self._token = anyio.lowlevel.current_token()
+        self._running: anyio.CancelScope | None = None
+        self._idle = anyio.Event()
+        self._idle.set()
+        self._closed = self._broken = False
+        header = incoming.opened.header
+        self.metadata: Mapping[str, str] = MappingProxyType(dict(header.metadata))
+        self.nbytes = incoming.opened.layout.total
+        self.checksummed = incoming.opened.checksum
+        self.codec: str = header.codec
+        self.producer = header.producer
+        self.message_id = incoming.opened.message_id.hex()
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Shape and dtype of each tensor by name, in the order of the wire.
+
+        Names are paths: keys of dicts and positions in lists and tuples, joined by dots, as in a
+        nested state dict. A tensor that is in several places has several names. No name has what
+        is neither in dicts, lists and tuples, nor plain: sparse, quantized and nested tensors, and
+        attributes of objects; ``unnamed`` counts the rows for them.
+
+        Raises:
+            MismatchError: Two tensors have the same name (``{"a": {"b": x}, "a.b": y}``).
+            ProtocolError: A dtype that the installed torch does not have.
+        """
+        return MappingProxyType(specs_of(self._incoming.header))
+
+    @property
+    def unnamed(self) -> int:
+        """Tensors without a name, which only ``load`` gives."""
+        return sum(not row.names for row in self._incoming.header.tensors)
+
+    async def load(self, **options: Unpack[MessageKeywords]) -> Any:
+        """Receive everything, and return the object.
+
+        A ``MismatchError`` about names, shapes or dtypes comes before anything is read: the message
+        can still be loaded, iterated over, or skipped.
+
+        Args:
+            options: Those of ``load_from_stream`` but ``limits``.
+
+        Returns:
+            The object, as from ``load_from_stream``.
+
+        Raises:
+            RuntimeError: The message was read already, or its ``async with`` was left.
+            Exception: As ``load_from_stream``.
+        """
+        checked = load_options(**options)
+        check_lock(checked.lock, blocking=False)
+        self.check(untouched=True)
+        loaded = await self.drive(self._incoming.load(checked))
+        try:
+            if loaded.commit is not None:
+                await carry_out(loaded.commit, checked.lock)
+        finally:
+            loaded.close()
+        return loaded.obj
+
+    async def skip(self) -> None:
+        """Receive what is left of the message, in the memory of one chunk, and drop it.
+
+        Raises:
+            RuntimeError: The ``async with`` of the message was left.
+            Exception: As ``load_from_stream``: what is dropped is verified, too.
+        """
+        self.check(untouched=False)
+        await self.drive(self._incoming.skip())
+
+    def __aiter__(self) -> AsyncIterator[tuple[str, torch.Tensor]]:
+        """As ``iterate``, without options."""
+        return self.iterate()
+
+    def iterate(self, **options: Unpack[TensorKeywords]) -> AsyncIterator[tuple[str, torch.Tensor]]:
+        """Receive one tensor after the other.
+
+        Each comes as soon as the chunk with its last byte is in and verified. Who does not take
+        the next one stops the sender. Nothing is kept here but a chunk, and tensors smaller than
+        that which arrived in the same one. (Python keeps what a loop variable holds until the next
+        tensor is there: ``del`` it if two of them are too much.)
+
+        Args:
+            options: ``map_location``, ``select`` and ``progress``, as of ``load_from_stream``.
+
+        Returns:
+            Gives names with their tensors, in the order of the wire; a tensor with several names
+            under each of them. Leaving it half-way is no harm.
+
+        Raises:
+            MismatchError: A tensor without a name, unless ``select`` says what is wanted; two
+                tensors of one name; a selection that the message does not have. Nothing was read.
+            RuntimeError: The message was read already, or its ``async with`` was left.
+            Exception: As ``load_from_stream``. What was yielded before is intact, if the message
+                has checksums.
+        """
+        return _Tensors(self, self._incoming, tensor_options(**options))
+
+    def tensors_sync(self, **options: Unpack[TensorKeywords]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors for a blocking consumer in a worker thread, such as a loader of a model.
+
+        While it waits for the next one, the event loop receives.
+
+        Args:
+            options: As of ``iterate``.
+
+        Yields:
+            As ``iterate``.
+
+        Raises:
+            RuntimeError: Used in the thread of the event loop.
+            Exception: As ``iterate``.
+
+        Example:
+            >>> async def receive(reader, model):
+            ...     async with reader.open() as message:
+            ...         await asyncio.to_thread(model.load_weights, message.tensors_sync())
+        """
+        tensors = self.iterate(**options)
+
+        # Not as a result: futures on the way here would keep it until the next garbage collection.
+        arrived: list[tuple[str, torch.Tensor]] = []
+
+        async def following() -> None:
+            async for item in tensors:
+                arrived.append(item)
+                return
+
+        while True:
+            if _has_event_loop():
+                raise RuntimeError(
+                    "tensors_sync waits for the event loop, so it can't be used in its thread: "
+                    "iterate over the message itself"
+                )
+            try:
+                # With its own way back, a thread of anyio is woken when its task is cancelled.
+                anyio.from_thread.run(following)
+            except anyio.NoEventLoopError:
+                anyio.from_thread.run(following, token=self._token)
+            if not arrived:
+                return
+            yield arrived.pop()
+
+    def check(self, *, untouched: bool) -> None:
+        """Refuse a call that cannot be.
+
+        Args:
+            untouched: Whether the call needs the whole message.
+        """
+        if self._closed:
+            raise RuntimeError("the async with of this message was left")
+        if self._running is not None:
+            raise StreamBusy("another call is reading this message")
+        if self._broken:
+            raise StreamPoisoned("an earlier call stopped inside this message")
+        if untouched and not self._incoming.untouched:
+            raise RuntimeError("this message was read already")
+
+    async def drive(self, message: Generator[Request, Any, T]) -> T:
+        """Carry out a part of the message; ``check`` has passed."""
+        self._idle = anyio.Event()
+        self._broken = True
+        try:
+            with anyio.CancelScope() as self._running:
+                result = await drive(message, self._source)
+                self._broken = False
+                return result
+        except Exception:
+            # Nothing was read by one that was refused before.
+            self._broken = not self._incoming.untouched
+            raise
+        finally:
+            self._running = None
+            self._idle.set()
+        raise RuntimeError("the async with of this message was left")
+
+    async def close(self, unread: Unread, *, failed: bool) -> None:
+        """Leave the message, as ``StreamReader.open`` does at its end.
+
+        Args:
+            unread: What to do with what was not read.
+            failed: Whether an error leads out of it. Then nothing is waited for.
+        """
+        self._closed = True
+        if self._running is not None:
+            # A consumer in a thread goes on although the task that waited for it was cancelled.
+            self._running.cancel()
+            with anyio.CancelScope(shield=True):
+                await self._idle.wait()
+        if not self._source.in_message:
+            return
+        if unread == "abort":
+            self._source.abort()
+        elif not failed and not self._broken:
+            await drive(self._incoming.skip(), self._source)
+
+
+class _Tensors:
+    """What ``Message.iterate`` returns: no generator, which who leaves it would have to close."""
+
+    def __init__(self, message: Message, incoming: IncomingMessage, options: TensorOptions) -> None:
+        self._message = message
+        self._incoming = incoming
+        self._options = options
+        self._stream: TensorStream | None = None
+        self._ready: deque[tuple[str, torch.Tensor]] = deque()
+
+    def __aiter__(self) -> _Tensors:
+        return self
+
+    async def __anext__(self) -> tuple[str, torch.Tensor]:
+        if not self._ready:
+            self._message.check(untouched=self._stream is None)
+            if self._stream is None:
+                self._stream = TensorStream(self._incoming, self._options)
+            self._ready += await self._message.drive(self._stream.more())
+        if not self._ready:
+            raise StopAsyncIteration
+        return self._ready.popleft()
+
+
+def _has_event_loop() -> bool:
+    try:
+        anyio.lowlevel.current_token()
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,103 @@
+"""Strided views in order of their addresses: which elements lie in a range of bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+__all__ = ["Order", "boxes", "order_of"]
+
+
+# Models repeat few layouts: 0.3 us instead of 5.
+@lru_cache(maxsize=4096)
+def order_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> Order:
+    """The ``Order`` of a layout, not to be changed."""
+    return Order(shape, stride)
+
+
+class Order:
+    """The elements of a strided view, in the order of their addresses.
+
+    Args:
+        shape: Elements in each dimension.
+        stride: Elements between neighbours in each dimension.
+
+    Attributes:
+        dims: Dimensions of more than one element, from the widest stride to the narrowest; none
+            if there are no elements.
+        expanded: Dimensions of stride 0, where all elements are the same one.
+        shape: Of ``dims``.
+        stride: Of ``dims``.
+        count: Distinct elements.
+        extent: Elements of memory from the first to the last, both included.
+        distinct: Whether every index of ``dims`` has an address of its own, and addresses grow
+            with the indices. Of other views (the windows of ``unfold``) nothing else holds.
+    """
+
+    __slots__ = ("count", "dims", "distinct", "expanded", "extent", "shape", "stride")
+
+    def __init__(self, shape: Sequence[int], stride: Sequence[int]) -> None:
+        empty = 0 in shape
+        wide = [] if empty else [dim for dim, size in enumerate(shape) if size > 1]
+        self.expanded = [dim for dim in wide if stride[dim] == 0]
+        self.dims = sorted(
+            (dim for dim in wide if stride[dim]), key=stride.__getitem__, reverse=True
+        )
+        self.shape = [shape[dim] for dim in self.dims]
+        self.stride = [stride[dim] for dim in self.dims]
+        self.count = 0 if empty else math.prod(self.shape)
+        self.extent, self.distinct = self.count and 1, True
+        for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            self.distinct = self.distinct and step >= self.extent
+            self.extent += (size - 1) * step
+
+    @property
+    def dense(self) -> bool:
+        """Whether the elements fill their extent, each once."""
+        return self.distinct and not self.expanded and self.count == self.extent
+
+    def before(self, address: int) -> int:
+        """How many distinct elements lie before an address, counted in elements from the first."""
+        count, inner = 0, self.count
+        for size, step in zip(self.shape, self.stride, strict=True):
+            inner //= size
+            whole = min(address // step, size)
+            count += whole * inner
+            if whole == size:
+                return count
+            address -= whole * step
+        return count + (address > 0)
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[slice, ...]]:
+    """Cut a run of elements in row-major order into boxes, at most two for each dimension.
+
+    Args:
+        shape: Elements in each dimension.
+        start: First element, counted in row-major order.
+        stop: Behind the last one.
+
+    Yields:
+        A slice for each dimension.
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield ()
+        return
+    inner = math.prod(shape[1:])
+    first, before = divmod(start, inner)
+    last, behind = divmod(stop, inner)
+    if first == last:
+        for box in boxes(shape[1:], before, behind):
+            yield (slice(first, first + 1), *box)
+        return
+    if before:
+        for box in boxes(shape[1:], before, inner):
+            yield (slice(first, first + 1), *box)
+        first += 1
+    if first < last:
+        yield (slice(first, last), *(slice(0, size) for size in shape[1:]))
+    for box in boxes(shape[1:], 0, behind):
+        yield (slice(last, last + 1), *box)

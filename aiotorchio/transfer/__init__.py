@@ -1,0 +1,1 @@
+"""The junction: a message between wire, graph, memory and a stream."""

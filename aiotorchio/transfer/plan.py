@@ -1,0 +1,368 @@
+"""Where the bytes of a message go: decided from its header, before any of them is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from aiotorchio.errors import InvalidObjectError
+from aiotorchio.graph.into import destinations_of, has_memory, match
+from aiotorchio.graph.location import MapLocation, destinations, relocate
+from aiotorchio.graph.names import rows_by_name
+from aiotorchio.graph.rebuild import build_tensor
+from aiotorchio.graph.select import Select, selected
+from aiotorchio.memory.incoming import IncomingPayload
+from aiotorchio.memory.route import Route, copy_elements, moved, place_of
+from aiotorchio.memory.staged import BackMemory, Exchange, Swap
+from aiotorchio.memory.staging import Copier, DeviceCopier
+from aiotorchio.memory.swap import swap_bytes
+from aiotorchio.strided import order_of
+from aiotorchio.transfer.steps import Progress
+from aiotorchio.wire.header import META_LOCATION, MIXED_UNITS, Header, Layout
+
+__all__ = ["DoubleBuffer", "Into", "Placement", "TensorOptions", "Wanted"]
+
+_CPU = torch.device("cpu")
+# How much longer the way over the elements of a tensor may be than the elements themselves. Each
+# chunk on it costs microseconds, which a sender would let the receiver pay a million times.
+_SPREAD_MAX = 16
+
+
+class DoubleBuffer:
+    """Tensors with a second set of memory behind them, for loads that swap without copying.
+
+    A load ``into`` it receives and verifies the whole message in the memory behind, and then lets
+    every tensor show that memory: a few microseconds a tensor, whatever the size. What was shown
+    before is the memory behind for the next message. The tensors stay the same objects, but their
+    addresses change: views of them that are not in ``destination``, and what has recorded
+    addresses (CUDA graphs, shared memory), keep the memory of before. If a message has only parts
+    of a storage, the swap copies the rest of that storage.
+
+    Args:
+        destination: A ``torch.nn.Module``, or a mapping from names to tensors; as ``into`` of
+            ``load_from_stream``. It is looked through anew for each message.
+
+    Raises:
+        TypeError: Neither of them.
+
+    Example:
+        >>> import io, torch, aiotorchio
+        >>> file = io.BytesIO()
+        >>> _ = aiotorchio.save({"weight": torch.ones(2)}, file), file.seek(0)
+        >>> shown = torch.zeros(2)
+        >>> buffers = aiotorchio.DoubleBuffer({"weight": shown})
+        >>> _ = aiotorchio.load(file, into=buffers)
+        >>> shown
+        tensor([1., 1.])
+    """
+
+    def __init__(self, destination: Mapping[str, Any] | torch.nn.Module) -> None:
+        destinations_of(destination)
+        self.destination = destination
+        self._memory = BackMemory()
+
+    @property
+    def memory(self) -> BackMemory:
+        """What is behind."""
+        return self._memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorOptions:
+    """How the caller wants tensors; the names are those of ``load_from_stream``."""
+
+    map_location: MapLocation
+    select: Select | None
+    progress: Progress | None
+
+
+@dataclass(frozen=True, slots=True)
+class Into:
+    """Tensors to receive into, by name.
+
+    Attributes:
+        tensors: By name.
+        strict: Whether the message must have the same names.
+        cast: Whether dtypes may differ.
+        staged: Whether they change only when the message is whole.
+        back: Memory to receive in first; None: that of one message.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    strict: bool
+    cast: bool
+    staged: bool
+    back: BackMemory | None
+
+
+class Wanted:
+    """Which names count.
+
+    Args:
+        select: As the caller gave it; None: all.
+        names: All there are.
+    """
+
+    def __init__(self, select: Select | None, names: Iterable[str]) -> None:
+        self.all = select is None
+        self._names = set() if select is None else selected(select, names)
+
+    def __contains__(self, name: object) -> bool:
+        return self.all or name in self._names
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What becomes of the rows of one storage."""
+
+    into: list[int] = field(default_factory=list)
+    fresh: bool = False
+    left_out: bool = False
+
+
+class Placement:
+    """Where each storage of a message goes, and each tensor that has a place already.
+
+    Args:
+        header: Valid.
+        layout: Of the header.
+        options: What the caller wants.
+        into: Tensors to receive into.
+        named_only: Drop what has no name, and storages that no tensor shows.
+        copier: For storages on a device; the default fits the device.
+        incoming: In place of the default memory, for tests.
+
+    Attributes:
+        wanted: Which names count.
+        by_name: The destinations that the message has something for, by name.
+        given: Rows whose tensor is there already: a destination, or one without bytes.
+        commit: What changes the destinations, when all is received; None if nothing waits for it.
+    """
+
+    wanted: Wanted
+    by_name: dict[str, torch.Tensor]
+    given: dict[int, torch.Tensor]
+    _number_of: dict[str, int]
+    _found_at: list[object]
+    _storages: list[_Rows]
+    _places: list[torch.device | None]
+
+    def __init__(
+        self,
+        header: Header,
+        layout: Layout,
+        options: TensorOptions,
+        into: Into | None = None,
+        *,
+        named_only: bool = False,
+        copier: Copier | None = None,
+        incoming: Callable[..., IncomingPayload] = IncomingPayload,
+    ) -> None:
+        self._header = header
+        self._layout = layout
+        self._options = options
+        self._into = into
+        self._named_only = named_only
+        # In the caller's thread: "cuda" is the device that is current there, as is a stream.
+        self._devices = destinations(header, options.map_location)
+        self._copier = copier or DeviceCopier()
+        self._incoming = incoming
+        self._swapped = header.byteorder != sys.byteorder
+        self._late: list[tuple[int, torch.Tensor, object]] = []
+        self.commit: Exchange | Swap | None = None
+        self._claimed: BackMemory | None = None
+
+    @property
+    def rows(self) -> int:
+        """How much there is to decide."""
+        return max(len(self._header.tensors), len(self._header.storages))
+
+    @property
+    def by_name_only(self) -> bool:
+        """Whether names of the header matter."""
+        return self._named_only or self._into is not None or not self.wanted.all
+
+    def decide(self) -> None:
+        """Compare the message with what the caller has and wants; comes first.
+
+        Raises:
+            InvalidObjectError: A location or a byte order that can't be had here.
+            MismatchError: The message does not fit ``into`` or ``select``.
+            RuntimeError: Another message is using the ``DoubleBuffer``.
+        """
+        rows = self._header.tensors
+        if self._swapped and any(row.unit == MIXED_UNITS for row in self._header.storages):
+            raise InvalidObjectError(
+                f"a storage of numbers of several sizes can't be read on a "
+                f"{sys.byteorder}-endian machine",
+                entry="header",
+            )
+        select, into = self._options.select, self._into
+        if select is None and into is None and not self._named_only:
+            self._number_of = {}
+        else:
+            self._number_of = rows_by_name(rows)
+        self.wanted = Wanted(select, [*self._number_of, *(into.tensors if into else ())])
+        self.by_name = {}
+        if into is not None:
+            self.by_name = match(
+                self._header,
+                into.tensors,
+                wanted=self.wanted,
+                all_wanted=self.wanted.all,
+                strict=into.strict,
+                cast=into.cast,
+            )
+        self.given = {}
+        self._found_at = [place_of(tensor) for tensor in self.by_name.values()]
+        for name, tensor in self.by_name.items():
+            self.given.setdefault(self._number_of[name], tensor)
+        self._storages = [_Rows(left_out=self._named_only) for _ in self._header.storages]
+        for index, row in enumerate(rows):
+            storage = self._storages[row.storage]
+            if index in self.given:
+                storage.into.append(index)
+            elif (row.names or self._named_only) and not any(
+                name in self.wanted for name in row.names
+            ):
+                storage.left_out = True
+                if not self._named_only:
+                    self.given[index] = self._on_meta(index)
+            else:
+                storage.fresh = True
+        self._places = [self._place(index) for index in range(len(self._storages))]
+        if into is not None and into.back is not None:
+            into.back.claim()
+            self._claimed = into.back
+
+    def close(self) -> None:
+        """The end of the message, with or without a commit."""
+        claimed, self._claimed = self._claimed, None
+        if claimed is not None:
+            claimed.release()
+
+    def _place(self, index: int) -> torch.device | None:
+        """Where a storage goes; None: it is not made."""
+        rows, device = self._storages[index], self._devices[index]
+        if not rows.fresh and (rows.into or rows.left_out):
+            routed = not rows.into or self._can_be_routed(rows)
+            return None if routed else _CPU
+        if isinstance(device, InvalidObjectError):
+            raise device
+        # What destinations are copied from must be there.
+        return _CPU if rows.into and device.type == META_LOCATION else device
+
+    def _can_be_routed(self, rows: _Rows) -> bool:
+        """Whether bytes can go to the destinations while they arrive, in the order of the wire."""
+        orders = [
+            order_of(row.shape, row.stride)
+            for row in (self._header.tensors[index] for index in rows.into)
+        ]
+        return not self._swapped and all(
+            # Few elements over a long way would be looked for in many chunks.
+            order.distinct and order.extent <= _SPREAD_MAX * order.count
+            for order in orders
+        )
+
+    def payload(self) -> IncomingPayload:
+        """Memory for what is to be made, of which nothing is made yet; sets ``commit``."""
+        destinations_of_row = self._destinations()
+        routes: list[Route] = []
+        for index, rows in enumerate(self._storages):
+            pairs = [(row, tensor) for row in rows.into for tensor in destinations_of_row[row]]
+            if self._places[index] is not None:
+                self._late += [(row, tensor, place_of(tensor)) for row, tensor in pairs]
+                continue
+            start = self._layout.offsets[index]
+            routes += [
+                Route(start, self._on_meta(row), tensor) for row, tensor in pairs if tensor.numel()
+            ]
+        return self._incoming(
+            self._layout.offsets,
+            self._layout.nbytes,
+            [row.nbytes for row in self._header.storages],
+            self._places,
+            self._layout.chunk_size,
+            routes,
+            copier=self._copier,
+        )
+
+    def _destinations(self) -> dict[int, list[torch.Tensor]]:
+        """What each row is received into: its destinations, or what waits for them."""
+        if self._into is None:
+            return {}
+        tensors = filled = list(self.by_name.values())
+        if [place_of(tensor) for tensor in tensors] != self._found_at:
+            raise moved()
+        if self._into.back is not None:
+            everything = [each for each in self._into.tensors.values() if has_memory(each)]
+            self.commit = self._into.back.swap(everything, tensors, self._copier)
+        elif self._into.staged:
+            self.commit = Exchange(tensors, self._copier)
+        if self.commit is not None:
+            filled = self.commit.shadows
+        found: dict[int, list[torch.Tensor]] = {}
+        for name, tensor in zip(self.by_name, filled, strict=True):
+            found.setdefault(self._number_of[name], []).append(tensor)
+        return found
+
+    def _on_meta(self, index: int) -> torch.Tensor:
+        row = self._header.tensors[index]
+        nbytes = self._header.storages[row.storage].nbytes
+        return build_tensor(row, index, torch.UntypedStorage(nbytes, device=META_LOCATION))
+
+    def put_in_order(self, storages: Sequence[torch.UntypedStorage | None]) -> None:
+        """Put storages into the byte order of this machine."""
+        for index, storage in enumerate(storages):
+            self.put_one_in_order(index, storage)
+
+    def put_one_in_order(self, index: int, storage: torch.UntypedStorage | None) -> None:
+        """Put one storage into the byte order of this machine."""
+        if self._swapped and storage is not None and storage.device.type != META_LOCATION:
+            swap_bytes(storage, self._header.storages[index].unit)
+
+    def copy_late(self, storages: Sequence[torch.UntypedStorage | None]) -> None:
+        """Copy what could not go to its destination while it arrived."""
+        for index, destination, place in self._late:
+            if place_of(destination) != place:
+                raise moved()
+            row = self._header.tensors[index]
+            storage = storages[row.storage]
+            if storage is None:
+                raise AssertionError("a destination without a source")
+            with torch.no_grad():
+                copy_elements(destination, build_tensor(row, index, storage), self._copier)
+
+    def relocated(
+        self, storages: Sequence[torch.UntypedStorage | None]
+    ) -> list[torch.UntypedStorage | None]:
+        """Storages where a callable ``map_location`` puts them."""
+        return [self.one_relocated(index, storage) for index, storage in enumerate(storages)]
+
+    def one_relocated(
+        self, index: int, storage: torch.UntypedStorage | None
+    ) -> torch.UntypedStorage | None:
+        """One storage where a callable ``map_location`` puts it."""
+        rows = self._storages[index]
+        if storage is None or (rows.into and not rows.fresh):
+            return storage
+        tag = self._header.locations[self._header.storages[index].location]
+        return relocate(storage, tag, self._options.map_location)
+
+    @property
+    def revises(self) -> bool:
+        """Whether the object needs more than the right tensor in the place of each row."""
+        return not self.wanted.all or len(self.by_name) > len(self.given)
+
+    @property
+    def names(self) -> Collection[str]:
+        """Those of the message."""
+        return self._number_of.keys()
+
+    def revision(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What the caller has asked for in the place of a tensor of the object."""
+        return self.by_name.get(name, tensor) if name in self.wanted else None

@@ -1,0 +1,272 @@
+"""Receiving one message: its header first, then as the caller likes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from aiotorchio.drive import Fill, Request, Task
+from aiotorchio.errors import AiotorchioError, LimitExceeded
+from aiotorchio.graph.rebuild import Rebuilder, build_tensors
+from aiotorchio.graph.select import revise
+from aiotorchio.memory.incoming import IncomingPayload
+from aiotorchio.memory.staged import Exchange, Swap, note_change
+from aiotorchio.transfer.plan import Into, Placement, TensorOptions
+from aiotorchio.transfer.steps import INLINE_ROWS, INLINE_SKELETON, Progress, work
+from aiotorchio.wire.header import Header, Layout
+from aiotorchio.wire.limits import Limits
+from aiotorchio.wire.parser import (
+    ChunkReceived,
+    ChunkStarted,
+    FillBuffers,
+    HeaderReceived,
+    MessageEnded,
+    Parser,
+    ReadBytes,
+    SkeletonReceived,
+    Step,
+    Work,
+)
+
+__all__ = ["IncomingMessage", "LoadOptions", "Loaded", "receive_message"]
+
+Event = TypeVar("Event")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions(TensorOptions):
+    """How the caller wants an object; the names are those of ``load_from_stream``."""
+
+    weights_only: bool
+    allow_pickle: bool
+    safe_globals: Sequence[Any]
+    pickle_module: Any
+    encoding: str
+    into: Into | None
+    lock: Any
+
+
+@dataclass(slots=True)
+class Loaded:
+    """An object that has arrived whole.
+
+    Attributes:
+        obj: The object.
+        commit: What its tensors still wait for, if they are destinations of the caller's.
+        close: To be called when the commit is carried out, or never will be.
+    """
+
+    obj: Any
+    commit: Exchange | Swap | None
+    close: Callable[[], None]
+
+
+class IncomingMessage:
+    """One message; ``open`` comes first, then one of ``load``, ``skip``, and ``tensors``.
+
+    Each of them is a generator that yields what it waits for (``tensors``: see that module).
+
+    Args:
+        limits: What to accept.
+        placement: In place of the default one, for tests.
+
+    Attributes:
+        opened: The header, when it is in.
+        untouched: Nothing behind the header was asked for.
+        chunks_left: Those that were not received yet.
+        skipped: What was not received before will not be given to anybody.
+        ended: The stream stands behind the message.
+    """
+
+    def __init__(self, limits: Limits, placement: Callable[..., Placement] = Placement) -> None:
+        self.limits = limits
+        self._parser = Parser(limits)
+        self._steps = self._parser.parse()
+        self.placement = placement
+        self.opened: HeaderReceived
+        self.untouched = True
+        self.skipped = self.ended = False
+
+    @property
+    def header(self) -> Header:
+        """Of the message."""
+        return self.opened.header
+
+    @property
+    def layout(self) -> Layout:
+        """Of its payload."""
+        return self.opened.layout
+
+    def open(self) -> Generator[Request, Any, None]:
+        """Receive the header."""
+        with self.located():
+            self.opened = yield from self._until(HeaderReceived)
+        self.chunks_left = self.layout.chunks
+
+    def load(self, options: LoadOptions) -> Generator[Request, Any, Loaded]:
+        """Receive everything, and rebuild the object.
+
+        A ``MismatchError`` that leaves the message ``untouched`` did no harm.
+        """
+        with self.located():
+            place = self.placement(self.header, self.layout, options, options.into)
+            inline = place.rows <= INLINE_ROWS
+            try:
+                yield from work(place.decide, inline=inline)
+                rebuilder = yield from self._rebuilder(options, names=place.by_name_only)
+                payload = yield from work(place.payload, inline=inline)
+                obj = yield from self._load(options, rebuilder, place, payload)
+            except BaseException:
+                place.close()
+                raise
+            return Loaded(obj, place.commit, place.close)
+
+    def _load(
+        self,
+        options: LoadOptions,
+        rebuilder: Rebuilder,
+        place: Placement,
+        payload: IncomingPayload,
+    ) -> Generator[Request, Any, Any]:
+        if place.commit is None:
+            note_change(place.by_name.values())
+        move: Task | None = None
+        for _ in range(self.layout.chunks):
+            move = yield from self.chunk(payload, options.progress, meanwhile=move)
+        yield from self.end()
+        if move is not None:
+            yield Work(move)
+        payload.check()
+
+        def gather() -> list[torch.UntypedStorage | None]:
+            storages = payload.storages()
+            place.put_in_order(storages)
+            place.copy_late(storages)
+            return storages
+
+        inline = self._is_small(rebuilder)
+        storages = yield from work(gather, inline=inline)
+        # Not in a worker thread: a callable map_location is the caller's code.
+        storages = place.relocated(storages)
+
+        def build() -> Any:
+            # Tensors made in inference mode could not be trained on, wherever they go.
+            with torch.inference_mode(False):
+                tensors = build_tensors(self.header, storages, place.given)
+                obj = rebuilder.build(tensors, storages, place.by_name.values())
+            return revise(obj, place.names, place.revision) if place.revises else obj
+
+        return (yield from work(build, inline=inline))
+
+    def _is_small(self, rebuilder: Rebuilder) -> bool:
+        return (
+            self.header.codec == "tree"
+            and max(len(self.header.tensors), len(self.header.storages)) <= INLINE_ROWS
+            and rebuilder.nbytes <= INLINE_SKELETON
+        )
+
+    def skeleton(self) -> Generator[Request, Any, SkeletonReceived]:
+        """Receive the skeleton."""
+        self.untouched = False
+        return (yield from self._until(SkeletonReceived))
+
+    def _rebuilder(
+        self, options: LoadOptions, *, names: bool
+    ) -> Generator[Request, Any, Rebuilder]:
+        received = yield from self.skeleton()
+        rebuilder = Rebuilder(
+            received.skeleton,
+            self.header.codec,
+            allow_pickle=options.allow_pickle,
+            weights_only=options.weights_only,
+            pickle_module=options.pickle_module,
+            encoding=options.encoding,
+            safe_globals=options.safe_globals,
+            map_location=options.map_location,
+            limits=self.limits,
+            offset=received.offset,
+        )
+        check = functools.partial(rebuilder.check, self.header.tensors, names=names)
+        yield from work(check, inline=self._is_small(rebuilder))
+        return rebuilder
+
+    def skip(self) -> Generator[Request, Any, None]:
+        """Receive what is left, and drop it; it is verified all the same."""
+        with self.located():
+            self.skipped = True
+            if self.untouched:
+                yield from self.skeleton()
+            dropped: memoryview | None = None
+            while self.chunks_left:
+                started = yield from self._until(ChunkStarted)
+                dropped = dropped or memoryview(bytearray(started.length))
+                yield from self._until(ChunkReceived, answer=[dropped[: started.length]])
+                self.chunks_left -= 1
+            if not self.ended:
+                yield from self.end()
+
+    def chunk(
+        self, payload: IncomingPayload, progress: Progress | None, *, meanwhile: Task | None = None
+    ) -> Generator[Request, Any, Task | None]:
+        """Receive the next chunk; returns what moves it on."""
+        started = yield from self._until(ChunkStarted)
+        try:
+            buffers, move = payload.chunk(started.offset, started.length)
+        except MemoryError as error:
+            raise LimitExceeded(str(error), entry="payload") from error
+        # The chunk before goes to its device while this one comes in.
+        arrived = yield from self._until(ChunkReceived, answer=buffers, meanwhile=meanwhile)
+        self.chunks_left -= 1
+        if progress:
+            progress(arrived.offset + arrived.length, self.layout.total)
+        return move
+
+    def end(self) -> Generator[Request, Any, None]:
+        """Receive the end, and verify that all before it was whole."""
+        yield from self._until(MessageEnded)
+        # The parser has its last word: whether the end frame is that of these frames.
+        for _ in self._steps:
+            raise AssertionError("a step after the end")
+
+    def _until(
+        self, kind: type[Event], *, answer: Any = None, meanwhile: Task | None = None
+    ) -> Generator[Request, Any, Event]:
+        """Pass the parser's requests on to the driver until it has this kind of event."""
+        while True:
+            step: Step = self._steps.send(answer)
+            answer = None
+            match step:
+                case ReadBytes() | Work():
+                    answer = yield step
+                case FillBuffers(buffers):
+                    answer = yield Fill(buffers, meanwhile=meanwhile)
+                case MessageEnded():
+                    # Before its time, too: after an abort, which the parser raises next.
+                    self.ended = True
+                    yield step
+            if isinstance(step, kind):
+                return step
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Give errors the place that was reached, if they have none."""
+        try:
+            yield
+        except AiotorchioError as error:
+            if error.offset is None:
+                error.offset = self._parser.position
+            raise
+
+
+def receive_message(
+    limits: Limits, options: LoadOptions, placement: Callable[..., Placement] = Placement
+) -> Generator[Request, Any, Loaded]:
+    """A message from its first byte to its last; arguments as of ``IncomingMessage``."""
+    message = IncomingMessage(limits, placement)
+    yield from message.open()
+    return (yield from message.load(options))

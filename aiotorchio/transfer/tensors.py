@@ -1,0 +1,152 @@
+"""Receiving the tensors of a message one after the other, as the wire has them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from typing import Any
+
+import torch
+
+from aiotorchio.drive import Request
+from aiotorchio.errors import MismatchError
+from aiotorchio.graph.rebuild import build_tensor, check_tree
+from aiotorchio.memory.incoming import IncomingPayload
+from aiotorchio.transfer.plan import TensorOptions
+from aiotorchio.transfer.receive import IncomingMessage
+from aiotorchio.transfer.steps import INLINE_ROWS, INLINE_SKELETON, work
+from aiotorchio.wire.parser import Work
+
+__all__ = ["NamedTensors", "TensorStream"]
+
+NamedTensors = list[tuple[str, torch.Tensor]]
+
+
+class TensorStream:
+    """The tensors of a message, each when the chunk with its last byte is in and verified.
+
+    Nothing is kept of what was given out.
+
+    Args:
+        message: Untouched.
+        options: Which tensors, and where to.
+    """
+
+    def __init__(self, message: IncomingMessage, options: TensorOptions) -> None:
+        self._message = message
+        self._progress = options.progress
+        self._place = message.placement(message.header, message.layout, options, named_only=True)
+        self._inline = self._place.rows <= INLINE_ROWS
+        self._payload: IncomingPayload
+        # Byte of the payload behind each storage, its number, and the rows that show it.
+        self._waiting: deque[tuple[int, int, list[int]]] = deque()
+
+    def more(self) -> Generator[Request, Any, NamedTensors]:
+        """Receive until there is a tensor.
+
+        Yields:
+            What it waits for.
+
+        Returns:
+            The tensors that are whole now, under each of their names; none behind the last.
+
+        Raises:
+            MismatchError: Names that can't be told apart; tensors that have none, if all are
+                wanted; a selection that the message does not have. The message is untouched.
+        """
+        message = self._message
+        with message.located():
+            if message.skipped:
+                raise RuntimeError("the rest of this message was skipped")
+            if message.untouched:
+                yield from self._begin()
+            while message.chunks_left and not self._ready():
+                move = yield from message.chunk(self._payload, self._progress)
+                if move is not None:
+                    yield Work(move)
+            if self._ready():
+                return (yield from self._take())
+            if not message.ended:
+                yield from message.end()
+            return []
+
+    def _begin(self) -> Generator[Request, Any, None]:
+        message = self._message
+        yield from work(self._prepare, inline=self._inline)
+        received = yield from message.skeleton()
+        if message.header.codec == "tree":
+            # A pickle is not looked at: nothing of it is used.
+            def check() -> None:
+                check_tree(
+                    received.skeleton,
+                    message.header.tensors,
+                    names=True,
+                    depth_limit=message.limits.depth,
+                    offset=received.offset,
+                )
+
+            small = self._inline and len(received.skeleton) <= INLINE_SKELETON
+            yield from work(check, inline=small)
+        self._payload = yield from work(self._place.payload, inline=self._inline)
+
+    def _prepare(self) -> None:
+        self._place.decide()
+        header, layout, wanted = self._message.header, self._message.layout, self._place.wanted
+        unnamed = sum(not row.names for row in header.tensors)
+        if unnamed and wanted.all:
+            raise MismatchError(
+                f"{unnamed} tensors of this message have no name: load it as a whole, or select "
+                "the names that you want",
+                entry="header",
+            )
+        rows_of: dict[int, list[int]] = {}
+        for index, row in enumerate(header.tensors):
+            if any(name in wanted for name in row.names):
+                rows_of.setdefault(row.storage, []).append(index)
+        # What has no bytes comes right behind what came before it.
+        end = 0
+        for storage in sorted(rows_of):
+            if layout.nbytes[storage]:
+                end = layout.offsets[storage] + layout.nbytes[storage]
+            self._waiting.append((end, storage, rows_of[storage]))
+
+    def _ready(self) -> bool:
+        message = self._message
+        received = (message.layout.chunks - message.chunks_left) * message.layout.chunk_size
+        return bool(self._waiting) and self._waiting[0][0] <= received
+
+    def _take(self) -> Generator[Request, Any, NamedTensors]:
+        ready = []
+        while self._ready():
+            ready.append(self._waiting.popleft())
+        place, payload, header = self._place, self._payload, self._message.header
+        wanted = place.wanted
+
+        def storages() -> list[torch.UntypedStorage | None]:
+            found = []
+            for _, index, _ in ready:
+                storage = payload.storage(index)
+                payload.let_go(index)
+                place.put_one_in_order(index, storage)
+                found.append(storage)
+            return found
+
+        def build() -> NamedTensors:
+            tensors: NamedTensors = []
+            with torch.inference_mode(False):
+                for (_, _, rows), storage in zip(ready, found, strict=True):
+                    for row in rows:
+                        tensor = build_tensor(header.tensors[row], row, storage)
+                        names = dict.fromkeys(header.tensors[row].names)
+                        tensors += [(name, tensor) for name in names if name in wanted]
+            return tensors
+
+        inline = sum(len(rows) for _, _, rows in ready) <= INLINE_ROWS
+        found = yield from work(storages, inline=inline)
+        # Not in a worker thread: a callable map_location is the caller's code.
+        found = [
+            place.one_relocated(index, storage)
+            for (_, index, _), storage in zip(ready, found, strict=True)
+        ]
+        tensors: NamedTensors = yield from work(build, inline=inline)
+        return tensors

@@ -1,0 +1,263 @@
+"""Kills the sender at random moments of a load that is all or nothing, and looks what came of it.
+
+    python benchmarks/kill_sender.py            # 200 kills for each way to load: a minute
+    python benchmarks/kill_sender.py --kills 1000 --seed 1
+
+Each attempt forks a sender off a process that has imported torch, and loads what it sends into
+existing tensors: with ``staged=True``, and into a ``DoubleBuffer``. The sender gets SIGKILL
+after a random part of the message has arrived: from before the first byte until after the last,
+when the receiver has it all. Then every tensor must be, bit for bit, what it was before, or what
+was sent; all of them the one or the other, and the latter if and only if the load returned. The
+exit status is 0 only if that was so each time. Linux and macOS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import enum
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import anyio.lowlevel
+import torch
+
+import aiotorchio
+
+HOST = "127.0.0.1"
+PATIENCE = 60
+
+# Small chunks and small buffers in the system, so that the sender is never far ahead of what the
+# receiver has: killed after half of it has arrived, it has not sent much more. Chunks that are much
+# smaller would not be received straight into the memory of the tensors.
+CHUNK_SIZE = 128 * 2**10
+SYSTEM_BUFFER = 64 * 2**10
+
+# Some that fill several chunks, and many that share one. None is so large that torch would use
+# several threads for it, which cost more than they bring where all processors are busy.
+LENGTHS = [32 * 2**10] * 32 + [10 * 2**10] * 16 + [100] * 200
+
+State = dict[str, torch.Tensor]
+
+
+def make_state(version: int) -> State:
+    """Every number tells its version, and where it belongs."""
+    return {
+        f"weights.{n}": torch.arange(length, dtype=torch.int32) + (1000 * version + n)
+        for n, length in enumerate(LENGTHS)
+    }
+
+
+class Found(enum.Enum):
+    """What was in the tensors after a sender was killed."""
+
+    OLD = "old"
+    NEW = "new"
+    HALF = "half-applied"
+    # New although the load raised, or old although it returned.
+    UNTRUE = "not as told"
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """One sender that was killed.
+
+    Attributes:
+        moment: The part of the payload after which it was to be: below 0 before a byte of it,
+            above 1 after the load.
+        error: What the load raised, or "".
+        found: What was in the tensors then.
+    """
+
+    moment: float
+    error: str
+    found: Found
+
+
+# --- The senders ----------------------------------------------------------------------------------
+
+
+class Senders:
+    """Senders one after the other, each in a process of its own.
+
+    They are forked off a process that has imported everything, which takes a second, once.
+    """
+
+    def __enter__(self) -> Senders:
+        spawn = multiprocessing.get_context("spawn")
+        self._orders, theirs = spawn.Pipe()
+        # A daemon: it ends with this process at the latest.
+        self._parent = spawn.Process(target=_fork_senders, args=(theirs,), daemon=True)
+        self._parent.start()
+        theirs.close()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._orders.close()
+        self._parent.join()
+
+    def start(self, port: int, version: int) -> None:
+        """Start a sender, which connects to a port."""
+        self._orders.send((port, version))
+        self._pid: int | None = self._orders.recv()
+
+    def kill(self) -> None:
+        """Kill the sender, if that was not done yet."""
+        if self._pid is not None:
+            os.kill(self._pid, signal.SIGKILL)
+            self._pid = None
+
+    def wait(self) -> None:
+        """Wait for the end of the sender that was killed."""
+        status = self._orders.recv()
+        if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+            raise RuntimeError(f"the sender ended by itself, with status {status}")
+
+
+def _fork_senders(orders: Connection) -> None:
+    torch.set_num_threads(1)
+    # What is imported on first use.
+    asyncio.run(anyio.lowlevel.checkpoint())
+    while True:
+        try:
+            port, version = orders.recv()
+        except EOFError:
+            return
+        pid = os.fork()
+        if pid == 0:
+            try:
+                asyncio.run(_send(port, version))
+            finally:
+                os._exit(1)
+        orders.send(pid)
+        orders.send(os.waitpid(pid, 0)[1])
+
+
+async def _send(port: int, version: int) -> None:
+    sock = socket.create_connection((HOST, port))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SYSTEM_BUFFER)
+    sock.setblocking(False)
+    reader, writer = await asyncio.open_connection(sock=sock)
+    await aiotorchio.save_to_stream(make_state(version), writer, chunk_size=CHUNK_SIZE)
+    # Nothing is left to send. Nothing comes either: this process ends when it is killed.
+    await reader.read()
+
+
+# --- The receiver ---------------------------------------------------------------------------------
+
+
+def kill_senders(kills: int, way: str, seed: int) -> Iterator[Kill]:
+    """Load versions into the same tensors, from senders that are killed.
+
+    Args:
+        kills: How many.
+        way: ``"staged"`` or ``"double"``; or ``"in place"``, which is not all or nothing.
+        seed: Of the moments.
+
+    Yields:
+        What came of each.
+    """
+    moments = random.Random(seed)
+    tensors = make_state(0)
+    ways: dict[str, dict[str, Any]] = {
+        "staged": {"into": tensors, "staged": True},
+        "double": {"into": aiotorchio.DoubleBuffer(tensors)},
+        "in place": {"into": tensors},
+    }
+    version = 0
+    with socket.create_server((HOST, 0)) as listener, Senders() as senders:
+        listener.settimeout(PATIENCE)
+        # What is accepted here inherits it.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SYSTEM_BUFFER)
+        port = listener.getsockname()[1]
+        for upcoming in range(1, kills + 1):
+            # One in five where it matters most: when nearly all, or just all, is there.
+            low, high = (0.9, 1.001) if moments.random() < 0.2 else (-0.05, 1.1)
+            moment = moments.uniform(low, high)
+            senders.start(port, upcoming)
+            connection, _ = listener.accept()
+            error = asyncio.run(_load(connection, ways[way], senders.kill, moment))
+            senders.wait()
+            found = _look(tensors, version, upcoming, told=version if error else upcoming)
+            if found is not Found.OLD:
+                version = upcoming
+            yield Kill(moment, error, found)
+
+
+async def _load(
+    connection: socket.socket, options: dict[str, Any], kill: Callable[[], None], moment: float
+) -> str:
+    """Kill the sender at its moment, and return the error that came of it, or ""."""
+
+    def progress(done: int, total: int) -> None:
+        if done >= moment * total:
+            kill()
+
+    reader, writer = await asyncio.open_connection(sock=connection)
+    try:
+        if moment < 0:
+            kill()
+        async with asyncio.timeout(PATIENCE):
+            await aiotorchio.load_from_stream(reader, progress=progress, **options)
+    except aiotorchio.TruncatedError as error:
+        return type(error).__name__
+    finally:
+        # If it was not to be killed before: it would end by itself when the connection does.
+        kill()
+        writer.close()
+    return ""
+
+
+def _look(tensors: State, old: int, new: int, *, told: int) -> Found:
+    """What is in the tensors, of two versions and what the load told of them."""
+    for version, found in ((old, Found.OLD), (new, Found.NEW)):
+        expected = make_state(version)
+        if all(torch.equal(tensors[name], expected[name]) for name in expected):
+            return found if version == told else Found.UNTRUE
+    return Found.HALF
+
+
+def main() -> bool:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200, help="for each way (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    size = sum(LENGTHS) * 4 / 2**20
+    print(f"{len(LENGTHS)} tensors, {size:.1f} MiB, sender killed {arguments.kills} times each\n")
+    print(f"{'':8}{'killed at':>16}" + "".join(f"{found.value:>14}" for found in Found))
+    good = True
+    start = time.perf_counter()
+    for way in ("staged", "double"):
+        kills = list(kill_senders(arguments.kills, way, arguments.seed))
+        for title, low, high in (
+            ("before payload", -1.0, 0.0),
+            ("0 - 25 %", 0.0, 0.25),
+            ("25 - 50 %", 0.25, 0.5),
+            ("50 - 75 %", 0.5, 0.75),
+            ("75 - 90 %", 0.75, 0.9),
+            ("90 - 100 %", 0.9, 1.0),
+            ("after the load", 1.0, 2.0),
+            ("all", -1.0, 2.0),
+        ):
+            counts = Counter(kill.found for kill in kills if low <= kill.moment < high)
+            row = "".join(f"{counts[found]:>14}" for found in Found)
+            print(f"{way:8}{title:>16}{row}")
+        good = good and all(kill.found in (Found.OLD, Found.NEW) for kill in kills)
+    print(f"\n{time.perf_counter() - start:.0f} s: ", end="")
+    print("every tensor was of one version, each time" if good else "FAILED")
+    return good
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main() else 1)

@@ -1,0 +1,203 @@
+"""Which tensors are wanted, and what becomes of the others in the object."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from aiotorchio import LimitExceeded, MismatchError, ProtocolError
+from aiotorchio.graph.names import walk
+from aiotorchio.graph.select import revise, selected
+from tests import corpus
+
+NAMES = ["", "a", "a.b", "encoder.0.weight", "encoder.10.bias", "head[0]", "x*", "l\n.w", "A"]
+
+
+@pytest.mark.parametrize(
+    ("select", "expected"),
+    [
+        ("a", {"a"}),
+        ("", {""}),
+        (["a", "a.b", "a"], {"a", "a.b"}),
+        (iter(["a"]), {"a"}),
+        ({"a": 1}, {"a"}),
+        ([], set()),
+        ("*", set(NAMES)),
+        ("a*", {"a", "a.b"}),
+        ("encoder.*", {"encoder.0.weight", "encoder.10.bias"}),
+        ("*.weight", {"encoder.0.weight"}),
+        ("encoder.?.*", {"encoder.0.weight"}),
+        ("encoder.[0-9].*", {"encoder.0.weight"}),
+        ("[!a]", {"A"}),
+        ("l*w", {"l\n.w"}),
+        # A name, before it is a pattern
+        ("head[0]", {"head[0]"}),
+        ("head[[]0]", {"head[0]"}),
+        ("x*", {"x*"}),
+        (["a", "*.bias"], {"a", "encoder.10.bias"}),
+        (lambda name: name.count(".") == 2, {"encoder.0.weight", "encoder.10.bias"}),
+        (lambda name: name, set(NAMES) - {""}),
+        (lambda name: None, set()),
+        ({"a", "A"}.__contains__, {"a", "A"}),
+    ],
+)
+def test_selected(select: Any, expected: set[str]) -> None:
+    assert selected(select, NAMES) == expected
+
+
+def test_names_that_come_from_an_iterator() -> None:
+    assert selected(["a*", "A"], iter(NAMES)) == {"a", "a.b", "A"}
+    assert selected(lambda name: name == "a", iter(NAMES)) == {"a"}
+
+
+@pytest.mark.parametrize(
+    "select", ["b", "B*", "encoder", "head[1]", "a.b.", ["a", "b"], [".*", "b"]]
+)
+def test_what_selects_nothing_is_an_error(select: Any) -> None:
+    with pytest.raises(MismatchError, match=r"not in the message: .*'(b|B\*|encoder|head.*|a.b.)'"):
+        selected(select, NAMES)
+
+
+def test_all_that_selects_nothing_is_in_one_error() -> None:
+    with pytest.raises(MismatchError) as caught:
+        selected(["a", "b", "c*"], NAMES)
+    assert str(caught.value) == "selected, but not in the message: 'b', 'c*'"
+
+
+def test_the_error_of_a_predicate_is_its_own() -> None:
+    def fail(name: str) -> bool:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        selected(fail, NAMES)
+
+
+# revise
+
+A, B, C, D = (torch.full((1,), float(n)) for n in range(4))
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+def leaving_out(*paths: str) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
+    return lambda path, tensor: None if path in paths else tensor
+
+
+def revise_all(obj: Any, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
+    """As for a message whose names are those that its sender must give."""
+    revise(obj, {path for path, _ in walk(obj)}, change)
+
+
+def test_what_is_left_out_of_dicts() -> None:
+    obj = {"a": A, "b": OrderedDict(c=B, d=C), "e": [{"f": D}], "n": 1}
+    revise_all(obj, leaving_out("a", "b.d", "e.0.f"))
+    corpus.assert_same(obj, {"b": OrderedDict(c=B), "e": [{}], "n": 1})
+
+
+def test_what_can_be_left_out_of_dicts_only() -> None:
+    obj = [A, (B, C), {D}, Pair(A, B)]
+    revise_all(obj, lambda path, tensor: None)
+    corpus.assert_same(obj, [A, (B, C), {D}, Pair(A, B)])
+    revise_all(A, lambda path, tensor: None)
+
+
+def test_what_comes_in_the_place_of_a_tensor() -> None:
+    obj: Any = {"a": A, "b": [A, (A,)], "": {"": A}}
+    revise_all(obj, lambda path, tensor: {"a": B, "b.0": C, "b.1.0": D, "": D}[path])
+    assert obj["a"] is B
+    assert obj["b"][0] is C
+    assert obj[""][""] is D
+    assert obj["b"][1][0] is D
+
+
+def test_what_has_no_name_stays() -> None:
+    obj = {"a": A, "b": B, "set": {C}, "n": None}
+    revise(obj, {"a", "set"}, lambda path, tensor: None)
+    corpus.assert_same(obj, {"b": B, "set": {C}, "n": None})
+    revise(obj, set(), lambda path, tensor: None)
+    assert obj["b"] is B
+
+
+def paths_of(obj: Any) -> dict[str, int]:
+    paths: dict[str, int] = {}
+
+    def note(path: str, tensor: torch.Tensor) -> torch.Tensor:
+        assert path not in paths
+        paths[path] = id(tensor)
+        return tensor
+
+    revise_all(obj, note)
+    return paths
+
+
+def test_each_container_is_entered_once() -> None:
+    cyclic: dict[str, Any] = {"a": A}
+    cyclic["self"] = [cyclic]
+    assert paths_of(cyclic) == {"a": id(A)}
+
+
+SHARED: dict[str, Callable[[Any], Any]] = {
+    "side by side": lambda shared: {"a": shared, "b": shared},
+    "in a list": lambda shared: [shared, [shared], shared],
+    "first deep, then not": lambda shared: {"a": {"b": [shared]}, "c": shared},
+    "in a tuple": lambda shared: ({"x": shared}, shared, {"y": shared}),
+}
+
+
+@pytest.mark.parametrize("hold", SHARED.values(), ids=SHARED)
+def test_paths_are_the_names_that_the_sender_gave(hold: Callable[[Any], Any]) -> None:
+    """What is in several places has the name of the first one: select and into go by it."""
+    obj = hold({"w": A, "v": [B]})
+    assert paths_of(obj) == {path: id(tensor) for path, tensor in walk(obj)}
+
+
+def test_a_deep_object() -> None:
+    deep: Any = {"a": A}
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(LimitExceeded, match="too deep"):
+        revise_all(deep, lambda path, tensor: None)
+
+
+GIANT = "k" * 2**20
+
+
+def peak_of(task: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        task()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("much", [[0] * 200, [[] for _ in range(200)], [A] * 200], ids=range(3))
+def test_a_giant_key_above_much_takes_no_memory(much: list[Any]) -> None:
+    """A hostile sender has room for a million of them."""
+    obj = {GIANT: much, "a": A}
+    assert peak_of(lambda: revise(obj, {"a", "b"}, leaving_out("a"))) < 2**23
+    assert obj.keys() == {GIANT}
+
+
+def test_many_tensors_under_a_giant_key_take_no_more_time_than_their_names_would() -> None:
+    joined = 0
+
+    class Names(set[str]):
+        def __contains__(self, name: object) -> bool:
+            nonlocal joined
+            joined += 1
+            return super().__contains__(name)
+
+    obj = {GIANT: {n: A for n in range(100, 1000)}}
+    names = Names({"x" * (len(GIANT) + 4)})
+    with pytest.raises(ProtocolError, match="other places than their names say"):
+        revise(obj, names, leaving_out())
+    assert joined < 10

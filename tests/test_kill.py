@@ -1,0 +1,44 @@
+"""A sender that is killed leaves tensors all old or all new, whenever it happens."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+KILLS = 40
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+
+
+@pytest.fixture
+def kill_sender(monkeypatch: pytest.MonkeyPatch) -> Any:
+    # The senders' processes import it by its name, from the same path.
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("kill_sender")
+
+
+@pytest.mark.parametrize("way", ["staged", "double"])
+def test_a_killed_sender_leaves_all_old_or_all_new(kill_sender: Any, way: str) -> None:
+    kills = list(kill_sender.kill_senders(KILLS, way, seed=0))
+    counts = Counter(kill.found.value for kill in kills)
+    assert counts["old"] + counts["new"] == len(kills) == KILLS, counts
+    # The moments are those of the seed: some before the end, some after it.
+    assert counts["old"] > KILLS / 2
+    assert counts["new"] > 0
+    # Far from the end, and after the load, the outcome is certain.
+    for kill in kills:
+        if kill.moment < 0.5:
+            assert (kill.found.value, kill.error) == ("old", "TruncatedError")
+        if kill.moment > 1:
+            assert (kill.found.value, kill.error) == ("new", "")
+
+
+def test_a_half_applied_state_would_be_seen(kill_sender: Any) -> None:
+    kills = list(kill_sender.kill_senders(10, "in place", seed=0))
+    assert Counter(kill.found.value for kill in kills)["half-applied"] > 5
