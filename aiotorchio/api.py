@@ -86,7 +86,8 @@ async def save_to_stream(
             name, or a tensor that has them (on ``meta``, say). ``obj`` is then an iterable, plain
             or async, of (name, tensor) in the same order. The header is sent at once; each tensor
             is asked for when the one before is sent, and not kept. They arrive on the CPU, unless
-            ``map_location`` says otherwise. A plain iterable runs on the event loop.
+            ``map_location`` says otherwise. A plain iterable runs on the event loop. A generator
+            stays its owner's to close, if the save fails.
         progress: Called as ``progress(done, total)`` with bytes of the payload, after each chunk.
         pickle_module: Has a ``Pickler``; used for what is not made of plain containers.
         pickle_protocol: Of that pickle. Receivers load only 2 with ``weights_only=True``.

@@ -147,8 +147,8 @@ class Message:
         """Receive one tensor after the other.
 
         Each comes as soon as the chunk with its last byte is in and verified. Who does not take
-        the next one stops the sender. Nothing is kept here but a chunk, and tensors smaller than
-        that which arrived in the same one. (Python keeps what a loop variable holds until the next
+        the next one stops the sender. Nothing is kept here but a chunk, and small tensors that
+        arrived with others, up to 4 MiB. (Python keeps what a loop variable holds until the next
         tensor is there: ``del`` it if two of them are too much.)
 
         Args:

@@ -149,7 +149,10 @@ def _announced(specs: Mapping[str, TensorSpec | torch.Tensor]) -> dict[str, Tens
     for name, spec in specs.items():
         if not isinstance(name, str) or not isinstance(spec, TensorSpec | torch.Tensor):
             raise TypeError(f"specs maps names to TensorSpec or tensors, not {name!r} to {spec!r}")
-        announced[name] = TensorSpec.of(spec) if isinstance(spec, torch.Tensor) else spec
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(f"the header is UTF-8, which cannot carry the name {name!r}")
+        # A plain str: subclasses, such as numpy's, would have to be pickled.
+        announced[str(name)] = TensorSpec.of(spec) if isinstance(spec, torch.Tensor) else spec
     return announced
 
 

@@ -158,6 +158,18 @@ def test_tensors_as_specs() -> None:
         assert_same(aiotorchio.load(io.BytesIO(data)), plain)
 
 
+def test_names_of_another_kind_of_str() -> None:
+    """As numpy has them: pickle would not be needed for a dict of tensors."""
+
+    class Name(str):
+        pass
+
+    file = io.BytesIO()
+    assert aiotorchio.save([("a", A)], file, specs={Name("a"): A}).codec == "tree"
+    file.seek(0)
+    assert_same(aiotorchio.load(file, allow_pickle=False), {"a": A})
+
+
 def test_all_dtypes() -> None:
     kinds = {dtype: DTYPES[name].kind for dtype, name in DTYPE_NAMES.items()}
     dtypes = [dtype for dtype, kind in kinds.items() if kind != "quantized"]
@@ -489,6 +501,7 @@ async def test_a_tensor_too_many_of_an_async_generator() -> None:
 WRONG_SPECS: list[tuple[Any, Any, type[Exception], str]] = [
     ([], {"a": (3,)}, TypeError, "TensorSpec or tensors"),
     ([], {1: TWO["a"]}, TypeError, "TensorSpec or tensors"),
+    ([], {"\ud800": TWO["a"]}, ValueError, "UTF-8"),
     ([], {"a": TensorSpec((2,), torch.qint8)}, ValueError, "qint8"),
     ([("a", QUANTIZED)], {"a": QUANTIZED}, ValueError, "qint8"),
     (5, TWO, TypeError, "not int"),

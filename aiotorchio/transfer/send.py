@@ -250,6 +250,13 @@ class _Produced:
         if not has_memory(tensor) or tensor.device.type == "meta":
             raise ValueError(f"{name!r} is on meta, sparse, nested or a subclass: it has no bytes")
         self._taken += 1
-        tensor = tensor.detach().resolve_conj().resolve_neg()
-        plain: torch.Tensor = yield from work(tensor.contiguous, inline=tensor.is_contiguous())
-        return plain
+        tensor = tensor.detach()
+
+        def plain() -> torch.Tensor:
+            return tensor.resolve_conj().resolve_neg().contiguous()
+
+        is_plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+        # On a device not in a worker thread: its work is queued behind that of the caller's stream.
+        inline = is_plain or tensor.device.type != "cpu"
+        made: torch.Tensor = yield from work(plain, inline=inline)
+        return made
