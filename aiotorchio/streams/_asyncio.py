@@ -222,14 +222,15 @@ class AsyncioSink(Sink):
                 self.in_message = self.in_message or self._direct.in_message
             return
         for piece in coalesce(buffers):
-            self._check_open()
+            # drain() need not wait, and then the loop would not find out that the connection is
+            # lost: the transport drops all that it is given, and says nothing. Before the write,
+            # so that a cancellation comes while the stream is whole.
+            await asyncio.sleep(0)
+            await self._drain_all()
             with connection_errors(OSError):
                 # From Python 3.12 on transports keep what they are given instead of a copy.
                 self._writer.write(piece)
             self.in_message = True
-            # drain() need not wait, and then the loop would not find out that the connection is
-            # lost: the transport drops all that follows, and says nothing.
-            await asyncio.sleep(0)
             await self._drain_all()
 
     async def _drain_all(self) -> None:

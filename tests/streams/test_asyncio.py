@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import torch
 import uvloop
 
 import aiotorchio
-from aiotorchio.errors import TruncatedError
+from aiotorchio.errors import StreamPoisoned, TruncatedError
 from aiotorchio.streams import _asyncio
 from aiotorchio.streams._asyncio import AsyncioSink, AsyncioSource, _after
 from tests.corpus import assert_same
@@ -256,9 +257,13 @@ async def test_a_connection_that_breaks_before_the_transport_knows(kind: str, ob
         descriptor = near.sink.get_extra_info("socket").fileno()
         with socket.socket(fileno=os.dup(descriptor)) as duplicate:
             duplicate.shutdown(socket.SHUT_WR)
-        # No transport knows before it has its turn: bytes that it drops are not sent.
-        with pytest.raises(TruncatedError):
+        # No transport knows before it has its turn. One of TLS has taken a small message by then,
+        # as a socket does whose peer is gone; but no bytes that follow.
+        unknown = kind == "streams-tls" and obj is SMALL
+        with contextlib.nullcontext() if unknown else pytest.raises(TruncatedError):
             await near.save(obj)
+        with pytest.raises((TruncatedError, StreamPoisoned)):
+            await near.save(SMALL)
         with pytest.raises(TruncatedError):
             await far.load()
 
