@@ -129,7 +129,14 @@ def _work(
 ) -> None:
     try:
         loop.call_soon_threadsafe(future.set_result, context.run(task))
+    except StopIteration as error:
+        # A future refuses it, and would never be done: a generator would turn it into this, too.
+        refused = RuntimeError("a task raised StopIteration")
+        refused.__cause__ = error
+        loop.call_soon_threadsafe(future.set_exception, refused)
+        del refused
     except BaseException as error:
+        # Whatever it is, for whoever waits: nobody else would see it in this thread.
         loop.call_soon_threadsafe(future.set_exception, error)
     finally:
         # See _outlast.
@@ -324,6 +331,7 @@ def _perform_blocking(request: Request, stream: BlockingStream) -> Any:
         case Work(task):
             return task()
         case Next(iterator):
+            # Not an async one: save() has refused it.
             return next(iterator, END)  # type: ignore[arg-type]
         case MessageEnded():
             stream.in_message = False

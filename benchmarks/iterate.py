@@ -133,6 +133,7 @@ async def _take_sync(sock: socket.socket, times: Times, pause: float) -> None:
             times.note()
             del tensor
             if times.first == times.last:
+                # A consumer in a thread that takes its time: what is sent meanwhile is measured.
                 time.sleep(pause)
 
     async with _opened(sock) as message:

@@ -25,3 +25,10 @@ async def test_messages_go_on_while_all_threads_of_anyio_wait_for_them() -> None
         await anyio.wait_all_tasks_blocked()
         with anyio.fail_after(60):
             await run_in_thread(done.set)
+
+
+@pytest.mark.anyio
+async def test_a_task_that_raises_stop_iteration() -> None:
+    """A predicate of the caller's may, and a future of asyncio cannot carry it."""
+    with anyio.fail_after(60), pytest.raises((RuntimeError, StopIteration)):
+        await run_in_thread(lambda: next(iter(())))
