@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import pickle
 from collections.abc import AsyncIterable, Generator, Iterable, Mapping
 from importlib.metadata import version
@@ -36,6 +37,7 @@ __all__ = [
     "load_options",
     "outgoing_message",
     "tensor_options",
+    "trusted",
 ]
 
 DEFAULT_CHUNK_SIZE = 4 * 2**20
@@ -198,6 +200,7 @@ def load_options(
         TypeError: An option of another type.
         ValueError: An option that would have no effect, or ``into`` with two tensors of one name.
     """
+    weights_only = weights_only or _weights_only_is_forced()
     if weights_only and pickle_module is not None:
         raise ValueError(
             "pickle_module has no meaning with weights_only=True: nothing would use it"
@@ -213,7 +216,7 @@ def load_options(
         map_location=map_location,
         weights_only=weights_only,
         allow_pickle=allow_pickle,
-        safe_globals=_trusted(safe_globals),
+        safe_globals=trusted(safe_globals),
         into=None if into is None else _into(into, strict=strict, cast=cast, staged=staged),
         lock=lock,
         select=_reusable(select),
@@ -268,7 +271,21 @@ def _reusable(select: Select | None) -> Select | None:
     return patterns
 
 
-def _trusted(safe_globals: Iterable[Any]) -> tuple[Any, ...]:
+def trusted(safe_globals: Iterable[Any]) -> tuple[Any, ...]:
+    """What pickles may name beyond the built-in allowlist: as of now, whoever changes it later.
+
+    Raises:
+        TypeError: Not a list of classes and functions.
+    """
     if isinstance(safe_globals, type) or not isinstance(safe_globals, Iterable):
         raise TypeError(f"safe_globals is a list of classes and functions, not {safe_globals!r}")
-    return tuple(safe_globals)
+    return *torch.serialization.get_safe_globals(), *safe_globals
+
+
+def _weights_only_is_forced() -> bool:
+    """As in ``torch.load``: whoever runs a process can forbid it to run what is in pickles.
+
+    The other variable that ``torch.load`` knows is not for us: it turns that on.
+    """
+    forced = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    return forced.lower() in ("1", "y", "yes", "true")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import _weights_only_unpickler as unpickler_module
@@ -21,6 +21,8 @@ __all__ = [
     "empty_per_channel_quantized",
     "get_layout",
     "has_names",
+    "known_location",
+    "location_tags",
     "make_compressed",
     "make_coo",
     "make_parameter",
@@ -103,6 +105,42 @@ def make_compressed(
 def has_names(tensor: torch.Tensor) -> bool:
     """Whether it is a named tensor: a prototype that torch never serialized and 2.13 dropped."""
     return _TORCH_HAS_NAMES and bool(tensor.has_names())  # type: ignore[attr-defined]
+
+
+def location_tags() -> tuple[Callable[[torch.UntypedStorage], str], bool]:
+    """What gives storages their location tags, and whether their device alone says it.
+
+    It does unless someone has registered a tagger with ``torch.serialization.register_package``.
+    """
+    taggers = (tagger for _, tagger, _ in torch.serialization._package_registry)
+    return torch.serialization.location_tag, all(map(_is_of_torch, taggers))
+
+
+def known_location(location: str) -> torch.device | None:
+    """Where torch restores storages with this location.
+
+    Returns:
+        The device; None if a restorer that someone has registered must be asked, with the bytes.
+
+    Raises:
+        RuntimeError: It is not on this machine; torch's restorers raise other errors, too.
+    """
+    empty = torch.UntypedStorage(0)
+    for _, _, restorer in torch.serialization._package_registry:
+        if not _is_of_torch(restorer):
+            return None
+        restored = restorer(empty, location)
+        if restored is not None:
+            return cast(torch.device, restored.device)
+    # For its error.
+    return cast(
+        torch.device, torch.serialization.default_restore_location(empty, location).device
+    )
+
+
+def _is_of_torch(function: Any) -> bool:
+    module: str = getattr(function, "func", function).__module__
+    return module == torch.serialization.__name__
 
 
 def python_name(module: str, name: str) -> str:

@@ -20,7 +20,13 @@ from aiotorchio.wire.limits import Limits
 
 __all__ = ["Allowlist"]
 
-_QSCHEMES = ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")
+_QSCHEMES = (
+    "per_tensor_affine",
+    "per_tensor_symmetric",
+    "per_channel_affine",
+    "per_channel_symmetric",
+    "per_channel_affine_float_qparams",
+)
 
 
 class Allowlist:
@@ -28,8 +34,7 @@ class Allowlist:
 
     Args:
         safe_globals: Classes and functions that the caller trusts, or pairs of one and the path
-            that stands for it in the pickle. What ``torch.serialization.add_safe_globals`` was
-            told counts too.
+            that stands for it in the pickle.
         limits: Bounds for what is built.
         map_location: For tensor subclasses that have a device and no storage.
 
@@ -70,7 +75,7 @@ class Allowlist:
         self._rebuilds = [value for path, value in self.globals.items() if "._rebuild_" in path]
         self.globals |= {str(dtype): dtype for dtype in DTYPE_NAMES}
         self.globals |= {f"torch.{name}": getattr(torch, name) for name in _QSCHEMES}
-        trusted = _paths(torch.serialization.get_safe_globals()) | _paths(safe_globals)
+        trusted = _paths(safe_globals)
         self.globals |= trusted
         self._trusted = list(trusted.values())
         self._trusted_paths = frozenset(trusted)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 
 from aiotorchio.errors import InvalidObjectError
-from aiotorchio.graph._torch import untyped_storage_of
+from aiotorchio.graph._torch import known_location, untyped_storage_of
 from aiotorchio.wire.header import META_LOCATION, Header
 
-__all__ = ["MapLocation", "destinations", "relocate"]
+__all__ = ["Destinations", "MapLocation"]
 
 MapLocation = (
     torch.device
@@ -22,57 +24,94 @@ MapLocation = (
 
 _CPU = torch.device("cpu")
 
+T = TypeVar("T")
 
-def destinations(
-    header: Header, map_location: MapLocation
-) -> list[torch.device | InvalidObjectError]:
-    """Where the bytes of each storage are received.
+
+@dataclass(frozen=True, slots=True)
+class _Destination:
+    """Of all storages with one location.
+
+    Attributes:
+        device: Where their bytes are received, or the error that says why they can't be.
+        restore: Takes each storage, once it was received, where it belongs; None: it is there.
+    """
+
+    device: torch.device | InvalidObjectError
+    restore: Callable[[torch.UntypedStorage], torch.UntypedStorage] | None = None
+
+
+class Destinations:
+    """Where each storage of a message goes.
+
+    To be made in the caller's thread: there, ``"cuda"`` is the device that is current.
 
     Args:
         header: A valid header.
-        map_location: A callable gets every storage after it was received on the CPU; anything
+        map_location: A callable gets every storage after it was received on the CPU, and so do
+            restorers that were registered with ``torch.serialization.register_package``. Anything
             else is known now, and the bytes go there straight away.
-
-    Returns:
-        One device for each storage. If this machine does not have it, the error that says so: it
-        is to be raised if the storage is needed there.
 
     Raises:
         TypeError: ``map_location`` is none of the types that it may be.
     """
-    devices: list[torch.device | InvalidObjectError] = []
-    for tag in header.locations:
-        if tag == META_LOCATION:
-            # Without bytes there is nothing to put elsewhere: as in torch, meta stays meta.
-            devices.append(torch.device(META_LOCATION))
-            continue
-        try:
-            devices.append(_destination(tag, map_location))
-        except InvalidObjectError as error:
-            devices.append(error)
-    return [devices[row.location] for row in header.storages]
+
+    def __init__(self, header: Header, map_location: MapLocation) -> None:
+        self._rows = header.storages
+        self._of_location = [_destination(tag, map_location) for tag in header.locations]
+
+    def device(self, index: int) -> torch.device:
+        """Where the bytes of a storage are received.
+
+        Raises:
+            InvalidObjectError: This machine does not have its location; in torch's words.
+        """
+        device = self._of_location[self._rows[index].location].device
+        if isinstance(device, InvalidObjectError):
+            raise device
+        return device
+
+    def relocate(self, index: int, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        """Take a storage that was received where it belongs; runs code of the caller's.
+
+        Raises:
+            InvalidObjectError: A location that this machine does not have, in torch's words.
+            ValueError: The caller's code returned a storage of another size.
+        """
+        restore = self._of_location[self._rows[index].location].restore
+        return storage if restore is None else restore(storage)
 
 
-def relocate(
-    storage: torch.UntypedStorage, tag: str, map_location: MapLocation
+def _destination(tag: str, map_location: MapLocation) -> _Destination:
+    if tag == META_LOCATION:
+        # Without bytes there is nothing to put elsewhere: as in torch, meta stays meta.
+        return _Destination(torch.device(META_LOCATION))
+    if callable(map_location):
+        place = map_location
+        return _Destination(_CPU, lambda storage: _placed(storage, tag, place(storage, tag)))
+    if map_location is None:
+        location = tag
+    elif isinstance(map_location, str | torch.device):
+        location = str(map_location)
+    elif isinstance(map_location, Mapping):
+        location = str(map_location.get(tag, tag))
+    else:
+        raise TypeError(f"map_location is a device, str, dict or callable, not {map_location!r}")
+    try:
+        device = _in_torchs_words(location, lambda: known_location(location))
+    except InvalidObjectError as error:
+        # To be raised if a storage is needed there.
+        return _Destination(error)
+    if device is not None:
+        return _Destination(device)
+    return _Destination(_CPU, lambda storage: _restored(storage, location))
+
+
+def _placed(
+    storage: torch.UntypedStorage,
+    tag: str,
+    placed: torch.UntypedStorage | torch.TypedStorage | None,
 ) -> torch.UntypedStorage:
-    """Let a callable ``map_location`` place a storage that was received on the CPU.
-
-    Args:
-        storage: With its bytes, on the CPU.
-        tag: Location that it had at the sender.
-        map_location: If it returns None, the storage goes where it was at the sender.
-
-    Returns:
-        The storage in its place.
-
-    Raises:
-        InvalidObjectError: A location that this machine does not have, in torch's words.
-        ValueError: The callable returned a storage of another size.
-    """
-    if not callable(map_location) or tag == META_LOCATION:
-        return storage
-    placed = map_location(storage, tag)
+    """What a callable ``map_location`` has returned."""
     if placed is None:
         return storage if tag == "cpu" else _restored(storage, tag)
     # torch.load takes typed storages too, such as storage.cuda() of older code.
@@ -84,29 +123,24 @@ def relocate(
     return untyped
 
 
-def _destination(tag: str, map_location: MapLocation) -> torch.device:
-    if callable(map_location):
-        return _CPU
-    if map_location is None:
-        location = tag
-    elif isinstance(map_location, str | torch.device):
-        location = str(map_location)
-    elif isinstance(map_location, Mapping):
-        location = str(map_location.get(tag, tag))
-    else:
-        raise TypeError(f"map_location is a device, str, dict or callable, not {map_location!r}")
-    # torch's own restorers decide, on a storage without bytes: they know every kind of location,
-    # and say which device is missing.
-    return _CPU if location == "cpu" else _restored(torch.UntypedStorage(0), location).device
-
-
 def _restored(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+    restored = _in_torchs_words(
+        location, lambda: torch.serialization.default_restore_location(storage, location)
+    )
+    if restored.nbytes() != storage.nbytes():
+        raise ValueError(
+            f"{restored.nbytes()} bytes were restored at {location!r} from a storage of "
+            f"{storage.nbytes()}"
+        )
+    return cast(torch.UntypedStorage, restored)
+
+
+def _in_torchs_words(location: str, restore: Callable[[], T]) -> T:
+    """Run a restorer; what it raises becomes one of our errors, with torch's text."""
     try:
-        restored = torch.serialization.default_restore_location(storage, location)
+        return restore()
     except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
         raise InvalidObjectError(
             f"location {location!r} is not on this machine: pass map_location; torch says: {error}",
             entry="header",
         ) from error
-    untyped: torch.UntypedStorage = restored
-    return untyped

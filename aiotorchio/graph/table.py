@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from aiotorchio.graph._torch import has_names, storage_key, warn_if_has_hooks
+from aiotorchio.graph._torch import has_names, location_tags, storage_key, warn_if_has_hooks
 from aiotorchio.graph.dtypes import DTYPE_NAMES
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import (
@@ -37,7 +37,9 @@ class Table:
         self.locations: list[str] = []
         self._row_of: dict[int, int] = {}
         self._index_of: dict[int, int] = {}
-        self._location_of: dict[torch.device, int] = {}
+        self._tag, self._device_is_enough = location_tags()
+        self._index_of_device: dict[torch.device, int] = {}
+        self._index_of_tag: dict[str, int] = {}
         # Rows are found again by id(), so every tensor must live as long as the table.
         self._kept: list[torch.Tensor] = []
 
@@ -93,11 +95,13 @@ class Table:
 
     def _location(self, storage: torch.UntypedStorage) -> int:
         device = storage.device
-        index = self._location_of.get(device)
-        if index is None:
-            index = self._location_of[device] = len(self.locations)
-            tag = "cpu" if device.type == "cpu" else torch.serialization.location_tag(storage)
-            self.locations.append(tag)
+        index = self._index_of_device.get(device)
+        if index is None or not self._device_is_enough:
+            tag = self._tag(storage)
+            index = self._index_of_tag.setdefault(tag, len(self.locations))
+            if index == len(self.locations):
+                self.locations.append(tag)
+            self._index_of_device[device] = index
         return index
 
     def _describe(self, tensor: torch.Tensor) -> TensorRow | None:

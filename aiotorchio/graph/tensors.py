@@ -248,6 +248,12 @@ class TensorMaker:
         """Where a tensor without a storage of its own goes: ``map_location``, as in torch."""
         _expect(device, str, torch.device)
         location = self._map_location
+        if callable(location):
+            raise InvalidObjectError(
+                "a tensor without a storage of its own has nothing that a callable map_location "
+                "could place; torch says: Callable map_location not supported with "
+                "_rebuild_wrapper_subclass or _rebuild_device_tensor_from_numpy"
+            )
         if isinstance(location, Mapping):
             return torch.device(location.get(str(device), device))
         if isinstance(location, str | torch.device):

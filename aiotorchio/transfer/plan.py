@@ -11,7 +11,7 @@ import torch
 
 from aiotorchio.errors import InvalidObjectError
 from aiotorchio.graph.into import destinations_of, has_memory, match
-from aiotorchio.graph.location import MapLocation, destinations, relocate
+from aiotorchio.graph.location import Destinations, MapLocation
 from aiotorchio.graph.names import rows_by_name
 from aiotorchio.graph.rebuild import build_tensor
 from aiotorchio.graph.select import Select, selected
@@ -168,7 +168,7 @@ class Placement:
         self._into = into
         self._named_only = named_only
         # In the caller's thread: "cuda" is the device that is current there, as is a stream.
-        self._devices = destinations(header, options.map_location)
+        self._devices = Destinations(header, options.map_location)
         self._copier = copier or DeviceCopier()
         self._incoming = incoming
         self._swapped = header.byteorder != sys.byteorder
@@ -247,12 +247,11 @@ class Placement:
 
     def _place(self, index: int) -> torch.device | None:
         """Where a storage goes; None: it is not made."""
-        rows, device = self._storages[index], self._devices[index]
+        rows = self._storages[index]
         if not rows.fresh and (rows.into or rows.left_out):
             routed = not rows.into or self._can_be_routed(rows)
             return None if routed else _CPU
-        if isinstance(device, InvalidObjectError):
-            raise device
+        device = self._devices.device(index)
         # What destinations are copied from must be there.
         return _CPU if rows.into and device.type == META_LOCATION else device
 
@@ -340,18 +339,17 @@ class Placement:
     def relocated(
         self, storages: Sequence[torch.UntypedStorage | None]
     ) -> list[torch.UntypedStorage | None]:
-        """Storages where a callable ``map_location`` puts them."""
+        """Storages where ``map_location`` or a restorer of the caller's puts them."""
         return [self.one_relocated(index, storage) for index, storage in enumerate(storages)]
 
     def one_relocated(
         self, index: int, storage: torch.UntypedStorage | None
     ) -> torch.UntypedStorage | None:
-        """One storage where a callable ``map_location`` puts it."""
+        """One storage where ``map_location`` or a restorer of the caller's puts it."""
         rows = self._storages[index]
         if storage is None or (rows.into and not rows.fresh):
             return storage
-        tag = self._header.locations[self._header.storages[index].location]
-        return relocate(storage, tag, self._options.map_location)
+        return self._devices.relocate(index, storage)
 
     @property
     def revises(self) -> bool:

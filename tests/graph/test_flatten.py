@@ -15,6 +15,7 @@ import aiotorchio
 from aiotorchio.graph.flatten import Flattened, flatten
 from aiotorchio.graph.prescan import prescan
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
+from aiotorchio.options import trusted
 from aiotorchio.wire.header import validate
 from tests import corpus
 from tests.graph import forge
@@ -44,7 +45,7 @@ def rebuild(parts: Flattened, **options: Any) -> Any:
         weights_only=True,
         pickle_module=pickle,
         encoding="utf-8",
-        safe_globals=options.get("safe_globals", ()),
+        safe_globals=trusted(options.get("safe_globals", ())),
         map_location=None,
         limits=limits,
         offset=0,
@@ -207,7 +208,7 @@ def test_pickles_of_honest_objects_pass_the_scan() -> None:
         from aiotorchio.graph.allowlist import Allowlist
 
         options = corpus.LOAD_OPTIONS.get(name, {})
-        allowed = Allowlist(options.get("safe_globals", ()), aiotorchio.Limits(), None)
+        allowed = Allowlist(trusted(options.get("safe_globals", ())), aiotorchio.Limits(), None)
         prescan(parts.skeleton, allowed.globals, allowed.stateful, depth_limit=256)
         scanned += 1
     assert scanned == len(PICKLED)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import aiotorchio
-from aiotorchio.graph.location import destinations, relocate
+from aiotorchio.graph.location import Destinations, MapLocation
 from aiotorchio.wire.header import Header
 from tests import corpus
 from tests.graph import forge
@@ -18,6 +18,14 @@ def from_cuda(header: Header) -> None:
     header.locations = [
         "cuda:0" if location == "cpu" else location for location in header.locations
     ]
+
+
+def relocated(
+    storage: torch.UntypedStorage, location: str, map_location: MapLocation
+) -> torch.UntypedStorage:
+    header = forge.flattened([torch.ones(1)]).header
+    header.locations = [location]
+    return Destinations(header, map_location).relocate(0, storage)
 
 
 def message() -> bytes:
@@ -67,17 +75,17 @@ def test_a_callable_gets_every_storage_with_its_bytes() -> None:
 def test_a_callable_that_does_not_care() -> None:
     corpus.assert_same(forge.round_trip(STATE, map_location=lambda storage, location: None), STATE)
     storage = torch.UntypedStorage(4)
-    assert relocate(storage, "cpu", lambda storage, location: None) is storage
+    assert relocated(storage, "cpu", lambda storage, location: None) is storage
 
 
 def test_a_callable_is_not_asked_for_storages_without_bytes() -> None:
     meta = torch.UntypedStorage(4, device="meta")
-    assert relocate(meta, "meta", lambda storage, location: torch.UntypedStorage(4)) is meta
+    assert relocated(meta, "meta", lambda storage, location: torch.UntypedStorage(4)) is meta
 
 
 def test_a_callable_that_sends_a_storage_back_to_where_it_was() -> None:
     with pytest.raises(aiotorchio.InvalidObjectError, match="nowhere"):
-        relocate(torch.UntypedStorage(4), "nowhere", lambda storage, location: None)
+        relocated(torch.UntypedStorage(4), "nowhere", lambda storage, location: None)
 
 
 def test_a_callable_that_returns_a_storage_of_another_size() -> None:
@@ -126,7 +134,7 @@ def test_map_location_of_another_type() -> None:
     with pytest.raises(TypeError, match="map_location"):
         forge.round_trip(STATE, map_location=3)
     with pytest.raises(TypeError, match="map_location"):
-        destinations(forge.flattened(STATE).header, 3)  # type: ignore[arg-type]
+        Destinations(forge.flattened(STATE).header, 3)  # type: ignore[arg-type]
 
 
 def test_map_location_of_tensors_without_storage() -> None:

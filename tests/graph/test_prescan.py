@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError, UnsafeObjectError
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.prescan import _OPCODES, prescan
+from aiotorchio.options import trusted
 from aiotorchio.wire.limits import Limits
 from tests import corpus
 from tests.graph import forge, hostile
 
 
 def scan(data: bytes, depth: int = 256, **options: Any) -> None:
-    allowlist = Allowlist(options.get("safe_globals", ()), Limits(), None)
+    allowlist = Allowlist(trusted(options.get("safe_globals", ())), Limits(), None)
     prescan(data, allowlist.globals, allowlist.stateful, depth_limit=depth, offset=1000)
 
 
