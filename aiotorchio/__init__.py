@@ -31,7 +31,7 @@ from aiotorchio.errors import (
     TruncatedError,
     UnsafeObjectError,
 )
-from aiotorchio.files import load, save
+from aiotorchio.files import get_unsafe_globals, load, save
 from aiotorchio.graph.names import TensorSpec
 from aiotorchio.message import Message
 from aiotorchio.transfer.plan import DoubleBuffer
@@ -61,6 +61,7 @@ __all__ = [
     "TruncatedError",
     "UnsafeObjectError",
     "__version__",
+    "get_unsafe_globals",
     "iter_bytes",
     "load",
     "load_from_stream",

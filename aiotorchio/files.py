@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterable, Generator
+from collections.abc import AsyncIterable, Generator, Iterable
 from typing import Any, Unpack
 
 from aiotorchio.drive import Request, carry_out_blocking, drive_blocking
@@ -15,14 +15,15 @@ from aiotorchio.options import (
     checked_limits,
     load_options,
     outgoing_message,
+    trusted,
 )
 from aiotorchio.streams.guard import exclusive
 from aiotorchio.streams.select import open_blocking_sink, open_blocking_source
-from aiotorchio.transfer.receive import Loaded, receive_message
+from aiotorchio.transfer.receive import IncomingMessage, Loaded, receive_message
 from aiotorchio.transfer.send import Summary
 from aiotorchio.wire.limits import Limits
 
-__all__ = ["load", "save"]
+__all__ = ["get_unsafe_globals", "load", "save"]
 
 
 def save(obj: object, file: Any, **options: Unpack[SaveKeywords]) -> Summary:
@@ -92,6 +93,54 @@ def load(file: Any, *, limits: Limits | None = None, **options: Unpack[MessageKe
         with open(file, "rb") as opened:
             return _load(opened, message, lock)
     return _load(file, message, lock)
+
+
+def get_unsafe_globals(
+    file: Any, *, safe_globals: Iterable[Any] = (), limits: Limits | None = None
+) -> list[str]:
+    """What loading a message from a file would refuse to use; nothing of it is built.
+
+    The counterpart of ``torch.serialization.get_unsafe_globals_in_checkpoint``. For messages on
+    streams there is ``Message.get_unsafe_globals``.
+
+    Args:
+        file: A path, or a seekable binary file, which is left where it was.
+        safe_globals: As of ``load``: what would be trusted.
+        limits: What to accept; the default is ``Limits()``.
+
+    Returns:
+        Paths of the classes and functions that the object needs and that would be refused unless
+        they are in ``safe_globals``; none of an object that was saved without pickle.
+
+    Raises:
+        ValueError: The file can't seek.
+        UnsafeObjectError: A pickle that only ``weights_only=False`` can load, since it was
+            written with another protocol than 2.
+        Exception: As ``load``.
+
+    Example:
+        >>> import fractions, io, aiotorchio
+        >>> file = io.BytesIO()
+        >>> _ = aiotorchio.save(fractions.Fraction(1, 2), file), file.seek(0)
+        >>> aiotorchio.get_unsafe_globals(file)
+        ['fractions.Fraction']
+        >>> aiotorchio.load(file, safe_globals=[fractions.Fraction])
+        Fraction(1, 2)
+    """
+    checked = trusted(safe_globals)
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            return get_unsafe_globals(opened, safe_globals=checked, limits=limits)
+    if not (hasattr(file, "seekable") and file.seekable()):
+        raise ValueError("the file can't seek: open its message with StreamReader.open instead")
+    start = file.tell()
+    incoming = IncomingMessage(checked_limits(limits))
+    try:
+        with exclusive(file, "load", open_blocking_source) as stream:
+            drive_blocking(incoming.open(), stream)
+            return drive_blocking(incoming.unsafe_globals(checked), stream)
+    finally:
+        file.seek(start)
 
 
 def _load(file: Any, message: Generator[Request, Any, Loaded], lock: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, Unpack
@@ -22,6 +22,7 @@ from aiotorchio.options import (
     check_lock,
     load_options,
     tensor_options,
+    trusted,
 )
 from aiotorchio.streams.base import Source
 from aiotorchio.transfer.plan import TensorOptions
@@ -128,6 +129,29 @@ class Message:
         finally:
             loaded.close()
         return loaded.obj
+
+    async def get_unsafe_globals(self, *, safe_globals: Iterable[Any] = ()) -> list[str]:
+        """What a load would refuse to use, as ``torch.serialization`` tells of a checkpoint.
+
+        The object is received without its tensors, and nothing of it is built; the message can
+        still be loaded, iterated over, or skipped.
+
+        Args:
+            safe_globals: As of ``load_from_stream``: what would be trusted.
+
+        Returns:
+            Paths of the classes and functions that the object needs and that would be refused
+            unless they are in ``safe_globals``; none of an object that was sent without pickle.
+
+        Raises:
+            RuntimeError: The message was read already, or its ``async with`` was left.
+            UnsafeObjectError: A pickle that only ``weights_only=False`` can load, since it was
+                written with another protocol than 2.
+            Exception: As ``load_from_stream``.
+        """
+        checked = trusted(safe_globals)
+        self.check(untouched=True)
+        return await self.drive(self._incoming.unsafe_globals(checked))
 
     async def skip(self) -> None:
         """Receive what is left of the message, in the memory of one chunk, and drop it.

@@ -13,11 +13,13 @@ from typing import Any, TypedDict
 import torch
 
 from aiotorchio.drive import Request
+from aiotorchio.graph._torch import skipped_data
 from aiotorchio.graph.flatten import announce, flatten, is_small
 from aiotorchio.graph.into import destinations_of
 from aiotorchio.graph.location import MapLocation
 from aiotorchio.graph.names import TensorSpec
 from aiotorchio.graph.select import Select
+from aiotorchio.graph.unwritten import Unwritten, unwritten
 from aiotorchio.transfer.plan import DoubleBuffer, Into, TensorOptions
 from aiotorchio.transfer.receive import LoadOptions
 from aiotorchio.transfer.send import Summary, send_message, send_produced
@@ -138,6 +140,7 @@ def outgoing_message(
         producer=PRODUCER,
         pickle_module=pickle_module,
         pickle_protocol=pickle_protocol,
+        skip=skipped_data(),
     )
     return send_message(take_apart, inline=is_small(obj), checksum=checksum, progress=progress)
 
@@ -175,7 +178,12 @@ def tensor_options(
     progress: Progress | None = None,
 ) -> TensorOptions:
     """Gather the options."""
-    return TensorOptions(map_location=map_location, select=_reusable(select), progress=progress)
+    return TensorOptions(
+        map_location=map_location,
+        select=_reusable(select),
+        progress=progress,
+        unwritten=_unwritten(map_location),
+    )
 
 
 def load_options(
@@ -212,6 +220,9 @@ def load_options(
         raise ValueError("strict, cast, staged and lock have no meaning without into")
     if lock is not None and not staged and not isinstance(into, DoubleBuffer):
         raise ValueError("lock has no meaning without staged=True or a DoubleBuffer")
+    without_numbers = _unwritten(map_location)
+    if without_numbers is not None and into is not None:
+        raise ValueError("into has no meaning inside of skip_data or FakeTensorMode")
     return LoadOptions(
         map_location=map_location,
         weights_only=weights_only,
@@ -221,6 +232,7 @@ def load_options(
         lock=lock,
         select=_reusable(select),
         progress=progress,
+        unwritten=without_numbers,
         pickle_module=pickle if pickle_module is None else pickle_module,
         encoding=encoding,
     )
@@ -280,6 +292,13 @@ def trusted(safe_globals: Iterable[Any]) -> tuple[Any, ...]:
     if isinstance(safe_globals, type) or not isinstance(safe_globals, Iterable):
         raise TypeError(f"safe_globals is a list of classes and functions, not {safe_globals!r}")
     return *torch.serialization.get_safe_globals(), *safe_globals
+
+
+def _unwritten(map_location: MapLocation) -> Unwritten | None:
+    wanted = unwritten()
+    if wanted is not None and wanted.fake_mode is not None and callable(map_location):
+        raise ValueError("a callable map_location has nothing to place inside of FakeTensorMode")
+    return wanted
 
 
 def _weights_only_is_forced() -> bool:

@@ -39,6 +39,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     "files": ({"errors", "wire", "streams", "drive", "transfer", "options"}, set()),
+    "compat": ({"errors", "files"}, set()),
     "__init__": (
         {"errors", "wire", "graph", "transfer", "message", "api", "files"},
         set(),

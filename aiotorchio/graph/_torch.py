@@ -5,8 +5,10 @@ Checked with torch 2.6.0, 2.11.0 and 2.13.0. Whatever changes in another version
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -17,10 +19,13 @@ from torch.utils.hooks import warn_if_has_hooks
 __all__ = [
     "BLOCKED_MODULES",
     "WeightsOnlyUnpickler",
+    "active_fake_mode",
     "empty_affine_quantized",
     "empty_per_channel_quantized",
+    "fake_storage",
     "get_layout",
     "has_names",
+    "is_fake",
     "known_location",
     "location_tags",
     "make_compressed",
@@ -28,8 +33,10 @@ __all__ = [
     "make_parameter",
     "make_wrapper_subclass",
     "nested_view",
+    "over_storage",
     "python_name",
     "set_view_bits",
+    "skipped_data",
     "storage_key",
     "typed_storage",
     "untyped_storage_of",
@@ -68,8 +75,23 @@ def set_view_bits(tensor: torch.Tensor, *, conjugate: bool, negative: bool) -> N
     torch._C._set_tensor_metadata(tensor, bits)  # type: ignore[attr-defined]
 
 
+def over_storage(
+    storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, size: Any, stride: Any
+) -> torch.Tensor:
+    """A tensor over a storage that is large enough: torch would resize one that is not."""
+    tensor = torch.empty((0,), dtype=dtype, device=storage.device)
+    tensor.set_(storage, offset, size, stride)
+    # Only of storages that were made for a FakeTensorMode, on meta.
+    fake_device = getattr(storage, "_fake_device", None)
+    if fake_device is not None:
+        tensor.fake_device = fake_device  # type: ignore[attr-defined]
+    return tensor
+
+
 def make_parameter(tensor: torch.Tensor, requires_grad: bool) -> torch.nn.Parameter:
     """What ``nn.Parameter`` does for a plain tensor, without its checks in Python."""
+    if type(tensor) is not torch.Tensor:  # fake
+        return torch.nn.Parameter(tensor, requires_grad)
     parameter: torch.nn.Parameter = torch.Tensor._make_subclass(
         torch.nn.Parameter, tensor, requires_grad
     )
@@ -84,7 +106,8 @@ def make_coo(
     indices: torch.Tensor, values: torch.Tensor, size: Any, is_coalesced: bool | None
 ) -> torch.Tensor:
     """A sparse COO tensor of parts that fit together; a RuntimeError if they don't."""
-    torch._validate_sparse_coo_tensor_args(indices, values, size, is_coalesced)
+    if _has_numbers(indices):
+        torch._validate_sparse_coo_tensor_args(indices, values, size, is_coalesced)
     tensor: torch.Tensor = torch.ops.aten._sparse_coo_tensor_unsafe(
         indices, values, size, is_coalesced=is_coalesced
     )
@@ -95,16 +118,51 @@ def make_compressed(
     compressed: torch.Tensor, plain: torch.Tensor, values: torch.Tensor, size: Any, layout: Any
 ) -> torch.Tensor:
     """Likewise of the layouts CSR, CSC, BSR and BSC."""
-    torch._validate_sparse_compressed_tensor_args(compressed, plain, values, size, layout)
+    if _has_numbers(compressed):
+        torch._validate_sparse_compressed_tensor_args(compressed, plain, values, size, layout)
     tensor: torch.Tensor = torch.ops.aten._sparse_compressed_tensor_unsafe(
         compressed, plain, values, size, dtype=values.dtype, layout=layout, device=values.device
     )
     return tensor
 
 
+def _has_numbers(tensor: torch.Tensor) -> bool:
+    """Not if it is on ``meta``, or fake: then there is nothing to read out of bounds with it."""
+    return tensor.untyped_storage().device.type != "meta"
+
+
 def has_names(tensor: torch.Tensor) -> bool:
     """Whether it is a named tensor: a prototype that torch never serialized and 2.13 dropped."""
     return _TORCH_HAS_NAMES and bool(tensor.has_names())  # type: ignore[attr-defined]
+
+
+def skipped_data() -> torch.serialization.skip_data | None:
+    """The same as the ``torch.serialization.skip_data`` that this thread is in."""
+    local = torch.serialization._serialization_tls
+    return (
+        torch.serialization.skip_data(local.materialize_fake_tensors) if local.skip_data else None
+    )
+
+
+def active_fake_mode() -> AbstractContextManager[Any] | None:
+    """The ``FakeTensorMode`` that this thread is in."""
+    if "torch._subclasses.fake_tensor" not in sys.modules:
+        return None
+    mode: AbstractContextManager[Any] | None = torch._guards.detect_fake_mode(None)
+    return mode
+
+
+def fake_storage(nbytes: int, device: torch.device) -> torch.UntypedStorage:
+    """A storage over which a ``FakeTensorMode`` makes its tensors, as if it were on a device."""
+    storage = torch.UntypedStorage(nbytes, device="meta")
+    storage._fake_device = device
+    return storage
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether it is a ``FakeTensor``: a shape and a device, and no numbers."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and type(tensor) is module.FakeTensor
 
 
 def location_tags() -> tuple[Callable[[torch.UntypedStorage], str], bool]:
@@ -133,9 +191,7 @@ def known_location(location: str) -> torch.device | None:
         if restored is not None:
             return cast(torch.device, restored.device)
     # For its error.
-    return cast(
-        torch.device, torch.serialization.default_restore_location(empty, location).device
-    )
+    return cast(torch.device, torch.serialization.default_restore_location(empty, location).device)
 
 
 def _is_of_torch(function: Any) -> bool:

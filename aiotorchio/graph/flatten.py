@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
@@ -55,6 +56,7 @@ def flatten(
     producer: str,
     pickle_module: Any = pickle,
     pickle_protocol: int = 2,
+    skip: torch.serialization.skip_data | None = None,
 ) -> Flattened:
     """Take an object apart without copying a tensor.
 
@@ -67,18 +69,22 @@ def flatten(
         producer: Name and version of the sender, for the header.
         pickle_module: For what the tree codec cannot carry.
         pickle_protocol: Likewise.
+        skip: The ``torch.serialization.skip_data`` that the caller's thread is in: the storages
+            are sent like those on ``meta``, since a stream has no holes to be filled later.
 
     Returns:
         The parts, which share their storages with the object.
     """
     codec: Codec = "tree"
-    table = Table()
+    table = Table(skip)
     skeleton = tree.encode(obj, table)
     if skeleton is None:
-        codec, table = "pickle", Table()
-        skeleton = pickled.dump(
-            obj, table, pickle_module=pickle_module, pickle_protocol=pickle_protocol
-        )
+        codec, table = "pickle", Table(skip)
+        # For this thread, too: torch refuses there what it cannot send without its bytes.
+        with contextlib.nullcontext() if skip is None else skip:
+            skeleton = pickled.dump(
+                obj, table, pickle_module=pickle_module, pickle_protocol=pickle_protocol
+            )
         _add_names(obj, table)
     header = Header(
         byteorder=sys.byteorder,

@@ -50,14 +50,16 @@ class Destinations:
         map_location: A callable gets every storage after it was received on the CPU, and so do
             restorers that were registered with ``torch.serialization.register_package``. Anything
             else is known now, and the bytes go there straight away.
+        fake: Only name the devices: this machine need not have them.
 
     Raises:
         TypeError: ``map_location`` is none of the types that it may be.
     """
 
-    def __init__(self, header: Header, map_location: MapLocation) -> None:
+    def __init__(self, header: Header, map_location: MapLocation, *, fake: bool = False) -> None:
         self._rows = header.storages
-        self._of_location = [_destination(tag, map_location) for tag in header.locations]
+        known = torch.device if fake else known_location
+        self._of_location = [_destination(tag, map_location, known) for tag in header.locations]
 
     def device(self, index: int) -> torch.device:
         """Where the bytes of a storage are received.
@@ -81,7 +83,9 @@ class Destinations:
         return storage if restore is None else restore(storage)
 
 
-def _destination(tag: str, map_location: MapLocation) -> _Destination:
+def _destination(
+    tag: str, map_location: MapLocation, known: Callable[[str], torch.device | None]
+) -> _Destination:
     if tag == META_LOCATION:
         # Without bytes there is nothing to put elsewhere: as in torch, meta stays meta.
         return _Destination(torch.device(META_LOCATION))
@@ -97,7 +101,7 @@ def _destination(tag: str, map_location: MapLocation) -> _Destination:
     else:
         raise TypeError(f"map_location is a device, str, dict or callable, not {map_location!r}")
     try:
-        device = _in_torchs_words(location, lambda: known_location(location))
+        device = _in_torchs_words(location, lambda: known(location))
     except InvalidObjectError as error:
         # To be raised if a storage is needed there.
         return _Destination(error)

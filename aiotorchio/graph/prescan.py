@@ -20,14 +20,13 @@ the arguments themselves count.
 
 from __future__ import annotations
 
-import pickletools
 import struct
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import NamedTuple
 
 from aiotorchio.errors import AiotorchioError, ProtocolError, UnsafeObjectError
-from aiotorchio.graph._torch import BLOCKED_MODULES, python_name
+from aiotorchio.graph._torch import BLOCKED_MODULES
 from aiotorchio.graph.budget import Budget, Measure
+from aiotorchio.graph.opcodes import opcodes, path_of
 
 __all__ = ["prescan"]
 
@@ -37,13 +36,6 @@ _DICTS = ("collections.OrderedDict", "collections.Counter")
 
 # The modules whose functions stand for those of torch on the allowlist.
 _PACKAGE = __name__.rpartition(".")[0] + "."
-
-
-class _Opcode(NamedTuple):
-    """One opcode: how its argument is laid out, and what it does to the stack."""
-
-    argument: int | str  # bytes of it; or "line", "2 lines", "count1", "count4"
-    action: Callable[[_Scan, bytes], None]
 
 
 def prescan(
@@ -76,7 +68,8 @@ def prescan(
     try:
         scan.run()
     except AiotorchioError as error:
-        error.entry, error.offset = "skeleton", offset + scan.at
+        error.entry = "skeleton"
+        error.offset = offset + (scan.at if error.offset is None else error.offset)
         raise
     return scan.given_state
 
@@ -98,40 +91,11 @@ class _Scan:
         self.marks: list[list[Measure]] = []
         self.memo: dict[int, Measure] = {}
         self.budget = Budget(len(data), depth_limit)
-        self.stopped = False
 
     def run(self) -> None:
-        position, data, opcodes = 0, self.data, _OPCODES
-        while not self.stopped:
-            self.at = position
-            if position >= len(data):
-                raise ProtocolError("the pickle ends before its last opcode")
-            opcode = opcodes.get(data[position])
-            if opcode is None:
-                raise UnsafeObjectError(f"opcode {_name(data[position])} is not allowed")
-            argument, position = self._argument(opcode.argument, position + 1)
-            opcode.action(self, argument)
-        self.at = position
-        if position != len(data):
-            raise ProtocolError(f"{len(data) - position} bytes left over behind the pickle")
-
-    def _argument(self, kind: int | str, start: int) -> tuple[bytes, int]:
-        data = self.data
-        if isinstance(kind, int):
-            end = start + kind
-        elif kind == "2 lines":
-            first = data.find(b"\n", start)
-            end = data.find(b"\n", first + 1) + 1 if first >= 0 else 0
-            if not end:
-                raise ProtocolError("the pickle ends inside the name of a global")
-        else:
-            width = 1 if kind == "count1" else 4
-            size = data[start : start + width]
-            start += width
-            end = start + int.from_bytes(size, "little")
-        if end > len(data):
-            raise ProtocolError("the pickle ends inside an argument")
-        return data[start:end], end
+        for at, code, argument in opcodes(self.data):
+            self.at = at
+            _ACTIONS[code](self, argument)
 
     # The stack
 
@@ -167,7 +131,6 @@ class _Scan:
         self.check_contents([self.pop()])
         if self.stack or self.marks:
             raise ProtocolError("the pickle ends with objects left over")
-        self.stopped = True
 
     def constant(self, argument: bytes) -> None:
         self.push(Measure(16, hash=0))
@@ -218,11 +181,7 @@ class _Scan:
         )
 
     def global_(self, argument: bytes) -> None:
-        try:
-            module, name = argument.decode().split("\n")[:2]
-        except UnicodeDecodeError:
-            raise ProtocolError("the name of a global is not UTF-8") from None
-        path = python_name(module, name)
+        path = path_of(argument)
         if path.split(".")[0] in BLOCKED_MODULES or path not in self.allowed:
             raise UnsafeObjectError(
                 f"global {path!r} is not allowed; if you trust it, "
@@ -355,47 +314,42 @@ def _tuple_of(count: int) -> Callable[[_Scan, bytes], None]:
     return action
 
 
-_OPCODES = {
-    code[0]: _Opcode(argument, action)
-    for code, argument, action in (
-        (b"\x80", 1, _Scan.proto),
-        (b".", 0, _Scan.stop),
-        (b"c", "2 lines", _Scan.global_),
-        (b"\x81", 0, _Scan.instantiate),  # NEWOBJ
-        (b"R", 0, _Scan.call),  # REDUCE
-        (b"b", 0, _Scan.build),
-        (b"a", 0, _Scan.append),
-        (b"e", 0, _Scan.appends),
-        (b"s", 0, _Scan.set_item),
-        (b"u", 0, _Scan.set_items),
-        (b"(", 0, _Scan.mark),
-        (b"t", 0, lambda scan, _: scan.tuple_(scan.pop_mark())),
-        (b"\x85", 0, _tuple_of(1)),
-        (b"\x86", 0, _tuple_of(2)),
-        (b"\x87", 0, _tuple_of(3)),
-        (b"N", 0, _Scan.constant),
-        (b"\x88", 0, _Scan.constant),  # NEWTRUE
-        (b"\x89", 0, _Scan.constant),  # NEWFALSE
-        (b")", 0, lambda scan, _: scan.tuple_(())),  # EMPTY_TUPLE
-        (b"]", 0, _Scan.list_),
-        (b"}", 0, _Scan.dict_),
-        (b"\x8f", 0, _Scan.empty_set),
-        (b"J", 4, _Scan.integer),
-        (b"K", 1, _Scan.integer),
-        (b"M", 2, _Scan.integer),
-        (b"G", 8, _Scan.float_),
-        (b"\x8a", "count1", _Scan.long),
-        (b"X", "count4", _Scan.text),
-        (b"U", "count1", _Scan.text),
-        (b"Q", 0, _Scan.persistent_id),
-        (b"h", 1, _Scan.get_memo),
-        (b"j", 4, _Scan.get_memo),
-        (b"q", 1, _Scan.put_memo),
-        (b"r", 4, _Scan.put_memo),
+_ACTIONS: dict[int, Callable[[_Scan, bytes], None]] = {
+    code[0]: action
+    for code, action in (
+        (b"\x80", _Scan.proto),
+        (b".", _Scan.stop),
+        (b"c", _Scan.global_),
+        (b"\x81", _Scan.instantiate),  # NEWOBJ
+        (b"R", _Scan.call),  # REDUCE
+        (b"b", _Scan.build),
+        (b"a", _Scan.append),
+        (b"e", _Scan.appends),
+        (b"s", _Scan.set_item),
+        (b"u", _Scan.set_items),
+        (b"(", _Scan.mark),
+        (b"t", lambda scan, _: scan.tuple_(scan.pop_mark())),
+        (b"\x85", _tuple_of(1)),
+        (b"\x86", _tuple_of(2)),
+        (b"\x87", _tuple_of(3)),
+        (b"N", _Scan.constant),
+        (b"\x88", _Scan.constant),  # NEWTRUE
+        (b"\x89", _Scan.constant),  # NEWFALSE
+        (b")", lambda scan, _: scan.tuple_(())),  # EMPTY_TUPLE
+        (b"]", _Scan.list_),
+        (b"}", _Scan.dict_),
+        (b"\x8f", _Scan.empty_set),
+        (b"J", _Scan.integer),
+        (b"K", _Scan.integer),
+        (b"M", _Scan.integer),
+        (b"G", _Scan.float_),
+        (b"\x8a", _Scan.long),
+        (b"X", _Scan.text),
+        (b"U", _Scan.text),
+        (b"Q", _Scan.persistent_id),
+        (b"h", _Scan.get_memo),
+        (b"j", _Scan.get_memo),
+        (b"q", _Scan.put_memo),
+        (b"r", _Scan.put_memo),
     )
 }
-
-
-def _name(code: int) -> str:
-    """The name of an opcode in an error."""
-    return next((op.name for op in pickletools.opcodes if op.code == chr(code)), f"{code:#04x}")

@@ -9,7 +9,7 @@ import torch
 
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, UnsafeObjectError
 from aiotorchio.graph import pickled, tree
-from aiotorchio.graph._torch import make_parameter, set_view_bits
+from aiotorchio.graph._torch import make_parameter, over_storage, set_view_bits
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.names import Placeholder, check_names
@@ -73,8 +73,7 @@ def build_tensor(row: TensorRow, index: int, storage: torch.UntypedStorage) -> t
 
 
 def _build_tensor(row: TensorRow, storage: torch.UntypedStorage) -> torch.Tensor:
-    tensor = torch.empty((0,), dtype=torch_dtype(row.dtype), device=storage.device)
-    tensor.set_(storage, row.offset, row.shape, row.stride)
+    tensor = over_storage(storage, torch_dtype(row.dtype), row.offset, row.shape, row.stride)
     flags = row.flags
     if not flags:
         return tensor
@@ -178,18 +177,18 @@ class Rebuilder:
         self,
         tensors: Sequence[torch.Tensor],
         storages: Sequence[torch.UntypedStorage | None],
-        destinations: Iterable[torch.Tensor] = (),
+        unreliable: Iterable[torch.Tensor] = (),
     ) -> Any:
         """Return the object; ``check`` must have passed.
 
         Args:
             tensors: The tensor of each row.
             storages: The storage of each row; None if it was not received.
-            destinations: Those of the tensors whose numbers may change.
+            unreliable: Those of the tensors whose numbers may change, or were never written.
         """
         if self._codec == "tree":
             return self._build_tree(tensors)
-        self._allowlist.spare(destinations)
+        self._allowlist.distrust(unreliable)
         if self._weights_only:
             return pickled.load(
                 self._skeleton,

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from aiotorchio.graph._torch import has_names, location_tags, storage_key, warn_if_has_hooks
+from aiotorchio.graph._torch import (
+    has_names,
+    is_fake,
+    location_tags,
+    storage_key,
+    warn_if_has_hooks,
+)
 from aiotorchio.graph.dtypes import DTYPE_NAMES
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import (
     CONJUGATE,
+    META_LOCATION,
     MIXED_UNITS,
     NEGATIVE,
     PARAMETER,
@@ -23,6 +30,9 @@ __all__ = ["Table"]
 class Table:
     """Collects the rows while an object is flattened.
 
+    Args:
+        skip: Send storages without their bytes, and fake tensors like others if it says so.
+
     Attributes:
         tensors: One row for each distinct tensor object.
         storages: One row for each distinct storage.
@@ -30,7 +40,9 @@ class Table:
         locations: Location tags that the storages refer to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, skip: torch.serialization.skip_data | None = None) -> None:
+        self._skips = skip is not None
+        self._takes_fakes = skip is not None and skip.materialize_fake_tensors
         self.tensors: list[TensorRow] = []
         self.storages: list[StorageRow] = []
         self.sources: list[torch.UntypedStorage] = []
@@ -97,7 +109,7 @@ class Table:
         device = storage.device
         index = self._index_of_device.get(device)
         if index is None or not self._device_is_enough:
-            tag = self._tag(storage)
+            tag = META_LOCATION if self._skips else self._tag(storage)
             index = self._index_of_tag.setdefault(tag, len(self.locations))
             if index == len(self.locations):
                 self.locations.append(tag)
@@ -107,11 +119,14 @@ class Table:
     def _describe(self, tensor: torch.Tensor) -> TensorRow | None:
         kind = type(tensor)
         if (
-            (kind is not torch.Tensor and kind is not torch.nn.Parameter)
+            (
+                (kind is not torch.Tensor and kind is not torch.nn.Parameter)
+                and not (self._takes_fakes and is_fake(tensor))
+            )
             or tensor.layout is not torch.strided
             or tensor.is_quantized
             or tensor.is_nested
-            or object.__getstate__(tensor)
+            or (object.__getstate__(tensor) and not is_fake(tensor))
             or has_names(tensor)
         ):
             return None

@@ -58,11 +58,12 @@ class TensorMaker:
         self._limits = limits
         self._map_location = map_location
         self._work_left = limits.total_nbytes
-        self._spared: set[int] = set()
+        self._distrusted: set[int] = set()
 
-    def spare(self, tensors: Iterable[torch.Tensor]) -> None:
+    def distrust(self, tensors: Iterable[torch.Tensor]) -> None:
         """Trust no number in the memory of these: they may have others at any time."""
-        self._spared = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        # Those without memory are all at 0.
+        self._distrusted = {tensor.untyped_storage().data_ptr() for tensor in tensors} - {0}
 
     def strided(
         self,
@@ -84,8 +85,7 @@ class TensorMaker:
         if kind == "quantized":
             raise InvalidObjectError(f"a tensor of {dtype} without a scale")
         untyped = self._checked_view(storage, dtype, offset, size, stride)
-        tensor = torch.empty((0,), dtype=dtype, device=untyped.device)
-        tensor.set_(untyped, offset, size, stride)
+        tensor = _torch.over_storage(untyped, dtype, offset, size, stride)
         if metadata is not None:
             if type(metadata) is not dict or not metadata.keys() <= {"conj", "neg"}:
                 raise InvalidObjectError("a tensor with metadata other than conj and neg")
@@ -268,8 +268,11 @@ class TensorMaker:
         nbytes = tensor.numel() * tensor.element_size()
         if nbytes > tensor.untyped_storage().nbytes():
             raise InvalidObjectError("a part of a tensor that is expanded")
-        if nbytes and tensor.untyped_storage().data_ptr() in self._spared:
-            raise InvalidObjectError("a part of a tensor in the memory of a destination")
+        if nbytes and tensor.untyped_storage().data_ptr() in self._distrusted:
+            raise InvalidObjectError(
+                "a part of a tensor whose numbers are not received, or may change: those of a "
+                "destination, or under torch.serialization.skip_data"
+            )
         self._work_left -= nbytes
         self._check_work()
 

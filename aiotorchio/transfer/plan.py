@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,7 @@ from aiotorchio.graph.location import Destinations, MapLocation
 from aiotorchio.graph.names import rows_by_name
 from aiotorchio.graph.rebuild import build_tensor
 from aiotorchio.graph.select import Select, selected
+from aiotorchio.graph.unwritten import Unwritten
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.route import Route, copy_elements, moved, place_of
 from aiotorchio.memory.staged import BackMemory, Exchange, Swap
@@ -78,6 +81,7 @@ class TensorOptions:
     map_location: MapLocation
     select: Select | None
     progress: Progress | None
+    unwritten: Unwritten | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +172,9 @@ class Placement:
         self._into = into
         self._named_only = named_only
         # In the caller's thread: "cuda" is the device that is current there, as is a stream.
-        self._devices = Destinations(header, options.map_location)
+        self._unwritten = options.unwritten
+        fake = options.unwritten is not None and options.unwritten.fake_mode is not None
+        self._devices = Destinations(header, options.map_location, fake=fake)
         self._copier = copier or DeviceCopier()
         self._incoming = incoming
         self._swapped = header.byteorder != sys.byteorder
@@ -252,6 +258,8 @@ class Placement:
             routed = not rows.into or self._can_be_routed(rows)
             return None if routed else _CPU
         device = self._devices.device(index)
+        if self._unwritten is not None:
+            return torch.device(META_LOCATION)
         # What destinations are copied from must be there.
         return _CPU if rows.into and device.type == META_LOCATION else device
 
@@ -349,7 +357,19 @@ class Placement:
         rows = self._storages[index]
         if storage is None or (rows.into and not rows.fresh):
             return storage
+        if self._unwritten is not None:
+            device = self._devices.device(index)
+            if device.type != META_LOCATION:
+                storage = self._unwritten.storage(storage.nbytes(), device)
         return self._devices.relocate(index, storage)
+
+    def building(self) -> AbstractContextManager[Any]:
+        """To be held while tensors are made over the relocated storages."""
+        return contextlib.nullcontext() if self._unwritten is None else self._unwritten.building()
+
+    def unreliable(self, tensors: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+        """Those of the tensors of the object whose numbers nothing may rely on."""
+        return self.by_name.values() if self._unwritten is None else tensors
 
     @property
     def revises(self) -> bool:

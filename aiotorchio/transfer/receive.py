@@ -12,6 +12,8 @@ import torch
 
 from aiotorchio.drive import Fill, Request, Task
 from aiotorchio.errors import AiotorchioError, LimitExceeded
+from aiotorchio.graph.allowlist import Allowlist
+from aiotorchio.graph.opcodes import globals_of
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.graph.select import revise
 from aiotorchio.memory.incoming import IncomingPayload
@@ -77,7 +79,7 @@ class IncomingMessage:
 
     Attributes:
         opened: The header, when it is in.
-        untouched: Nothing behind the header was asked for.
+        untouched: Nothing behind the header was asked for, or only the skeleton, which is kept.
         chunks_left: Those that were not received yet.
         skipped: What was not received before will not be given to anybody.
         ended: The stream stands behind the message.
@@ -89,6 +91,7 @@ class IncomingMessage:
         self._steps = self._parser.parse()
         self.placement = placement
         self.opened: HeaderReceived
+        self._skeleton: SkeletonReceived | None = None
         self.untouched = True
         self.skipped = self.ended = False
 
@@ -156,9 +159,9 @@ class IncomingMessage:
 
         def build() -> Any:
             # Tensors made in inference mode could not be trained on, wherever they go.
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), place.building():
                 tensors = build_tensors(self.header, storages, place.given)
-                obj = rebuilder.build(tensors, storages, place.by_name.values())
+                obj = rebuilder.build(tensors, storages, place.unreliable(tensors))
             return revise(obj, place.names, place.revision) if place.revises else obj
 
         return (yield from work(build, inline=inline))
@@ -171,9 +174,22 @@ class IncomingMessage:
         )
 
     def skeleton(self) -> Generator[Request, Any, SkeletonReceived]:
-        """Receive the skeleton."""
+        """Receive the skeleton, if it was not received before."""
         self.untouched = False
-        return (yield from self._until(SkeletonReceived))
+        skeleton = self._skeleton or (yield from self._until(SkeletonReceived))
+        self._skeleton = None
+        return skeleton
+
+    def unsafe_globals(self, safe_globals: Sequence[Any]) -> Generator[Request, Any, list[str]]:
+        """Receive the skeleton, and say what in it would be refused; leaves all to be done."""
+        with self.located():
+            received = yield from self.skeleton()
+            names: list[str] = []
+            if self.header.codec == "pickle":
+                search = functools.partial(unsafe_globals, received, safe_globals)
+                names = yield from work(search, inline=len(received.skeleton) <= INLINE_SKELETON)
+            self._skeleton, self.untouched = received, True
+            return names
 
     def _rebuilder(
         self, options: LoadOptions, *, names: bool
@@ -261,6 +277,17 @@ class IncomingMessage:
             if error.offset is None:
                 error.offset = self._parser.position
             raise
+
+
+def unsafe_globals(received: SkeletonReceived, safe_globals: Sequence[Any]) -> list[str]:
+    """What a pickle names that only trust would let through, in alphabetical order."""
+    try:
+        named = globals_of(received.skeleton)
+    except AiotorchioError as error:
+        error.entry = "skeleton"
+        error.offset = received.offset + (error.offset or 0)
+        raise
+    return sorted(named - Allowlist(safe_globals, Limits(), None).globals.keys())
 
 
 def receive_message(

@@ -133,7 +133,7 @@ class TensorStream:
 
         def build() -> NamedTensors:
             tensors: NamedTensors = []
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), place.building():
                 for (_, _, rows), storage in zip(ready, found, strict=True):
                     for row in rows:
                         tensor = build_tensor(header.tensors[row], row, storage)

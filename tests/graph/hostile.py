@@ -179,7 +179,7 @@ def unsafe() -> dict[str, Any]:
 
 
 def unknown_opcodes() -> dict[str, bytes]:
-    known = prescan._OPCODES
+    known = prescan._ACTIONS
     codes = {op.name: op.code.encode("latin-1") for op in pickletools.opcodes}
     cases = {
         f"opcode_{opcode}": b"\x80\x02" + code + b"\x00" * 16

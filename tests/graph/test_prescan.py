@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError, UnsafeObjectError
 from aiotorchio.graph.allowlist import Allowlist
-from aiotorchio.graph.prescan import _OPCODES, prescan
+from aiotorchio.graph.prescan import _ACTIONS, prescan
 from aiotorchio.options import trusted
 from aiotorchio.wire.limits import Limits
 from tests import corpus
@@ -65,7 +65,7 @@ def test_anything_is_an_error_of_ours_or_loads(data: bytes) -> None:
         assert 1000 <= error.offset <= 1002 + len(data)
 
 
-@given(st.lists(st.sampled_from(sorted(_OPCODES)), max_size=30), st.binary())
+@given(st.lists(st.sampled_from(sorted(_ACTIONS)), max_size=30), st.binary())
 def test_opcodes_at_random(codes: list[int], arguments: bytes) -> None:
     data = bytearray(b"\x80\x02")
     for n, code in enumerate(codes):

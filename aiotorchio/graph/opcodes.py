@@ -1,0 +1,112 @@
+"""A pickle, cut into its opcodes: those that torch's weights-only unpickler knows, no others."""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Iterator
+
+from aiotorchio.errors import ProtocolError, UnsafeObjectError
+from aiotorchio.graph._torch import python_name
+
+__all__ = ["globals_of", "opcodes", "path_of"]
+
+# How the argument of each is laid out: so many bytes; or "2 lines", or as many bytes as a count
+# of 1 or 4 bytes says.
+_LAYOUTS: tuple[tuple[int | str, bytes], ...] = (
+    # STOP, NEWOBJ, REDUCE, BUILD, APPEND, APPENDS, SETITEM, SETITEMS, MARK, TUPLE, TUPLE1,
+    # TUPLE2, TUPLE3, NONE, NEWTRUE, NEWFALSE, EMPTY_TUPLE, EMPTY_LIST, EMPTY_DICT, EMPTY_SET,
+    # BINPERSID
+    (0, b".\x81Rbaesu(t\x85\x86\x87N\x88\x89)]}\x8fQ"),
+    (1, b"\x80Khq"),  # PROTO, BININT1, BINGET, BINPUT
+    (2, b"M"),  # BININT2
+    (4, b"Jjr"),  # BININT, LONG_BINGET, LONG_BINPUT
+    (8, b"G"),  # BINFLOAT
+    ("2 lines", b"c"),  # GLOBAL
+    ("count1", b"\x8aU"),  # LONG1, SHORT_BINSTRING
+    ("count4", b"X"),  # BINUNICODE
+)
+_LAYOUT_OF: dict[int, int | str] = {code: layout for layout, codes in _LAYOUTS for code in codes}
+_STOP, _GLOBAL = b"."[0], b"c"[0]
+
+
+def opcodes(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Cut a pickle into its opcodes.
+
+    Args:
+        data: The pickle.
+
+    Yields:
+        Where each begins, its code, and its argument as it is written.
+
+    Raises:
+        UnsafeObjectError: An opcode that torch does not know.
+        ProtocolError: Cut short, or with bytes left over.
+    """
+    position = 0
+    while True:
+        if position >= len(data):
+            raise ProtocolError("the pickle ends before its last opcode", offset=position)
+        code = data[position]
+        layout = _LAYOUT_OF.get(code)
+        if layout is None:
+            raise UnsafeObjectError(f"opcode {_name(code)} is not allowed", offset=position)
+        try:
+            start, end = _argument(data, layout, position + 1)
+        except ProtocolError as error:
+            error.offset = position
+            raise
+        yield position, code, data[start:end]
+        position = end
+        if code == _STOP:
+            break
+    if position != len(data):
+        raise ProtocolError(
+            f"{len(data) - position} bytes left over behind the pickle", offset=position
+        )
+
+
+def _argument(data: bytes, layout: int | str, start: int) -> tuple[int, int]:
+    """Where an argument begins and ends."""
+    if isinstance(layout, int):
+        end = start + layout
+    elif layout == "2 lines":
+        first = data.find(b"\n", start)
+        end = data.find(b"\n", first + 1) + 1 if first >= 0 else 0
+        if not end:
+            raise ProtocolError("the pickle ends inside the name of a global")
+    else:
+        width = 1 if layout == "count1" else 4
+        size = data[start : start + width]
+        start += width
+        end = start + int.from_bytes(size, "little")
+    if end > len(data):
+        raise ProtocolError("the pickle ends inside an argument")
+    return start, end
+
+
+def path_of(argument: bytes) -> str:
+    """The path that a GLOBAL names, as torch reads it.
+
+    Raises:
+        ProtocolError: It is not UTF-8.
+    """
+    try:
+        module, name = argument.decode().split("\n")[:2]
+    except UnicodeDecodeError:
+        raise ProtocolError("the name of a global is not UTF-8") from None
+    return python_name(module, name)
+
+
+def globals_of(data: bytes) -> set[str]:
+    """The paths of all globals that a pickle names; nothing of it is built, or checked otherwise.
+
+    Raises:
+        UnsafeObjectError: An opcode that torch does not know.
+        ProtocolError: Cut short, with bytes left over, or a name that is not UTF-8.
+    """
+    return {path_of(argument) for _, code, argument in opcodes(data) if code == _GLOBAL}
+
+
+def _name(code: int) -> str:
+    """The name of an opcode in an error."""
+    return next((op.name for op in pickletools.opcodes if op.code == chr(code)), f"{code:#04x}")
