@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Coroutine,
+    Generator,
+    Iterable,
+    Mapping,
+)
 from typing import Any, Unpack, get_args
 
 import torch
 
 from aiotorchio.drive import (
     Next,
+    Request,
     Send,
     Task,
     carry_out,
@@ -54,7 +63,7 @@ __all__ = [
 ]
 
 
-async def save_to_stream(
+def save_to_stream(
     obj: object,
     stream: Any,
     *,
@@ -62,15 +71,23 @@ async def save_to_stream(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     metadata: Mapping[str, str] | None = None,
     specs: Mapping[str, TensorSpec | torch.Tensor] | None = None,
+    snapshot: bool = False,
+    compact: bool = False,
     progress: Progress | None = None,
     pickle_module: Any = pickle,
     pickle_protocol: int = 2,
-) -> Summary:
+) -> Coroutine[Any, Any, Summary]:
     """Send an object as one message.
 
     Tensors go as they are: storages that several tensors share are sent once and shared again by
     the receiver, strides and unused parts of a storage are kept. No copy of a tensor is made
-    beyond two chunks for those on a device. Do not change the tensors before this returns.
+    beyond two chunks for those on a device. Do not change the tensors before this is done, unless
+    ``snapshot``. A change that advances a tensor's version counter (any operation of torch in
+    place, but for ``.data`` and what goes through numpy or other processes) is noticed at the end.
+
+    This is a plain function that returns a coroutine: options are checked, and a snapshot is
+    taken, when it is called, not when the coroutine runs. A tensor that a stream of a device is
+    still computing then is sent as that will leave it.
 
     Args:
         obj: Anything. State dicts and other plain containers need no pickle on either side.
@@ -88,6 +105,15 @@ async def save_to_stream(
             is asked for when the one before is sent, and not kept. They arrive on the CPU, unless
             ``map_location`` says otherwise. A plain iterable runs on the event loop. A generator
             stays its owner's to close, if the save fails.
+        snapshot: Send the state as it is when this is called, while the caller goes on changing
+            it. It is copied before this returns: on the host, which blocks for about half a second
+            a GiB; on a device in the order of its current stream, which does not block. Each chunk
+            of the copy is freed when it was sent, so the peak is once the size of the state.
+        compact: Leave out what no tensor shows of its storage; ``Summary.left_out_nbytes`` says how
+            much that is. What tensors share, they go on sharing; strides become those among the
+            elements that are sent. Where tensors show some of the same bytes, and none of them all
+            that the others show, what lies between them is sent, too. Storages that the object
+            refers to itself, such as those of quantized tensors, stay whole.
         progress: Called as ``progress(done, total)`` with bytes of the payload, after each chunk.
         pickle_module: Has a ``Pickler``; used for what is not made of plain containers.
         pickle_protocol: Of that pickle. Receivers load only 2 with ``weights_only=True``.
@@ -98,6 +124,9 @@ async def save_to_stream(
     Raises:
         TypeError: Not a stream that can be saved to, or an option of another type.
         ValueError: An option out of its range, or a blocking socket.
+        RuntimeError: A tensor was changed, or its storage resized, while it was sent. The receiver
+            gets a ``RemoteAbort``, or a ``ChecksumError`` if it came to that first; the stream
+            lives on.
         TruncatedError: The peer closed the connection, or it broke.
         StreamBusy: Another save is using the stream.
         StreamPoisoned: An earlier save was stopped inside its message.
@@ -123,17 +152,23 @@ async def save_to_stream(
         >>> asyncio.run(main())
         {'w': tensor([1., 1.])}
     """
+    message = outgoing_message(
+        obj,
+        checksum=checksum,
+        chunk_size=chunk_size,
+        metadata=metadata,
+        specs=specs,
+        snapshot=snapshot,
+        compact=compact,
+        progress=progress,
+        pickle_module=pickle_module,
+        pickle_protocol=pickle_protocol,
+    )
+    return _save(message, stream)
+
+
+async def _save(message: Generator[Request, Any, Summary], stream: Any) -> Summary:
     with exclusive(stream, "save", open_sink) as sink:
-        message = outgoing_message(
-            obj,
-            checksum=checksum,
-            chunk_size=chunk_size,
-            metadata=metadata,
-            specs=specs,
-            progress=progress,
-            pickle_module=pickle_module,
-            pickle_protocol=pickle_protocol,
-        )
         return await drive(message, sink)
 
 
@@ -271,9 +306,9 @@ class StreamWriter:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
-    async def save(self, obj: object, **options: Unpack[SaveKeywords]) -> Summary:
+    def save(self, obj: object, **options: Unpack[SaveKeywords]) -> Coroutine[Any, Any, Summary]:
         """Send an object as the next message; arguments and errors as in ``save_to_stream``."""
-        return await save_to_stream(obj, self._stream, **options)
+        return save_to_stream(obj, self._stream, **options)
 
 
 class StreamReader:
@@ -341,18 +376,19 @@ class StreamReader:
                 await message.close(unread, failed=False)
 
 
-async def iter_bytes(
+def iter_bytes(
     obj: object, **options: Unpack[SaveKeywords]
-) -> AsyncIterator[bytes | memoryview]:
+) -> AsyncGenerator[bytes | memoryview, None]:
     """The bytes of a message, for the body of an HTTP request or response.
 
     Args:
         obj: As in ``save_to_stream``.
         options: The keyword arguments of ``save_to_stream``.
 
-    Yields:
-        Pieces of up to 256 KiB. Those of tensors on the CPU are read-only views of the tensors
-        themselves, not copies: use them before the tensors change.
+    Returns:
+        Gives pieces of up to 256 KiB. Those of tensors on the CPU are read-only views of the
+        tensors themselves, not copies: use them before the tensors change, or pass
+        ``snapshot=True``.
 
     Raises:
         Exception: What ``save_to_stream`` raises before it sends.
@@ -364,7 +400,12 @@ async def iter_bytes(
         >>> asyncio.run(main())
         [tensor([1., 1.])]
     """
-    message = outgoing_message(obj, **options)
+    return _pieces(outgoing_message(obj, **options))
+
+
+async def _pieces(
+    message: Generator[Request, Any, Summary],
+) -> AsyncGenerator[bytes | memoryview, None]:
     with contextlib.closing(message), contextlib.suppress(StopIteration):
         request = next(message)
         while True:

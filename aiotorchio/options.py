@@ -20,9 +20,10 @@ from aiotorchio.graph.location import MapLocation
 from aiotorchio.graph.names import TensorSpec
 from aiotorchio.graph.select import Select
 from aiotorchio.graph.unwritten import Unwritten, unwritten
+from aiotorchio.memory.staging import DeviceCopier
 from aiotorchio.transfer.plan import DoubleBuffer, Into, TensorOptions
 from aiotorchio.transfer.receive import LoadOptions
-from aiotorchio.transfer.send import Summary, send_message, send_produced
+from aiotorchio.transfer.send import Summary, prepare, send_message, send_produced
 from aiotorchio.transfer.steps import Progress
 from aiotorchio.wire.header import ALIGNMENT, CHUNK_SIZE_MIN
 from aiotorchio.wire.limits import Limits
@@ -57,6 +58,8 @@ class SaveKeywords(TypedDict, total=False):
     chunk_size: int
     metadata: Mapping[str, str] | None
     specs: Mapping[str, TensorSpec | torch.Tensor] | None
+    snapshot: bool
+    compact: bool
     progress: Progress | None
     pickle_module: Any
     pickle_protocol: int
@@ -98,18 +101,24 @@ def outgoing_message(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     metadata: Mapping[str, str] | None = None,
     specs: Mapping[str, TensorSpec | torch.Tensor] | None = None,
+    snapshot: bool = False,
+    compact: bool = False,
     progress: Progress | None = None,
     pickle_module: Any = pickle,
     pickle_protocol: int = 2,
 ) -> Generator[Request, Any, Summary]:
-    """Check the options, and return the message, of which nothing is done yet.
+    """Check the options, and return the message, of which nothing is done yet but a snapshot.
+
+    To be called when the caller makes the call: the tensors are sent as what is queued for them on
+    a device by then leaves them.
 
     Raises:
         TypeError: An option of another type.
         ValueError: An option out of its range.
     """
-    if not isinstance(checksum, bool):
-        raise TypeError(f"checksum is True or False, not {checksum!r}")
+    for option, value in (("checksum", checksum), ("snapshot", snapshot), ("compact", compact)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{option} is True or False, not {value!r}")
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
         raise TypeError(f"chunk_size is a number of bytes, not {chunk_size!r}")
     if chunk_size < CHUNK_SIZE_MIN or chunk_size % ALIGNMENT:
@@ -122,6 +131,8 @@ def outgoing_message(
         if not all(isinstance(text, str) for text in pair):
             raise TypeError(f"metadata maps str to str, not {pair!r}")
     if specs is not None:
+        if snapshot or compact:
+            raise ValueError("snapshot and compact have no meaning with specs")
         header = functools.partial(
             announce,
             _announced(specs),
@@ -140,9 +151,23 @@ def outgoing_message(
         producer=PRODUCER,
         pickle_module=pickle_module,
         pickle_protocol=pickle_protocol,
+        compact=compact,
         skip=skipped_data(),
     )
-    return send_message(take_apart, inline=is_small(obj), checksum=checksum, progress=progress)
+    if snapshot:
+        ready = prepare(take_apart(), _until_now, snapshot=True)
+        return send_message(lambda: ready, inline=True, checksum=checksum, progress=progress)
+    copier = _until_now()
+    return send_message(
+        lambda: prepare(take_apart(), lambda: copier),
+        inline=is_small(obj),
+        checksum=checksum,
+        progress=progress,
+    )
+
+
+def _until_now() -> DeviceCopier:
+    return DeviceCopier(until_now=True)
 
 
 def _announced(specs: Mapping[str, TensorSpec | torch.Tensor]) -> dict[str, TensorSpec]:

@@ -608,13 +608,13 @@ class FailingCopier:
 def failing_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from aiotorchio import options
     from aiotorchio.memory.outgoing import OutgoingPayload
-    from aiotorchio.transfer.send import send_message
+    from aiotorchio.transfer.send import prepare
 
-    def staged(*args: Any, **_: Any) -> OutgoingPayload:
-        return OutgoingPayload(*args, copier=FailingCopier(), staged=lambda device: True)
+    def staged(*args: Any, **options: Any) -> OutgoingPayload:
+        device = {"copier": FailingCopier(), "staged": lambda device: True}
+        return OutgoingPayload(*args, **options | device)
 
-    send = functools.partial(send_message, outgoing=staged)
-    monkeypatch.setattr(options, "send_message", send)
+    monkeypatch.setattr(options, "prepare", functools.partial(prepare, outgoing=staged))
 
 
 @in_one_loop

@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"errors", "strided", "wire", "graph", "memory", "streams", "drive"},
         {"torch"},
     ),
-    "options": ({"errors", "wire", "graph", "drive", "transfer"}, {"torch"}),
+    "options": ({"errors", "wire", "graph", "memory", "drive", "transfer"}, {"torch"}),
     "message": (
         {"errors", "graph", "streams", "drive", "transfer", "options"},
         {"anyio", "torch"},
@@ -39,7 +39,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     "files": ({"errors", "wire", "streams", "drive", "transfer", "options"}, set()),
-    "compat": ({"errors", "files"}, set()),
+    "compat": ({"errors", "graph", "files"}, set()),
     "__init__": (
         {"errors", "wire", "graph", "transfer", "message", "api", "files"},
         set(),

@@ -117,7 +117,7 @@ class IterableEnd(AnyioEnd):
                 yield data[cut:]
 
     async def save(self, obj: object, **options: Any) -> Summary:
-        async with contextlib.aclosing(aiotorchio.iter_bytes(obj, **options)) as pieces:  # type: ignore[type-var]
+        async with contextlib.aclosing(aiotorchio.iter_bytes(obj, **options)) as pieces:
             async for piece in pieces:
                 await self.sink.send(bytes(piece))
         return Summary(0, 0, 0, 0, 0, "", "")
@@ -244,7 +244,7 @@ async def socket_end(sock: socket.socket, serves: bool) -> AsyncIterator[End]:
 async def iterable_end(sock: socket.socket, serves: bool) -> AsyncIterator[End]:
     async with await _anyio_stream(sock) as stream:
         end = IterableEnd(stream)
-        async with contextlib.aclosing(end.pieces):  # type: ignore[type-var]
+        async with contextlib.aclosing(end.pieces):
             yield end
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "storage_key",
     "typed_storage",
     "untyped_storage_of",
+    "version_of",
     "warn_if_has_hooks",
 ]
 
@@ -66,6 +67,11 @@ def untyped_storage_of(storage: torch.TypedStorage) -> torch.UntypedStorage:
     """The untyped storage in a typed one, likewise without a warning."""
     untyped: torch.UntypedStorage = storage._untyped_storage
     return untyped
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """The version counter of a tensor; None of a tensor of inference mode, which has none."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def set_view_bits(tensor: torch.Tensor, *, conjugate: bool, negative: bool) -> None:

@@ -7,16 +7,19 @@ import os
 import pickle
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import torch
 
 from aiotorchio.graph import pickled, tree
+from aiotorchio.graph.compact import compact as without_gaps
 from aiotorchio.graph.dtypes import DTYPE_NAMES
 from aiotorchio.graph.names import TensorSpec, walk
 from aiotorchio.graph.table import Table
+from aiotorchio.graph.versions import Versions
+from aiotorchio.strided import Part
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import META_LOCATION, Codec, Header
 
@@ -41,11 +44,17 @@ class Flattened:
         header: The header of its message.
         skeleton: The object around its tensors.
         storages: The storage of each row of the header.
+        parts: What is sent of storages that are not sent as a whole, by number.
+        left_out: Bytes of those that are not sent.
+        versions: The tensors as they are now.
     """
 
     header: Header
     skeleton: bytes
     storages: list[torch.UntypedStorage]
+    parts: dict[int, list[Part]] = field(default_factory=dict)
+    left_out: int = 0
+    versions: Versions = field(default_factory=Versions)
 
 
 def flatten(
@@ -56,6 +65,7 @@ def flatten(
     producer: str,
     pickle_module: Any = pickle,
     pickle_protocol: int = 2,
+    compact: bool = False,
     skip: torch.serialization.skip_data | None = None,
 ) -> Flattened:
     """Take an object apart without copying a tensor.
@@ -69,6 +79,7 @@ def flatten(
         producer: Name and version of the sender, for the header.
         pickle_module: For what the tree codec cannot carry.
         pickle_protocol: Likewise.
+        compact: Leave out what no tensor shows of its storage.
         skip: The ``torch.serialization.skip_data`` that the caller's thread is in: the storages
             are sent like those on ``meta``, since a stream has no holes to be filled later.
 
@@ -97,7 +108,13 @@ def flatten(
         storages=table.storages,
         tensors=table.tensors,
     )
-    return Flattened(header, skeleton, table.sources)
+    parts, left_out = (
+        without_gaps(table.tensors, table.storages, table.locations, table.whole)
+        if compact
+        else ({}, 0)
+    )
+    versions = Versions(table.kept, table.tensors)
+    return Flattened(header, skeleton, table.sources, parts, left_out, versions)
 
 
 def announce(

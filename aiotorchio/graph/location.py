@@ -120,6 +120,8 @@ def _placed(
         return storage if tag == "cpu" else _restored(storage, tag)
     # torch.load takes typed storages too, such as storage.cuda() of older code.
     untyped = untyped_storage_of(placed) if isinstance(placed, torch.TypedStorage) else placed
+    if not isinstance(untyped, torch.UntypedStorage):
+        raise TypeError(f"map_location returned {type(placed).__name__}, not a storage")
     if untyped.nbytes() != storage.nbytes():
         raise ValueError(
             f"map_location returned {untyped.nbytes()} bytes for a storage of {storage.nbytes()}"

@@ -38,6 +38,8 @@ class Table:
         storages: One row for each distinct storage.
         sources: The storages themselves, in the order of their rows.
         locations: Location tags that the storages refer to.
+        whole: Storages that the object refers to itself, not only by tensors over them.
+        kept: The tensors themselves, in the order of their rows.
     """
 
     def __init__(self, skip: torch.serialization.skip_data | None = None) -> None:
@@ -47,13 +49,14 @@ class Table:
         self.storages: list[StorageRow] = []
         self.sources: list[torch.UntypedStorage] = []
         self.locations: list[str] = []
+        self.whole: set[int] = set()
+        # Rows are found again by id(), so every tensor must live as long as the table.
+        self.kept: list[torch.Tensor] = []
         self._row_of: dict[int, int] = {}
         self._index_of: dict[int, int] = {}
         self._tag, self._device_is_enough = location_tags()
         self._index_of_device: dict[torch.device, int] = {}
         self._index_of_tag: dict[str, int] = {}
-        # Rows are found again by id(), so every tensor must live as long as the table.
-        self._kept: list[torch.Tensor] = []
 
     def add_tensor(self, tensor: torch.Tensor, name: str | None = None) -> int | None:
         """Give a tensor a row, or find the one it has.
@@ -73,7 +76,7 @@ class Table:
                 return None
             row = len(self.tensors)
             self._row_of[id(tensor)] = row
-            self._kept.append(tensor)
+            self.kept.append(tensor)
             self.tensors.append(described)
         if name is not None:
             self.tensors[row].names.append(name)
@@ -86,7 +89,7 @@ class Table:
             self.tensors[row].names.append(name)
 
     def add_storage(self, storage: torch.UntypedStorage, unit: int) -> int:
-        """Give a storage a row, or find the one it has.
+        """Give a storage a row, or find the one it has: the object refers to the storage itself.
 
         Args:
             storage: Any storage.
@@ -95,6 +98,11 @@ class Table:
         Returns:
             The number of its row.
         """
+        index = self._storage_row(storage, unit)
+        self.whole.add(index)
+        return index
+
+    def _storage_row(self, storage: torch.UntypedStorage, unit: int) -> int:
         key = storage_key(storage)
         index = self._index_of.get(key)
         if index is None:
@@ -109,7 +117,9 @@ class Table:
         device = storage.device
         index = self._index_of_device.get(device)
         if index is None or not self._device_is_enough:
-            tag = META_LOCATION if self._skips else self._tag(storage)
+            # As in torch, what has no bytes is asked nobody about.
+            no_bytes = self._skips or device.type == META_LOCATION
+            tag = META_LOCATION if no_bytes else self._tag(storage)
             index = self._index_of_tag.setdefault(tag, len(self.locations))
             if index == len(self.locations):
                 self.locations.append(tag)
@@ -145,6 +155,6 @@ class Table:
             | (CONJUGATE if tensor.is_conj() else 0)
             | (NEGATIVE if tensor.is_neg() else 0)
         )
-        index = self.add_storage(storage, DTYPES[dtype].unit)
+        index = self._storage_row(storage, DTYPES[dtype].unit)
         offset, shape, stride = int(tensor.storage_offset()), tensor.shape, tensor.stride()
         return TensorRow(index, dtype, offset, tuple(shape), stride, flags, [])

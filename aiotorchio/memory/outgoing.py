@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 
 from aiotorchio.memory.host import view_of
-from aiotorchio.memory.staging import Copier, DeviceCopier, Slabs, bytes_of
+from aiotorchio.memory.packed import Packed
+from aiotorchio.memory.staging import Copier, DeviceCopier, Here, OnDevice, Slabs, bytes_of
+from aiotorchio.strided import Part
 
 __all__ = ["SMALL_STORAGE", "NeedsStaging", "OutgoingPayload", "needs_staging"]
 
@@ -36,8 +39,14 @@ class OutgoingPayload:
         offsets: First byte of each in the payload.
         nbytes: Bytes of each in the payload; 0 for those on ``meta``.
         chunk_size: In bytes.
+        parts: Storages of which only parts are sent, by number; what lies between their parts, to
+            align them, is less than 64 bytes of zeros.
         copier: For storages on a device; the default fits the device.
         staged: Which devices need staging; tests stage the CPU.
+
+    Attributes:
+        has_staged: Whether any storage is on a device.
+        borrows: Whether the chunk that was taken last shows the memory of storages on the host.
     """
 
     def __init__(
@@ -47,59 +56,110 @@ class OutgoingPayload:
         nbytes: Sequence[int],
         chunk_size: int,
         *,
+        parts: Mapping[int, Sequence[Part]] | None = None,
         copier: Copier | None = None,
         staged: NeedsStaging = needs_staging,
     ) -> None:
-        # Only storages with bytes: empty ones share their offset with the next one.
-        rows = [n for n, size in enumerate(nbytes) if size]
-        self._starts = [offsets[n] for n in rows]
-        self._ends = [offsets[n] + nbytes[n] for n in rows]
-        self._storages = [storages[n] for n in rows]
-        devices = [storage.device for storage in self._storages]
-        self._staged = [staged(device) for device in devices]
+        # What is sent as a piece: a storage with bytes (empty ones share their offset with the
+        # next one), or a part of one.
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._storages: list[torch.UntypedStorage] = []
+        self._sizes: list[int] = []  # of the storages
+        self._firsts: list[int] = []  # bytes of the storages before the pieces
+        self._packed: dict[int, Packed] = {}
+        for row, size in enumerate(nbytes):
+            if not size:
+                continue
+            storage = storages[row]
+            if parts and row in parts:
+                for part in parts[row]:
+                    if not part.dense:
+                        self._packed[len(self._starts)] = Packed(storage, part)
+                    self._add(storage, storage.nbytes(), offsets[row] + part.at, part.nbytes)
+                    self._firsts.append(part.start)
+            else:
+                self._add(storage, size, offsets[row], size)
+                self._firsts.append(0)
+        self._staged = [staged(storage.device) for storage in self._storages]
         self._small = [
-            nbytes[n] < SMALL_STORAGE and not is_staged
-            for n, is_staged in zip(rows, self._staged, strict=True)
+            end - start < SMALL_STORAGE and not is_staged and n not in self._packed
+            for n, (start, end, is_staged) in enumerate(
+                zip(self._starts, self._ends, self._staged, strict=True)
+            )
         ]
         self.has_staged = any(self._staged)
-        if self.has_staged:
-            self._copier = copier or DeviceCopier()
-            self._slabs = Slabs(chunk_size, self._copier)
+        self.borrows = False
+        # Without a device there is nothing but views to stage.
+        self._slabs = Slabs(chunk_size, copier or DeviceCopier()) if self.has_staged else None
+
+    def _add(self, storage: torch.UntypedStorage, size: int, start: int, nbytes: int) -> None:
+        self._storages.append(storage)
+        self._sizes.append(size)
+        self._starts.append(start)
+        self._ends.append(start + nbytes)
 
     def chunk(self, start: int, length: int) -> list[memoryview]:
         """Views of ``length`` bytes from ``start``; from a device, they are copied first.
 
         Views of a slab hold until the chunk after the next is taken; all others hold for good.
+
+        Raises:
+            RuntimeError: A storage has another size than when it was announced.
         """
-        views: list[memoryview] = []
-        slab: tuple[torch.Tensor, memoryview] | None = None
+        pieces = list(self.pieces(start, length))
+        if self._slabs is not None:
+            return self._slabs.stage(pieces)
+        return cast(list[memoryview], pieces)
+
+    def pieces(self, start: int, length: int) -> Iterator[memoryview | OnDevice]:
+        """Likewise, but bytes on a device are left there."""
+        self.borrows = False
         position, end = start, start + length
         index = max(bisect_right(self._starts, start) - 1, 0)
         while position < end:
             first, last = self._starts[index], min(self._ends[index], end)
             if position < first:
-                views.append(_PADDING[: min(first, end) - position])
-                position = min(first, end)
+                last = min(first, end)
+                yield _PADDING[: last - position]
             elif position >= last:
                 index += 1
+                continue
             elif self._staged[index]:
-                slab = slab or self._slabs.take()
-                at = slice(position - start, last - start)
-                source = bytes_of(self._checked(index))[position - first : last - first]
-                self._copier.copy(slab[0][at], source)
-                views.append(slab[1][at])
-                position = last
+                yield OnDevice(
+                    self._storages[index].device,
+                    last - position,
+                    self._copy_of(index, position - first, last - first),
+                )
+            elif index in self._packed:
+                gathered = torch.UntypedStorage(last - position)
+                self._copy_of(index, position - first, last - first)(bytes_of(gathered), Here())
+                yield view_of(gathered)
             elif self._small[index]:
-                views.append(self._gather(index, position, end))
-                position += len(views[-1])
+                gathered_view = self._gather(index, position, end)
+                last = position + len(gathered_view)
+                yield gathered_view
             else:
-                views.append(view_of(self._checked(index))[position - first : last - first])
-                position = last
-        return views
+                self.borrows = True
+                at = self._firsts[index] - first
+                yield view_of(self._checked(index))[position + at : last + at]
+            position = last
+
+    def _copy_of(self, index: int, start: int, stop: int) -> Callable[[torch.Tensor, Copier], None]:
+        """What copies a range of a piece."""
+        storage, packed, first = self._checked(index), self._packed.get(index), self._firsts[index]
+
+        def copy(destination: torch.Tensor, copier: Copier) -> None:
+            if packed is None:
+                copier.copy(destination, bytes_of(storage)[first + start : first + stop])
+            else:
+                packed.copy(destination, start, stop, copier)
+
+        return copy
 
     def _checked(self, index: int) -> torch.UntypedStorage:
-        """A storage, which must still be as large as the header says."""
-        storage, nbytes = self._storages[index], self._ends[index] - self._starts[index]
+        """A storage, which must still be as large as it was."""
+        storage, nbytes = self._storages[index], self._sizes[index]
         if storage.nbytes() != nbytes:
             raise RuntimeError(
                 f"a storage of {nbytes} bytes was resized to {storage.nbytes()} while it was sent"
@@ -107,7 +167,7 @@ class OutgoingPayload:
         return storage
 
     def _gather(self, index: int, start: int, end: int) -> memoryview:
-        """Copy a run of small storages, and what aligns them, into one piece of memory."""
+        """Copy a run of small pieces, and what aligns them, into one piece of memory."""
         stop = index
         while stop < len(self._starts) and self._small[stop] and self._starts[stop] < end:
             stop += 1
@@ -119,7 +179,7 @@ class OutgoingPayload:
             first, last = max(self._starts[n], start), min(self._ends[n], end)
             if position < first:
                 view[position - start : first - start] = _PADDING[: first - position]
-            source = self._checked(n).data_ptr() + first - self._starts[n]
+            source = self._checked(n).data_ptr() + self._firsts[n] + first - self._starts[n]
             ctypes.memmove(address + first - start, source, last - first)
             position = last
         return view

@@ -7,13 +7,15 @@ host memory, whatever the size of the model.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from aiotorchio.memory.host import view_of
 
-__all__ = ["Copier", "DeviceCopier", "Slabs", "bytes_of"]
+__all__ = ["Copier", "DeviceCopier", "Here", "OnDevice", "Slabs", "bytes_of"]
 
 
 class Copier(Protocol):
@@ -26,43 +28,114 @@ class Copier(Protocol):
         """Copy bytes, and return when they have arrived. May run in a worker thread."""
 
 
-class DeviceCopier:
-    """Copies on streams of its own, behind what the caller's streams have queued so far.
-
-    To be made in the caller's thread: there, the current stream of a device is the one on which
-    the tensors to be sent were computed.
-    """
-
-    def __init__(self) -> None:
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        self._callers_streams = {device: torch.cuda.current_stream(device) for device in devices}
-        self._streams: dict[int, torch.cuda.Stream] = {}
+class Here:
+    """Copies on the current stream of its thread, and waits for nothing."""
 
     def slab(self, nbytes: int) -> torch.UntypedStorage:
-        """Host memory; pinned if CUDA is in use."""
+        """Memory of the host."""
+        return torch.UntypedStorage(nbytes)
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy, on a device when its turn has come."""
+        destination.copy_(source)
+
+
+class DeviceCopier:
+    """Copies on streams of its own, behind what the caller's streams have queued.
+
+    To be made in the caller's thread: there, the current stream of a device is the one on which
+    the tensors to be sent are computed, and those received are used.
+
+    Args:
+        until_now: Wait for what is queued when this is made. Otherwise each copy waits for all
+            that is queued when it is made.
+    """
+
+    def __init__(self, *, until_now: bool = False) -> None:
+        self._type, self._module = _accelerator_in_use()
+        self._until_now = until_now
+        indices = _indices(self._module, in_use=until_now)
+        callers = {index: self._module.current_stream(index) for index in indices}
+        # What the copies wait for: events, or streams.
+        self._callers = {
+            index: stream.record_event() if until_now else stream
+            for index, stream in callers.items()
+        }
+        self._streams: dict[int, Any] = {}
+
+    def slab(self, nbytes: int) -> torch.UntypedStorage:
+        """Host memory; pinned if an accelerator is in use."""
         slab = torch.empty(
-            nbytes, dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_initialized()
+            nbytes, dtype=torch.uint8, device="cpu", pin_memory=self._module is not None
         )
         return slab.untyped_storage()
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Copy bytes, and return when they have arrived; no more than one stream is waited for."""
         device = source.device if destination.device.type == "cpu" else destination.device
-        if device.type != "cuda":
+        module = self._module
+        if module is None or device.type != self._type:
             destination.copy_(source)
             return
         stream = self._streams.get(device.index)
         if stream is None:
-            stream = self._streams[device.index] = torch.cuda.Stream(device)
-        # The allocator may hand out memory that the caller's stream still uses, or the one of the
-        # thread that it was made in.
-        stream.wait_stream(torch.cuda.current_stream(device))
-        if device.index in self._callers_streams:
-            stream.wait_stream(self._callers_streams[device.index])
-        with torch.cuda.stream(stream):
+            stream = self._streams[device.index] = module.Stream(device)
+        caller = self._callers.get(device.index)
+        if caller is not None and self._until_now:
+            stream.wait_event(caller)
+        elif caller is not None:
+            stream.wait_stream(caller)
+        if not self._until_now:
+            # The allocator may hand out memory that the stream of the thread that it was made in
+            # still uses.
+            stream.wait_stream(module.current_stream(device))
+        with module.stream(stream):
             destination.copy_(source, non_blocking=True)
             done = stream.record_event()
         done.synchronize()
+
+
+def _accelerator_in_use() -> tuple[str | None, Any]:
+    """Its type and its module, such as ``torch.cuda``; None if there are no streams to care for."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return None, None
+    module = torch.get_device_module(accelerator)
+    has_streams = all(hasattr(module, name) for name in ("Stream", "stream", "current_stream"))
+    if not has_streams or not module.is_initialized():
+        return None, None
+    return accelerator.type, module
+
+
+def _indices(module: Any, *, in_use: bool) -> Sequence[int]:
+    """Devices on which something may be queued."""
+    if module is None:
+        return ()
+    devices = range(module.device_count())
+    statistics = getattr(module, "memory_stats_as_nested_dict", None)
+    if statistics is None or not in_use:
+        return devices
+    # An event would make a context, of hundreds of MiB, on a device that was never used.
+    return [
+        index
+        for index in devices
+        if statistics(index).get("reserved_bytes", {}).get("all", {}).get("current")
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class OnDevice:
+    """Bytes of a chunk that are on a device.
+
+    Attributes:
+        device: Where.
+        nbytes: How many.
+        copy: Called with as many bytes of memory, on the host or that device, and a copier.
+    """
+
+    device: torch.device
+    nbytes: int
+    copy: Callable[[torch.Tensor, Copier], None]
 
 
 class Slabs:
@@ -87,6 +160,22 @@ class Slabs:
             return self._slabs[-1]
         self._turn = 1 - self._turn
         return self._slabs[1 - self._turn]
+
+    def stage(self, pieces: Sequence[memoryview | OnDevice]) -> list[memoryview]:
+        """Views of a chunk; what is on a device is copied to the next slab first."""
+        views: list[memoryview] = []
+        slab: tuple[torch.Tensor, memoryview] | None = None
+        position = 0
+        for piece in pieces:
+            if isinstance(piece, memoryview):
+                views.append(piece)
+            else:
+                slab = slab or self.take()
+                at = slice(position, position + piece.nbytes)
+                piece.copy(slab[0][at], self._copier)
+                views.append(slab[1][at])
+            position += len(views[-1])
+        return views
 
 
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -9,6 +9,7 @@ import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from http.client import IncompleteRead
 
 import anyio
 
@@ -139,6 +140,7 @@ def connection_errors(broken: type[OSError] = ConnectionError) -> Iterator[None]
     except (
         broken,
         ssl.SSLError,
+        IncompleteRead,
         anyio.BrokenResourceError,
         anyio.ClosedResourceError,
     ) as error:

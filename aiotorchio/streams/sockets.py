@@ -150,9 +150,13 @@ def _check(sock: socket.socket) -> None:
 
 async def _repeat(sock: socket.socket, step: Callable[[], bool], *, writing: bool) -> None:
     """Call ``step`` whenever the socket is ready, until it says that it is done."""
-    if step():
-        # Nothing was waited for: let other tasks run all the same.
+    # Other tasks must have a turn even if nothing needs to be waited for. When writing, before: a
+    # cancellation then comes while something is still missing, not when all is sent.
+    if writing:
         await anyio.lowlevel.checkpoint()
+    if step():
+        if not writing:
+            await anyio.lowlevel.checkpoint()
         return
     loop = asyncio_loop()
     if loop is None:  # trio

@@ -15,14 +15,15 @@ from aiotorchio.graph.into import has_memory
 from aiotorchio.graph.names import TensorSpec
 from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.memory.produced import ProducedPayload
-from aiotorchio.memory.staging import DeviceCopier
+from aiotorchio.memory.snapshot import Snapshot
+from aiotorchio.memory.staging import Copier, DeviceCopier
 from aiotorchio.streams.base import Buffer
 from aiotorchio.transfer.steps import Progress, work
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.header import Header, Layout
 from aiotorchio.wire.parser import MessageEnded
 
-__all__ = ["Summary", "send_message", "send_produced"]
+__all__ = ["Prepared", "Summary", "prepare", "send_message", "send_produced"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class Summary:
         chunks: Chunks of the payload.
         codec: ``"tree"`` or ``"pickle"``: how the object around the tensors was written.
         message_id: 32 hexadecimal digits that this message shares with no other.
+        left_out_nbytes: Bytes of the storages that were not sent, since no tensor shows them
+            (``compact=True``).
     """
 
     nbytes: int
@@ -46,24 +49,74 @@ class Summary:
     chunks: int
     codec: str
     message_id: str
+    left_out_nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An object that is ready to be sent, once.
+
+    Attributes:
+        flattened: Its parts.
+        layout: Of the payload.
+        payload: What its chunks are taken from.
+        watched: Whether somebody may change the tensors while they are sent.
+    """
+
+    flattened: Flattened
+    layout: Layout
+    payload: OutgoingPayload | Snapshot
+    watched: bool
+
+
+def prepare(
+    flattened: Flattened,
+    copier: Callable[[], Copier],
+    *,
+    snapshot: bool = False,
+    outgoing: Callable[..., OutgoingPayload] = OutgoingPayload,
+) -> Prepared:
+    """Get an object ready to be sent.
+
+    Args:
+        flattened: Its parts.
+        copier: Gives what copies storages from their devices.
+        snapshot: Copy everything, here and now.
+        outgoing: In place of the default payload, for tests.
+
+    Returns:
+        The object, to be sent once.
+    """
+    layout = Layout(flattened.header)
+    payload = outgoing(
+        flattened.storages,
+        layout.offsets,
+        layout.nbytes,
+        layout.chunk_size,
+        parts=flattened.parts,
+        copier=copier(),
+    )
+    if not snapshot:
+        return Prepared(flattened, layout, payload, watched=True)
+    chunks = map(layout.chunk, range(layout.chunks))
+    copies = Snapshot(payload, chunks, layout.chunk_size, copier)
+    return Prepared(flattened, layout, copies, watched=False)
 
 
 def send_message(
-    flatten: Callable[[], Flattened],
+    make_ready: Callable[[], Prepared],
     *,
     inline: bool,
     checksum: bool,
     progress: Progress | None = None,
-    outgoing: Callable[..., OutgoingPayload] = OutgoingPayload,
 ) -> Generator[Request, Any, Summary]:
     """Everything about sending one message but the sending.
 
     Args:
-        flatten: Takes the object apart.
+        make_ready: Takes the object apart, and prepares it.
         inline: The object is so small that this need not happen in a worker thread.
         checksum: Whether chunks carry a digest.
         progress: Called with bytes done and bytes in total, after each chunk.
-        outgoing: In place of the default one, for tests.
 
     Yields:
         What it waits for.
@@ -71,59 +124,71 @@ def send_message(
     Returns:
         What was sent.
     """
-    # In the caller's thread: a copier reads which streams of the devices are current there.
-    copier = DeviceCopier()
 
-    def prepare() -> tuple[Header, Layout, Composer, OutgoingPayload, list[Buffer]]:
-        flattened = flatten()
-        header = flattened.header
-        layout = Layout(header)
-        composer = Composer(header, layout, checksum=checksum)
-        payload = outgoing(
-            flattened.storages, layout.offsets, layout.nbytes, layout.chunk_size, copier=copier
-        )
-        return header, layout, composer, payload, composer.opening(flattened.skeleton)
+    def begin() -> tuple[Prepared, Composer, list[Buffer]]:
+        ready = make_ready()
+        composer = Composer(ready.flattened.header, ready.layout, checksum=checksum)
+        return ready, composer, composer.opening(ready.flattened.skeleton)
 
-    header, layout, composer, payload, unsent = yield from work(prepare, inline=inline)
-    nbytes = 0
+    ready, composer, unsent = yield from work(begin, inline=inline)
+    layout, payload = ready.layout, ready.payload
 
     def compose(index: int) -> list[Buffer]:
-        """One chunk, and with the last one the end."""
         frame: list[Buffer] = composer.chunk(payload.chunk(*layout.chunk(index)))
-        return frame + composer.end() if index == layout.chunks - 1 else frame
+        return frame
 
-    if not layout.chunks:
-        unsent += composer.end()
-        yield Send(unsent)
-        nbytes += _size(unsent)
-    else:
+    def compose_end() -> list[Buffer]:
+        if ready.watched:
+            ready.flattened.versions.check()
+        end: list[Buffer] = composer.end()
+        return end
+
+    def send_end(unsent: list[Buffer]) -> Generator[Request, Any, int]:
+        buffers = unsent + compose_end()
+        yield Send(buffers)
+        return _size(buffers)
+
+    frame: list[Buffer] = []
+    if layout.chunks:
         first = functools.partial(compose, 0)
         frame = yield from work(first, inline=not payload.has_staged)
+    nbytes, ended = 0, False
+    try:
         for index in range(layout.chunks):
             buffers, unsent = unsent + frame, []
-            upcoming = functools.partial(compose, index + 1) if index + 1 < layout.chunks else None
-            try:
-                if payload.has_staged or upcoming is None:
-                    # The next chunk comes from its device while this one is on the wire.
-                    frame = yield Send(buffers, meanwhile=upcoming, passing=payload.has_staged)
-                else:
-                    yield Send(buffers)
-                    frame = upcoming()
-                nbytes += _size(buffers)
-                if progress:
-                    progress(sum(layout.chunk(index)), layout.total)
-            except Exception as error:
-                # The stream stands between two frames, so the receiver can be told, if it has
-                # not got all. Had the stream itself failed, this would fail with the same error.
-                reason = f"{type(error).__name__}: {error}"
-                yield Send([] if upcoming is None else composer.abort(reason))
-                yield MessageEnded()
-                raise
+            last = index == layout.chunks - 1
+            if last and not payload.borrows:
+                # Nobody can change these bytes any more: the end may go with them.
+                buffers += compose_end()
+                ended = True
+            upcoming = None if last else functools.partial(compose, index + 1)
+            if payload.has_staged:
+                # The next chunk comes from its device while this one is on the wire.
+                frame = yield Send(buffers, meanwhile=upcoming, passing=True)
+            else:
+                yield Send(buffers)
+                frame = upcoming() if upcoming else []
+            nbytes += _size(buffers)
+            if last and not ended:
+                nbytes += yield from send_end([])
+                ended = True
+            if progress:
+                progress(sum(layout.chunk(index)), layout.total)
+        if not ended:
+            nbytes += yield from send_end(unsent)
+    except Exception as error:
+        if nbytes:
+            # The stream stands between two frames, so the receiver can be told, if it has not got
+            # all. Had the stream itself failed, this would fail with the same error.
+            yield Send([] if ended else composer.abort(f"{type(error).__name__}: {error}"))
+            yield MessageEnded()
+        raise
     yield MessageEnded()
-    return _summary(header, layout, composer, nbytes)
+    return _summary(ready.flattened, layout, composer, nbytes)
 
 
-def _summary(header: Header, layout: Layout, composer: Composer, nbytes: int) -> Summary:
+def _summary(flattened: Flattened, layout: Layout, composer: Composer, nbytes: int) -> Summary:
+    header = flattened.header
     return Summary(
         nbytes=nbytes,
         payload_nbytes=layout.total,
@@ -132,6 +197,7 @@ def _summary(header: Header, layout: Layout, composer: Composer, nbytes: int) ->
         chunks=layout.chunks,
         codec=header.codec,
         message_id=composer.message_id.hex(),
+        left_out_nbytes=flattened.left_out,
     )
 
 
@@ -191,7 +257,7 @@ def send_produced(
     end = composer.end()
     yield Send(end)
     yield MessageEnded()
-    return _summary(header, layout, composer, nbytes + _size(end))
+    return _summary(flattened, layout, composer, nbytes + _size(end))
 
 
 class _Produced:

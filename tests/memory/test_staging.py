@@ -23,7 +23,7 @@ from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.iterables import IterableSource
 from aiotorchio.transfer.plan import Placement
 from aiotorchio.transfer.receive import receive_message
-from aiotorchio.transfer.send import send_message
+from aiotorchio.transfer.send import prepare, send_message
 from aiotorchio.wire.limits import Limits
 from tests.memory.layouts import CopierOnCpu, staged
 
@@ -35,8 +35,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 
 def staged_outgoing(copier: Any) -> Callable[..., OutgoingPayload]:
-    def make(*args: Any, **_: Any) -> OutgoingPayload:
-        return OutgoingPayload(*args, copier=copier, staged=staged)
+    def make(*args: Any, **options: Any) -> OutgoingPayload:
+        return OutgoingPayload(*args, **options | {"copier": copier, "staged": staged})
 
     return make
 
@@ -49,10 +49,13 @@ def staged_placement(copier: Any) -> Callable[..., Placement]:
 
 def message_of(copier: Any) -> Generator[Request, Any, aiotorchio.Summary]:
     return send_message(
-        lambda: flatten(STATE, chunk_size=CHUNK, metadata={}, producer="tests"),
+        lambda: prepare(
+            flatten(STATE, chunk_size=CHUNK, metadata={}, producer="tests"),
+            lambda: copier,
+            outgoing=staged_outgoing(copier),
+        ),
         inline=True,
         checksum=True,
-        outgoing=staged_outgoing(copier),
     )
 
 

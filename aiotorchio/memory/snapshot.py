@@ -1,0 +1,78 @@
+"""The payload of a message as it was at one moment, while its owner goes on changing it.
+
+A copy of the whole, chunk by chunk: of the host on the host, of a device on that device. Each chunk
+is free again when it was sent.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from aiotorchio.memory.outgoing import OutgoingPayload
+from aiotorchio.memory.staging import Copier, Here, OnDevice, Slabs
+
+__all__ = ["Snapshot"]
+
+# malloc would keep chunks that were freed; these go back to the system.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+
+
+class Snapshot:
+    """Chunks of a payload, each to be taken once, in order.
+
+    Args:
+        payload: What is copied, here and now. Copies on a device are queued on its current stream.
+        chunks: First byte and length of each chunk.
+        chunk_size: In bytes.
+        copier: Makes what takes the copies from their devices, when all of them are queued.
+
+    Attributes:
+        has_staged: As of the payload.
+        borrows: Never: nobody changes what is sent.
+    """
+
+    borrows = False
+
+    def __init__(
+        self,
+        payload: OutgoingPayload,
+        chunks: Iterable[tuple[int, int]],
+        chunk_size: int,
+        copier: Callable[[], Copier],
+    ) -> None:
+        self.has_staged = payload.has_staged
+        self._chunks = deque(_copied(list(payload.pieces(*chunk))) for chunk in chunks)
+        self._slabs = Slabs(chunk_size, copier())
+
+    def chunk(self, start: int, length: int) -> list[memoryview]:
+        """Views of the next chunk, as ``OutgoingPayload.chunk`` gives them."""
+        return self._slabs.stage(self._chunks.popleft())
+
+
+def _copied(pieces: Sequence[memoryview | OnDevice]) -> list[memoryview | OnDevice]:
+    """The pieces of a chunk in memory of their own."""
+    on_host = sum(len(piece) for piece in pieces if isinstance(piece, memoryview))
+    memory = memoryview(mmap.mmap(-1, on_host, **_PRIVATE)) if on_host else memoryview(b"")
+    copies: list[memoryview | OnDevice] = []
+    for piece in pieces:
+        if isinstance(piece, memoryview):
+            copies.append(memory[: len(piece)])
+            copies[-1][:] = piece  # type: ignore[index]
+            memory = memory[len(piece) :]
+        else:
+            copies.append(_held(piece))
+    return copies
+
+
+def _held(piece: OnDevice) -> OnDevice:
+    held = torch.empty(piece.nbytes, dtype=torch.uint8, device=piece.device)
+    piece.copy(held, Here())
+
+    def copy(destination: torch.Tensor, copier: Copier) -> None:
+        copier.copy(destination, held)
+
+    return OnDevice(piece.device, piece.nbytes, copy)
