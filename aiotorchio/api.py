@@ -176,7 +176,7 @@ async def load_from_stream(
     stream: Any,
     *,
     map_location: MapLocation = None,
-    weights_only: bool = True,
+    weights_only: bool | None = True,
     allow_pickle: bool = True,
     safe_globals: Iterable[Any] = (),
     limits: Limits | None = None,
@@ -205,7 +205,7 @@ async def load_from_stream(
             the CPU, with its location at the sender, and returns a storage or None. By default
             tensors go where they were at the sender.
         weights_only: Rebuild pickled objects from an allowlist only. **False runs whatever code
-            the sender put into the message.**
+            the sender put into the message.** None means True, as in ``torch.load``.
         allow_pickle: False accepts only objects that were sent without pickle.
         safe_globals: Classes and functions that pickled objects may use in this call, beside
             those of ``torch.serialization.add_safe_globals``; or pairs of one and its path.

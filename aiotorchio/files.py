@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from collections.abc import AsyncIterable, Generator, Iterable
 from typing import Any, Unpack
 
 from aiotorchio.drive import Request, carry_out_blocking, drive_blocking
+from aiotorchio.graph.location import MapLocation
 from aiotorchio.options import (
-    MessageKeywords,
-    SaveKeywords,
+    OtherLoadKeywords,
+    OtherSaveKeywords,
     check_lock,
     checked_limits,
     load_options,
@@ -26,14 +28,22 @@ from aiotorchio.wire.limits import Limits
 __all__ = ["get_unsafe_globals", "load", "save"]
 
 
-def save(obj: object, file: Any, **options: Unpack[SaveKeywords]) -> Summary:
-    """The blocking twin of ``save_to_stream``.
+def save(
+    obj: object,
+    file: Any,
+    pickle_module: Any = pickle,
+    pickle_protocol: int = 2,
+    **options: Unpack[OtherSaveKeywords],
+) -> Summary:
+    """The blocking twin of ``save_to_stream``, with the arguments of ``torch.save`` in its order.
 
     Args:
         obj: As in ``save_to_stream``.
         file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path, where
             a file that is there is replaced once the new one is whole.
-        options: The keyword arguments of ``save_to_stream``.
+        pickle_module: As in ``save_to_stream``.
+        pickle_protocol: As in ``save_to_stream``.
+        options: The other keyword arguments of ``save_to_stream``.
 
     Returns:
         What was written.
@@ -50,29 +60,45 @@ def save(obj: object, file: Any, **options: Unpack[SaveKeywords]) -> Summary:
         >>> aiotorchio.load(file)
         {'w': tensor([1., 1.])}
     """
-    if isinstance(file, str | os.PathLike):
-        # Under another name until it is whole: what was there before is not lost for half of it.
-        unfinished = f"{os.fspath(file)}.part"
-        try:
-            with open(unfinished, "wb") as opened:
-                summary = save(obj, opened, **options)
-            os.replace(unfinished, file)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(unfinished)
-            raise
-        return summary
+    message = outgoing_message(
+        obj, pickle_module=pickle_module, pickle_protocol=pickle_protocol, **options
+    )
     if isinstance(obj, AsyncIterable) and options.get("specs") is not None:
         raise TypeError("an async iterable of tensors is for save_to_stream, not for save")
+    if not isinstance(file, str | os.PathLike):
+        return _save(message, file)
+    # Under another name until it is whole: what was there before is not lost for half of it.
+    unfinished = f"{os.fspath(file)}.part"
+    try:
+        with open(unfinished, "wb") as opened:
+            summary = _save(message, opened)
+        os.replace(unfinished, file)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(unfinished)
+        raise
+    return summary
+
+
+def _save(message: Generator[Request, Any, Summary], file: Any) -> Summary:
     with exclusive(file, "save", open_blocking_sink) as stream:
-        return drive_blocking(outgoing_message(obj, **options), stream)
+        return drive_blocking(message, stream)
 
 
-def load(file: Any, *, limits: Limits | None = None, **options: Unpack[MessageKeywords]) -> Any:
-    """The blocking twin of ``load_from_stream``.
+def load(
+    file: Any,
+    map_location: MapLocation = None,
+    pickle_module: Any = None,
+    *,
+    limits: Limits | None = None,
+    **options: Unpack[OtherLoadKeywords],
+) -> Any:
+    """The blocking twin of ``load_from_stream``, with the arguments of ``torch.load`` in its order.
 
     Args:
         file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path.
+        map_location: As in ``load_from_stream``.
+        pickle_module: As in ``load_from_stream``.
         limits: What to accept; the default is ``Limits()``.
         options: The other keyword arguments of ``load_from_stream``; ``lock`` is a plain context
             manager here, such as ``threading.Lock``.
@@ -86,7 +112,8 @@ def load(file: Any, *, limits: Limits | None = None, **options: Unpack[MessageKe
     Example:
         See ``save``.
     """
-    message = receive_message(checked_limits(limits), load_options(**options))
+    checked = load_options(map_location=map_location, pickle_module=pickle_module, **options)
+    message = receive_message(checked_limits(limits), checked)
     lock = options.get("lock")
     check_lock(lock, blocking=True)
     if isinstance(file, str | os.PathLike):

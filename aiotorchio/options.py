@@ -33,6 +33,8 @@ __all__ = [
     "Destination",
     "LoadKeywords",
     "MessageKeywords",
+    "OtherLoadKeywords",
+    "OtherSaveKeywords",
     "SaveKeywords",
     "TensorKeywords",
     "check_lock",
@@ -51,8 +53,8 @@ PRODUCER = f"aiotorchio/{version('aiotorchio')} torch/{torch.__version__}"
 Destination = Mapping[str, Any] | torch.nn.Module | DoubleBuffer
 
 
-class SaveKeywords(TypedDict, total=False):
-    """The keyword arguments of ``save_to_stream``, which documents them."""
+class OtherSaveKeywords(TypedDict, total=False):
+    """The keyword arguments of ``save_to_stream``, which documents them, but those for pickle."""
 
     checksum: bool
     chunk_size: int
@@ -61,6 +63,11 @@ class SaveKeywords(TypedDict, total=False):
     snapshot: bool
     compact: bool
     progress: Progress | None
+
+
+class SaveKeywords(OtherSaveKeywords, total=False):
+    """The keyword arguments of ``save_to_stream``."""
+
     pickle_module: Any
     pickle_protocol: int
 
@@ -73,10 +80,12 @@ class TensorKeywords(TypedDict, total=False):
     progress: Progress | None
 
 
-class MessageKeywords(TensorKeywords, total=False):
-    """The keyword arguments of ``Message.load``; ``load_from_stream`` documents them."""
+class OtherLoadKeywords(TypedDict, total=False):
+    """Those of ``load_from_stream``, which documents them, but what ``load`` takes by position."""
 
-    weights_only: bool
+    select: Select | None
+    progress: Progress | None
+    weights_only: bool | None
     allow_pickle: bool
     safe_globals: Iterable[Any]
     into: Destination | None
@@ -84,8 +93,14 @@ class MessageKeywords(TensorKeywords, total=False):
     cast: bool
     staged: bool
     lock: Any
-    pickle_module: Any
     encoding: str
+
+
+class MessageKeywords(OtherLoadKeywords, total=False):
+    """The keyword arguments of ``Message.load``; ``load_from_stream`` documents them."""
+
+    map_location: MapLocation
+    pickle_module: Any
 
 
 class LoadKeywords(MessageKeywords, total=False):
@@ -214,7 +229,7 @@ def tensor_options(
 def load_options(
     *,
     map_location: MapLocation = None,
-    weights_only: bool = True,
+    weights_only: bool | None = True,
     allow_pickle: bool = True,
     safe_globals: Iterable[Any] = (),
     into: Destination | None = None,
@@ -233,14 +248,22 @@ def load_options(
         TypeError: An option of another type.
         ValueError: An option that would have no effect, or ``into`` with two tensors of one name.
     """
+    # None is the default of torch.load, and means the same.
+    weights_only = True if weights_only is None else weights_only
+    for option, value in (
+        ("weights_only", weights_only),
+        ("allow_pickle", allow_pickle),
+        ("strict", strict),
+        ("cast", cast),
+        ("staged", staged),
+    ):
+        if not isinstance(value, bool):
+            raise TypeError(f"{option} is True or False, not {value!r}")
     weights_only = weights_only or _weights_only_is_forced()
     if weights_only and pickle_module is not None:
         raise ValueError(
             "pickle_module has no meaning with weights_only=True: nothing would use it"
         )
-    for option, value in (("strict", strict), ("cast", cast), ("staged", staged)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{option} is True or False, not {value!r}")
     if into is None and (not strict or staged or cast or lock is not None):
         raise ValueError("strict, cast, staged and lock have no meaning without into")
     if lock is not None and not staged and not isinstance(into, DoubleBuffer):

@@ -59,6 +59,12 @@ def assert_same(actual: object, expected: object) -> None:
 
 
 _PLAIN = (type(None), bool, int, float, str, bytes)
+# Of two equal ones of these, nobody can tell one from the other.
+_EXACT = frozenset(_PLAIN) - {float}
+_VALUE_TYPES = (*_PLAIN, torch.Size, torch.dtype, torch.device, torch.layout, torch.qscheme, type)
+
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 class _Comparison:
@@ -71,12 +77,14 @@ class _Comparison:
 
     def compare(self, a: Any, b: Any, path: str) -> None:
         assert type(a) is type(b), f"{path}: {type(a)} is not {type(b)}"
-        if isinstance(a, float):
+        if type(a) in _EXACT:
+            assert a == b, f"{path}: {a!r} is not {b!r}"
+        elif isinstance(a, float):
             assert struct.pack("<d", a) == struct.pack("<d", b), f"{path}: {a!r} is not {b!r}"
         elif isinstance(a, complex):
             self.compare(a.real, b.real, f"{path}.real")
             self.compare(a.imag, b.imag, f"{path}.imag")
-        elif self._is_value(a):
+        elif isinstance(a, _VALUE_TYPES):
             assert a == b, f"{path}: {a!r} is not {b!r}"
         elif self._met(a, b, path):
             return
@@ -101,11 +109,6 @@ class _Comparison:
             self.compare(a.__dict__, b.__dict__, f"{path}.__dict__")
         else:
             assert a == b, f"{path}: {a!r} is not {b!r}"
-
-    def _is_value(self, value: Any) -> bool:
-        """Whether nobody can tell one of them from two equal ones."""
-        kinds = (*_PLAIN, torch.Size, torch.dtype, torch.device, torch.layout, torch.qscheme, type)
-        return isinstance(value, kinds)
 
     def _met(self, a: Any, b: Any, path: str) -> bool:
         if isinstance(a, tuple) and all(type(item) in _PLAIN for item in a):
@@ -161,7 +164,7 @@ class _Comparison:
         assert a.nbytes() == b.nbytes(), f"{path}: {a.nbytes()} bytes, not {b.nbytes()}"
         assert a.device == b.device, f"{path}: {a.device} is not {b.device}"
         if not known and a.device.type != "meta":
-            assert _bytes(a) == _bytes(b), f"{path}: other bytes"
+            assert _same_bytes(a, b), f"{path}: other bytes"
 
 
 def _parts(tensor: torch.Tensor) -> tuple[list[str], list[Any]]:
@@ -203,9 +206,10 @@ def _slots(tensor: torch.Tensor) -> dict[str, Any]:
     return {name: getattr(tensor, name) for name in names if hasattr(tensor, name)}
 
 
-def _bytes(storage: torch.UntypedStorage) -> bytes:
-    host = storage.cpu()
-    return ctypes.string_at(host.data_ptr(), host.nbytes()) if host.nbytes() else b""
+def _same_bytes(a: torch.UntypedStorage, b: torch.UntypedStorage) -> bool:
+    """Whether two storages of the same size have the same bytes."""
+    one, two = a.cpu(), b.cpu()
+    return not a.nbytes() or _memcmp(one.data_ptr(), two.data_ptr(), a.nbytes()) == 0
 
 
 def _order(item: object) -> tuple[str, str]:

@@ -843,14 +843,14 @@ async def test_pieces_are_views_not_copies() -> None:
 
 async def test_a_generator_of_pieces_closes_at_any_time() -> None:
     unused = aiotorchio.iter_bytes(LARGE)
-    await unused.aclose()  # type: ignore[attr-defined]
+    await unused.aclose()
     del unused
     never_started = aiotorchio.iter_bytes(LARGE)
     del never_started
     pieces = aiotorchio.iter_bytes(LARGE)
     await anext(pieces)
     await anext(pieces)
-    await pieces.aclose()  # type: ignore[attr-defined]
+    await pieces.aclose()
     with pytest.raises(StopAsyncIteration):
         await anext(pieces)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,16 @@ KILLS = 40
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 
 
-@pytest.fixture
-def kill_sender(monkeypatch: pytest.MonkeyPatch) -> Any:
-    # The senders' processes import it by its name, from the same path.
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("kill_sender")
+@pytest.fixture(scope="module")
+def kill_sender() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        # The senders' processes import it by its name, from the same path.
+        patch.syspath_prepend(BENCHMARKS)
+        module = importlib.import_module("kill_sender")
+        # They are forked off the same process in all tests: importing torch takes seconds.
+        with module.Senders() as senders:
+            patch.setattr(module, "Senders", lambda: contextlib.nullcontext(senders))
+            yield module
 
 
 @pytest.mark.parametrize("way", ["staged", "double"])

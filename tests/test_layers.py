@@ -38,7 +38,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"errors", "wire", "graph", "streams", "drive", "transfer", "options", "message"},
         {"torch"},
     ),
-    "files": ({"errors", "wire", "streams", "drive", "transfer", "options"}, set()),
+    "files": ({"errors", "wire", "graph", "streams", "drive", "transfer", "options"}, set()),
     "compat": ({"errors", "graph", "files"}, set()),
     "__init__": (
         {"errors", "wire", "graph", "transfer", "message", "api", "files"},

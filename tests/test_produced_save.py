@@ -491,7 +491,7 @@ def test_a_mistake_in_the_blocking_twin(tmp_path: Path) -> None:
 
 async def test_a_tensor_too_many_of_an_async_generator() -> None:
     async with both_ends("socket") as (near, far):
-        async with aclosing(one_by_one({"a": A, "b": B, "c": B})) as made:
+        async with aclosing(one_by_one({"a": A, "b": B, "c": B})) as made:  # type: ignore[type-var]
             with pytest.raises(ValueError, match="more than the 2 tensors"):
                 await near.save(made, specs=TWO)
         with pytest.raises(RemoteAbort, match="more than the 2 tensors"):
@@ -530,7 +530,7 @@ async def test_wrong_specs_leave_the_stream_untouched(
 async def test_generators_need_specs() -> None:
     async with (
         both_ends("socket") as (near, far),
-        aclosing(one_by_one(PLAIN)) as made,
+        aclosing(one_by_one(PLAIN)) as made,  # type: ignore[type-var]
     ):
         for generator in (made, (pair for pair in PLAIN.items())):
             with pytest.raises(TypeError, match="needs specs"):
@@ -544,7 +544,7 @@ async def test_generators_need_specs() -> None:
 
 
 async def test_the_blocking_twin_takes_no_async_iterator() -> None:
-    async with aclosing(one_by_one(PLAIN)) as made:
+    async with aclosing(one_by_one(PLAIN)) as made:  # type: ignore[type-var]
         file = io.BytesIO()
         with pytest.raises(TypeError, match="async"):
             aiotorchio.save(made, file, specs=SPECS)
@@ -679,7 +679,7 @@ async def test_a_connection_that_is_lost_while_tensors_are_made() -> None:
             far.source.shutdown(socket.SHUT_RDWR)
             yield "b", B
 
-        async with aclosing(make()) as made:
+        async with aclosing(make()) as made:  # type: ignore[type-var]
             with pytest.raises(TruncatedError):
                 await near.save(made, specs=TWO, chunk_size=4096)
         with pytest.raises(StreamPoisoned):
@@ -772,11 +772,11 @@ async def test_iter_bytes_can_be_closed_at_any_time() -> None:
             finally:
                 closed.append(True)
 
-        async with aclosing(make()) as made:
+        async with aclosing(make()) as made:  # type: ignore[type-var]
             pieces = aiotorchio.iter_bytes(made, specs=SPECS, chunk_size=4096)
             for _ in range(count):
                 await anext(pieces)
-            await pieces.aclose()  # type: ignore[attr-defined]
+            await pieces.aclose()
             with contextlib.suppress(StopAsyncIteration):
                 await anext(pieces)
                 raise AssertionError("a closed generator goes on")

@@ -244,7 +244,7 @@ async def socket_end(sock: socket.socket, serves: bool) -> AsyncIterator[End]:
 async def iterable_end(sock: socket.socket, serves: bool) -> AsyncIterator[End]:
     async with await _anyio_stream(sock) as stream:
         end = IterableEnd(stream)
-        async with contextlib.aclosing(end.pieces):
+        async with contextlib.aclosing(end.pieces):  # type: ignore[type-var]
             yield end
 
 

@@ -124,12 +124,14 @@ def make_compressed(
     compressed: torch.Tensor, plain: torch.Tensor, values: torch.Tensor, size: Any, layout: Any
 ) -> torch.Tensor:
     """Likewise of the layouts CSR, CSC, BSR and BSC."""
+    if is_fake(compressed):
+        raise RuntimeError("FakeTensorMode has no compressed sparse tensors")
     if _has_numbers(compressed):
         torch._validate_sparse_compressed_tensor_args(compressed, plain, values, size, layout)
     tensor: torch.Tensor = torch.ops.aten._sparse_compressed_tensor_unsafe(
         compressed, plain, values, size, dtype=values.dtype, layout=layout, device=values.device
     )
-    return tensor
+    return tensor.requires_grad_(values.requires_grad)
 
 
 def _has_numbers(tensor: torch.Tensor) -> bool:

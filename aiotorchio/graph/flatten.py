@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from aiotorchio.graph import pickled, tree
+from aiotorchio.graph._torch import warn_if_has_hooks
 from aiotorchio.graph.compact import compact as without_gaps
 from aiotorchio.graph.dtypes import DTYPE_NAMES
 from aiotorchio.graph.names import TensorSpec, walk
@@ -97,6 +98,9 @@ def flatten(
                 obj, table, pickle_module=pickle_module, pickle_protocol=pickle_protocol
             )
         _add_names(obj, table)
+    for tensor in table.kept:
+        # torch drops backward hooks when it serializes, with this warning; so do we.
+        warn_if_has_hooks(tensor)
     header = Header(
         byteorder=sys.byteorder,
         nonce=os.urandom(16),

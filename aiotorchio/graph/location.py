@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 
@@ -117,7 +117,7 @@ def _placed(
 ) -> torch.UntypedStorage:
     """What a callable ``map_location`` has returned."""
     if placed is None:
-        return storage if tag == "cpu" else _restored(storage, tag)
+        return _restored(storage, tag)
     # torch.load takes typed storages too, such as storage.cuda() of older code.
     untyped = untyped_storage_of(placed) if isinstance(placed, torch.TypedStorage) else placed
     if not isinstance(untyped, torch.UntypedStorage):
@@ -133,12 +133,14 @@ def _restored(storage: torch.UntypedStorage, location: str) -> torch.UntypedStor
     restored = _in_torchs_words(
         location, lambda: torch.serialization.default_restore_location(storage, location)
     )
+    if not isinstance(restored, torch.UntypedStorage):
+        raise TypeError(f"{type(restored).__name__}, not a storage, restored at {location!r}")
     if restored.nbytes() != storage.nbytes():
         raise ValueError(
             f"{restored.nbytes()} bytes were restored at {location!r} from a storage of "
             f"{storage.nbytes()}"
         )
-    return cast(torch.UntypedStorage, restored)
+    return restored
 
 
 def _in_torchs_words(location: str, restore: Callable[[], T]) -> T:

@@ -34,6 +34,14 @@ __all__ = ["prescan"]
 _SETS = {"builtins.set": 8, "builtins.frozenset": 8}
 _DICTS = ("collections.OrderedDict", "collections.Counter")
 
+# What torch trusts once a module of it is imported.
+_NEEDS = {
+    "torch.nested.": "torch._dynamo",
+    "torch._dynamo.": "torch._dynamo",
+    "torch.distributed.tensor.": "torch.distributed.tensor",
+    "torch.distributed.device_mesh.": "torch.distributed.tensor",
+}
+
 # The modules whose functions stand for those of torch on the allowlist.
 _PACKAGE = __name__.rpartition(".")[0] + "."
 
@@ -183,8 +191,10 @@ class _Scan:
     def global_(self, argument: bytes) -> None:
         path = path_of(argument)
         if path.split(".")[0] in BLOCKED_MODULES or path not in self.allowed:
+            needed = next((_NEEDS[part] for part in _NEEDS if path.startswith(part)), None)
+            hint = f"'import {needed}' allows it; " if needed else ""
             raise UnsafeObjectError(
-                f"global {path!r} is not allowed; if you trust it, "
+                f"global {path!r} is not allowed; {hint}if you trust it, "
                 f"pass it in safe_globals, or weights_only=False if you trust the sender"
             )
         ours = getattr(self.allowed[path], "__module__", "").startswith(_PACKAGE)

@@ -9,7 +9,6 @@ from aiotorchio.graph._torch import (
     is_fake,
     location_tags,
     storage_key,
-    warn_if_has_hooks,
 )
 from aiotorchio.graph.dtypes import DTYPE_NAMES
 from aiotorchio.wire.dtypes import DTYPES
@@ -147,14 +146,14 @@ class Table:
             storage = tensor.untyped_storage()
         except (RuntimeError, NotImplementedError):  # devices such as xla have none
             return None
-        # torch drops backward hooks when it serializes, with this warning; so do we.
-        warn_if_has_hooks(tensor)
         flags = (
             (REQUIRES_GRAD if tensor.requires_grad else 0)
             | (PARAMETER if kind is torch.nn.Parameter else 0)
             | (CONJUGATE if tensor.is_conj() else 0)
             | (NEGATIVE if tensor.is_neg() else 0)
         )
+        if flags & NEGATIVE and DTYPES[dtype].kind not in ("float", "complex"):
+            raise TypeError(f"negative views of {dtype} can't be sent; resolve_neg() copies them")
         index = self._storage_row(storage, DTYPES[dtype].unit)
         offset, shape, stride = int(tensor.storage_offset()), tensor.shape, tensor.stride()
         return TensorRow(index, dtype, offset, tuple(shape), stride, flags, [])

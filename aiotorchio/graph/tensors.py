@@ -24,7 +24,13 @@ from aiotorchio.wire.limits import Limits
 __all__ = ["TensorMaker", "TypeName", "set_attributes", "tensor_class"]
 
 _INT64_MAX = 2**63 - 1
+# Elements in a byte; each row begins with a byte of its own.
+_PER_BYTE = {torch.quint4x2: 2, torch.quint2x4: 4}
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
+_TYPES_OF_TORCH = (torch.Tensor, torch.nn.Parameter)
+_ABSENT = object()
 
 
 class TypeName:
@@ -124,7 +130,8 @@ class TensorMaker:
     ) -> torch.Tensor:
         """A quantized tensor: integers, and what scales them."""
         dtype = _storage_dtype(storage)
-        untyped = self._checked_view(storage, dtype, offset, size, stride)
+        check = self._checked_rows if dtype in _PER_BYTE else self._checked_view
+        untyped = check(storage, dtype, offset, size, stride)
         if DTYPES[DTYPE_NAMES[dtype]].kind != "quantized" or type(params) is not tuple:
             raise InvalidObjectError(f"a quantized tensor of {dtype}")
         # The scales are made for an empty tensor: the size is taken from the storage below.
@@ -307,6 +314,22 @@ class TensorMaker:
             raise InvalidObjectError(f"a tensor of {span * dtype.itemsize} bytes from end to end")
         return span
 
+    def _checked_rows(
+        self, storage: Any, dtype: torch.dtype, offset: Any, size: Any, stride: Any
+    ) -> torch.UntypedStorage:
+        """Check a tensor whose elements are smaller than a byte."""
+        untyped = _untyped(storage)
+        self._checked_span(dtype, size, stride)
+        # Of a view, torch's stride and offset would count a byte for each element.
+        if _expect(offset, int) or tuple(stride) != torch.empty(size, device="meta").stride():
+            raise InvalidObjectError(f"a view of a tensor of {dtype}")
+        nbytes = math.prod(size[:-1]) * -(-size[-1] // _PER_BYTE[dtype]) if size else 1
+        if nbytes > untyped.nbytes():
+            raise InvalidObjectError(
+                f"a tensor of {nbytes} bytes over a storage of {untyped.nbytes()}"
+            )
+        return untyped
+
     def _checked_view(
         self, storage: Any, dtype: torch.dtype, offset: Any, size: Any, stride: Any
     ) -> torch.UntypedStorage:
@@ -358,7 +381,13 @@ def set_attributes(tensor: torch.Tensor, state: Any) -> None:
 
 
 def _is_free(tensor: torch.Tensor, key: str) -> bool:
-    if not hasattr(type(tensor), key):
+    kind = type(tensor)
+    found = next((vars(base)[key] for base in kind.__mro__ if key in vars(base)), _ABSENT)
+    if found is _ABSENT:
+        return True
+    # Whoever trusts a class lets its instances hide defaults and methods, but not set anything
+    # through a descriptor: "data" would give them other memory.
+    if kind not in _TYPES_OF_TORCH and not hasattr(type(found), "__set__"):
         return True
     # A subclass says which attributes its instances have, even if Tensor has a method of that
     # name (the jagged layout has ``_values``).

@@ -369,7 +369,8 @@ class Placement:
 
     def unreliable(self, tensors: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
         """Those of the tensors of the object whose numbers nothing may rely on."""
-        return self.by_name.values() if self._unwritten is None else tensors
+        writes_nothing = self._unwritten is not None and self._unwritten.fake_mode is None
+        return tensors if writes_nothing else self.by_name.values()
 
     @property
     def revises(self) -> bool:

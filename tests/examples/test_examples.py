@@ -7,6 +7,8 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,28 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-SMALL = ("--steps", "2", "--width", "32", "--depth", "1")
+# With what they run here.
+ARGUMENTS = {
+    "tcp_echo.py": "--mib 4",
+    "peer_recovery.py": "--steps 2 --width 32 --depth 1",
+    "weight_sync.py": "--workers 2 --mib 8 --versions 3 --interval 0.2",
+    "stream_larger_than_memory.py": "--gib 0.75",
+}
+
+Run = Callable[[str], subprocess.CompletedProcess[str]]
 
 
-def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
+def run_example(name: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / name), *ARGUMENTS[name].split()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """What came of an example; they run beside each other, which takes half as long."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        runs = {name: pool.submit(run_example, name) for name in ARGUMENTS}
+        yield lambda name: runs[name].result()
 
 
 def module(name: str) -> Any:
@@ -36,8 +54,8 @@ def test_the_echo_fits_on_a_page() -> None:
     assert len((EXAMPLES / "tcp_echo.py").read_text().splitlines()) < 80
 
 
-def test_what_is_echoed_is_the_same() -> None:
-    done = run("tcp_echo.py", "--mib", "4")
+def test_what_is_echoed_is_the_same(run: Run) -> None:
+    done = run("tcp_echo.py")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     sent, received, verdict = done.stdout.splitlines()
@@ -60,8 +78,8 @@ def test_the_echo_compares_bits(a: torch.Tensor, b: torch.Tensor, same: bool) ->
     assert module("tcp_echo").same_bits(a, b) is same
 
 
-def test_a_recovered_peer_takes_the_same_steps() -> None:
-    done = run("peer_recovery.py", *SMALL)
+def test_a_recovered_peer_takes_the_same_steps(run: Run) -> None:
+    done = run("peer_recovery.py")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert re.search(r"^moved +\d+ tensors, \d+\.\d MB, codec tree, ", done.stdout, re.MULTILINE)
@@ -88,9 +106,8 @@ def test_a_peer_without_anyone_to_ask_fails() -> None:
         asyncio.run(module("peer_recovery").join(1))
 
 
-def test_workers_answer_while_they_take_new_weights() -> None:
-    options = ("--workers", "2", "--mib", "8", "--versions", "3", "--interval", "0.2")
-    done = run("weight_sync.py", *options)
+def test_workers_answer_while_they_take_new_weights(run: Run) -> None:
+    done = run("weight_sync.py")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     row = r"^ +(\d+) +(\d+) +3 +1 +\d+\.\d\d ms +\d+ ms +\d+ ms +0$"
@@ -123,8 +140,8 @@ def test_an_answer_tells_of_every_weight() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit works on Linux only")
-def test_a_state_larger_than_memory_passes() -> None:
-    done = run("stream_larger_than_memory.py", "--gib", "0.75")
+def test_a_state_larger_than_memory_passes(run: Run) -> None:
+    done = run("stream_larger_than_memory.py")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()

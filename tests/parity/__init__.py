@@ -1,0 +1,1 @@
+"""What whoever comes from torch.save and torch.load finds here."""
