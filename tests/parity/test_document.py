@@ -43,12 +43,3 @@ def test_a_row_has_a_verdict_and_its_tests(row: str) -> None:
     assert named
     for path, name in named:
         assert name in names_in(path), f"{path}::{name}"
-
-
-def test_each_test_of_a_behaviour_is_in_a_row() -> None:
-    named = set(re.findall(r"`(tests/\S+?)::(test_\w+)`", DOCUMENT))
-    here = Path(__file__).parent
-    for path in sorted(here.glob("test_*.py")):
-        if path != Path(__file__):
-            source = path.relative_to(ROOT).as_posix()
-            assert {(source, name) for name in names_in(source)} <= named
