@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def room_of(source: str) -> str:
     return source.split("/")[0].removesuffix(".py")
 
 
+@cache
 def tree_of(source: str) -> ast.Module:
     return ast.parse(SOURCES[source].read_text(encoding="utf-8"), source)
 
@@ -116,6 +118,7 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
 
 
+@cache
 def own_private_names() -> set[str]:
     """Private attributes, methods, functions and modules that this package defines."""
     names = {Path(source).stem for source in SOURCES}

@@ -434,10 +434,13 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def soon(condition: Callable[[], bool]) -> bool:
-    """Whether something is so before anybody's clock can matter."""
-    for _ in range(1000):
+    """Whether something is so before anybody's clock can matter: TCP probes after 200 ms."""
+    # Turns of the loop alone would be too few where worker threads wait for a busy machine.
+    turns, deadline = 0, anyio.current_time() + 0.15
+    while turns < 1000 or anyio.current_time() < deadline:
         if condition():
             return True
+        turns += 1
         await anyio.lowlevel.checkpoint()
     return False
 

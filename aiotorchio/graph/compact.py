@@ -1,8 +1,8 @@
 """Storages without what no tensor shows: what ``compact=True`` sends.
 
-Tensors that show some of the same bytes go together. If one of them shows all that the others show,
-its elements are packed, one after the other in the order of their addresses, and every stride is
-that among the packed elements. If none does (a row and a column of a matrix, the windows of
+Tensors that show some of the same elements go together. If one of them shows all that the others
+show, its elements are packed, one after the other in the order of their addresses, and every stride
+is that among the packed elements. If none does (a row and a column of a matrix, the windows of
 ``unfold``), the bytes from the first to the last stay together as they are.
 """
 
@@ -16,6 +16,9 @@ from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import META_LOCATION, StorageRow, TensorRow
 
 __all__ = ["compact"]
+
+# Views with overlapping ranges of bytes are compared pair by pair.
+_COMPARED_MAX = 256
 
 
 @dataclass(slots=True)
@@ -98,7 +101,8 @@ class _Fitted:
             if not view.nbytes:
                 self._settled.append((view.row, 0, tuple(view.row.stride)))
         for group in _groups(view for view in views if view.nbytes):
-            self._fit(group)
+            for component in _components(group):
+                self._fit(component)
 
     def settle(self) -> None:
         """Change the rows."""
@@ -140,6 +144,53 @@ def _groups(views: Iterable[_View]) -> Iterator[list[_View]]:
         end = max(end, view.end)
     if group:
         yield group
+
+
+def _components(group: list[_View]) -> list[list[_View]]:
+    """Cut a group into what has no element in common: two blocks of columns of a matrix."""
+    lead = max(group, key=lambda view: view.nbytes)
+    if not 1 < len(group) <= _COMPARED_MAX or not lead.order.distinct:
+        return [group]
+    components: list[tuple[list[_View], list[list[range]]]] = []
+    for view in group:
+        box = _box(lead, view)
+        if box is None:
+            return [group]
+        views, boxes, others = [view], [box], []
+        for component in components:
+            if any(_meet(box, other) for other in component[1]):
+                views, boxes = component[0] + views, component[1] + boxes
+            else:
+                others.append(component)
+        components = [*others, (views, boxes)]
+    return [sorted(views, key=lambda view: view.start) for views, _ in components]
+
+
+def _box(lead: _View, view: _View) -> list[range] | None:
+    """What a view spans in each dimension of the leading one, before and behind that one, too."""
+    distance, rest = divmod(view.start - lead.start, lead.itemsize)
+    if rest or view.itemsize != lead.itemsize:
+        return None
+    corner = _index(lead.order, distance)
+    spans = [_index(lead.order, view.row.stride[dim]) for dim in view.order.dims]
+    if corner is None or None in spans:
+        return None
+    box = [range(n, n + 1) for n in corner]
+    for dim, span in zip(view.order.dims, spans, strict=True):
+        for n, distance in enumerate(span or ()):
+            furthest = box[n][-1] + distance * (view.row.shape[dim] - 1)
+            box[n] = range(box[n].start, furthest + 1)
+    # An index says where an element is only if the inner dimensions do not reach into the outer.
+    inner = 0
+    for n in reversed(range(1, len(box))):
+        inner += box[n][-1] * lead.order.stride[n]
+        if inner >= lead.order.stride[n - 1]:
+            return None
+    return box
+
+
+def _meet(one: Sequence[range], two: Sequence[range]) -> bool:
+    return all(a.start < b.stop and b.start < a.stop for a, b in zip(one, two, strict=True))
 
 
 def _packed(lead: _View, group: Sequence[_View]) -> list[tuple[int, tuple[int, ...]]] | None:

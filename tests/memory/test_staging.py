@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import io
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import AbstractContextManager, aclosing, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +17,10 @@ import torch
 import aiotorchio
 from aiotorchio.drive import Request, drive, drive_blocking
 from aiotorchio.graph.flatten import flatten
+from aiotorchio.memory import staging
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.outgoing import OutgoingPayload
-from aiotorchio.memory.staging import DeviceCopier, Slabs, bytes_of
+from aiotorchio.memory.staging import DeviceCopier, OnDevice, Slabs, bytes_of
 from aiotorchio.options import load_options
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.iterables import IterableSource
@@ -147,6 +150,153 @@ def test_the_copier_of_the_library_copies_on_the_cpu() -> None:
     assert bytes_of(slab).tolist() == list(range(8))
 
 
+class Accelerator:
+    """Stands for ``torch.cuda``: writes down what is asked of its streams, on the CPU."""
+
+    def __init__(self, used: tuple[int, ...] = (0,)) -> None:
+        self.log: list[tuple[Any, ...]] = []
+        self.used = used
+        self.Stream = functools.partial(AcceleratorStream, self)
+
+    def device_count(self) -> int:
+        return 2
+
+    def memory_stats_as_nested_dict(self, index: int) -> dict[str, Any]:
+        return {"reserved_bytes": {"all": {"current": 4096 * (index in self.used)}}}
+
+    def current_stream(self, device: Any) -> AcceleratorStream:
+        index = device.index if isinstance(device, torch.device) else device
+        return AcceleratorStream(self, f"current {index}")
+
+    def stream(self, stream: AcceleratorStream) -> AbstractContextManager[None]:
+        self.log.append(("enter", stream.name))
+        return nullcontext()
+
+
+class AcceleratorStream:
+    def __init__(self, module: Accelerator, name: Any) -> None:
+        self.log = module.log
+        self.name = name if isinstance(name, str) else "own"
+
+    def record_event(self) -> AcceleratorEvent:
+        self.log.append(("record", self.name))
+        return AcceleratorEvent(self.log, self.name)
+
+    def wait_event(self, event: AcceleratorEvent) -> None:
+        self.log.append(("wait for event", self.name, event.name))
+
+    def wait_stream(self, stream: AcceleratorStream) -> None:
+        self.log.append(("wait for stream", self.name, stream.name))
+
+
+class AcceleratorEvent:
+    def __init__(self, log: list[tuple[Any, ...]], name: str) -> None:
+        self.log, self.name = log, name
+
+    def synchronize(self) -> None:
+        self.log.append(("synchronize", self.name))
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
+    module = Accelerator()
+    monkeypatch.setattr(staging, "_accelerator_in_use", lambda: ("cpu", module))
+    return module
+
+
+def copy_something(copier: DeviceCopier) -> None:
+    destination = torch.zeros(8, dtype=torch.uint8)
+    copier.copy(destination, torch.arange(8, dtype=torch.uint8))
+    assert destination.tolist() == list(range(8))
+
+
+def test_a_save_waits_for_what_was_queued_when_it_was_called(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copier = DeviceCopier(until_now=True)
+    # Not on the other device: an event there would make a context.
+    assert accelerator.log == [("record", "current 0")]
+    # The index of a device of the CPU is None.
+    copier._callers[None] = copier._callers[0]  # type: ignore[index]
+    accelerator.log.clear()
+    copy_something(copier)
+    assert accelerator.log == [
+        ("wait for event", "own", "current 0"),
+        ("enter", "own"),
+        ("record", "own"),
+        ("synchronize", "own"),
+    ]
+
+
+def test_a_load_waits_for_what_is_queued_when_it_writes(accelerator: Accelerator) -> None:
+    copier = DeviceCopier()
+    assert accelerator.log == []
+    copier._callers[None] = copier._callers[0]  # type: ignore[index]
+    copy_something(copier)
+    assert accelerator.log == [
+        ("wait for stream", "own", "current 0"),
+        ("wait for stream", "own", "current None"),
+        ("enter", "own"),
+        ("record", "own"),
+        ("synchronize", "own"),
+    ]
+
+
+def test_a_snapshot_is_waited_for(accelerator: Accelerator) -> None:
+    """What takes the copies from their device is made when all of them are queued."""
+    made: list[int] = []
+    copied: list[int] = []
+
+    class Watching(CopierOnCpu):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(len(copied))
+
+    class Payload(OutgoingPayload):
+        def pieces(self, start: int, length: int) -> Iterator[memoryview | OnDevice]:
+            copied.append(start)
+            return super().pieces(start, length)
+
+    flattened = flatten(STATE, chunk_size=CHUNK, metadata={}, producer="tests")
+    ready = prepare(
+        flattened,
+        Watching,
+        snapshot=True,
+        outgoing=functools.partial(Payload, staged=staged),
+    )
+    assert made[-1] == len(copied) == ready.layout.chunks > 10
+
+
+def test_no_device_needs_no_streams() -> None:
+    if not torch.accelerator.is_available():
+        assert staging._accelerator_in_use() == (None, None)
+    assert staging._indices(None, in_use=True) == ()
+
+
+def test_a_device_that_tells_nothing_about_its_memory_counts_as_used() -> None:
+    class Silent:
+        def device_count(self) -> int:
+            return 3
+
+    assert list(staging._indices(Silent(), in_use=True)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [
+        (SimpleNamespace(is_initialized=lambda: True), False),
+        (SimpleNamespace(Stream=0, stream=0, current_stream=0, is_initialized=bool), False),
+        (SimpleNamespace(Stream=0, stream=0, current_stream=0, is_initialized=lambda: 1), True),
+    ],
+    ids=["without streams", "not in use", "in use"],
+)
+def test_accelerators(module: Any, found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    expected = ("xpu", module) if found else (None, None)
+    assert staging._accelerator_in_use() == expected
+
+
 @cuda
 @needs_cuda
 def test_state_goes_from_device_to_device() -> None:
@@ -173,6 +323,132 @@ def test_what_the_current_stream_computes_is_sent() -> None:
         aiotorchio.save(tensor, file)
     file.seek(0)
     assert torch.equal(aiotorchio.load(file, map_location="cpu"), torch.full((2**24,), 50.0))
+
+
+@cuda
+@needs_cuda
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_what_is_queued_before_the_call_is_sent_and_what_comes_later_is_not_waited_for(
+    snapshot: bool,
+) -> None:
+    """The coroutine runs long after the call, when its stream has other things to do."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        tensor = torch.zeros(2**24, device="cuda")
+        for _ in range(50):
+            tensor += 1
+        pieces = aiotorchio.iter_bytes(tensor, snapshot=snapshot)
+        if snapshot:
+            tensor += 1
+        torch.cuda._sleep(2**31)
+        queued = stream.record_event()
+
+    async def everything() -> bytes:
+        data = [bytes(piece) async for piece in pieces]
+        assert not queued.query()
+        return b"".join(data)
+
+    loaded = aiotorchio.load(io.BytesIO(asyncio.run(everything())), map_location="cpu")
+    assert torch.equal(loaded, torch.full((2**24,), 50.0))
+
+
+@cuda
+@needs_cuda
+def test_a_snapshot_stays_on_its_device_and_is_freed_as_it_is_sent() -> None:
+    tensor = torch.arange(2**24, device="cuda")
+    file = io.BytesIO()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    left: list[int] = []
+    aiotorchio.save(
+        tensor,
+        file,
+        snapshot=True,
+        progress=lambda done, total: left.append(torch.cuda.memory_allocated() - before),
+    )
+    size = tensor.nbytes
+    assert size <= torch.cuda.max_memory_allocated() - before <= size + 2**20
+    assert left == sorted(left, reverse=True)
+    assert left[-1] <= 4 * 2**20
+
+
+@cuda
+@needs_cuda
+def test_the_whole_device_is_never_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize(*_: Any) -> None:
+        raise AssertionError("the whole device was waited for")
+
+    state = {key: tensor.cuda() for key, tensor in STATE.items()}
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    busy = torch.cuda.Stream()
+    with torch.cuda.stream(busy):
+        torch.cuda._sleep(2**31)
+        done = busy.record_event()
+    file = io.BytesIO()
+    aiotorchio.save(state, file, chunk_size=CHUNK)
+    file.seek(0)
+    loaded = aiotorchio.load(file)
+    assert not done.query()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+@cuda
+@needs_cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_state_goes_from_one_device_to_the_other() -> None:
+    state = {key: tensor.to("cuda:0") for key, tensor in STATE.items()}
+    file = io.BytesIO()
+    aiotorchio.save(state, file, chunk_size=CHUNK)
+    for location in ("cuda:1", {"cuda:0": "cuda:1"}, torch.device("cuda", 1)):
+        file.seek(0)
+        loaded = aiotorchio.load(file, location)
+        assert all(tensor.device == torch.device("cuda", 1) for tensor in loaded.values())
+        assert all(torch.equal(loaded[key].cpu(), STATE[key]) for key in state)
+
+
+@cuda
+@needs_cuda
+def test_state_on_a_device_crosses_a_socket_with_two_pinned_chunks_at_each_end() -> None:
+    state = {"w": torch.arange(2**23, device="cuda"), "b": torch.ones(5, device="cuda")}
+
+    async def main() -> Any:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await aiotorchio.save_to_stream(state, writer)
+            writer.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            loaded = await aiotorchio.load_from_stream(reader)
+            writer.close()
+        return loaded
+
+    slabs: list[int] = []
+    make = DeviceCopier.slab
+
+    def counted(self: DeviceCopier, nbytes: int) -> torch.UntypedStorage:
+        slabs.append(nbytes)
+        return make(self, nbytes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceCopier, "slab", counted)
+        loaded = asyncio.run(main())
+    assert sorted(slabs) == [4 * 2**20] * 4
+    assert all(loaded[key].device == state[key].device for key in state)
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+@cuda
+@needs_cuda
+def test_a_compact_save_packs_what_is_on_a_device() -> None:
+    whole = torch.arange(2**20, device="cuda").view(1024, 1024)
+    file = io.BytesIO()
+    summary = aiotorchio.save([whole[:, :10], whole[5]], file, compact=True, chunk_size=CHUNK)
+    assert summary.left_out_nbytes > 0
+    file.seek(0)
+    column, row = aiotorchio.load(file)
+    assert column.device == whole.device
+    assert torch.equal(column, whole[:, :10]) and torch.equal(row, whole[5])
 
 
 @cuda
