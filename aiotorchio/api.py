@@ -106,8 +106,8 @@ def save_to_stream(
             ``map_location`` says otherwise. A plain iterable runs on the event loop. A generator
             stays its owner's to close, if the save fails.
         snapshot: Send the state as it is when this is called, while the caller goes on changing
-            it. It is copied before this returns: on the host, which blocks for about half a second
-            a GiB; on a device in the order of its current stream, which does not block. Each chunk
+            it. It is copied before this returns: on the host, which blocks for about 0.4 seconds a
+            GiB; on a device in the order of its current stream, which does not block. Each chunk
             of the copy is freed when it was sent, so the peak is once the size of the state.
         compact: Leave out what no tensor shows of its storage; ``Summary.left_out_nbytes`` says how
             much that is. What tensors share, they go on sharing; strides become those among the

@@ -65,11 +65,16 @@ class PeakMemory:
         # Linux: 5 sets the high-water mark back to what is resident now.
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
-        self._before = self._read("VmRSS")
+        self._before = self.resident()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.nbytes = self._read("VmHWM") - self._before
+
+    @classmethod
+    def resident(cls) -> int:
+        """What is resident now."""
+        return cls._read("VmRSS")
 
     @staticmethod
     def _read(key: str) -> int:
