@@ -10,13 +10,7 @@ HTTP library; ``save`` and ``load`` are the blocking twins. ``Limits`` says what
 
 from importlib.metadata import version
 
-from aiotorchio.api import (
-    StreamReader,
-    StreamWriter,
-    iter_bytes,
-    load_from_stream,
-    save_to_stream,
-)
+from aiotorchio.api import iter_bytes, load_from_stream, save_to_stream
 from aiotorchio.errors import (
     AiotorchioError,
     ChecksumError,
@@ -33,6 +27,7 @@ from aiotorchio.errors import (
 )
 from aiotorchio.files import get_unsafe_globals, load, save
 from aiotorchio.graph.names import TensorSpec
+from aiotorchio.many import StreamReader, StreamWriter
 from aiotorchio.message import Message
 from aiotorchio.transfer.plan import DoubleBuffer
 from aiotorchio.transfer.send import Summary

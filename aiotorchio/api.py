@@ -1,4 +1,4 @@
-"""The public functions and classes."""
+"""The public functions for streams."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import contextlib
 import pickle
 from collections.abc import (
     AsyncGenerator,
-    AsyncIterable,
-    AsyncIterator,
     Coroutine,
     Generator,
     Iterable,
     Mapping,
 )
-from typing import Any, Unpack, get_args
+from typing import Any, Unpack
 
 import torch
 
@@ -30,11 +28,9 @@ from aiotorchio.drive import (
 from aiotorchio.graph.location import MapLocation
 from aiotorchio.graph.names import TensorSpec
 from aiotorchio.graph.select import Select
-from aiotorchio.message import Message, Unread
 from aiotorchio.options import (
     DEFAULT_CHUNK_SIZE,
     Destination,
-    LoadKeywords,
     SaveKeywords,
     check_lock,
     checked_limits,
@@ -43,20 +39,17 @@ from aiotorchio.options import (
 )
 from aiotorchio.streams.base import coalesce
 from aiotorchio.streams.guard import exclusive
-from aiotorchio.streams.iterables import resumable
 from aiotorchio.streams.select import (
     open_sink,
     open_source,
 )
-from aiotorchio.transfer.receive import IncomingMessage, receive_message
+from aiotorchio.transfer.receive import receive_message
 from aiotorchio.transfer.send import Summary
 from aiotorchio.transfer.steps import Progress
 from aiotorchio.wire.limits import Limits
 from aiotorchio.wire.parser import Work
 
 __all__ = [
-    "StreamReader",
-    "StreamWriter",
     "iter_bytes",
     "load_from_stream",
     "save_to_stream",
@@ -287,93 +280,6 @@ async def load_from_stream(
         if loaded.commit is not None:
             await carry_out(loaded.commit, lock)
     return loaded.obj
-
-
-class StreamWriter:
-    """Saves many objects, one after the other, on one stream.
-
-    Args:
-        stream: As for ``save_to_stream``.
-
-    Example:
-        >>> import aiotorchio
-        >>> async def push(states, stream):
-        ...     writer = aiotorchio.StreamWriter(stream)
-        ...     for state in states:
-        ...         await writer.save(state)
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def save(self, obj: object, **options: Unpack[SaveKeywords]) -> Coroutine[Any, Any, Summary]:
-        """Send an object as the next message; arguments and errors as in ``save_to_stream``."""
-        return save_to_stream(obj, self._stream, **options)
-
-
-class StreamReader:
-    """Loads many objects, one after the other, from one stream.
-
-    Args:
-        stream: As for ``load_from_stream``; an async iterable is iterated once, from here on.
-
-    Example:
-        >>> import aiotorchio
-        >>> async def pull(stream):
-        ...     reader = aiotorchio.StreamReader(stream)
-        ...     while True:
-        ...         yield await reader.load()
-    """
-
-    def __init__(self, stream: Any) -> None:
-        # anyio's byte streams are iterable too, and are their own iterators.
-        self._stream = resumable(stream) if isinstance(stream, AsyncIterable) else stream
-
-    async def load(self, **options: Unpack[LoadKeywords]) -> Any:
-        """Receive the next object; arguments and errors as in ``load_from_stream``."""
-        return await load_from_stream(self._stream, **options)
-
-    @contextlib.asynccontextmanager
-    async def open(
-        self, *, limits: Limits | None = None, unread: Unread = "skip"
-    ) -> AsyncIterator[Message]:
-        """Receive the header of the next message, and leave the rest to the caller.
-
-        Args:
-            limits: What to accept; the default is ``Limits()``.
-            unread: What happens to a message that is left unread: ``"skip"`` receives and drops
-                it, in the memory of a chunk, so that the next one can be read; ``"abort"`` breaks
-                the connection, so that the sender stops. If an error leads out of the ``async
-                with``, nothing is skipped: the stream is of no more use.
-
-        Yields:
-            The message, to be read inside the ``async with``.
-
-        Raises:
-            ValueError: ``unread`` is neither of the two.
-            Exception: As ``load_from_stream``.
-
-        Example:
-            >>> async def follow(stream, model, version=0):
-            ...     reader = aiotorchio.StreamReader(stream)
-            ...     while True:
-            ...         async with reader.open() as message:
-            ...             if int(message.metadata["version"]) > version:
-            ...                 await message.load(into=model, staged=True)
-        """
-        if unread not in get_args(Unread):
-            raise ValueError(f"unread is 'skip' or 'abort', not {unread!r}")
-        incoming = IncomingMessage(checked_limits(limits))
-        with exclusive(self._stream, "load", open_source) as source:
-            async with contextlib.aclosing(source):
-                await drive(incoming.open(), source)
-                message = Message(incoming, source)
-                try:
-                    yield message
-                except BaseException:
-                    await message.close(unread, failed=True)
-                    raise
-                await message.close(unread, failed=False)
 
 
 def iter_bytes(

@@ -39,10 +39,14 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"errors", "wire", "graph", "streams", "drive", "transfer", "options", "message"},
         {"torch"},
     ),
+    "many": (
+        {"errors", "wire", "streams", "drive", "transfer", "options", "message", "api"},
+        set(),
+    ),
     "files": ({"errors", "wire", "graph", "streams", "drive", "transfer", "options"}, set()),
     "compat": ({"errors", "graph", "files"}, set()),
     "__init__": (
-        {"errors", "wire", "graph", "transfer", "message", "api", "files"},
+        {"errors", "wire", "graph", "transfer", "message", "api", "many", "files"},
         set(),
     ),
 }

@@ -14,8 +14,9 @@ import torch
 from aiotorchio.errors import UnsafeObjectError
 from aiotorchio.graph import plain
 from aiotorchio.graph._torch import get_layout
+from aiotorchio.graph.attributes import TypeName, set_attributes, tensor_class
 from aiotorchio.graph.dtypes import DTYPE_NAMES
-from aiotorchio.graph.tensors import TensorMaker, TypeName, set_attributes, tensor_class
+from aiotorchio.graph.tensors import TensorMaker
 from aiotorchio.wire.limits import Limits
 
 __all__ = ["Allowlist"]

@@ -7,7 +7,6 @@ attribute. These have the same arguments, check them, and raise ``InvalidObjectE
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,36 +15,17 @@ import torch
 
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, UnsafeObjectError
 from aiotorchio.graph import _torch
+from aiotorchio.graph.attributes import set_attributes, tensor_class
 from aiotorchio.graph.dtypes import DTYPE_NAMES
-from aiotorchio.graph.plain import is_dunder
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.limits import Limits
 
-__all__ = ["TensorMaker", "TypeName", "set_attributes", "tensor_class"]
+__all__ = ["TensorMaker"]
 
 _INT64_MAX = 2**63 - 1
 # Elements in a byte; each row begins with a byte of its own.
 _PER_BYTE = {torch.quint4x2: 2, torch.quint2x4: 4}
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-
-
-_TYPES_OF_TORCH = (torch.Tensor, torch.nn.Parameter)
-_ABSENT = object()
-
-
-class TypeName:
-    """Stands for a class that may be named but neither called nor instantiated.
-
-    torch puts the class of a tensor with attributes into the pickle. The class itself would be
-    a way to memory that was never written: ``torch.Tensor(64)`` shows what was there before.
-    """
-
-    def __init__(self, kind: type[torch.Tensor]) -> None:
-        self.kind = kind
-
-    def __call__(self, *_: object) -> Any:
-        """Refuse: a message may hold no uninitialised memory."""
-        raise UnsafeObjectError(f"{self.kind.__name__} may be named, not called")
 
 
 # Checking one part of a nested tensor takes as long as copying about this many bytes.
@@ -367,40 +347,3 @@ def _untyped(storage: Any) -> torch.UntypedStorage:
 def _storage_dtype(storage: Any) -> torch.dtype:
     typed: torch.TypedStorage = _expect(storage, torch.TypedStorage)
     return typed.dtype
-
-
-def set_attributes(tensor: torch.Tensor, state: Any) -> None:
-    """Set attributes of a tensor that its class leaves to its instances."""
-    parts = state if type(state) is tuple and len(state) == 2 else (state, None)
-    for part in parts:
-        for key, value in (part or {}).items():
-            if type(key) is not str or is_dunder(key) or not _is_free(tensor, key):
-                shown = key if type(key) is str else type(key)
-                raise UnsafeObjectError(f"attribute {shown!r} of a {type(tensor).__name__}")
-            setattr(tensor, key, value)
-
-
-def _is_free(tensor: torch.Tensor, key: str) -> bool:
-    kind = type(tensor)
-    found = next((vars(base)[key] for base in kind.__mro__ if key in vars(base)), _ABSENT)
-    if found is _ABSENT:
-        return True
-    # Whoever trusts a class lets its instances hide defaults and methods, but not set anything
-    # through a descriptor: "data" would give them other memory.
-    if kind not in _TYPES_OF_TORCH and not hasattr(type(found), "__set__"):
-        return True
-    # A subclass says which attributes its instances have, even if Tensor has a method of that
-    # name (the jagged layout has ``_values``).
-    return any(
-        key in vars(base).get("__slots__", ()) or key in inspect.get_annotations(base)
-        for base in type(tensor).__mro__
-        if base not in torch.nn.Parameter.__mro__
-    )
-
-
-def tensor_class(kind: Any) -> type[torch.Tensor]:
-    """The class that a pickle names for a tensor."""
-    named = kind.kind if isinstance(kind, TypeName) else kind
-    if not isinstance(named, type) or not issubclass(named, torch.Tensor):
-        raise UnsafeObjectError("a tensor subclass that is none")
-    return named

@@ -17,8 +17,8 @@ from aiotorchio.memory.staging import Copier, Here, OnDevice, Slabs
 
 __all__ = ["Snapshot"]
 
-# malloc would keep chunks that were freed; these go back to the system. Linux makes all pages at once
-# when it is told that they will be needed: 0.39 s a GiB with the copy, instead of 0.55.
+# malloc would keep chunks that were freed; these go back to the system. Linux makes all pages at
+# once when it is told that they will be needed: 0.39 s a GiB with the copy, instead of 0.55.
 _PRIVATE = (
     {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)}
     if hasattr(mmap, "MAP_PRIVATE")

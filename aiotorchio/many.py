@@ -1,0 +1,107 @@
+"""Many messages, one after the other, on one stream."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine
+from typing import Any, Unpack, get_args
+
+from aiotorchio.api import load_from_stream, save_to_stream
+from aiotorchio.drive import drive
+from aiotorchio.message import Message, Unread
+from aiotorchio.options import LoadKeywords, SaveKeywords, checked_limits
+from aiotorchio.streams.guard import exclusive
+from aiotorchio.streams.iterables import resumable
+from aiotorchio.streams.select import open_source
+from aiotorchio.transfer.receive import IncomingMessage
+from aiotorchio.transfer.send import Summary
+from aiotorchio.wire.limits import Limits
+
+__all__ = ["StreamReader", "StreamWriter"]
+
+
+class StreamWriter:
+    """Saves many objects, one after the other, on one stream.
+
+    Args:
+        stream: As for ``save_to_stream``.
+
+    Example:
+        >>> import aiotorchio
+        >>> async def push(states, stream):
+        ...     writer = aiotorchio.StreamWriter(stream)
+        ...     for state in states:
+        ...         await writer.save(state)
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def save(self, obj: object, **options: Unpack[SaveKeywords]) -> Coroutine[Any, Any, Summary]:
+        """Send an object as the next message; arguments and errors as in ``save_to_stream``."""
+        return save_to_stream(obj, self._stream, **options)
+
+
+class StreamReader:
+    """Loads many objects, one after the other, from one stream.
+
+    Args:
+        stream: As for ``load_from_stream``; an async iterable is iterated once, from here on.
+
+    Example:
+        >>> import aiotorchio
+        >>> async def pull(stream):
+        ...     reader = aiotorchio.StreamReader(stream)
+        ...     while True:
+        ...         yield await reader.load()
+    """
+
+    def __init__(self, stream: Any) -> None:
+        # anyio's byte streams are iterable too, and are their own iterators.
+        self._stream = resumable(stream) if isinstance(stream, AsyncIterable) else stream
+
+    async def load(self, **options: Unpack[LoadKeywords]) -> Any:
+        """Receive the next object; arguments and errors as in ``load_from_stream``."""
+        return await load_from_stream(self._stream, **options)
+
+    @contextlib.asynccontextmanager
+    async def open(
+        self, *, limits: Limits | None = None, unread: Unread = "skip"
+    ) -> AsyncIterator[Message]:
+        """Receive the header of the next message, and leave the rest to the caller.
+
+        Args:
+            limits: What to accept; the default is ``Limits()``.
+            unread: What happens to a message that is left unread: ``"skip"`` receives and drops
+                it, in the memory of a chunk, so that the next one can be read; ``"abort"`` breaks
+                the connection, so that the sender stops. If an error leads out of the ``async
+                with``, nothing is skipped: the stream is of no more use.
+
+        Yields:
+            The message, to be read inside the ``async with``.
+
+        Raises:
+            ValueError: ``unread`` is neither of the two.
+            Exception: As ``load_from_stream``.
+
+        Example:
+            >>> async def follow(stream, model, version=0):
+            ...     reader = aiotorchio.StreamReader(stream)
+            ...     while True:
+            ...         async with reader.open() as message:
+            ...             if int(message.metadata["version"]) > version:
+            ...                 await message.load(into=model, staged=True)
+        """
+        if unread not in get_args(Unread):
+            raise ValueError(f"unread is 'skip' or 'abort', not {unread!r}")
+        incoming = IncomingMessage(checked_limits(limits))
+        with exclusive(self._stream, "load", open_source) as source:
+            async with contextlib.aclosing(source):
+                await drive(incoming.open(), source)
+                message = Message(incoming, source)
+                try:
+                    yield message
+                except BaseException:
+                    await message.close(unread, failed=True)
+                    raise
+                await message.close(unread, failed=False)
