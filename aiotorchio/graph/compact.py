@@ -1,9 +1,10 @@
 """Storages without what no tensor shows: what ``compact=True`` sends.
 
-Tensors that show some of the same elements go together. If one of them shows all that the others
-show, its elements are packed, one after the other in the order of their addresses, and every stride
-is that among the packed elements. If none does (a row and a column of a matrix, the windows of
-``unfold``), the bytes from the first to the last stay together as they are.
+A view that leaves gaps gives a lattice: its strides, from the widest to the narrowest. There, what
+a view shows is a box, and views whose boxes do not meet have no element in common: they are packed
+apart. Those that have are packed together, in the smallest box around theirs: its elements one
+after the other, and every stride that among the packed elements. Views that no lattice holds
+together (of other item sizes, the windows of ``unfold``) keep the bytes from the first to the last.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ __all__ = ["compact"]
 
 # Views with overlapping ranges of bytes are compared pair by pair.
 _COMPARED_MAX = 256
+
+
+_Box = list[range]  # in each dimension of a lattice
 
 
 @dataclass(slots=True)
@@ -67,7 +71,7 @@ def compact(
         storage = storages[index]
         if locations[storage.location] == META_LOCATION or storage.nbytes == _shown(views[index]):
             continue
-        fitted = _Fitted(views[index])
+        fitted = _Fitted(views[index], storage.nbytes)
         if fitted.nbytes >= storage.nbytes:
             continue
         fitted.settle()
@@ -87,13 +91,15 @@ class _Fitted:
 
     Args:
         views: All there are.
+        available: Bytes of the storage.
 
     Attributes:
         parts: What is left of the storage.
         nbytes: How much that is.
     """
 
-    def __init__(self, views: Sequence[_View]) -> None:
+    def __init__(self, views: Sequence[_View], available: int) -> None:
+        self._available = available
         self.parts: list[Part] = []
         self.nbytes = 0
         self._settled: list[tuple[TensorRow, int, tuple[int, ...]]] = []
@@ -109,25 +115,25 @@ class _Fitted:
         for row, offset, stride in self._settled:
             row.offset, row.stride = offset, stride
 
-    def _fit(self, group: Sequence[_View]) -> None:
-        start, end = group[0].start, max(view.end for view in group)
+    def _fit(self, component: _Component) -> None:
+        views = component.views
+        start, end = min(view.start for view in views), max(view.end for view in views)
         # Numbers stay aligned to their size.
-        size = max(view.itemsize for view in group)
-        lead = max(group, key=lambda view: view.nbytes)
-        packed = None if lead.nbytes == end - start else _packed(lead, group)
-        if packed is None:
+        size = max(view.itemsize for view in views)
+        box = component.around()
+        packed = None if box is None else _Packed(component.lead, box)
+        # A box around others may have a corner where the storage has nothing.
+        if packed is None or packed.nbytes >= end - start or not packed.fits(self._available):
             at = self.nbytes + (start - self.nbytes) % size
             self.parts.append(Part(at, start, 1, (end - start,), (1,)))
-            for view in group:
+            for view in views:
                 offset = (view.start - start + at) // view.itemsize
                 self._settled.append((view.row, offset, tuple(view.row.stride)))
         else:
             at = self.nbytes + -self.nbytes % size
-            order = lead.order
-            self.parts.append(
-                Part(at, lead.start, lead.itemsize, tuple(order.shape), tuple(order.stride))
-            )
-            for view, (offset, stride) in zip(group, packed, strict=True):
+            self.parts.append(packed.part(at))
+            for view in views:
+                offset, stride = packed.place(view)
                 self._settled.append((view.row, at // size + offset, stride))
         self.nbytes = at + self.parts[-1].nbytes
 
@@ -146,105 +152,139 @@ def _groups(views: Iterable[_View]) -> Iterator[list[_View]]:
         yield group
 
 
-def _components(group: list[_View]) -> list[list[_View]]:
+@dataclass(slots=True)
+class _Component:
+    """Views that go together.
+
+    Attributes:
+        lead: The one with the most elements; it gives the lattice.
+        views: All of them.
+        boxes: What each spans in the lattice; None if the lattice does not hold all of them.
+    """
+
+    lead: _View
+    views: list[_View]
+    boxes: list[_Box] | None
+
+    def around(self) -> _Box | None:
+        """The smallest box around all; None if there is none."""
+        if self.boxes is None:
+            return None
+        spans = zip(*self.boxes, strict=True)
+        box = [range(min(r.start for r in span), max(r.stop for r in span)) for span in spans]
+        return box if _is_distinct(self.lead.order, box) else None
+
+
+def _components(group: list[_View]) -> list[_Component]:
     """Cut a group into what has no element in common: two blocks of columns of a matrix."""
     lead = max(group, key=lambda view: view.nbytes)
-    if not 1 < len(group) <= _COMPARED_MAX or not lead.order.distinct:
-        return [group]
-    components: list[tuple[list[_View], list[list[range]]]] = []
+    whole = _Component(lead, group, None)
+    if len(group) > _COMPARED_MAX or not lead.order.distinct:
+        return [whole]
+    components: list[_Component] = []
     for view in group:
         box = _box(lead, view)
         if box is None:
-            return [group]
-        views, boxes, others = [view], [box], []
+            return [whole]
+        merged = _Component(lead, [view], [box])
+        apart = []
         for component in components:
-            if any(_meet(box, other) for other in component[1]):
-                views, boxes = component[0] + views, component[1] + boxes
+            if any(_meet(box, other) for other in component.boxes or ()):
+                merged.views += component.views
+                merged.boxes = (merged.boxes or []) + (component.boxes or [])
             else:
-                others.append(component)
-        components = [*others, (views, boxes)]
-    return [sorted(views, key=lambda view: view.start) for views, _ in components]
+                apart.append(component)
+        components = [*apart, merged]
+    return components
 
 
-def _box(lead: _View, view: _View) -> list[range] | None:
-    """What a view spans in each dimension of the leading one, before and behind that one, too."""
+def _box(lead: _View, view: _View) -> _Box | None:
+    """What a view spans in the lattice of another one; it may reach before and behind that."""
     distance, rest = divmod(view.start - lead.start, lead.itemsize)
     if rest or view.itemsize != lead.itemsize:
         return None
     corner = _index(lead.order, distance)
-    spans = [_index(lead.order, view.row.stride[dim]) for dim in view.order.dims]
-    if corner is None or None in spans:
+    steps = [_index(lead.order, view.row.stride[dim]) for dim in view.order.dims]
+    if corner is None:
         return None
-    box = [range(n, n + 1) for n in corner]
-    for dim, span in zip(view.order.dims, spans, strict=True):
-        for n, distance in enumerate(span or ()):
-            furthest = box[n][-1] + distance * (view.row.shape[dim] - 1)
-            box[n] = range(box[n].start, furthest + 1)
-    # An index says where an element is only if the inner dimensions do not reach into the outer.
-    inner = 0
-    for n in reversed(range(1, len(box))):
-        inner += box[n][-1] * lead.order.stride[n]
-        if inner >= lead.order.stride[n - 1]:
+    stops = [n + 1 for n in corner]
+    for dim, step in zip(view.order.dims, steps, strict=True):
+        if step is None:
             return None
-    return box
+        for n, distance in enumerate(step):
+            stops[n] += distance * (view.row.shape[dim] - 1)
+    box = [range(start, stop) for start, stop in zip(corner, stops, strict=True)]
+    return box if _is_distinct(lead.order, box) else None
 
 
-def _meet(one: Sequence[range], two: Sequence[range]) -> bool:
+def _is_distinct(lattice: Order, box: _Box) -> bool:
+    """Whether each index in a box is another element: no dimension reaches into the outer one."""
+    reach = 0
+    for n in reversed(range(1, len(box))):
+        reach += box[n][-1] * lattice.stride[n]
+        if reach >= lattice.stride[n - 1]:
+            return False
+    return True
+
+
+def _meet(one: _Box, two: _Box) -> bool:
     return all(a.start < b.stop and b.start < a.stop for a, b in zip(one, two, strict=True))
 
 
-def _packed(lead: _View, group: Sequence[_View]) -> list[tuple[int, tuple[int, ...]]] | None:
-    """Offset and stride of each view among the packed elements of one that shows all of them.
-
-    Returns:
-        None if it does not show all of them, or not so that strides could say where they are.
-    """
-    if not lead.order.distinct or any(view.itemsize != lead.itemsize for view in group):
-        return None
-    steps = _contiguous(lead.order.shape)
-    placed = []
-    for view in group:
-        place = _place(lead, view, steps)
-        if place is None:
-            return None
-        placed.append(place)
-    return placed
-
-
-def _place(lead: _View, view: _View, steps: Sequence[int]) -> tuple[int, tuple[int, ...]] | None:
-    corner = _index(lead.order, (view.start - lead.start) // lead.itemsize)
-    if corner is None:
-        return None
-    furthest, stride = list(corner), list(view.row.stride)
-    for dim in view.order.dims:
-        index = _index(lead.order, view.row.stride[dim])
-        if index is None:
-            return None
-        stride[dim] = _dot(index, steps)
-        for n, distance in enumerate(index):
-            furthest[n] += distance * (view.row.shape[dim] - 1)
-    if any(n >= size for n, size in zip(furthest, lead.order.shape, strict=True)):
-        return None
-    return _dot(corner, steps), tuple(stride)
-
-
-def _index(order: Order, address: int) -> list[int] | None:
-    """The index of the element at an address, counted in elements from the first; None: none."""
+def _index(lattice: Order, address: int) -> list[int] | None:
+    """Where an address is in a lattice; only the first number may be negative. None: nowhere."""
     index = []
-    for step in order.stride:
+    for step in lattice.stride:
         whole, address = divmod(address, step)
         index.append(whole)
     return None if address else index
 
 
-def _contiguous(shape: Sequence[int]) -> list[int]:
-    steps: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        steps.insert(0, step)
-        step *= size
-    return steps
+class _Packed:
+    """The elements of a box, one after the other.
 
+    Args:
+        lead: Gives the lattice.
+        box: In that.
+    """
 
-def _dot(index: Sequence[int], steps: Sequence[int]) -> int:
-    return sum(n * step for n, step in zip(index, steps, strict=True))
+    def __init__(self, lead: _View, box: _Box) -> None:
+        self._lead = lead
+        self._box = box
+        self._steps: list[int] = []
+        count = 1
+        for span in reversed(box):
+            self._steps.insert(0, count)
+            count *= len(span)
+        self.nbytes = count * lead.itemsize
+        self._first = self._address([span.start for span in box])
+
+    def fits(self, available: int) -> bool:
+        """Whether the whole box is in a storage of so many bytes."""
+        last = self._address([span[-1] for span in self._box])
+        return self._first >= 0 and last + self._lead.itemsize <= available
+
+    def part(self, at: int) -> Part:
+        """What to send, ``at`` so many bytes behind the beginning."""
+        shape = tuple(len(span) for span in self._box)
+        stride = tuple(self._lead.order.stride)
+        return Part(at, self._first, self._lead.itemsize, shape, stride)
+
+    def _address(self, index: Sequence[int]) -> int:
+        """Byte of the storage where an element of the lattice is."""
+        steps = zip(index, self._lead.order.stride, strict=True)
+        return self._lead.start + sum(n * step for n, step in steps) * self._lead.itemsize
+
+    def place(self, view: _View) -> tuple[int, tuple[int, ...]]:
+        """Offset and stride of a view among the packed elements."""
+        distance = (view.start - self._lead.start) // self._lead.itemsize
+        corner = _index(self._lead.order, distance) or []
+        offset = sum(
+            (n - span.start) * step
+            for n, span, step in zip(corner, self._box, self._steps, strict=True)
+        )
+        stride = list(view.row.stride)
+        for dim in view.order.dims:
+            index = _index(self._lead.order, stride[dim]) or []
+            stride[dim] = sum(n * step for n, step in zip(index, self._steps, strict=True))
+        return offset, tuple(stride)
