@@ -66,6 +66,7 @@ def save_to_stream(
     specs: Mapping[str, TensorSpec | torch.Tensor] | None = None,
     snapshot: bool = False,
     compact: bool = False,
+    allow_pickle: bool = True,
     progress: Progress | None = None,
     pickle_module: Any = pickle,
     pickle_protocol: int = 2,
@@ -99,14 +100,18 @@ def save_to_stream(
             ``map_location`` says otherwise. A plain iterable runs on the event loop. A generator
             stays its owner's to close, if the save fails.
         snapshot: Send the state as it is when this is called, while the caller goes on changing
-            it. It is copied before this returns: on the host, which blocks for about 0.4 seconds a
-            GiB; on a device in the order of its current stream, which does not block. Each chunk
-            of the copy is freed when it was sent, so the peak is once the size of the state.
+            it. It is copied before this returns, and nobody, such as another thread, may change it
+            until then: on the host, which blocks for about 0.4 seconds a GiB; on a device in the
+            order of its current stream, which does not block. Each chunk of the copy is freed when
+            it was sent, so the peak is once the size of the state.
         compact: Leave out what no tensor shows of its storage; ``Summary.left_out_nbytes`` says how
-            much that is. What tensors share, they go on sharing; strides become those among the
-            elements that are sent. Where tensors show some of the same bytes, and none of them all
-            that the others show, what lies between them is sent, too. Storages that the object
-            refers to itself, such as those of quantized tensors, stay whole.
+            much that is. What tensors share, they go on sharing, and tensors of one storage arrive
+            in one storage; strides become those among the elements that are sent. Of tensors that
+            have elements in common, the smallest box around them is sent (a row and a column of a
+            matrix: all of it). Storages that the object refers to itself, such as those of
+            quantized tensors, stay whole.
+        allow_pickle: False refuses an object that needs pickle before anything is sent, and says
+            why it does: receivers may well load with ``allow_pickle=False``.
         progress: Called as ``progress(done, total)`` with bytes of the payload, after each chunk.
         pickle_module: Has a ``Pickler``; used for what is not made of plain containers.
         pickle_protocol: Of that pickle. Receivers load only 2 with ``weights_only=True``.
@@ -117,9 +122,10 @@ def save_to_stream(
     Raises:
         TypeError: Not a stream that can be saved to, or an option of another type.
         ValueError: An option out of its range, or a blocking socket.
-        RuntimeError: A tensor was changed, or its storage resized, while it was sent. The receiver
-            gets a ``RemoteAbort``, or a ``ChecksumError`` if it came to that first; the stream
-            lives on.
+        RuntimeError: A tensor was changed, or its storage resized, while it was sent, or while the
+            snapshot was taken. A receiver gets a ``RemoteAbort``, and the stream lives on; or it
+            sees that the bytes of a chunk changed on their way (``ChecksumError``).
+        ValueError: The object needs pickle, and ``allow_pickle`` is False; nothing was sent.
         TruncatedError: The peer closed the connection, or it broke.
         StreamBusy: Another save is using the stream.
         StreamPoisoned: An earlier save was stopped inside its message.
@@ -153,6 +159,7 @@ def save_to_stream(
         specs=specs,
         snapshot=snapshot,
         compact=compact,
+        allow_pickle=allow_pickle,
         progress=progress,
         pickle_module=pickle_module,
         pickle_protocol=pickle_protocol,
@@ -163,6 +170,10 @@ def save_to_stream(
 async def _save(message: Generator[Request, Any, Summary], stream: Any) -> Summary:
     with exclusive(stream, "save", open_sink) as sink:
         return await drive(message, sink)
+
+
+# Of whom Python says that they were never awaited.
+_save.__qualname__ = "save_to_stream"
 
 
 async def load_from_stream(

@@ -107,7 +107,10 @@ def streaming_load(
         raise AttributeError(f"{type(f).__name__!r} object has no attribute 'read'")
     others = pickle_load_args.keys() - {"encoding"}
     if weights_only and others:
-        raise TypeError(f"only with weights_only=False: {', '.join(sorted(others))}")
+        raise TypeError(
+            f"only with weights_only=False: {', '.join(sorted(others))} (what you trust goes to "
+            "torch.serialization.safe_globals)"
+        )
     if not weights_only and (pickle_module is not None or pickle_load_args):
         pickle_module = _taking(
             pickle_load_args, pickle if pickle_module is None else pickle_module

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-from collections.abc import AsyncIterable, Generator, Iterable
+import secrets
+import shutil
+from collections.abc import AsyncIterable, Generator, Iterable, Iterator
 from typing import Any, Unpack
 
 from aiotorchio.drive import Request, carry_out_blocking, drive_blocking
@@ -39,8 +41,9 @@ def save(
 
     Args:
         obj: As in ``save_to_stream``.
-        file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path, where
-            a file that is there is replaced once the new one is whole.
+        file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path. A
+            file that is there is replaced once the new one is whole, which needs room for both
+            in its directory; other names of it (hard links) keep the old one.
         pickle_module: As in ``save_to_stream``.
         pickle_protocol: As in ``save_to_stream``.
         options: The other keyword arguments of ``save_to_stream``.
@@ -67,17 +70,35 @@ def save(
         raise TypeError("an async iterable of tensors is for save_to_stream, not for save")
     if not isinstance(file, str | os.PathLike):
         return _save(message, file)
-    # Under another name until it is whole: what was there before is not lost for half of it.
-    unfinished = f"{os.fspath(file)}.part"
+    with _replaced(file) as opened:
+        return _save(message, opened)
+
+
+@contextlib.contextmanager
+def _replaced(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A file that takes the place of the one at a path once it is whole; devices are written to.
+
+    What was there before is not lost for half of what comes. Links lead to what is replaced, and
+    its mode stays.
+    """
+    target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        with open(target, "wb") as opened:
+            yield opened
+        return
+    unfinished = f"{target}.{secrets.token_hex(4)}.part"
     try:
-        with open(unfinished, "wb") as opened:
-            summary = _save(message, opened)
-        os.replace(unfinished, file)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with open(unfinished, "xb") as opened:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(target, unfinished)
+            yield opened
+        os.replace(unfinished, target)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename == unfinished:
+            error.filename = os.fspath(path)
+        with contextlib.suppress(OSError):
             os.unlink(unfinished)
         raise
-    return summary
 
 
 def _save(message: Generator[Request, Any, Summary], file: Any) -> Summary:

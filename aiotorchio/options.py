@@ -62,6 +62,7 @@ class OtherSaveKeywords(TypedDict, total=False):
     specs: Mapping[str, TensorSpec | torch.Tensor] | None
     snapshot: bool
     compact: bool
+    allow_pickle: bool
     progress: Progress | None
 
 
@@ -118,6 +119,7 @@ def outgoing_message(
     specs: Mapping[str, TensorSpec | torch.Tensor] | None = None,
     snapshot: bool = False,
     compact: bool = False,
+    allow_pickle: bool = True,
     progress: Progress | None = None,
     pickle_module: Any = pickle,
     pickle_protocol: int = 2,
@@ -131,7 +133,12 @@ def outgoing_message(
         TypeError: An option of another type.
         ValueError: An option out of its range.
     """
-    for option, value in (("checksum", checksum), ("snapshot", snapshot), ("compact", compact)):
+    for option, value in (
+        ("checksum", checksum),
+        ("snapshot", snapshot),
+        ("compact", compact),
+        ("allow_pickle", allow_pickle),
+    ):
         if not isinstance(value, bool):
             raise TypeError(f"{option} is True or False, not {value!r}")
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
@@ -166,6 +173,7 @@ def outgoing_message(
         producer=PRODUCER,
         pickle_module=pickle_module,
         pickle_protocol=pickle_protocol,
+        allow_pickle=allow_pickle,
         compact=compact,
         skip=skipped_data(),
     )

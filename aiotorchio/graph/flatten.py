@@ -66,6 +66,7 @@ def flatten(
     producer: str,
     pickle_module: Any = pickle,
     pickle_protocol: int = 2,
+    allow_pickle: bool = True,
     compact: bool = False,
     skip: torch.serialization.skip_data | None = None,
 ) -> Flattened:
@@ -80,17 +81,26 @@ def flatten(
         producer: Name and version of the sender, for the header.
         pickle_module: For what the tree codec cannot carry.
         pickle_protocol: Likewise.
+        allow_pickle: Whether the pickle codec may be used.
         compact: Leave out what no tensor shows of its storage.
         skip: The ``torch.serialization.skip_data`` that the caller's thread is in: the storages
             are sent like those on ``meta``, since a stream has no holes to be filled later.
 
     Returns:
         The parts, which share their storages with the object.
+
+    Raises:
+        ValueError: The object needs pickle, and must not.
     """
     codec: Codec = "tree"
     table = Table(skip)
-    skeleton = tree.encode(obj, table)
-    if skeleton is None:
+    try:
+        skeleton = tree.encode(obj, table)
+    except tree.NotATreeError as reason:
+        if not allow_pickle:
+            raise ValueError(
+                f"allow_pickle is False, and the object needs pickle: {reason}"
+            ) from None
         codec, table = "pickle", Table(skip)
         # For this thread, too: torch refuses there what it cannot send without its bytes.
         with contextlib.nullcontext() if skip is None else skip:

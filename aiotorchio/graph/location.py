@@ -149,6 +149,7 @@ def _in_torchs_words(location: str, restore: Callable[[], T]) -> T:
         return restore()
     except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
         raise InvalidObjectError(
-            f"location {location!r} is not on this machine: pass map_location; torch says: {error}",
+            f"location {location!r} is not on this machine (map_location can say another one); "
+            f"torch says: {error}",
             entry="header",
         ) from error

@@ -26,7 +26,7 @@ _LAYOUTS: tuple[tuple[int | str, bytes], ...] = (
     ("count4", b"X"),  # BINUNICODE
 )
 _LAYOUT_OF: dict[int, int | str] = {code: layout for layout, codes in _LAYOUTS for code in codes}
-_STOP, _GLOBAL = b"."[0], b"c"[0]
+_STOP, _GLOBAL, _PROTO = b"."[0], b"c"[0], b"\x80"[0]
 
 
 def opcodes(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -39,7 +39,7 @@ def opcodes(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         Where each begins, its code, and its argument as it is written.
 
     Raises:
-        UnsafeObjectError: An opcode that torch does not know.
+        UnsafeObjectError: Another protocol than 2, an opcode that torch does not know.
         ProtocolError: Cut short, or with bytes left over.
     """
     position = 0
@@ -55,6 +55,11 @@ def opcodes(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         except ProtocolError as error:
             error.offset = position
             raise
+        if code == _PROTO and data[start] != 2:
+            raise UnsafeObjectError(
+                f"pickle protocol {data[start]}: with weights_only=True only 2 is loaded",
+                offset=position,
+            )
         yield position, code, data[start:end]
         position = end
         if code == _STOP:

@@ -129,11 +129,8 @@ class _Scan:
 
     # The opcodes
 
-    def proto(self, argument: bytes) -> None:
-        if argument[0] != 2:
-            raise UnsafeObjectError(
-                f"pickle protocol {argument[0]}: with weights_only=True only 2 is loaded"
-            )
+    def proto(self, _: bytes) -> None:
+        pass
 
     def stop(self, _: bytes) -> None:
         self.check_contents([self.pop()])
@@ -190,12 +187,15 @@ class _Scan:
 
     def global_(self, argument: bytes) -> None:
         path = path_of(argument)
-        if path.split(".")[0] in BLOCKED_MODULES or path not in self.allowed:
+        if path.split(".")[0] in BLOCKED_MODULES:
+            raise UnsafeObjectError(f"global {path!r} is never allowed with weights_only=True")
+        if path not in self.allowed:
             needed = next((_NEEDS[part] for part in _NEEDS if path.startswith(part)), None)
             hint = f"'import {needed}' allows it; " if needed else ""
             raise UnsafeObjectError(
                 f"global {path!r} is not allowed; {hint}if you trust it, "
-                f"pass it in safe_globals, or weights_only=False if you trust the sender"
+                "pass it in safe_globals or to torch.serialization.add_safe_globals, or "
+                "weights_only=False if you trust the sender"
             )
         ours = getattr(self.allowed[path], "__module__", "").startswith(_PACKAGE)
         stand_in = path if ours else None
@@ -256,7 +256,10 @@ class _Scan:
 
     def extend(self, items: Sequence[Measure]) -> None:
         if self.top().kind != "list":
-            raise UnsafeObjectError("items for something that is not a list")
+            raise UnsafeObjectError(
+                f"items for {self.top().made_by or 'something'}, which is not a list: only "
+                "weights_only=False gives it any"
+            )
         self.adopt(items)
 
     def set_item(self, _: bytes) -> None:
@@ -272,7 +275,10 @@ class _Scan:
     def put(self, items: list[Measure]) -> None:
         container = self.top()
         if container.kind != "dict" and container.made_by not in _DICTS:
-            raise UnsafeObjectError("keys and values for something that is not a dict")
+            raise UnsafeObjectError(
+                f"keys and values for {container.made_by or 'something'}, which is not a dict: "
+                "only weights_only=False gives it any"
+            )
         for key in items[::2]:
             self.budget.hash(key)
             if key.forgeable or key.hash is None:

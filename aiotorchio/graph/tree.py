@@ -2,7 +2,7 @@
 
 Every container is an array that starts with its tag, so types survive, keys keep their order
 and can be checked for repeats. What the codec does not know, such as a class, or cannot keep,
-such as a list that is in two places, makes ``encode`` return None: pickle's turn.
+such as a list that is in two places, makes ``encode`` raise ``NotATreeError``: pickle's turn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from aiotorchio.graph.growth import check_growth
 from aiotorchio.graph.plain import check_hashes
 from aiotorchio.graph.table import Table
 
-__all__ = ["decode", "encode"]
+__all__ = ["NotATreeError", "decode", "encode"]
 
 # Deeper objects go to pickle. Far below Python's recursion limit, above any state dict.
 _ENCODE_DEPTH_MAX = 100
@@ -43,25 +43,35 @@ class Tag:
     DEVICE: Final = 10
 
 
-class _NotATreeError(Exception):
-    """The object needs the other codec."""
+class NotATreeError(Exception):
+    """The object needs the other codec.
+
+    Args:
+        what: Of it this one does not know.
+        path: Where that is.
+    """
+
+    def __init__(self, what: str, path: str = "") -> None:
+        super().__init__(f"{path.removesuffix('.')!r} is {what}" if path else what)
 
 
-def encode(obj: object, table: Table) -> bytes | None:
+def encode(obj: object, table: Table) -> bytes:
     """Write an object, and its tensors into the table.
 
     Args:
         obj: Anything.
-        table: Takes the tensors; of no use afterwards if the answer is None.
+        table: Takes the tensors; of no use afterwards if this raises.
 
     Returns:
-        The skeleton; None if this codec cannot carry the object.
+        The skeleton.
+
+    Raises:
+        NotATreeError: This codec cannot carry the object.
     """
     try:
-        # A str that UTF-8 cannot carry raises here: it has surrogates.
         return msgspec.msgpack.encode(_Encoder(table).node(obj, "", 0))
-    except (_NotATreeError, UnicodeEncodeError):
-        return None
+    except UnicodeEncodeError:
+        raise NotATreeError("it has a text that UTF-8 cannot carry") from None
 
 
 class _Encoder:
@@ -82,26 +92,26 @@ class _Encoder:
         if isinstance(value, torch.Tensor):
             row = self._table.add_tensor(value, path)
             if row is None:
-                raise _NotATreeError
+                raise NotATreeError(f"a {kind.__name__} that its shape and bytes do not tell", path)
             return (Tag.TENSOR, row)
         container = _CONTAINERS.get(kind)
         if container is not None:
             if depth == _ENCODE_DEPTH_MAX:
-                raise _NotATreeError
-            self._enter(value)
+                raise NotATreeError(f"nested deeper than {depth} levels", path)
+            self._enter(value, path)
             return container(self, value, path + "." if path else "", depth + 1)
         leaf = _LEAVES.get(kind)
         if leaf is None:
-            raise _NotATreeError
+            raise NotATreeError(f"a {kind.__name__}", path)
         return leaf(value)
 
-    def _enter(self, value: Any) -> None:
+    def _enter(self, value: Any, path: str) -> None:
         """Refuse what is shared: this codec would make copies of it."""
         if id(value) in self._seen:
             # Sharing of a tuple of plain values can't be noticed (the betas of an optimizer).
             if type(value) is tuple and all(type(item) in _PLAIN for item in value):
                 return
-            raise _NotATreeError
+            raise NotATreeError(f"a {type(value).__name__} that is in another place, too", path)
         self._seen.add(id(value))
 
     def sequence(self, value: Sequence[Any], tag: int, path: str, depth: int) -> Any:
@@ -117,7 +127,7 @@ class _Encoder:
             if type(key) is not str and (
                 type(key) is not int or not _INTEGER_MIN <= key <= _INTEGER_MAX
             ):
-                raise _NotATreeError
+                raise NotATreeError(f"a dict with a {type(key).__name__} as key", path)
             head.append(key)
             head.append(node(item, f"{path}{key}", depth))
         return head
@@ -126,7 +136,7 @@ class _Encoder:
         # nn.Module.state_dict() hangs its versions on the dict, as an attribute.
         attributes = vars(value)
         if attributes.keys() - {"_metadata"}:
-            raise _NotATreeError
+            raise NotATreeError("an OrderedDict with attributes", path)
         has = "_metadata" in attributes
         metadata = [self.node(attributes["_metadata"], "_metadata", depth)] if has else []
         return self.pairs(value, [Tag.ORDERED_DICT, metadata], path, depth)
@@ -145,7 +155,7 @@ _CONTAINERS: dict[type, Callable[[_Encoder, Any, str, int], Any]] = {
 
 def _dtype_leaf(value: torch.dtype) -> Any:
     if value not in DTYPE_NAMES:
-        raise _NotATreeError
+        raise NotATreeError(f"it has {value}, which has no name in the format")
     return (Tag.DTYPE, DTYPE_NAMES[value])
 
 

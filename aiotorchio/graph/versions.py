@@ -32,15 +32,15 @@ class Versions:
         self._rows = rows
         self._versions = [version_of(tensor) for tensor in tensors]
 
-    def check(self) -> None:
+    def check(self, when: str) -> None:
         """Make sure that they still are as they were.
+
+        Args:
+            when: The end of the sentence in an error: when nobody should have changed them.
 
         Raises:
             RuntimeError: One was changed.
         """
         for index, (tensor, version) in enumerate(zip(self._tensors, self._versions, strict=True)):
             if version_of(tensor) != version:
-                raise RuntimeError(
-                    f"{describe(self._rows[index], index)} was changed while it was sent: pass "
-                    "snapshot=True to send the state as it is when the call is made"
-                )
+                raise RuntimeError(f"{describe(self._rows[index], index)} was changed {when}")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from aiotorchio.drive import Fill, Request, Task
-from aiotorchio.errors import AiotorchioError, LimitExceeded
+from aiotorchio.errors import AiotorchioError, LimitExceeded, UnsafeObjectError
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.opcodes import globals_of
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
@@ -188,28 +188,36 @@ class IncomingMessage:
             if self.header.codec == "pickle":
                 search = functools.partial(unsafe_globals, received, safe_globals)
                 names = yield from work(search, inline=len(received.skeleton) <= INLINE_SKELETON)
-            self._skeleton, self.untouched = received, True
+            self._keep(received)
             return names
 
     def _rebuilder(
         self, options: LoadOptions, *, names: bool
     ) -> Generator[Request, Any, Rebuilder]:
         received = yield from self.skeleton()
-        rebuilder = Rebuilder(
-            received.skeleton,
-            self.header.codec,
-            allow_pickle=options.allow_pickle,
-            weights_only=options.weights_only,
-            pickle_module=options.pickle_module,
-            encoding=options.encoding,
-            safe_globals=options.safe_globals,
-            map_location=options.map_location,
-            limits=self.limits,
-            offset=received.offset,
-        )
-        check = functools.partial(rebuilder.check, self.header.tensors, names=names)
-        yield from work(check, inline=self._is_small(rebuilder))
+        try:
+            rebuilder = Rebuilder(
+                received.skeleton,
+                self.header.codec,
+                allow_pickle=options.allow_pickle,
+                weights_only=options.weights_only,
+                pickle_module=options.pickle_module,
+                encoding=options.encoding,
+                safe_globals=options.safe_globals,
+                map_location=options.map_location,
+                limits=self.limits,
+                offset=received.offset,
+            )
+            check = functools.partial(rebuilder.check, self.header.tensors, names=names)
+            yield from work(check, inline=self._is_small(rebuilder))
+        except UnsafeObjectError:
+            self._keep(received)
+            raise
         return rebuilder
+
+    def _keep(self, received: SkeletonReceived) -> None:
+        """Nothing was done with the skeleton: another call may do more."""
+        self._skeleton, self.untouched = received, True
 
     def skip(self) -> Generator[Request, Any, None]:
         """Receive what is left, and drop it; it is verified all the same."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from aiotorchio.drive import END, Next, Request, Send
+from aiotorchio.errors import AiotorchioError
 from aiotorchio.graph.flatten import Flattened
 from aiotorchio.graph.into import has_memory
 from aiotorchio.graph.names import TensorSpec
@@ -24,6 +25,8 @@ from aiotorchio.wire.header import Header, Layout
 from aiotorchio.wire.parser import MessageEnded
 
 __all__ = ["Prepared", "Summary", "prepare", "send_message", "send_produced"]
+
+_CHANGED = "while it was sent: pass snapshot=True to send the state as it is when the call is made"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,9 @@ def prepare(
         return Prepared(flattened, layout, payload, watched=True)
     chunks = map(layout.chunk, range(layout.chunks))
     copies = Snapshot(payload, chunks, layout.chunk_size, copier)
+    flattened.versions.check(
+        "while the snapshot was taken: no other thread may change it meanwhile"
+    )
     return Prepared(flattened, layout, copies, watched=False)
 
 
@@ -139,7 +145,7 @@ def send_message(
 
     def compose_end() -> list[Buffer]:
         if ready.watched:
-            ready.flattened.versions.check()
+            ready.flattened.versions.check(_CHANGED)
         end: list[Buffer] = composer.end()
         return end
 
@@ -177,6 +183,12 @@ def send_message(
         if not ended:
             nbytes += yield from send_end(unsent)
     except Exception as error:
+        if ready.watched and isinstance(error, AiotorchioError):
+            # The receiver has found that the bytes are not those that were announced, most likely.
+            try:
+                ready.flattened.versions.check(_CHANGED)
+            except RuntimeError as changed:
+                raise changed from error
         if nbytes:
             # The stream stands between two frames, so the receiver can be told, if it has not got
             # all. Had the stream itself failed, this would fail with the same error.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter, OrderedDict
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import aiotorchio
 from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError
 from aiotorchio.graph import growth, tree
 from aiotorchio.graph.growth import check_growth
@@ -53,14 +55,12 @@ def decode(skeleton: bytes, tensors: Any = (), depth_limit: int = 256) -> Any:
 
 @given(trees())
 def test_round_trip(obj: Any) -> None:
-    skeleton = tree.encode(obj, Table())
-    assert skeleton is not None
-    corpus.assert_same(decode(skeleton), obj)
+    corpus.assert_same(decode(tree.encode(obj, Table())), obj)
 
 
 @given(trees(), st.data())
 def test_any_damage_is_an_error_or_another_object(obj: Any, data: st.DataObject) -> None:
-    skeleton = bytearray(tree.encode(obj, Table()) or b"")
+    skeleton = bytearray(tree.encode(obj, Table()))
     at = data.draw(st.integers(0, len(skeleton) - 1))
     skeleton[at] ^= data.draw(st.integers(1, 255))
     try:
@@ -71,7 +71,7 @@ def test_any_damage_is_an_error_or_another_object(obj: Any, data: st.DataObject)
 
 def test_the_bytes_are_those_of_the_format() -> None:
     obj = {"a": [1, (2.5, None)], 3: OrderedDict(b=torch.ones(1)), "s": {b"x"}, "c": 1j}
-    assert msgpack.unpackb(tree.encode(obj, Table()) or b"", strict_map_key=False) == [
+    assert msgpack.unpackb(tree.encode(obj, Table()), strict_map_key=False) == [
         *(2, "a", [0, 1, [1, 2.5, None]]),
         *(3, [3, [], "b", [5, 0]], "s", [4, b"x"], "c", [6, 0.0, 1.0]),
     ]
@@ -88,15 +88,40 @@ def test_the_bytes_are_those_of_the_format() -> None:
     ids=repr,
 )
 def test_what_is_left_to_pickle(obj: object) -> None:
-    assert tree.encode(obj, Table()) is None
+    with pytest.raises(tree.NotATreeError):
+        tree.encode(obj, Table())
+
+
+@pytest.mark.parametrize(
+    ("obj", "why"),
+    [
+        ({"a": [1, {2}, {3: frozenset()}]}, "'a.2.3' is a frozenset"),
+        ([x := [1], {"b": x}], "'1.b' is a list that is in another place, too"),
+        ({"a": {None: 1}}, "'a' is a dict with a NoneType as key"),
+        ({"a": OrderedDict(b={(1,): 2})}, "'a.b' is a dict with a tuple as key"),
+        ({"s": torch.eye(2).to_sparse()}, "'s' is a Tensor that its shape and bytes do not tell"),
+        ((torch.strided,), "'0' is a layout"),
+        ("\ud800", "it has a text that UTF-8 cannot carry"),
+        (Counter(), "a Counter"),
+    ],
+)
+def test_why_an_object_is_left_to_pickle(obj: object, why: str) -> None:
+    with pytest.raises(tree.NotATreeError) as caught:
+        tree.encode(obj, Table())
+    assert str(caught.value) == why
+    file = io.BytesIO()
+    with pytest.raises(ValueError, match="allow_pickle is False, and the object needs pickle: "):
+        aiotorchio.save(obj, file, allow_pickle=False)
+    assert not file.getvalue()
 
 
 def test_shared_containers_are_left_to_pickle() -> None:
     tensor = torch.ones(1)
     for shared in ([1], {1: 2}, {1}, (1, [2]), (tensor,), OrderedDict()):
-        assert tree.encode([shared, shared], Table()) is None
+        with pytest.raises(tree.NotATreeError, match="another place"):
+            tree.encode([shared, shared], Table())
     for unseen in ((1, "a", None), (), torch.ones(1), "x", 2**100):
-        assert tree.encode([unseen, unseen], Table()) is not None
+        assert tree.encode([unseen, unseen], Table())
 
 
 def test_depth() -> None:
@@ -104,8 +129,8 @@ def test_depth() -> None:
     for _ in range(100):
         deep = [deep]
     skeleton = tree.encode(deep, Table())
-    assert skeleton is not None
-    assert tree.encode([deep], Table()) is None
+    with pytest.raises(tree.NotATreeError, match="nested deeper than 100 levels"):
+        tree.encode([deep], Table())
     corpus.assert_same(decode(skeleton, depth_limit=100), deep)
     with pytest.raises(LimitExceeded, match="99 levels"):
         decode(skeleton, depth_limit=99)
