@@ -32,6 +32,7 @@ from aiotorchio.options import (
     DEFAULT_CHUNK_SIZE,
     Destination,
     SaveKeywords,
+    check_keywords,
     check_lock,
     checked_limits,
     load_options,
@@ -317,6 +318,7 @@ def iter_bytes(
         >>> asyncio.run(main())
         [tensor([1., 1.])]
     """
+    check_keywords("iter_bytes", options, SaveKeywords)
     return _pieces(outgoing_message(obj, **options))
 
 

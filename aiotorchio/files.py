@@ -15,6 +15,7 @@ from aiotorchio.graph.location import MapLocation
 from aiotorchio.options import (
     OtherLoadKeywords,
     OtherSaveKeywords,
+    check_keywords,
     check_lock,
     checked_limits,
     load_options,
@@ -63,6 +64,7 @@ def save(
         >>> aiotorchio.load(file)
         {'w': tensor([1., 1.])}
     """
+    check_keywords("save", options, OtherSaveKeywords)
     message = outgoing_message(
         obj, pickle_module=pickle_module, pickle_protocol=pickle_protocol, **options
     )
@@ -133,6 +135,7 @@ def load(
     Example:
         See ``save``.
     """
+    check_keywords("load", options, OtherLoadKeywords)
     checked = load_options(map_location=map_location, pickle_module=pickle_module, **options)
     message = receive_message(checked_limits(limits), checked)
     lock = options.get("lock")

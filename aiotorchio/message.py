@@ -19,6 +19,7 @@ from aiotorchio.graph.names import TensorSpec, specs_of
 from aiotorchio.options import (
     MessageKeywords,
     TensorKeywords,
+    check_keywords,
     check_lock,
     load_options,
     tensor_options,
@@ -119,6 +120,7 @@ class Message:
             RuntimeError: The message was read already, or its ``async with`` was left.
             Exception: As ``load_from_stream``.
         """
+        check_keywords("load", options, MessageKeywords)
         checked = load_options(**options)
         check_lock(checked.lock, blocking=False)
         self.check(untouched=True)
@@ -189,6 +191,7 @@ class Message:
             Exception: As ``load_from_stream``. What was yielded before is intact, if the message
                 has checksums.
         """
+        check_keywords("iterate", options, TensorKeywords)
         return _Tensors(self, self._incoming, tensor_options(**options))
 
     def tensors_sync(self, **options: Unpack[TensorKeywords]) -> Iterator[tuple[str, torch.Tensor]]:

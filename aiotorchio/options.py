@@ -37,6 +37,7 @@ __all__ = [
     "OtherSaveKeywords",
     "SaveKeywords",
     "TensorKeywords",
+    "check_keywords",
     "check_lock",
     "checked_limits",
     "load_options",
@@ -108,6 +109,22 @@ class LoadKeywords(MessageKeywords, total=False):
     """The keyword arguments of ``load_from_stream``, which documents them."""
 
     limits: Limits | None
+
+
+def check_keywords(function: str, given: Mapping[str, object], known: type) -> None:
+    """Refuse keyword arguments as Python does, in the name of a public function.
+
+    Args:
+        function: Its name.
+        given: The arguments.
+        known: The ``TypedDict`` of those that there are.
+
+    Raises:
+        TypeError: One that there is not.
+    """
+    for name in given:
+        if name not in known.__annotations__:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 def outgoing_message(

@@ -950,3 +950,25 @@ def test_a_file_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
         aiotorchio.save({"a": lambda: None}, path)
     assert aiotorchio.load(path) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["state"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("save_to_stream", (SMALL, None)),
+        ("iter_bytes", (SMALL,)),
+        ("save", (SMALL, io.BytesIO())),
+        ("load", (io.BytesIO(),)),
+    ],
+)
+def test_arguments_that_there_are_not(name: str, arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument 'mmap'"):
+        getattr(aiotorchio, name)(*arguments, mmap=True)
+
+
+async def test_a_save_that_is_never_awaited_is_warned_of_by_its_name() -> None:
+    near, far = connected("unix")
+    with near, far, pytest.warns(RuntimeWarning, match="'save_to_stream' was never awaited"):
+        coroutine = aiotorchio.save_to_stream(SMALL, near)
+        del coroutine
+        gc.collect()
