@@ -77,8 +77,8 @@ def save_to_stream(
     Tensors go as they are: storages that several tensors share are sent once and shared again by
     the receiver, strides and unused parts of a storage are kept. No copy of a tensor is made
     beyond two chunks for those on a device. Do not change the tensors before this is done, unless
-    ``snapshot``. A change that advances a tensor's version counter (any operation of torch in
-    place, but for ``.data`` and what goes through numpy or other processes) is noticed at the end.
+    ``snapshot``. A change is noticed at the end if it advances a tensor's version counter: most
+    operations of torch in place do, fused optimizers, batch norms, ``.data`` and numpy do not.
 
     This is a plain function that returns a coroutine: options are checked, and a snapshot is
     taken, when it is called, not when the coroutine runs. A tensor that a stream of a device is

@@ -1,7 +1,7 @@
 """Storages without what no tensor shows: what ``compact=True`` sends.
 
-A view that leaves gaps gives a lattice: its strides, from the widest to the narrowest. There, what
-a view shows is a box, and views whose boxes do not meet have no element in common: they are packed
+The largest view gives a lattice: its strides, from the widest to the narrowest. There, what a view
+shows is a box, and views whose boxes do not meet have no element in common: they are packed
 apart. Those that have are packed together, in the smallest box around theirs: its elements one
 after the other, and every stride that among the packed elements. Views that no lattice holds
 together (of other item sizes, the windows of ``unfold``) keep the bytes from the first to the last.
@@ -9,8 +9,9 @@ together (of other item sizes, the windows of ``unfold``) keep the bytes from th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiotorchio.strided import Order, Part, order_of
 from aiotorchio.wire.dtypes import DTYPES
@@ -71,6 +72,9 @@ def compact(
         storage = storages[index]
         if locations[storage.location] == META_LOCATION or storage.nbytes == _shown(views[index]):
             continue
+        if any(view.end > storage.nbytes for view in views[index] if view.nbytes):
+            # It was made smaller behind the back of a tensor. That is the receiver's to refuse.
+            continue
         fitted = _Fitted(views[index], storage.nbytes)
         if fitted.nbytes >= storage.nbytes:
             continue
@@ -120,10 +124,8 @@ class _Fitted:
         start, end = min(view.start for view in views), max(view.end for view in views)
         # Numbers stay aligned to their size.
         size = max(view.itemsize for view in views)
-        box = component.around()
-        packed = None if box is None else _Packed(component.lead, box)
-        # A box around others may have a corner where the storage has nothing.
-        if packed is None or packed.nbytes >= end - start or not packed.fits(self._available):
+        packed = component.packed(self._available)
+        if packed is None or packed.nbytes >= end - start:
             at = self.nbytes + (start - self.nbytes) % size
             self.parts.append(Part(at, start, 1, (end - start,), (1,)))
             for view in views:
@@ -157,134 +159,151 @@ class _Component:
     """Views that go together.
 
     Attributes:
-        lead: The one with the most elements; it gives the lattice.
         views: All of them.
-        boxes: What each spans in the lattice; None if the lattice does not hold all of them.
+        lattice: What holds them together; None if nothing does.
+        boxes: What each of them spans in it.
     """
 
-    lead: _View
     views: list[_View]
-    boxes: list[_Box] | None
+    lattice: _Lattice | None = None
+    boxes: list[_Box] = field(default_factory=list)
 
-    def around(self) -> _Box | None:
-        """The smallest box around all; None if there is none."""
-        if self.boxes is None:
+    def packed(self, available: int) -> _Packed | None:
+        """The smallest box around all, in a storage of so many bytes; None if there is none."""
+        if self.lattice is None:
             return None
         spans = zip(*self.boxes, strict=True)
         box = [range(min(r.start for r in span), max(r.stop for r in span)) for span in spans]
-        return box if _is_distinct(self.lead.order, box) else None
+        if not self.lattice.is_distinct(box):
+            return None
+        packed = _Packed(self.lattice, box)
+        # A corner may be where the storage has nothing.
+        return packed if packed.start >= 0 and packed.end <= available else None
+
+
+class _Lattice:
+    """Steps from the first element of one view, from the widest to the narrowest.
+
+    Args:
+        lead: The one whose strides they are.
+        views: All that may be held by it.
+    """
+
+    def __init__(self, lead: _View, views: Sequence[_View]) -> None:
+        self.start, self.itemsize = lead.start, lead.itemsize
+        shape, stride = lead.order.shape, lead.order.stride
+        # Two dimensions that lie like one are one.
+        self.steps = [
+            step
+            for n, step in enumerate(stride)
+            if n + 1 == len(stride) or step != shape[n + 1] * stride[n + 1]
+        ]
+        # What leads from each view to the others.
+        distances = [(view.start - lead.start) // lead.itemsize for view in views]
+        narrowest = math.gcd(*distances, *(n for view in views for n in view.order.stride))
+        if narrowest and (not self.steps or narrowest < self.steps[-1]):
+            self.steps.append(narrowest)
+
+    def box(self, view: _View) -> _Box | None:
+        """What a view spans; it may reach before and behind the leading one. None: it is no box."""
+        if view.itemsize != self.itemsize or (view.start - self.start) % self.itemsize:
+            return None
+        corner = self.index((view.start - self.start) // self.itemsize)
+        stops = [n + 1 for n in corner]
+        for dim in view.order.dims:
+            for n, distance in enumerate(self.index(view.row.stride[dim])):
+                stops[n] += distance * (view.row.shape[dim] - 1)
+        box = [range(start, stop) for start, stop in zip(corner, stops, strict=True)]
+        return box if self.is_distinct(box) else None
+
+    def is_distinct(self, box: _Box) -> bool:
+        """Whether each index in a box is another element: no dimension reaches into the outer."""
+        reach = 0
+        for n in reversed(range(1, len(box))):
+            reach += box[n][-1] * self.steps[n]
+            if reach >= self.steps[n - 1]:
+                return False
+        return True
+
+    def index(self, address: int) -> list[int]:
+        """Where an address is, in elements; only the first number may be negative."""
+        index = []
+        for step in self.steps:
+            whole, address = divmod(address, step)
+            index.append(whole)
+        return index
 
 
 def _components(group: list[_View]) -> list[_Component]:
     """Cut a group into what has no element in common: two blocks of columns of a matrix."""
-    lead = max(group, key=lambda view: view.nbytes)
-    whole = _Component(lead, group, None)
+    lead = max(group, key=lambda view: (view.order.distinct, view.nbytes))
     if len(group) > _COMPARED_MAX or not lead.order.distinct:
-        return [whole]
+        return [_Component(group)]
+    lattice = _Lattice(lead, group)
     components: list[_Component] = []
     for view in group:
-        box = _box(lead, view)
+        box = lattice.box(view)
         if box is None:
-            return [whole]
-        merged = _Component(lead, [view], [box])
+            return [_Component(group)]
+        merged = _Component([view], lattice, [box])
         apart = []
         for component in components:
-            if any(_meet(box, other) for other in component.boxes or ()):
+            if any(_meet(box, other) for other in component.boxes):
                 merged.views += component.views
-                merged.boxes = (merged.boxes or []) + (component.boxes or [])
+                merged.boxes += component.boxes
             else:
                 apart.append(component)
         components = [*apart, merged]
     return components
 
 
-def _box(lead: _View, view: _View) -> _Box | None:
-    """What a view spans in the lattice of another one; it may reach before and behind that."""
-    distance, rest = divmod(view.start - lead.start, lead.itemsize)
-    if rest or view.itemsize != lead.itemsize:
-        return None
-    corner = _index(lead.order, distance)
-    steps = [_index(lead.order, view.row.stride[dim]) for dim in view.order.dims]
-    if corner is None:
-        return None
-    stops = [n + 1 for n in corner]
-    for dim, step in zip(view.order.dims, steps, strict=True):
-        if step is None:
-            return None
-        for n, distance in enumerate(step):
-            stops[n] += distance * (view.row.shape[dim] - 1)
-    box = [range(start, stop) for start, stop in zip(corner, stops, strict=True)]
-    return box if _is_distinct(lead.order, box) else None
-
-
-def _is_distinct(lattice: Order, box: _Box) -> bool:
-    """Whether each index in a box is another element: no dimension reaches into the outer one."""
-    reach = 0
-    for n in reversed(range(1, len(box))):
-        reach += box[n][-1] * lattice.stride[n]
-        if reach >= lattice.stride[n - 1]:
-            return False
-    return True
-
-
 def _meet(one: _Box, two: _Box) -> bool:
     return all(a.start < b.stop and b.start < a.stop for a, b in zip(one, two, strict=True))
-
-
-def _index(lattice: Order, address: int) -> list[int] | None:
-    """Where an address is in a lattice; only the first number may be negative. None: nowhere."""
-    index = []
-    for step in lattice.stride:
-        whole, address = divmod(address, step)
-        index.append(whole)
-    return None if address else index
 
 
 class _Packed:
     """The elements of a box, one after the other.
 
     Args:
-        lead: Gives the lattice.
+        lattice: Where the box is.
         box: In that.
+
+    Attributes:
+        nbytes: All in all.
+        start: First byte of the storage in the box.
+        end: Behind the last one.
     """
 
-    def __init__(self, lead: _View, box: _Box) -> None:
-        self._lead = lead
+    def __init__(self, lattice: _Lattice, box: _Box) -> None:
+        self._lattice = lattice
         self._box = box
         self._steps: list[int] = []
         count = 1
         for span in reversed(box):
             self._steps.insert(0, count)
             count *= len(span)
-        self.nbytes = count * lead.itemsize
-        self._first = self._address([span.start for span in box])
+        self.nbytes = count * lattice.itemsize
+        self.start = self._address([span.start for span in box])
+        self.end = self._address([span[-1] for span in box]) + lattice.itemsize
 
-    def fits(self, available: int) -> bool:
-        """Whether the whole box is in a storage of so many bytes."""
-        last = self._address([span[-1] for span in self._box])
-        return self._first >= 0 and last + self._lead.itemsize <= available
+    def _address(self, index: Sequence[int]) -> int:
+        steps = zip(index, self._lattice.steps, strict=True)
+        return self._lattice.start + sum(n * step for n, step in steps) * self._lattice.itemsize
 
     def part(self, at: int) -> Part:
         """What to send, ``at`` so many bytes behind the beginning."""
         shape = tuple(len(span) for span in self._box)
-        stride = tuple(self._lead.order.stride)
-        return Part(at, self._first, self._lead.itemsize, shape, stride)
-
-    def _address(self, index: Sequence[int]) -> int:
-        """Byte of the storage where an element of the lattice is."""
-        steps = zip(index, self._lead.order.stride, strict=True)
-        return self._lead.start + sum(n * step for n, step in steps) * self._lead.itemsize
+        return Part(at, self.start, self._lattice.itemsize, shape, tuple(self._lattice.steps))
 
     def place(self, view: _View) -> tuple[int, tuple[int, ...]]:
         """Offset and stride of a view among the packed elements."""
-        distance = (view.start - self._lead.start) // self._lead.itemsize
-        corner = _index(self._lead.order, distance) or []
+        corner = self._lattice.index((view.start - self._lattice.start) // view.itemsize)
         offset = sum(
             (n - span.start) * step
             for n, span, step in zip(corner, self._box, self._steps, strict=True)
         )
         stride = list(view.row.stride)
         for dim in view.order.dims:
-            index = _index(self._lead.order, stride[dim]) or []
+            index = self._lattice.index(stride[dim])
             stride[dim] = sum(n * step for n, step in zip(index, self._steps, strict=True))
         return offset, tuple(stride)

@@ -127,7 +127,7 @@ def flatten(
         if compact
         else ({}, 0)
     )
-    versions = Versions(table.kept, table.tensors)
+    versions = Versions([*table.kept, *table.others], table.tensors)
     return Flattened(header, skeleton, table.sources, parts, left_out, versions)
 
 

@@ -39,6 +39,7 @@ class Table:
         locations: Location tags that the storages refer to.
         whole: Storages that the object refers to itself, not only by tensors over them.
         kept: The tensors themselves, in the order of their rows.
+        others: Tensors that have no row, and are in the pickle.
     """
 
     def __init__(self, skip: torch.serialization.skip_data | None = None) -> None:
@@ -51,6 +52,7 @@ class Table:
         self.whole: set[int] = set()
         # Rows are found again by id(), so every tensor must live as long as the table.
         self.kept: list[torch.Tensor] = []
+        self.others: list[torch.Tensor] = []
         self._row_of: dict[int, int] = {}
         self._index_of: dict[int, int] = {}
         self._tag, self._device_is_enough = location_tags()
@@ -72,6 +74,7 @@ class Table:
         if row is None:
             described = self._describe(tensor)
             if described is None:
+                self.others.append(tensor)
                 return None
             row = len(self.tensors)
             self._row_of[id(tensor)] = row

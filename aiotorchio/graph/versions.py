@@ -16,13 +16,14 @@ class Versions:
     """The version counters of tensors, which torch advances at each change in place.
 
     All tensors over the same memory share one, but those that ``.data`` and ``from_numpy`` make.
-    So it is seen whether an optimizer, or any other operation of torch on the tensor or a view of
-    it, has changed it; not what is done through ``.data``, numpy, or by other processes. Tensors of
-    inference mode have no counter.
+    So it is seen whether an operation of torch has changed the tensor, or any other view of what it
+    is a view of. It is not seen what is done through ``.data``, numpy, or by other processes, nor
+    what torch does not count itself: the steps of fused optimizers, and the running statistics of
+    batch norms. Tensors of inference mode have no counter.
 
     Args:
         tensors: As they are now.
-        rows: Their rows, for errors.
+        rows: Of the first of them, for errors; the others have none.
     """
 
     def __init__(
@@ -33,14 +34,29 @@ class Versions:
         self._versions = [version_of(tensor) for tensor in tensors]
 
     def check(self, when: str) -> None:
-        """Make sure that they still are as they were.
-
-        Args:
-            when: The end of the sentence in an error: when nobody should have changed them.
+        """Make sure that they still are as they were; arguments as of ``changed``.
 
         Raises:
             RuntimeError: One was changed.
         """
+        error = self.changed(when)
+        if error is not None:
+            raise error
+
+    def changed(self, when: str) -> RuntimeError | None:
+        """The error that says which of them was changed.
+
+        Args:
+            when: The end of its sentence: when nobody should have changed them.
+
+        Returns:
+            The error; None if all are as they were.
+        """
         for index, (tensor, version) in enumerate(zip(self._tensors, self._versions, strict=True)):
             if version_of(tensor) != version:
-                raise RuntimeError(f"{describe(self._rows[index], index)} was changed {when}")
+                has_row = index < len(self._rows)
+                what = (
+                    describe(self._rows[index], index) if has_row else f"a {type(tensor).__name__}"
+                )
+                return RuntimeError(f"{what} was changed {when}")
+        return None

@@ -21,7 +21,8 @@ __all__ = ["SMALL_STORAGE", "NeedsStaging", "OutgoingPayload", "needs_staging"]
 # copying 64 KiB takes 8 us.
 SMALL_STORAGE = 64 * 2**10
 
-_PADDING = memoryview(bytes(64))
+# Up to 63 bytes align a storage, and up to 15 more the first part of one.
+_PADDING = memoryview(bytes(128))
 
 NeedsStaging = Callable[[torch.device], bool]
 
@@ -40,12 +41,13 @@ class OutgoingPayload:
         nbytes: Bytes of each in the payload; 0 for those on ``meta``.
         chunk_size: In bytes.
         parts: Storages of which only parts are sent, by number; what lies between their parts, to
-            align them, is less than 64 bytes of zeros.
+            align them, is less than 16 bytes of zeros.
         copier: For storages on a device; the default fits the device.
         staged: Which devices need staging; tests stage the CPU.
 
     Attributes:
         has_staged: Whether any storage is on a device.
+        has_packed: Whether elements have to be gathered, which takes microseconds a piece.
         borrows: Whether the chunk that was taken last shows the memory of storages on the host.
     """
 
@@ -89,6 +91,7 @@ class OutgoingPayload:
             )
         ]
         self.has_staged = any(self._staged)
+        self.has_packed = bool(self._packed)
         self.borrows = False
         # Without a device there is nothing but views to stage.
         self._slabs = Slabs(chunk_size, copier or DeviceCopier()) if self.has_staged else None

@@ -43,9 +43,6 @@ class Packed:
         for box in boxes(self._part.shape, first // itemsize, last // itemsize):
             source = self._elements[box]
             # A box is a run of elements, so it is contiguous where it goes.
-            target = torch.empty(source.shape, device="meta")
-            copier.copy(
-                alias(destination.untyped_storage(), dtype, at, target.shape, target.stride()),
-                source,
-            )
+            run = alias(destination.untyped_storage(), dtype, at, (source.numel(),), (1,))
+            copier.copy(run.view(source.shape), source)
             at += source.numel()

@@ -37,10 +37,11 @@ class Snapshot:
 
     Attributes:
         has_staged: As of the payload.
+        has_packed: Not any more.
         borrows: Never: nobody changes what is sent.
     """
 
-    borrows = False
+    borrows = has_packed = False
 
     def __init__(
         self,

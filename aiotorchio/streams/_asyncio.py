@@ -255,6 +255,9 @@ class AsyncioSink(Sink):
         self._writer.transport.abort()
 
     def release(self) -> None:
+        super().release()
+        if self._direct is not None:
+            self._direct.release()
         if self._duplicate is not None:
             self._duplicate.close()
             self._duplicate = self._direct = None

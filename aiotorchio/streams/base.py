@@ -94,8 +94,10 @@ class Sink(ABC):
     def abort(self) -> None:
         """Break the connection, without waiting: the peer must not take half for whole."""
 
-    def release(self) -> None:  # noqa: B027 - most drivers have nothing to give back
+    def release(self) -> None:
         """Give the stream back to its owner, who may use it again."""
+        # The traceback of an error leads back here, and to all that was being sent.
+        self._failure = None
 
 
 def asyncio_loop() -> asyncio.AbstractEventLoop | None:

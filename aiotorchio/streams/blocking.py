@@ -80,7 +80,8 @@ class BlockingStream:
                 self._file.shutdown(socket.SHUT_RDWR)
 
     def release(self) -> None:
-        """Nothing to give back: the file was used as it is."""
+        """Nothing to give back: the file was used as it is. For the rest see ``Sink``."""
+        self._failure = None
 
     def _errors(self) -> contextlib.AbstractContextManager[None]:
         return connection_errors(OSError if self._is_socket else ConnectionError)

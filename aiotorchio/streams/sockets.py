@@ -167,16 +167,20 @@ async def _repeat(sock: socket.socket, step: Callable[[], bool], *, writing: boo
             done = step()
         return
     finished: asyncio.Future[None] = loop.create_future()
+    # Not in the future, which this frame holds: an error's traceback holds the frame, and all that
+    # is being sent would stay until the next garbage collection.
+    errors: list[Exception] = []
 
     def ready() -> None:
         if finished.done():  # cancelled: not a byte more
             return
         try:
-            if step():
-                finished.set_result(None)
+            done = step()
         except Exception as error:
-            finished.set_exception(error)
-        if finished.done():
+            errors.append(error)
+            done = True
+        if done:
+            finished.set_result(None)
             stop(descriptor)
 
     start, stop = (
@@ -186,5 +190,7 @@ async def _repeat(sock: socket.socket, step: Callable[[], bool], *, writing: boo
     start(descriptor, ready)
     try:
         await finished
+        if errors:
+            raise errors.pop()
     finally:
         stop(descriptor)

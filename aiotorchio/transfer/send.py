@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from aiotorchio.errors import AiotorchioError
 from aiotorchio.graph.flatten import Flattened
 from aiotorchio.graph.into import has_memory
 from aiotorchio.graph.names import TensorSpec
+from aiotorchio.graph.versions import Versions
 from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.memory.produced import ProducedPayload
 from aiotorchio.memory.snapshot import Snapshot
@@ -106,7 +108,9 @@ def prepare(
     flattened.versions.check(
         "while the snapshot was taken: no other thread may change it meanwhile"
     )
-    return Prepared(flattened, layout, copies, watched=False)
+    # Nothing but the copies is needed any more: the originals are the caller's to drop.
+    parts = dataclasses.replace(flattened, storages=[], parts={}, versions=Versions())
+    return Prepared(parts, layout, copies, watched=False)
 
 
 def send_message(
@@ -155,10 +159,10 @@ def send_message(
         return _size(buffers)
 
     frame: list[Buffer] = []
+    away = payload.has_staged or payload.has_packed
     if layout.chunks:
-        first = functools.partial(compose, 0)
-        frame = yield from work(first, inline=not payload.has_staged)
-    nbytes, ended = 0, False
+        frame = yield from work(functools.partial(compose, 0), inline=not away)
+    nbytes, begun, ended = 0, False, False
     try:
         for index in range(layout.chunks):
             buffers, unsent = unsent + frame, []
@@ -168,32 +172,37 @@ def send_message(
                 buffers += compose_end()
                 ended = True
             upcoming = None if last else functools.partial(compose, index + 1)
-            if payload.has_staged:
-                # The next chunk comes from its device while this one is on the wire.
-                frame = yield Send(buffers, meanwhile=upcoming, passing=True)
-            else:
-                yield Send(buffers)
-                frame = upcoming() if upcoming else []
+            begun = True
+            # What takes its time is composed while the chunk before it is on the wire.
+            frame = yield Send(
+                buffers, meanwhile=upcoming if away else None, passing=payload.has_staged
+            )
             nbytes += _size(buffers)
             if last and not ended:
                 nbytes += yield from send_end([])
                 ended = True
             if progress:
                 progress(sum(layout.chunk(index)), layout.total)
+            if upcoming and not away:
+                frame = upcoming()
         if not ended:
+            begun = True
             nbytes += yield from send_end(unsent)
     except Exception as error:
-        if ready.watched and isinstance(error, AiotorchioError):
-            # The receiver has found that the bytes are not those that were announced, most likely.
-            try:
-                ready.flattened.versions.check(_CHANGED)
-            except RuntimeError as changed:
-                raise changed from error
-        if nbytes:
+        # Where a connection broke, the receiver has found that bytes changed on their way, maybe.
+        look = ready.watched and isinstance(error, AiotorchioError)
+        changed = ready.flattened.versions.changed(_CHANGED) if look else None
+        if begun:
             # The stream stands between two frames, so the receiver can be told, if it has not got
             # all. Had the stream itself failed, this would fail with the same error.
-            yield Send([] if ended else composer.abort(f"{type(error).__name__}: {error}"))
-            yield MessageEnded()
+            try:
+                yield Send([] if ended else composer.abort(f"{type(error).__name__}: {error}"))
+                yield MessageEnded()
+            except AiotorchioError:
+                if changed is None:
+                    raise
+        if changed is not None:
+            raise changed from error
         raise
     yield MessageEnded()
     return _summary(ready.flattened, layout, composer, nbytes)
