@@ -111,10 +111,10 @@ def streaming_load(
             f"only with weights_only=False: {', '.join(sorted(others))} (what you trust goes to "
             "torch.serialization.safe_globals)"
         )
-    if not weights_only and (pickle_module is not None or pickle_load_args):
-        pickle_module = _taking(
-            pickle_load_args, pickle if pickle_module is None else pickle_module
-        )
+    if not weights_only:
+        taking = _taking(pickle_load_args, pickle if pickle_module is None else pickle_module)
+        # None where nobody asked for one: TORCH_FORCE_WEIGHTS_ONLY_LOAD would refuse it.
+        pickle_module = taking if pickle_module is not None or others else None
     with _errors_of_both():
         return load(
             f,

@@ -184,14 +184,14 @@ def get_unsafe_globals(
             return get_unsafe_globals(opened, safe_globals=checked, limits=limits)
     if not (hasattr(file, "seekable") and file.seekable()):
         raise ValueError("the file can't seek: open its message with StreamReader.open instead")
-    start = file.tell()
     incoming = IncomingMessage(checked_limits(limits))
-    try:
-        with exclusive(file, "load", open_blocking_source) as stream:
+    with exclusive(file, "load", open_blocking_source) as stream:
+        start = file.tell()
+        try:
             drive_blocking(incoming.open(), stream)
             return drive_blocking(incoming.unsafe_globals(checked), stream)
-    finally:
-        file.seek(start)
+        finally:
+            file.seek(start)
 
 
 def _load(file: Any, message: Generator[Request, Any, Loaded], lock: Any) -> Any:

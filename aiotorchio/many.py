@@ -60,9 +60,9 @@ class StreamReader:
         # anyio's byte streams are iterable too, and are their own iterators.
         self._stream = resumable(stream) if isinstance(stream, AsyncIterable) else stream
 
-    async def load(self, **options: Unpack[LoadKeywords]) -> Any:
+    def load(self, **options: Unpack[LoadKeywords]) -> Coroutine[Any, Any, Any]:
         """Receive the next object; arguments and errors as in ``load_from_stream``."""
-        return await load_from_stream(self._stream, **options)
+        return load_from_stream(self._stream, **options)
 
     @contextlib.asynccontextmanager
     async def open(

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 import torch
 
 from aiotorchio.drive import Request
-from aiotorchio.graph._torch import skipped_data
+from aiotorchio.graph._torch import real_tensors, skipped_data
 from aiotorchio.graph.flatten import announce, flatten, is_small
 from aiotorchio.graph.into import destinations_of
 from aiotorchio.graph.location import MapLocation
@@ -170,8 +170,8 @@ def outgoing_message(
         if not all(isinstance(text, str) for text in pair):
             raise TypeError(f"metadata maps str to str, not {pair!r}")
     if specs is not None:
-        if snapshot or compact:
-            raise ValueError("snapshot and compact have no meaning with specs")
+        if snapshot or compact or skipped_data() is not None:
+            raise ValueError("snapshot, compact and skip_data have no meaning with specs")
         header = functools.partial(
             announce,
             _announced(specs),
@@ -195,7 +195,8 @@ def outgoing_message(
         skip=skipped_data(),
     )
     if snapshot:
-        ready = prepare(take_apart(), _until_now, snapshot=True)
+        with real_tensors():
+            ready = prepare(take_apart(), _until_now, snapshot=True)
         return send_message(lambda: ready, inline=True, checksum=checksum, progress=progress)
     copier = _until_now()
     return send_message(
@@ -203,6 +204,8 @@ def outgoing_message(
         inline=is_small(obj),
         checksum=checksum,
         progress=progress,
+        # What was queued since the call has changed the tensors, and counts.
+        start=copier.note,
     )
 
 

@@ -1,10 +1,16 @@
-"""Paths: what is there is replaced by a whole file, or stays; what is no file is written to."""
+"""Paths: what is there is replaced by a whole file, or stays; what is no file is written to.
+
+And what a file says of its pickle before it is loaded.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import io
 import os
 import stat
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +18,10 @@ import pytest
 import torch
 
 import aiotorchio
+from aiotorchio.streams.guard import exclusive
+from aiotorchio.streams.select import open_blocking_source
 from tests.corpus import assert_same
+from tests.graph import forge
 from tests.worlds import PATIENCE
 
 STATE = {"w": torch.arange(20_000.0)}
@@ -85,3 +94,63 @@ def test_a_directory_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         aiotorchio.save(STATE, tmp_path)
     assert tmp_path.is_dir()
+
+
+class Distrusted:
+    """On no list."""
+
+
+def file_of(obj: object, **options: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    aiotorchio.save(obj, file, **options)
+    file.seek(0)
+    return file
+
+
+def test_unsafe_globals_need_a_file_that_can_seek() -> None:
+    reading, writing = os.pipe()
+    os.close(writing)
+    with open(reading, "rb", 0) as file, pytest.raises(ValueError, match="can't seek"):
+        aiotorchio.get_unsafe_globals(file)
+
+
+def test_unsafe_globals_while_another_load_uses_the_file() -> None:
+    file = file_of(Distrusted())
+    with exclusive(file, "load", open_blocking_source):
+        file.seek(3)
+        with pytest.raises(aiotorchio.StreamBusy):
+            aiotorchio.get_unsafe_globals(file)
+        assert file.tell() == 3
+
+
+def test_what_is_never_allowed_stays_unsafe() -> None:
+    pickle = b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R."
+    file = io.BytesIO(forge.message(pickle, "pickle", []))
+    assert aiotorchio.get_unsafe_globals(file, safe_globals=[(os.system, "os.system")]) == [
+        "os.system"
+    ]
+
+
+def test_there_is_an_end_to_the_names_of_a_pickle() -> None:
+    names = b"".join(b"cmodule\nname%d\n" % n for n in range(11_000))
+    file = io.BytesIO(forge.message(b"\x80\x02" + names + b".", "pickle", []))
+    with pytest.raises(aiotorchio.LimitExceeded, match="10000 globals"):
+        aiotorchio.get_unsafe_globals(file)
+
+
+def test_a_message_can_be_loaded_although_nobody_can_say_what_it_needs() -> None:
+    data = file_of([Distrusted()], pickle_protocol=4).getvalue() + file_of(1).getvalue()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield data
+
+    async def main() -> None:
+        reader = aiotorchio.StreamReader(pieces())
+        async with reader.open() as message:
+            with pytest.raises(aiotorchio.UnsafeObjectError, match="protocol 4"):
+                await message.get_unsafe_globals()
+            (loaded,) = await message.load(weights_only=False)
+            assert type(loaded) is Distrusted
+        assert await reader.load() == 1
+
+    asyncio.run(main())

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 import aiotorchio
-from aiotorchio import ChecksumError, RemoteAbort, StreamWriter
+from aiotorchio import ChecksumError, RemoteAbort, StreamWriter, options
 from aiotorchio.memory.staging import bytes_of
+from aiotorchio.transfer import send
 from tests.corpus import assert_same
 from tests.memory.test_snapshot import Maps, maps
 from tests.worlds import (
@@ -613,3 +614,20 @@ async def test_a_storage_that_is_resized_when_its_first_chunk_is_sent() -> None:
             received += piece
     with pytest.raises(RemoteAbort, match="was resized"):
         aiotorchio.load(io.BytesIO(received))
+
+
+def test_a_change_before_the_first_byte_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the frame that says why: it would come without a preface."""
+    tensors = [torch.empty(2, device="meta") for _ in range(3)]
+    prepare = send.prepare
+
+    def prepare_and_change(*args: Any, **more: Any) -> Any:
+        ready = prepare(*args, **more)
+        tensors[1].add_(1)
+        return ready
+
+    monkeypatch.setattr(options, "prepare", prepare_and_change)
+    file = io.BytesIO()
+    with pytest.raises(RuntimeError, match=r"tensor 1 .* was changed"):
+        aiotorchio.save(tensors, file)
+    assert not file.getvalue()

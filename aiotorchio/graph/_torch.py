@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -35,6 +35,7 @@ __all__ = [
     "nested_view",
     "over_storage",
     "python_name",
+    "real_tensors",
     "set_view_bits",
     "skipped_data",
     "storage_key",
@@ -71,7 +72,9 @@ def untyped_storage_of(storage: torch.TypedStorage) -> torch.UntypedStorage:
 
 def version_of(tensor: torch.Tensor) -> int | None:
     """The version counter of a tensor; None of a tensor of inference mode, which has none."""
-    return None if tensor.is_inference() else tensor._version
+    # Some subclasses answer to nothing.
+    with torch._C.DisableTorchFunctionSubclass():
+        return None if tensor.is_inference() else tensor._version
 
 
 def set_view_bits(tensor: torch.Tensor, *, conjugate: bool, negative: bool) -> None:
@@ -154,9 +157,18 @@ def skipped_data() -> torch.serialization.skip_data | None:
 
 def active_fake_mode() -> AbstractContextManager[Any] | None:
     """The ``FakeTensorMode`` that this thread is in."""
-    if "torch._subclasses.fake_tensor" not in sys.modules:
+    # 0.1 us instead of 4.
+    if not torch._C._len_torch_dispatch_stack():
         return None
     mode: AbstractContextManager[Any] | None = torch._guards.detect_fake_mode(None)
+    return mode
+
+
+def real_tensors() -> AbstractContextManager[Any]:
+    """Leaves the ``FakeTensorMode`` that this thread may be in, whoever entered it."""
+    if active_fake_mode() is None:
+        return nullcontext()
+    mode: AbstractContextManager[Any] = torch._subclasses.fake_tensor.unset_fake_temporarily()
     return mode
 
 
@@ -167,7 +179,7 @@ def fake_storage(nbytes: int, device: torch.device) -> torch.UntypedStorage:
     return storage
 
 
-def is_fake(tensor: torch.Tensor) -> bool:
+def is_fake(tensor: object) -> bool:
     """Whether it is a ``FakeTensor``: a shape and a device, and no numbers."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and type(tensor) is module.FakeTensor

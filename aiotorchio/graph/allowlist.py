@@ -83,9 +83,9 @@ class Allowlist:
         self.stateful = {"collections.OrderedDict"}
         self.stateful |= {path for path, value in trusted.items() if _takes_state(value)}
 
-    def distrust(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Make nothing that relies on the numbers in the memory of these tensors."""
-        self._tensors.distrust(tensors)
+    def distrust(self, storages: Iterable[torch.UntypedStorage | None]) -> None:
+        """Make nothing that relies on the numbers in these storages."""
+        self._tensors.distrust(storages)
 
     def rebuild_functions(self) -> dict[tuple[str, str], Any]:
         """(module, name) of torch's rebuild functions -> the checked ones, for full pickle.

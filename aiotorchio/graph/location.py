@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from aiotorchio.errors import InvalidObjectError
+from aiotorchio.errors import InvalidObjectError, LimitExceeded
 from aiotorchio.graph._torch import known_location, untyped_storage_of
 from aiotorchio.wire.header import META_LOCATION, Header
 
@@ -23,6 +23,8 @@ MapLocation = (
 )
 
 _CPU = torch.device("cpu")
+# Each takes about 50 us to look up.
+_LOCATIONS_MAX = 1024
 
 T = TypeVar("T")
 
@@ -54,12 +56,16 @@ class Destinations:
 
     Raises:
         TypeError: ``map_location`` is none of the types that it may be.
+        LimitExceeded: More locations than any machine has.
     """
 
     def __init__(self, header: Header, map_location: MapLocation, *, fake: bool = False) -> None:
-        self._rows = header.storages
         known = torch.device if fake else known_location
-        self._of_location = [_destination(tag, map_location, known) for tag in header.locations]
+        tags = {header.locations[row.location] for row in header.storages}
+        if len(tags) > _LOCATIONS_MAX:
+            raise LimitExceeded(f"storages at {len(tags)} locations", entry="header")
+        of_tag = {tag: _destination(tag, map_location, known) for tag in tags}
+        self._of_row = [of_tag[header.locations[row.location]] for row in header.storages]
 
     def device(self, index: int) -> torch.device:
         """Where the bytes of a storage are received.
@@ -67,7 +73,7 @@ class Destinations:
         Raises:
             InvalidObjectError: This machine does not have its location; in torch's words.
         """
-        device = self._of_location[self._rows[index].location].device
+        device = self._of_row[index].device
         if isinstance(device, InvalidObjectError):
             raise device
         return device
@@ -79,7 +85,7 @@ class Destinations:
             InvalidObjectError: A location that this machine does not have, in torch's words.
             ValueError: The caller's code returned a storage of another size.
         """
-        restore = self._of_location[self._rows[index].location].restore
+        restore = self._of_row[index].restore
         return storage if restore is None else restore(storage)
 
 

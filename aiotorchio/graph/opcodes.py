@@ -5,10 +5,12 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Iterator
 
-from aiotorchio.errors import ProtocolError, UnsafeObjectError
-from aiotorchio.graph._torch import python_name
+from aiotorchio.errors import LimitExceeded, ProtocolError, UnsafeObjectError
+from aiotorchio.graph._torch import BLOCKED_MODULES, python_name
 
-__all__ = ["globals_of", "opcodes", "path_of"]
+__all__ = ["globals_of", "is_blocked", "opcodes", "path_of"]
+
+_GLOBALS_MAX = 10_000
 
 # How the argument of each is laid out: so many bytes; or "2 lines", or as many bytes as a count
 # of 1 or 4 bytes says.
@@ -106,10 +108,22 @@ def globals_of(data: bytes) -> set[str]:
     """The paths of all globals that a pickle names; nothing of it is built, or checked otherwise.
 
     Raises:
-        UnsafeObjectError: An opcode that torch does not know.
+        UnsafeObjectError: Another protocol than 2, an opcode that torch does not know.
         ProtocolError: Cut short, with bytes left over, or a name that is not UTF-8.
+        LimitExceeded: More names than any honest object needs.
     """
-    return {path_of(argument) for _, code, argument in opcodes(data) if code == _GLOBAL}
+    found: set[str] = set()
+    for position, code, argument in opcodes(data):
+        if code == _GLOBAL:
+            found.add(path_of(argument))
+            if len(found) > _GLOBALS_MAX:
+                raise LimitExceeded(f"more than {_GLOBALS_MAX} globals", offset=position)
+    return found
+
+
+def is_blocked(path: str) -> bool:
+    """Whether torch never lets a pickle use a global, whoever trusts it."""
+    return path.split(".")[0] in BLOCKED_MODULES
 
 
 def _name(code: int) -> str:

@@ -24,9 +24,8 @@ import struct
 from collections.abc import Callable, Container, Mapping, Sequence
 
 from aiotorchio.errors import AiotorchioError, ProtocolError, UnsafeObjectError
-from aiotorchio.graph._torch import BLOCKED_MODULES
 from aiotorchio.graph.budget import Budget, Measure
-from aiotorchio.graph.opcodes import opcodes, path_of
+from aiotorchio.graph.opcodes import is_blocked, opcodes, path_of
 
 __all__ = ["prescan"]
 
@@ -187,7 +186,7 @@ class _Scan:
 
     def global_(self, argument: bytes) -> None:
         path = path_of(argument)
-        if path.split(".")[0] in BLOCKED_MODULES:
+        if is_blocked(path):
             raise UnsafeObjectError(f"global {path!r} is never allowed with weights_only=True")
         if path not in self.allowed:
             needed = next((_NEEDS[part] for part in _NEEDS if path.startswith(part)), None)

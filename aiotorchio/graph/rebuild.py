@@ -177,14 +177,14 @@ class Rebuilder:
         self,
         tensors: Sequence[torch.Tensor],
         storages: Sequence[torch.UntypedStorage | None],
-        unreliable: Iterable[torch.Tensor] = (),
+        unreliable: Iterable[torch.UntypedStorage | None] = (),
     ) -> Any:
         """Return the object; ``check`` must have passed.
 
         Args:
             tensors: The tensor of each row.
             storages: The storage of each row; None if it was not received.
-            unreliable: Those of the tensors whose numbers may change, or were never written.
+            unreliable: Storages whose numbers may change, or were never written.
         """
         if self._codec == "tree":
             return self._build_tree(tensors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -46,10 +46,10 @@ class TensorMaker:
         self._work_left = limits.total_nbytes
         self._distrusted: set[int] = set()
 
-    def distrust(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Trust no number in the memory of these: they may have others at any time."""
+    def distrust(self, storages: Iterable[torch.UntypedStorage | None]) -> None:
+        """Trust no number in these: they may have others at any time."""
         # Those without memory are all at 0.
-        self._distrusted = {tensor.untyped_storage().data_ptr() for tensor in tensors} - {0}
+        self._distrusted = {each.data_ptr() for each in storages if each is not None} - {0}
 
     def strided(
         self,
@@ -90,7 +90,7 @@ class TensorMaker:
 
     def on_device(self, data: Any, dtype: Any, device: Any, requires_grad: Any) -> torch.Tensor:
         """A tensor on a device that has no storages; its numbers come from one on the CPU."""
-        tensor: torch.Tensor = _expect(data, torch.Tensor)
+        tensor = _part(data)
         if tensor.dtype is not _expect(dtype, torch.dtype):
             raise UnsafeObjectError(f"a device tensor of {dtype} from {tensor.dtype}")
         self._charge(tensor)
@@ -153,20 +153,21 @@ class TensorMaker:
             indices, values, size = data[:3]
             self._check_shape(size)
             self._charge(indices)
+            _part(values)
             coalesced = _bool(data[3]) if len(data) == 4 else None
-            return _torch.make_coo(indices, _expect(values, torch.Tensor), size, coalesced)
+            return _torch.make_coo(indices, values, size, coalesced)
         if any(layout is known for known in _COMPRESSED) and len(data) == 4:
             compressed, plain, values, size = data
             self._check_shape(size)
             self._charge(compressed)
             self._charge(plain)
-            _expect(values, torch.Tensor)
+            _part(values)
             return _torch.make_compressed(compressed, plain, values, size, layout)
         raise InvalidObjectError(f"a sparse tensor of other parts than its layout has: {len(data)}")
 
     def nested(self, buffer: Any, sizes: Any, strides: Any, offsets: Any) -> torch.Tensor:
         """A nested tensor of the strided layout: many tensors in one buffer."""
-        _expect(buffer, torch.Tensor)
+        _part(buffer)
         for part in (sizes, strides, offsets):
             self._charge(part)
         if (
@@ -249,7 +250,7 @@ class TensorMaker:
 
     def _charge(self, tensor: Any) -> None:
         """Count what is read or copied to make a tensor: a pickle can make the same one often."""
-        _expect(tensor, torch.Tensor)
+        _part(tensor)
         if tensor.layout is not torch.strided or tensor.is_nested:
             raise InvalidObjectError(f"a part of a tensor of layout {tensor.layout}")
         nbytes = tensor.numel() * tensor.element_size()
@@ -331,6 +332,13 @@ def _expect(value: Any, *kinds: type) -> Any:
             f"{type(value).__name__} where {' or '.join(k.__name__ for k in kinds)} must be"
         )
     return value
+
+
+def _part(value: Any) -> torch.Tensor:
+    """A part that a tensor is made of; the methods of a subclass could tell anything about it."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) and not _torch.is_fake(value):
+        raise InvalidObjectError(f"a part of a tensor that is a {type(value).__name__}")
+    return cast(torch.Tensor, value)
 
 
 def _bool(value: Any) -> bool:

@@ -54,14 +54,17 @@ class DeviceCopier:
     def __init__(self, *, until_now: bool = False) -> None:
         self._type, self._module = _accelerator_in_use()
         self._until_now = until_now
-        indices = _indices(self._module, in_use=until_now)
-        callers = {index: self._module.current_stream(index) for index in indices}
         # What the copies wait for: events, or streams.
-        self._callers = {
-            index: stream.record_event() if until_now else stream
-            for index, stream in callers.items()
-        }
+        self._callers: dict[int, list[Any]] = {}
         self._streams: dict[int, Any] = {}
+        self.note()
+
+    def note(self) -> None:
+        """Wait, too, for what the current streams of this thread have queued by now."""
+        for index in _indices(self._module, in_use=self._until_now):
+            stream = self._module.current_stream(index)
+            awaited = stream.record_event() if self._until_now else stream
+            self._callers.setdefault(index, []).append(awaited)
 
     def slab(self, nbytes: int) -> torch.UntypedStorage:
         """Host memory; pinned if an accelerator is in use."""
@@ -80,11 +83,12 @@ class DeviceCopier:
         stream = self._streams.get(device.index)
         if stream is None:
             stream = self._streams[device.index] = module.Stream(device)
-        caller = self._callers.get(device.index)
-        if caller is not None and self._until_now:
-            stream.wait_event(caller)
-        elif caller is not None:
-            stream.wait_stream(caller)
+            if self._until_now and device.index not in self._callers:
+                # It did not look like one in use: nothing is known of what is queued there.
+                module.synchronize(device)
+        for awaited in self._callers.get(device.index, ()):
+            wait = stream.wait_event if self._until_now else stream.wait_stream
+            wait(awaited)
         if not self._until_now:
             # The allocator may hand out memory that the stream of the thread that it was made in
             # still uses.
@@ -97,12 +101,13 @@ class DeviceCopier:
 
 def _accelerator_in_use() -> tuple[str | None, Any]:
     """Its type and its module, such as ``torch.cuda``; None if there are no streams to care for."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
+    # Before torch 2.7, there is an error instead of None where there is no accelerator.
+    if not torch.accelerator.is_available():
         return None, None
+    accelerator: Any = torch.accelerator.current_accelerator()
     module = torch.get_device_module(accelerator)
     has_streams = all(hasattr(module, name) for name in ("Stream", "stream", "current_stream"))
-    if not has_streams or not module.is_initialized():
+    if not has_streams or not getattr(module, "is_initialized", module.is_available)():
         return None, None
     return accelerator.type, module
 
@@ -116,11 +121,11 @@ def _indices(module: Any, *, in_use: bool) -> Sequence[int]:
     if statistics is None or not in_use:
         return devices
     # An event would make a context, of hundreds of MiB, on a device that was never used.
-    return [
-        index
-        for index in devices
-        if statistics(index).get("reserved_bytes", {}).get("all", {}).get("current")
-    ]
+    try:
+        reserved = [statistics(index).get("reserved_bytes", {}).get("all", {}) for index in devices]
+    except RuntimeError:  # of an allocator that keeps no statistics
+        return devices
+    return [index for index in devices if reserved[index].get("current")]
 
 
 @dataclass(frozen=True, slots=True)

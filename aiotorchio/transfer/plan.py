@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from aiotorchio.errors import InvalidObjectError
+from aiotorchio.graph._torch import real_tensors
 from aiotorchio.graph.into import destinations_of, has_memory, match
 from aiotorchio.graph.location import Destinations, MapLocation
 from aiotorchio.graph.names import rows_by_name
@@ -365,12 +365,17 @@ class Placement:
 
     def building(self) -> AbstractContextManager[Any]:
         """To be held while tensors are made over the relocated storages."""
-        return contextlib.nullcontext() if self._unwritten is None else self._unwritten.building()
+        # Another task of this thread may be in a FakeTensorMode.
+        return real_tensors() if self._unwritten is None else self._unwritten.building()
 
-    def unreliable(self, tensors: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
-        """Those of the tensors of the object whose numbers nothing may rely on."""
+    def unreliable(
+        self, storages: Iterable[torch.UntypedStorage | None]
+    ) -> Iterable[torch.UntypedStorage | None]:
+        """Those of the storages of the object whose numbers nothing may rely on."""
         writes_nothing = self._unwritten is not None and self._unwritten.fake_mode is None
-        return tensors if writes_nothing else self.by_name.values()
+        if writes_nothing:
+            return storages
+        return [tensor.untyped_storage() for tensor in self.by_name.values()]
 
     @property
     def revises(self) -> bool:

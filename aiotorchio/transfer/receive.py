@@ -13,7 +13,7 @@ import torch
 from aiotorchio.drive import Fill, Request, Task
 from aiotorchio.errors import AiotorchioError, LimitExceeded, UnsafeObjectError
 from aiotorchio.graph.allowlist import Allowlist
-from aiotorchio.graph.opcodes import globals_of
+from aiotorchio.graph.opcodes import globals_of, is_blocked
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.graph.select import revise
 from aiotorchio.memory.incoming import IncomingPayload
@@ -145,6 +145,9 @@ class IncomingMessage:
         if move is not None:
             yield Work(move)
         payload.check()
+        if place.commit is None:
+            # Again: who began to read them meanwhile has old and new numbers.
+            note_change(place.by_name.values())
 
         def gather() -> list[torch.UntypedStorage | None]:
             storages = payload.storages()
@@ -161,7 +164,7 @@ class IncomingMessage:
             # Tensors made in inference mode could not be trained on, wherever they go.
             with torch.inference_mode(False), place.building():
                 tensors = build_tensors(self.header, storages, place.given)
-                obj = rebuilder.build(tensors, storages, place.unreliable(tensors))
+                obj = rebuilder.build(tensors, storages, place.unreliable(storages))
             return revise(obj, place.names, place.revision) if place.revises else obj
 
         return (yield from work(build, inline=inline))
@@ -184,11 +187,11 @@ class IncomingMessage:
         """Receive the skeleton, and say what in it would be refused; leaves all to be done."""
         with self.located():
             received = yield from self.skeleton()
+            self._keep(received)
             names: list[str] = []
             if self.header.codec == "pickle":
                 search = functools.partial(unsafe_globals, received, safe_globals)
                 names = yield from work(search, inline=len(received.skeleton) <= INLINE_SKELETON)
-            self._keep(received)
             return names
 
     def _rebuilder(
@@ -295,7 +298,8 @@ def unsafe_globals(received: SkeletonReceived, safe_globals: Sequence[Any]) -> l
         error.entry = "skeleton"
         error.offset = received.offset + (error.offset or 0)
         raise
-    return sorted(named - Allowlist(safe_globals, Limits(), None).globals.keys())
+    allowed = Allowlist(safe_globals, Limits(), None).globals.keys()
+    return sorted(path for path in named if path not in allowed or is_blocked(path))
 
 
 def receive_message(

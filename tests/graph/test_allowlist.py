@@ -218,3 +218,35 @@ def test_a_trusted_function_gives_no_tensor_a_state() -> None:
     file.seek(0)
     with pytest.raises(aiotorchio.UnsafeObjectError, match="a state for a tensor"):
         aiotorchio.load(file, safe_globals=[make_a_tensor])
+
+
+class Plain(torch.Tensor):
+    """Trusted, and silent about the attributes of its instances."""
+
+
+def test_parts_of_tensors_are_plain() -> None:
+    """The checks call methods of the parts, which attributes of a trusted class can hide."""
+    far = forge.rebuild(
+        "_rebuild_nested_tensor",
+        forge.tensor(0),
+        *(hiding_part(row) for row in (1, 2, 3)),
+    )
+    tensors = [torch.arange(2.0), *(torch.tensor(x) for x in ([[4]], [[1]], [1 << 40]))]
+    with pytest.raises(aiotorchio.InvalidObjectError, match="a Plain"):
+        forge.load_pickle(pickled(far), tensors, safe_globals=[Plain])
+    coo = forge.rebuild(
+        "_rebuild_sparse_tensor",
+        call("torch.serialization", "_get_layout", "torch.sparse_coo"),
+        (forge.tensor(0), hiding_part(1), call("torch", "Size", (3,))),
+    )
+    with pytest.raises(aiotorchio.InvalidObjectError, match="a Plain"):
+        forge.load_pickle(
+            pickled(coo), [torch.tensor([[0, 2]]), torch.ones(2)], safe_globals=[Plain]
+        )
+
+
+def hiding_part(row: int) -> Any:
+    kind = name("tests.graph.test_allowlist", "Plain")
+    parameter = name("torch._utils", "_rebuild_parameter")
+    args = (forge.tensor(row), False, forge.ordered_dict())
+    return subclassed(parameter, kind, args, {"tolist": kind})

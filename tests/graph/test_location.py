@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import aiotorchio
+from aiotorchio.graph import location
 from aiotorchio.graph.location import Destinations, MapLocation
 from aiotorchio.wire.header import Header
 from tests import corpus
@@ -128,6 +129,37 @@ def test_a_device_that_is_not_here(location: str) -> None:
         forge.load(data)
     assert caught.value.entry == "header"
     corpus.assert_same(forge.load(data, map_location="cpu"), tensors)
+
+
+def at_locations(count: int, distinct: int) -> Header:
+    header = forge.flattened([torch.ones(1) for _ in range(count)]).header
+    header.locations = [f"cuda:{n % distinct}" for n in range(count)]
+    for n, row in enumerate(header.storages):
+        row.location = n
+    return header
+
+
+def test_a_location_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def known(tag: str) -> torch.device:
+        asked.append(tag)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(location, "known_location", known)
+    Destinations(at_locations(300, 3), None)
+    assert sorted(asked) == ["cuda:0", "cuda:1", "cuda:2"]
+
+
+def test_locations_that_no_storage_has_are_not_looked_up() -> None:
+    header = forge.flattened([torch.ones(1)]).header
+    header.locations += [f"nowhere {n}" for n in range(100_000)]
+    assert Destinations(header, None).device(0).type == "cpu"
+
+
+def test_more_locations_than_any_machine_has() -> None:
+    with pytest.raises(aiotorchio.LimitExceeded, match="2000 locations"):
+        Destinations(at_locations(2000, 2000), None)
 
 
 def test_map_location_of_another_type() -> None:

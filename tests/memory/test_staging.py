@@ -150,6 +150,9 @@ def test_the_copier_of_the_library_copies_on_the_cpu() -> None:
     assert bytes_of(slab).tolist() == list(range(8))
 
 
+STREAMS: dict[str, Any] = {"Stream": 0, "stream": 0, "current_stream": 0}
+
+
 class Accelerator:
     """Stands for ``torch.cuda``: writes down what is asked of its streams, on the CPU."""
 
@@ -167,6 +170,9 @@ class Accelerator:
     def current_stream(self, device: Any) -> AcceleratorStream:
         index = device.index if isinstance(device, torch.device) else device
         return AcceleratorStream(self, f"current {index}")
+
+    def synchronize(self, device: torch.device) -> None:
+        self.log.append(("synchronize", f"all of {device.index}"))
 
     def stream(self, stream: AcceleratorStream) -> AbstractContextManager[None]:
         self.log.append(("enter", stream.name))
@@ -217,7 +223,7 @@ def test_a_save_waits_for_what_was_queued_when_it_was_called(
     # Not on the other device: an event there would make a context.
     assert accelerator.log == [("record", "current 0")]
     # The index of a device of the CPU is None.
-    copier._callers[None] = copier._callers[0]  # type: ignore[index]
+    copier._callers = {None: copier._callers[0]}  # type: ignore[dict-item]
     accelerator.log.clear()
     copy_something(copier)
     assert accelerator.log == [
@@ -231,7 +237,7 @@ def test_a_save_waits_for_what_was_queued_when_it_was_called(
 def test_a_load_waits_for_what_is_queued_when_it_writes(accelerator: Accelerator) -> None:
     copier = DeviceCopier()
     assert accelerator.log == []
-    copier._callers[None] = copier._callers[0]  # type: ignore[index]
+    copier._callers = {None: copier._callers[0]}  # type: ignore[dict-item]
     copy_something(copier)
     assert accelerator.log == [
         ("wait for stream", "own", "current 0"),
@@ -281,16 +287,50 @@ def test_a_device_that_tells_nothing_about_its_memory_counts_as_used() -> None:
     assert list(staging._indices(Silent(), in_use=True)) == [0, 1, 2]
 
 
+def test_an_allocator_without_statistics() -> None:
+    class Pluggable(Accelerator):
+        def memory_stats_as_nested_dict(self, index: int) -> dict[str, Any]:
+            raise RuntimeError("this allocator has no statistics")
+
+    assert list(staging._indices(Pluggable(), in_use=True)) == [0, 1]
+
+
+def test_a_device_that_did_not_look_used_is_waited_for_as_a_whole(accelerator: Accelerator) -> None:
+    accelerator.used = ()
+    copier = DeviceCopier(until_now=True)
+    assert accelerator.log == []
+    copy_something(copier)
+    copy_something(copier)
+    assert accelerator.log[0] == ("synchronize", "all of None")
+    assert [entry[0] for entry in accelerator.log].count("synchronize") == 3
+
+
+def test_what_is_queued_between_the_call_and_its_start_is_waited_for(
+    accelerator: Accelerator,
+) -> None:
+    pieces = aiotorchio.iter_bytes(STATE)
+    assert accelerator.log == [("record", "current 0")]
+
+    async def start() -> None:
+        async with aclosing(pieces):
+            await anext(pieces)
+
+    asyncio.run(start())
+    assert accelerator.log == [("record", "current 0")] * 2
+
+
 @pytest.mark.parametrize(
     ("module", "found"),
     [
-        (SimpleNamespace(is_initialized=lambda: True), False),
-        (SimpleNamespace(Stream=0, stream=0, current_stream=0, is_initialized=bool), False),
-        (SimpleNamespace(Stream=0, stream=0, current_stream=0, is_initialized=lambda: 1), True),
+        (SimpleNamespace(is_available=lambda: 1, is_initialized=lambda: 1), False),
+        (SimpleNamespace(**STREAMS, is_available=lambda: 1, is_initialized=bool), False),
+        (SimpleNamespace(**STREAMS, is_available=lambda: 1, is_initialized=lambda: 1), True),
+        (SimpleNamespace(**STREAMS, is_available=lambda: 1), True),
     ],
-    ids=["without streams", "not in use", "in use"],
+    ids=["without streams", "not in use", "in use", "always in use"],
 )
 def test_accelerators(module: Any, found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     expected = ("xpu", module) if found else (None, None)

@@ -6,7 +6,7 @@ import asyncio
 import io
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -309,15 +309,8 @@ def _per_channel() -> torch.Tensor:
 def test_loaded_without_data_indices_are_never_trusted(make: Callable[[], torch.Tensor]) -> None:
     """torch builds such tensors of indices and sizes that nobody wrote."""
     file = our_file(make())
-    with skip_data():
-        try:
-            loaded = aiotorchio.load(file)
-        except aiotorchio.AiotorchioError:
-            return
-    assert loaded.shape == make().shape if not loaded.is_nested else loaded.size(0) == 2
-    if not loaded.is_meta:
-        # All numbers are in range: this reads memory that is there.
-        (loaded.to_dense() if loaded.is_sparse else loaded).sum()
+    with skip_data(), pytest.raises(aiotorchio.InvalidObjectError, match="skip_data"):
+        aiotorchio.load(file)
 
 
 # -------------------------------------------------------------------------- whose flag it is
@@ -577,11 +570,60 @@ def test_loaded_under_a_fake_mode_compressed_sparse(layout: torch.layout) -> Non
     sparse = to_sparse(layout=layout)
     with pytest.raises(RuntimeError):
         _loaded_as_fakes(torch.load, torch_file(sparse))
-    try:
-        loaded, _ = _loaded_as_fakes(aiotorchio.load, our_file(sparse))
-    except aiotorchio.InvalidObjectError:
-        return
-    assert type(loaded) is FakeTensor and loaded.layout is layout
+    with pytest.raises(aiotorchio.InvalidObjectError, match="FakeTensorMode"):
+        _loaded_as_fakes(aiotorchio.load, our_file(sparse))
+
+
+async def _state_in_pieces() -> AsyncIterator[bytes]:
+    """Of enough tensors for a worker thread."""
+    yield _MANY
+
+
+_ONES = [torch.ones(2)]
+_MANY = our_file([torch.ones(2)] + [torch.zeros(1) for _ in range(300)]).getvalue()
+
+
+def test_the_flag_is_that_of_the_call_not_of_the_await() -> None:
+    async def main() -> tuple[Any, Any]:
+        with skip_data():
+            without = aiotorchio.load_from_stream(_state_in_pieces())
+            written = aiotorchio.iter_bytes(torch.ones(2))
+        real = await aiotorchio.load_from_stream(written)
+        return await without, real
+
+    without, real = asyncio.run(main())
+    assert without[0].shape == (2,)
+    assert real.is_meta
+
+
+def test_a_load_that_ends_inside_the_mode_of_another_task_is_real() -> None:
+    async def main() -> Any:
+        real = aiotorchio.load_from_stream(_state_in_pieces())
+        small = aiotorchio.load_from_stream(aiotorchio.iter_bytes(_ONES))
+        with FakeTensorMode():
+            return await real, await small
+
+    for loaded in asyncio.run(main()):
+        assert type(loaded[0]) is torch.Tensor and loaded[0].tolist() == [1, 1]
+
+
+def test_real_tensors_are_sent_inside_of_the_mode() -> None:
+    matrix = torch.arange(600.0).view(20, 30)
+    views = [matrix[:, 3], matrix[2]]
+    file = io.BytesIO()
+    with FakeTensorMode():
+        for compact, snapshot in ((False, False), (True, False), (False, True)):
+            aiotorchio.save(views, file, compact=compact, snapshot=snapshot)
+    file.seek(0)
+    for _ in range(3):
+        column, row = aiotorchio.load(file)
+        assert torch.equal(column, matrix[:, 3]) and torch.equal(row, matrix[2])
+
+
+def test_specs_have_no_meaning_without_data() -> None:
+    specs = {"a": aiotorchio.TensorSpec((2,), torch.float32)}
+    with skip_data(), pytest.raises(ValueError, match="skip_data"):
+        aiotorchio.save([("a", torch.ones(2))], io.BytesIO(), specs=specs)
 
 
 def test_loaded_under_a_fake_mode_a_whole_module() -> None:
