@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -41,7 +41,7 @@ __all__ = [
     "storage_key",
     "typed_storage",
     "untyped_storage_of",
-    "version_of",
+    "versions_of",
     "warn_if_has_hooks",
 ]
 
@@ -70,11 +70,11 @@ def untyped_storage_of(storage: torch.TypedStorage) -> torch.UntypedStorage:
     return untyped
 
 
-def version_of(tensor: torch.Tensor) -> int | None:
-    """The version counter of a tensor; None of a tensor of inference mode, which has none."""
+def versions_of(tensors: Iterable[torch.Tensor]) -> list[int | None]:
+    """Version counters of tensors; None of a tensor of inference mode, which has none."""
     # Some subclasses answer to nothing.
     with torch._C.DisableTorchFunctionSubclass():
-        return None if tensor.is_inference() else tensor._version
+        return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def set_view_bits(tensor: torch.Tensor, *, conjugate: bool, negative: bool) -> None:

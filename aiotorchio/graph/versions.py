@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from aiotorchio.graph._torch import version_of
+from aiotorchio.graph._torch import versions_of
 from aiotorchio.wire.header import TensorRow, describe
 
 __all__ = ["Versions"]
@@ -31,7 +31,7 @@ class Versions:
     ) -> None:
         self._tensors = tensors
         self._rows = rows
-        self._versions = [version_of(tensor) for tensor in tensors]
+        self._versions = versions_of(tensors)
 
     def check(self, when: str) -> None:
         """Make sure that they still are as they were; arguments as of ``changed``.
@@ -52,11 +52,12 @@ class Versions:
         Returns:
             The error; None if all are as they were.
         """
-        for index, (tensor, version) in enumerate(zip(self._tensors, self._versions, strict=True)):
-            if version_of(tensor) != version:
-                has_row = index < len(self._rows)
-                what = (
-                    describe(self._rows[index], index) if has_row else f"a {type(tensor).__name__}"
-                )
-                return RuntimeError(f"{what} was changed {when}")
-        return None
+        now = versions_of(self._tensors)
+        if now == self._versions:
+            return None
+        index = next(n for n, version in enumerate(now) if version != self._versions[n])
+        if index < len(self._rows):
+            what = describe(self._rows[index], index)
+        else:
+            what = f"a {type(self._tensors[index]).__name__}"
+        return RuntimeError(f"{what} was changed {when}")
