@@ -631,3 +631,25 @@ def test_a_change_before_the_first_byte_sends_nothing(monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match=r"tensor 1 .* was changed"):
         aiotorchio.save(tensors, file)
     assert not file.getvalue()
+
+
+def test_a_change_is_named_where_the_connection_broke_for_it() -> None:
+    """A receiver that sees other bytes than announced goes: the network is not to blame."""
+    tensor = torch.zeros(400_000)
+
+    class Gone(io.RawIOBase):
+        taken = 0
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            if self.taken > 2 * CHUNK:
+                raise BrokenPipeError("the receiver went")
+            self.taken += len(data)
+            tensor.add_(1)
+            return len(data)
+
+    with pytest.raises(RuntimeError, match="was changed while it was sent") as caught:
+        aiotorchio.save([tensor], Gone(), chunk_size=CHUNK)
+    assert isinstance(caught.value.__cause__, aiotorchio.TruncatedError)

@@ -250,3 +250,34 @@ def hiding_part(row: int) -> Any:
     parameter = name("torch._utils", "_rebuild_parameter")
     args = (forge.tensor(row), False, forge.ordered_dict())
     return subclassed(parameter, kind, args, {"tolist": kind})
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "stride", "message"),
+    [
+        (0, (4, 8), (8, 1), None),
+        (0, (4, 9), (9, 1), "20 bytes over a storage of 16"),
+        (0, (), (), None),
+        (0, (0, 100), (100, 1), None),
+        (1, (2, 2), (2, 1), "a view"),
+        (0, (8, 4), (1, 8), "a view"),
+        (0, (4,), (0,), "a view"),
+        (-1, (1,), (1,), "a view"),
+    ],
+)
+def test_elements_smaller_than_a_byte(
+    offset: int, size: tuple[int, ...], stride: tuple[int, ...], message: str | None
+) -> None:
+    made = forge.rebuild(
+        "_rebuild_qtensor",
+        forge.storage(0, "quint4x2"),
+        *(offset, size, stride),
+        (name("torch", "per_tensor_affine"), 0.5, 1),
+        *(False, forge.ordered_dict()),
+    )
+    bytes_of_it = torch.arange(16, dtype=torch.uint8)
+    if message is None:
+        assert forge.load_pickle(pickled(made), [bytes_of_it]).shape == size
+    else:
+        with pytest.raises(aiotorchio.InvalidObjectError, match=message):
+            forge.load_pickle(pickled(made), [bytes_of_it])

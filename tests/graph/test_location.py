@@ -184,3 +184,18 @@ def test_map_location_of_tensors_without_storage() -> None:
         corpus.assert_same(loaded, torch.ones(2))
     with pytest.raises(aiotorchio.InvalidObjectError):
         forge.load_pickle(forge.pickled(source), [torch.ones(2)])
+
+
+@pytest.mark.parametrize(
+    ("restored", "error"),
+    [(torch.ones(4), TypeError), (torch.UntypedStorage(3), ValueError)],
+    ids=["no storage", "another size"],
+)
+def test_a_restorer_of_the_callers_that_restores_something_else(
+    restored: Any, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = [*torch.serialization._package_registry]
+    monkeypatch.setattr(torch.serialization, "_package_registry", registry)
+    torch.serialization.register_package(5, lambda storage: None, lambda storage, tag: restored)
+    with pytest.raises(error, match="restored at 'cpu'"):
+        forge.round_trip([torch.ones(1)])
