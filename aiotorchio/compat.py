@@ -128,6 +128,7 @@ def streaming_load(
 def _taking(arguments: dict[str, Any], pickle_module: Any) -> Any:
     """A pickle module whose ``Unpickler`` gets these arguments, besides the usual ones."""
 
+    # Which class it is, is known at run time only.
     class Unpickler(pickle_module.Unpickler):  # type: ignore[misc]
         def __init__(self, file: Any, **usual: Any) -> None:
             super().__init__(file, **(usual | arguments))

@@ -201,7 +201,8 @@ def outgoing_message(
     copier = _until_now()
     return send_message(
         lambda: prepare(take_apart(), lambda: copier),
-        inline=is_small(obj),
+        # Views of one storage are compared pair by pair.
+        inline=is_small(obj) and not compact,
         checksum=checksum,
         progress=progress,
         # What was queued since the call has changed the tensors, and counts.

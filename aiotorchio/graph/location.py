@@ -24,7 +24,7 @@ MapLocation = (
 
 _CPU = torch.device("cpu")
 # Each takes about 50 us to look up.
-_LOCATIONS_MAX = 1024
+_LOCATIONS_MAX = 256
 
 T = TypeVar("T")
 
@@ -61,11 +61,14 @@ class Destinations:
 
     def __init__(self, header: Header, map_location: MapLocation, *, fake: bool = False) -> None:
         known = torch.device if fake else known_location
-        tags = {header.locations[row.location] for row in header.storages}
+        tags = set(header.locations)
         if len(tags) > _LOCATIONS_MAX:
-            raise LimitExceeded(f"storages at {len(tags)} locations", entry="header")
+            raise LimitExceeded(
+                f"{len(tags)} different locations, {_LOCATIONS_MAX} allowed", entry="header"
+            )
         of_tag = {tag: _destination(tag, map_location, known) for tag in tags}
-        self._of_row = [of_tag[header.locations[row.location]] for row in header.storages]
+        self._rows = header.storages
+        self._of_location = [of_tag[tag] for tag in header.locations]
 
     def device(self, index: int) -> torch.device:
         """Where the bytes of a storage are received.
@@ -73,7 +76,7 @@ class Destinations:
         Raises:
             InvalidObjectError: This machine does not have its location; in torch's words.
         """
-        device = self._of_row[index].device
+        device = self._of_location[self._rows[index].location].device
         if isinstance(device, InvalidObjectError):
             raise device
         return device
@@ -85,7 +88,7 @@ class Destinations:
             InvalidObjectError: A location that this machine does not have, in torch's words.
             ValueError: The caller's code returned a storage of another size.
         """
-        restore = self._of_row[index].restore
+        restore = self._of_location[self._rows[index].location].restore
         return storage if restore is None else restore(storage)
 
 

@@ -19,7 +19,7 @@ class Versions:
     So it is seen whether an operation of torch has changed the tensor, or any other view of what it
     is a view of. It is not seen what is done through ``.data``, numpy, or by other processes, nor
     what torch does not count itself: the steps of fused optimizers, and the running statistics of
-    batch norms. Tensors of inference mode have no counter.
+    batch norms. Tensors of inference mode have no counter, nor have storages themselves.
 
     Args:
         tensors: As they are now.

@@ -74,7 +74,10 @@ class DeviceCopier:
         return slab.untyped_storage()
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy bytes, and return when they have arrived; no more than one stream is waited for."""
+        """Copy bytes, and return when they have arrived.
+
+        No more than one stream is waited for, but for a device that nobody seemed to use.
+        """
         device = source.device if destination.device.type == "cpu" else destination.device
         module = self._module
         if module is None or device.type != self._type:
