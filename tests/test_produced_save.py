@@ -603,7 +603,7 @@ async def test_iter_bytes_of_an_iterator_that_fails() -> None:
     parts: list[bytes] = []
     with pytest.raises(ZeroDivisionError):
         async for piece in aiotorchio.iter_bytes(failing_after(2), specs=FIVE):
-            parts.append(bytes(piece))  # noqa: PERF401
+            parts.append(bytes(piece))  # noqa: PERF401 - kept when it raises
     with pytest.raises(RemoteAbort, match="no more today"):
         aiotorchio.load(io.BytesIO(b"".join(parts)))
 

@@ -58,7 +58,7 @@ class Other:
 class Evil:
     """Runs code when it is unpickled."""
 
-    ran: list[str] = []  # noqa: RUF012
+    ran: list[str] = []  # noqa: RUF012 - all instances share it
 
     def __reduce__(self) -> Any:
         return note, ("ran",)
@@ -1303,11 +1303,11 @@ def test_file_objects(kind: str, tmp_path: Path) -> None:
         if kind == "gzip":
             with gzip.open(path, "wb") as writer:
                 module.save(_state(), writer)
-            reader = gzip.open(path, "rb")  # noqa: SIM115
+            reader = gzip.open(path, "rb")  # noqa: SIM115 - closed below
         elif kind == "unbuffered":
             with open(path, "wb", buffering=0) as writer:
                 module.save(_state(), writer)
-            reader = open(path, "rb", buffering=0)  # noqa: SIM115
+            reader = open(path, "rb", buffering=0)  # noqa: SIM115 - likewise
         else:
             makers: dict[str, Callable[[], Any]] = {
                 "temporary": tempfile.TemporaryFile,
