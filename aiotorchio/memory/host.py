@@ -1,13 +1,15 @@
-"""Views of a storage's bytes on the host: no copies, no numpy."""
+"""Storages on the host: where their bytes are, views of them, memory that is quick to fill."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
+import sys
 from functools import lru_cache
 
 import torch
 
-__all__ = ["first_byte", "view_of"]
+__all__ = ["first_byte", "use_huge_pages", "view_of"]
 
 
 def first_byte(tensor: torch.Tensor) -> int:
@@ -38,3 +40,25 @@ def view_of(storage: torch.UntypedStorage) -> memoryview:
     # through its array it keeps the storage alive.
     array.storage = storage  # type: ignore[attr-defined]
     return memoryview(array).cast("B")
+
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def use_huge_pages(storage: torch.UntypedStorage) -> None:
+    """Ask for huge pages behind a storage that nobody has written to yet.
+
+    The first touch of fresh memory takes longer than the copy from a socket into it: 0.44 s a GiB
+    with pages of 4 KiB, 0.1 s with huge ones. The system gives them where 2 MiB that it can take
+    as one are asked for, by one storage or by neighbours: never for more than was asked for.
+
+    Args:
+        storage: On the CPU.
+    """
+    if _libc is None:
+        return
+    page = mmap.PAGESIZE
+    start = storage.data_ptr() // page * page
+    end = -(-(storage.data_ptr() + storage.nbytes()) // page) * page
+    # An advice: a kernel without huge pages refuses it, and nothing is lost.
+    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)

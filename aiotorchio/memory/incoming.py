@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from aiotorchio.memory.host import view_of
+from aiotorchio.memory.host import use_huge_pages, view_of
 from aiotorchio.memory.outgoing import (
     SMALL_STORAGE,
     NeedsStaging,
@@ -28,6 +28,9 @@ __all__ = ["IncomingPayload"]
 ARENA_MAX = 4 * 2**20
 # Storages begin at multiples of this; less than it lies between two of them.
 _PADDING_MAX = 64
+# What indexing does when it has made sure that the storage is not on meta: 0.3 us, not 0.8.
+_slice_of: Callable[[torch.UntypedStorage, slice], torch.UntypedStorage]
+_slice_of = super(torch.UntypedStorage, torch.UntypedStorage).__getitem__
 
 
 @dataclass(slots=True)
@@ -78,7 +81,10 @@ class IncomingPayload:
         # Routes with bytes in the chunk that comes next, and maybe behind it.
         self._under_way: list[Route] = []
         own = list(self._plan())
-        self._region_of = {row: region for region in own for row in region.rows}
+        self._region_of: list[_Region | None] = [None] * len(offsets)
+        for region in own:
+            for row in region.rows:
+                self._region_of[row] = region
         self._regions: list[_Region | Route] = sorted(
             [*own, *straight], key=lambda region: region.start
         )
@@ -123,13 +129,17 @@ class IncomingPayload:
 
     def _plan(self) -> Iterator[_Region]:
         arena: _Region | None = None
-        for row, (start, nbytes) in enumerate(zip(self._offsets, self._nbytes, strict=True)):
+        of_arenas = {
+            device: device is not None and not self._needs_staging(device)
+            for device in set(self._devices)
+        }
+        for row, (start, nbytes, device) in enumerate(
+            zip(self._offsets, self._nbytes, self._devices, strict=True)
+        ):
             if not nbytes:
                 continue
-            device, end = self._devices[row], start + nbytes
-            small = (
-                device is not None and nbytes < SMALL_STORAGE and not self._needs_staging(device)
-            )
+            end = start + nbytes
+            small = nbytes < SMALL_STORAGE and of_arenas[device]
             if arena and small and arena.device == device and end - arena.start <= ARENA_MAX:
                 arena.end = end
                 arena.rows.append(row)
@@ -229,19 +239,21 @@ class IncomingPayload:
 
     def storage(self, row: int) -> torch.UntypedStorage | None:
         """The storage of one row, when its bytes have arrived."""
-        device, region = self._devices[row], self._region_of.get(row)
+        device, region = self._devices[row], self._region_of[row]
         if device is None:
             return None
         if region is None or region.device.type == "meta":
             return torch.UntypedStorage(self._sizes[row], device=device)
-        whole = self._storage_of(region)
-        at, size = self._offsets[row] - region.start, self._nbytes[row]
-        # A slice is a storage of its own that shares the memory of the arena.
-        return whole if size == whole.nbytes() else whole[at : at + size]
+        whole = region.storage or self._storage_of(region)
+        if len(region.rows) == 1:
+            return whole
+        at = self._offsets[row] - region.start
+        # A storage of its own that shares the memory of the arena.
+        return _slice_of(whole, slice(at, at + self._nbytes[row]))
 
     def let_go(self, row: int) -> None:
         """Forget the storage of a row, and those before it, which are with the caller now."""
-        region = self._region_of.get(row)
+        region = self._region_of[row]
         if region is not None and row == region.rows[-1]:
             region.storage = region.view = None
 
@@ -256,6 +268,8 @@ class IncomingPayload:
                 raise MemoryError(
                     f"no {region.end - region.start} bytes on {region.device}: {error}"
                 ) from error
+            if region.device.type == "cpu":
+                use_huge_pages(region.storage)
         return region.storage
 
     def _view_of(self, region: _Region) -> memoryview:
