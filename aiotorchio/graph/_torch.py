@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from torch.utils.hooks import warn_if_has_hooks
 
 __all__ = [
     "BLOCKED_MODULES",
+    "Blanks",
     "WeightsOnlyUnpickler",
     "active_fake_mode",
     "empty_affine_quantized",
@@ -70,11 +71,14 @@ def untyped_storage_of(storage: torch.TypedStorage) -> torch.UntypedStorage:
     return untyped
 
 
-def versions_of(tensors: Iterable[torch.Tensor]) -> list[int | None]:
+def versions_of(tensors: Sequence[torch.Tensor]) -> list[int | None]:
     """Version counters of tensors; None of a tensor of inference mode, which has none."""
     # Some subclasses answer to nothing.
     with torch._C.DisableTorchFunctionSubclass():
-        return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+        try:
+            return [tensor._version for tensor in tensors]
+        except RuntimeError:  # one of inference mode
+            return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def set_view_bits(tensor: torch.Tensor, *, conjugate: bool, negative: bool) -> None:
@@ -84,11 +88,35 @@ def set_view_bits(tensor: torch.Tensor, *, conjugate: bool, negative: bool) -> N
     torch._C._set_tensor_metadata(tensor, bits)  # type: ignore[attr-defined]
 
 
+# Tensors without elements, by dtype and device.
+Blanks = dict[tuple[torch.dtype, torch.device], torch.Tensor]
+
+
 def over_storage(
-    storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, size: Any, stride: Any
+    storage: torch.UntypedStorage,
+    dtype: torch.dtype,
+    offset: int,
+    size: Any,
+    stride: Any,
+    blanks: Blanks | None = None,
 ) -> torch.Tensor:
-    """A tensor over a storage that is large enough: torch would resize one that is not."""
-    tensor = torch.empty((0,), dtype=dtype, device=storage.device)
+    """A tensor over a storage that is large enough: torch would resize one that is not.
+
+    Args:
+        storage: Of its bytes.
+        dtype: Of its elements.
+        offset: Of its first element, in elements.
+        size: Of each dimension.
+        stride: Of each dimension, in elements.
+        blanks: Kept by the caller while it makes more: ``empty_like`` of one takes 0.7 us, and
+            ``empty`` 1.6.
+    """
+    device = storage.device
+    blanks = {} if blanks is None else blanks
+    blank = blanks.get((dtype, device))
+    if blank is None:
+        blank = blanks[dtype, device] = torch.empty((0,), dtype=dtype, device=device)
+    tensor = torch.empty_like(blank)
     tensor.set_(storage, offset, size, stride)
     # Only of storages that were made for a FakeTensorMode, on meta.
     fake_device = getattr(storage, "_fake_device", None)

@@ -2,10 +2,12 @@
 
 An empty array is one byte in a message and 80 in memory. And maps, which the format does not have,
 would be built by the decoder before anyone could refuse them, however long their keys take to hash.
-So the skeleton is walked through first, unless it is small and no byte of it can begin one.
+So the skeleton is walked through first.
 """
 
 from __future__ import annotations
+
+import re
 
 from aiotorchio.errors import LimitExceeded, ProtocolError
 
@@ -19,11 +21,18 @@ _ARRAY_NBYTES, _TEXT_NBYTES, _NUMBER_NBYTES, _CONSTANT_NBYTES = 80, 72, 48, 16
 
 _MAPS = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
 _EXTENSIONS = frozenset([*range(0xC7, 0xCA), *range(0xD4, 0xD9)])
-_ALL_BUT_THESE = bytes(set(range(256)) - _MAPS - _EXTENSIONS)
 # Head -> bytes that follow it, for numbers; -> bytes of a length, for what has one.
 _NUMBERS = dict(zip(range(0xCA, 0xD4), (4, 8, 1, 2, 4, 8, 1, 2, 4, 8), strict=True))
 _TEXTS = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
 _ARRAYS = {0xDC: 2, 0xDD: 4}
+# All values but long texts, long arrays and what is refused. Walking over these value by value
+# takes 0.3 us each, which was a tenth of the time of a load of 10,000 tensors.
+_COMMON = re.compile(
+    rb"(?s:[\x00-\x7f\x90-\x9f\xc0\xc2\xc3\xe0-\xff]++"
+    rb"|[\xcc\xd0].|[\xcd\xd1].{2}|[\xca\xce\xd2].{4}|[\xcb\xcf\xd3].{8}|"
+    + b"|".join(b"%c.{%d}" % (0xA0 + length, length) for length in range(32))
+    + rb")*+"
+)
 
 
 def check_growth(skeleton: bytes) -> None:
@@ -34,14 +43,45 @@ def check_growth(skeleton: bytes) -> None:
         ProtocolError: A map or an extension, or it ends inside a value.
     """
     allowed = _MEMORY_FLOOR + _MEMORY_PER_BYTE * len(skeleton)
-    harmless = len(skeleton) * _ARRAY_NBYTES <= allowed
-    if harmless and not skeleton.translate(None, _ALL_BUT_THESE):
-        return
-    if _memory(skeleton) > allowed:
+    if len(skeleton) * _ARRAY_NBYTES <= allowed:
+        _refuse_maps(skeleton)
+    elif _memory(skeleton) > allowed:
         raise LimitExceeded(
             f"the values take more than {_MEMORY_FLOOR} bytes of memory and "
             f"{_MEMORY_PER_BYTE} for each byte of the skeleton"
         )
+
+
+def _refuse_maps(skeleton: bytes) -> None:
+    position, size = 0, len(skeleton)
+    while position < size:
+        common = _COMMON.match(skeleton, position)
+        position = common.end() if common else position
+        if position == size:
+            return
+        head = skeleton[position]
+        position += 1
+        if head in _TEXTS:
+            width = _TEXTS[head]
+            length = int.from_bytes(skeleton[position : position + width], "big")
+            position += width + length
+        elif head in _ARRAYS:
+            position += _ARRAYS[head]
+        elif head in _MAPS or head in _EXTENSIONS:
+            raise _refused()
+        else:
+            # A common value that is not whole, or a byte that begins none.
+            raise _cut()
+    if position > size:
+        raise _cut()
+
+
+def _refused() -> ProtocolError:
+    return ProtocolError("a map or an extension, which skeletons do not have")
+
+
+def _cut() -> ProtocolError:
+    return ProtocolError("the skeleton ends inside a value")
 
 
 def _memory(skeleton: bytes) -> int:
@@ -69,9 +109,9 @@ def _memory(skeleton: bytes) -> int:
             memory += _ARRAY_NBYTES
             position += _ARRAYS[head]
         elif head in _MAPS or head in _EXTENSIONS:
-            raise ProtocolError("a map or an extension, which skeletons do not have")
+            raise _refused()
         else:
             memory += _CONSTANT_NBYTES
     if position > size:
-        raise ProtocolError("the skeleton ends inside a value")
+        raise _cut()
     return memory

@@ -9,7 +9,7 @@ import torch
 
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, UnsafeObjectError
 from aiotorchio.graph import pickled, tree
-from aiotorchio.graph._torch import make_parameter, over_storage, set_view_bits
+from aiotorchio.graph._torch import Blanks, make_parameter, over_storage, set_view_bits
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.names import Placeholder, check_names
@@ -52,6 +52,7 @@ def build_tensors(
     """
     tensors = []
     given = given or {}
+    blanks: Blanks = {}
     for index, row in enumerate(header.tensors):
         tensor = given.get(index)
         if tensor is None:
@@ -59,21 +60,26 @@ def build_tensors(
             if storage is None:
                 nbytes = header.storages[row.storage].nbytes
                 storage = torch.UntypedStorage(nbytes, device=META_LOCATION)
-            tensor = build_tensor(row, index, storage)
+            tensor = build_tensor(row, index, storage, blanks)
         tensors.append(tensor)
     return tensors
 
 
-def build_tensor(row: TensorRow, index: int, storage: torch.UntypedStorage) -> torch.Tensor:
+def build_tensor(
+    row: TensorRow, index: int, storage: torch.UntypedStorage, blanks: Blanks | None = None
+) -> torch.Tensor:
     """Make the tensor of one row, whose number is for errors; raises as ``build_tensors``."""
     try:
-        return _build_tensor(row, storage)
+        return _build_tensor(row, storage, blanks)
     except RuntimeError as error:
         raise InvalidObjectError(f"torch: {error}", entry=describe(row, index)) from error
 
 
-def _build_tensor(row: TensorRow, storage: torch.UntypedStorage) -> torch.Tensor:
-    tensor = over_storage(storage, torch_dtype(row.dtype), row.offset, row.shape, row.stride)
+def _build_tensor(
+    row: TensorRow, storage: torch.UntypedStorage, blanks: Blanks | None
+) -> torch.Tensor:
+    dtype = torch_dtype(row.dtype)
+    tensor = over_storage(storage, dtype, row.offset, row.shape, row.stride, blanks)
     flags = row.flags
     if not flags:
         return tensor

@@ -25,6 +25,9 @@ from aiotorchio.wire.header import (
 
 __all__ = ["Table"]
 
+# Name and unit of each dtype: one place to look instead of two.
+_DTYPES = {dtype: (name, DTYPES[name].unit) for dtype, name in DTYPE_NAMES.items()}
+
 
 class Table:
     """Collects the rows while an object is flattened.
@@ -109,23 +112,24 @@ class Table:
         index = self._index_of.get(key)
         if index is None:
             index = self._index_of[key] = len(self.storages)
+            location = self._index_of_device.get(storage.device)
+            if location is None or not self._device_is_enough:
+                location = self._location(storage)
             self.sources.append(storage)
-            self.storages.append(StorageRow(storage.nbytes(), unit, self._location(storage)))
+            self.storages.append(StorageRow(storage.nbytes(), unit, location))
         elif self.storages[index].unit != unit:
             self.storages[index].unit = MIXED_UNITS
         return index
 
     def _location(self, storage: torch.UntypedStorage) -> int:
         device = storage.device
-        index = self._index_of_device.get(device)
-        if index is None or not self._device_is_enough:
-            # As in torch, what has no bytes is asked nobody about.
-            no_bytes = self._skips or device.type == META_LOCATION
-            tag = META_LOCATION if no_bytes else self._tag(storage)
-            index = self._index_of_tag.setdefault(tag, len(self.locations))
-            if index == len(self.locations):
-                self.locations.append(tag)
-            self._index_of_device[device] = index
+        # As in torch, what has no bytes is asked nobody about.
+        no_bytes = self._skips or device.type == META_LOCATION
+        tag = META_LOCATION if no_bytes else self._tag(storage)
+        index = self._index_of_tag.setdefault(tag, len(self.locations))
+        if index == len(self.locations):
+            self.locations.append(tag)
+        self._index_of_device[device] = index
         return index
 
     def _describe(self, tensor: torch.Tensor) -> TensorRow | None:
@@ -142,9 +146,10 @@ class Table:
             or has_names(tensor)
         ):
             return None
-        dtype = DTYPE_NAMES.get(tensor.dtype)
-        if dtype is None:
+        described = _DTYPES.get(tensor.dtype)
+        if described is None:
             return None
+        dtype, unit = described
         try:
             storage = tensor.untyped_storage()
         except (RuntimeError, NotImplementedError):  # devices such as xla have none
@@ -157,6 +162,6 @@ class Table:
         )
         if flags & NEGATIVE and DTYPES[dtype].kind not in ("float", "complex"):
             raise TypeError(f"negative views of {dtype} can't be sent; resolve_neg() copies them")
-        index = self._storage_row(storage, DTYPES[dtype].unit)
-        offset, shape, stride = int(tensor.storage_offset()), tensor.shape, tensor.stride()
-        return TensorRow(index, dtype, offset, tuple(shape), stride, flags, [])
+        index = self._storage_row(storage, unit)
+        offset, shape = int(tensor.storage_offset()), tuple(tensor.shape)
+        return TensorRow(index, dtype, offset, shape, tensor.stride(), flags, [])

@@ -267,7 +267,10 @@ class _Decoder:
         return members
 
     def tensor(self, node: list[Any], depth: int) -> Any:
-        (row,) = _payload(node, int)
+        # Not by _payload: this is the node that there may be 100,000 of.
+        if len(node) != 2 or type(node[1]) is not int:
+            raise _other_contents(node)
+        row = node[1]
         if not 0 <= row < len(self._tensors):
             raise ProtocolError(f"tensor {row} of {len(self._tensors)}")
         return self._tensors[row]
@@ -300,8 +303,12 @@ class _Decoder:
 def _payload(node: list[Any], *kinds: type) -> list[Any]:
     """What follows the tag: exactly these types."""
     if [type(item) for item in node[1:]] != list(kinds):
-        raise ProtocolError(f"tag {node[0]} with other contents than it has")
+        raise _other_contents(node)
     return node[1:]
+
+
+def _other_contents(node: list[Any]) -> ProtocolError:
+    return ProtocolError(f"tag {node[0]} with other contents than it has")
 
 
 _READERS: dict[int, Callable[[_Decoder, list[Any], int], Any]] = {

@@ -227,9 +227,19 @@ class Placement:
         self._found_at = [place_of(tensor) for tensor in self.by_name.values()]
         for name, tensor in self.by_name.items():
             self.given.setdefault(self._number_of[name], tensor)
-        self._storages = [_Rows(left_out=self._named_only) for _ in self._header.storages]
-        for index, row in enumerate(rows):
-            storage = self._storages[row.storage]
+        self._storages = self._all_rows() if self.by_name_only else self._all_fresh()
+        self._places = [self._place(index) for index in range(len(self._storages))]
+        if into is not None and into.back is not None:
+            into.back.claim()
+            self._claimed = into.back
+
+    def _all_fresh(self) -> list[_Rows]:
+        return [_Rows(fresh=True)] * len(self._header.storages)
+
+    def _all_rows(self) -> list[_Rows]:
+        storages = [_Rows(left_out=self._named_only) for _ in self._header.storages]
+        for index, row in enumerate(self._header.tensors):
+            storage = storages[row.storage]
             if index in self.given:
                 storage.into.append(index)
             elif (row.names or self._named_only) and not any(
@@ -240,10 +250,7 @@ class Placement:
                     self.given[index] = self._on_meta(index)
             else:
                 storage.fresh = True
-        self._places = [self._place(index) for index in range(len(self._storages))]
-        if into is not None and into.back is not None:
-            into.back.claim()
-            self._claimed = into.back
+        return storages
 
     def close(self) -> None:
         """The end of the message, with or without a commit."""
@@ -279,7 +286,7 @@ class Placement:
         """Memory for what is to be made, of which nothing is made yet; sets ``commit``."""
         destinations_of_row = self._destinations()
         routes: list[Route] = []
-        for index, rows in enumerate(self._storages):
+        for index, rows in enumerate(self._storages if destinations_of_row else ()):
             pairs = [(row, tensor) for row in rows.into for tensor in destinations_of_row[row]]
             if self._places[index] is not None:
                 self._late += [(row, tensor, place_of(tensor)) for row, tensor in pairs]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
@@ -254,12 +254,36 @@ def _validate(header: Header, limits: Limits) -> Layout:
         )
     if layout.chunks > CHUNKS_MAX:
         raise ProtocolError(f"{layout.chunks} chunks, {CHUNKS_MAX} possible", entry="header")
+    storages, total = header.storages, limits.total_nbytes
+    # Models repeat few layouts: of one that was found valid, only its place is looked at.
+    reaches: dict[tuple[object, ...], _Reach] = {}
     for index, row in enumerate(header.tensors):
-        _validate_row(row, index, header, limits)
+        key = (row.dtype, row.flags, row.shape, row.stride)
+        reach = reaches.get(key)
+        if reach is not None and row.storage < len(storages):
+            storage = storages[row.storage]
+            if (
+                (storage.unit == reach.unit or storage.unit == MIXED_UNITS)
+                and reach.dense <= total
+                and (row.offset + reach.elements) * reach.itemsize <= storage.nbytes
+            ):
+                continue
+        reaches[key] = _validate_row(row, index, header, limits)
     return layout
 
 
-def _validate_row(row: TensorRow, index: int, header: Header, limits: Limits) -> None:
+class _Reach(NamedTuple):
+    """What a layout needs of its storage."""
+
+    unit: int
+    itemsize: int
+    # From its first element to behind its last.
+    elements: int
+    # Bytes when it is contiguous.
+    dense: int
+
+
+def _validate_row(row: TensorRow, index: int, header: Header, limits: Limits) -> _Reach:
     if row.storage >= len(header.storages):
         raise ProtocolError(
             f"storage {row.storage} of {len(header.storages)}", entry=describe(row, index)
@@ -302,12 +326,14 @@ def _validate_row(row: TensorRow, index: int, header: Header, limits: Limits) ->
         raise LimitExceeded(
             f"{dense} bytes when contiguous, {limit} allowed", entry=describe(row, index)
         )
+    elements = 0
     if count:
-        last = row.offset + sum(
+        elements = 1 + sum(
             (size - 1) * step for size, step in zip(row.shape, row.stride, strict=True)
         )
-        if (last + 1) * dtype.itemsize > storage.nbytes:
+        end = (row.offset + elements) * dtype.itemsize
+        if end > storage.nbytes:
             raise InvalidObjectError(
-                f"reaches byte {(last + 1) * dtype.itemsize} of a storage of {storage.nbytes}",
-                entry=describe(row, index),
+                f"reaches byte {end} of a storage of {storage.nbytes}", entry=describe(row, index)
             )
+    return _Reach(dtype.unit, dtype.itemsize, elements, dense)
