@@ -54,6 +54,9 @@ class Destinations:
             else is known now, and the bytes go there straight away.
         fake: Only name the devices: this machine need not have them.
 
+    Attributes:
+        relocates: Whether ``relocate`` may have anything to do.
+
     Raises:
         TypeError: ``map_location`` is none of the types that it may be.
         LimitExceeded: More locations than any machine has.
@@ -69,6 +72,7 @@ class Destinations:
         of_tag = {tag: _destination(tag, map_location, known) for tag in tags}
         self._rows = header.storages
         self._of_location = [of_tag[tag] for tag in header.locations]
+        self.relocates = any(place.restore is not None for place in self._of_location)
 
     def device(self, index: int) -> torch.device:
         """Where the bytes of a storage are received.

@@ -28,8 +28,9 @@ __all__ = ["SocketSink", "SocketSource"]
 
 # The most buffers that Linux and macOS take in one call (IOV_MAX).
 _BUFFERS_MAX = 1024
-# One wake-up may move this much before other tasks get their turn: about half a millisecond.
-_TURN_SIZE = 2**20
+# What one wake-up moves before other tasks get their turn, in one system call or in several: a
+# millisecond, in memory that is warm. Half of it costs a tenth of the speed of a single connection.
+_TURN_SIZE = 2 * 2**20
 
 
 class _Cursor:
@@ -43,8 +44,14 @@ class _Cursor:
     def __bool__(self) -> bool:
         return self._index < len(self._buffers)
 
-    def next(self) -> list[memoryview]:
-        return self._buffers[self._index : self._index + _BUFFERS_MAX]
+    def next(self, most: int) -> list[memoryview]:
+        """The buffers that come next, with no more than ``most`` bytes."""
+        views = self._buffers[self._index : self._index + _BUFFERS_MAX]
+        for n, view in enumerate(views):
+            if len(view) >= most:
+                return [*views[:n], view[:most]]
+            most -= len(view)
+        return views
 
     def advance(self, count: int) -> None:
         self.done += count
@@ -80,7 +87,7 @@ class SocketSource(Source):
             """Receive what the kernel has; True when the buffers are full or the stream ended."""
             stop = cursor.done + _TURN_SIZE
             while cursor and cursor.done < stop:
-                views = cursor.next()
+                views = cursor.next(stop - cursor.done)
                 try:
                     # recvmsg_into builds what recv_into does not need.
                     received = (
@@ -123,7 +130,7 @@ class SocketSink(Sink):
             stop = cursor.done + _TURN_SIZE
             while cursor and cursor.done < stop:
                 try:
-                    sent = self._sock.sendmsg(cursor.next())
+                    sent = self._sock.sendmsg(cursor.next(stop - cursor.done))
                 except (BlockingIOError, InterruptedError):
                     return False
                 self.in_message = True

@@ -331,8 +331,9 @@ class Placement:
 
     def put_in_order(self, storages: Sequence[torch.UntypedStorage | None]) -> None:
         """Put storages into the byte order of this machine."""
-        for index, storage in enumerate(storages):
-            self.put_one_in_order(index, storage)
+        if self._swapped:
+            for index, storage in enumerate(storages):
+                self.put_one_in_order(index, storage)
 
     def put_one_in_order(self, index: int, storage: torch.UntypedStorage | None) -> None:
         """Put one storage into the byte order of this machine."""
@@ -355,6 +356,8 @@ class Placement:
         self, storages: Sequence[torch.UntypedStorage | None]
     ) -> list[torch.UntypedStorage | None]:
         """Storages where ``map_location`` or a restorer of the caller's puts them."""
+        if self._unwritten is None and not self._devices.relocates:
+            return list(storages)
         return [self.one_relocated(index, storage) for index, storage in enumerate(storages)]
 
     def one_relocated(

@@ -1,0 +1,87 @@
+"""How late other tasks of an event loop are while a state moves: a heartbeat beside a transfer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import socket
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import torch
+from common import Link, Method, State
+from methods import AsyncTransfer, Beside, connected, on_loop, raw_sockets, streams
+
+PERIOD = 0.001
+
+Notes = dict[str, Any]
+
+
+def heartbeat(notes: Notes) -> Beside:
+    """Sleeps a millisecond, again and again; notes how many beats came so many ms late."""
+    late: Counter[str] = Counter()
+
+    @contextlib.asynccontextmanager
+    async def beating() -> AsyncIterator[None]:
+        over = False
+
+        async def beat() -> None:
+            while not over:
+                start = time.perf_counter()
+                await asyncio.sleep(PERIOD)
+                lag = time.perf_counter() - start - PERIOD
+                late[f"{max(0.0, lag * 1000):.2f}"] += 1
+
+        task = asyncio.create_task(beat())
+        # It sleeps before the transfer begins, and what holds up its last beat counts, too.
+        await asyncio.sleep(0)
+        yield
+        over = True
+        await task
+        notes["late"] = dict(sorted(late.items(), key=lambda item: float(item[0])))
+
+    return beating
+
+
+def ours(notes: Notes) -> Method:
+    return streams(beside=heartbeat(notes))
+
+
+def raw(notes: Notes) -> Method:
+    return raw_sockets(beside=heartbeat(notes))
+
+
+def torch_save(notes: Notes) -> Method:
+    """``torch.save`` to bytes, which go over streams, and ``torch.load`` from bytes."""
+    beside = heartbeat(notes)
+
+    @contextlib.asynccontextmanager
+    async def send(state: State, link: Link) -> AsyncIterator[AsyncTransfer]:
+        async def transfer() -> None:
+            file = io.BytesIO()
+            torch.save(state, file)
+            # Drained is when all is sent.
+            writer.transport.set_write_buffer_limits(high=1, low=0)
+            writer.write(file.tell().to_bytes(8, "little"))
+            writer.write(file.getbuffer())
+            await writer.drain()
+
+        async with connected(link, socket.AF_INET, False, serves=False) as (_, writer):
+            yield transfer
+
+    @contextlib.asynccontextmanager
+    async def receive(link: Link) -> AsyncIterator[AsyncTransfer]:
+        async def transfer() -> Any:
+            size = int.from_bytes(await reader.readexactly(8), "little")
+            return torch.load(io.BytesIO(await reader.readexactly(size)), weights_only=True)
+
+        async with connected(link, socket.AF_INET, False, serves=True) as (reader, _):
+            yield transfer
+
+    return Method(
+        lambda state, link: on_loop(send(state, link), beside=beside),
+        lambda link: on_loop(receive(link), beside=beside),
+    )

@@ -1,0 +1,189 @@
+"""Rounds: every method once, in two processes, each round beginning with another method.
+
+Both ends connect before the clock starts, and meet; the time is that from when the first one
+starts until the last one is done, on the clock that both share. CPU time and peaks of memory are
+those of each process, until both are done; what a method has other processes do is not in them.
+Both touch as much memory as will arrive, and give it back, before they meet: no method is the first
+to use it. A first round warms up: it is not counted, and what arrives in it is compared with what
+was sent.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from common import Handler, Link, Method, PeakMemory, State, state_of, two_processes, warm_memory
+
+# Nothing here takes as long, if it works.
+PATIENCE = 120.0
+
+Notes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method, and what it moves.
+
+    Attributes:
+        method: How the method is called.
+        make: Makes the method, in both processes; in each round anew.
+        count: Of tensors.
+        nbytes: Of each tensor.
+        label: How the run is called, if not by its method.
+        base: The label of the run that moves the same by a raw loop.
+        copies: How often one transfer moves the state.
+        repeat: Transfers in a round, each over a new connection. If there are several, the medians
+            count, in warm memory, and peaks are not measured.
+        noted: ``make`` takes a dict, for notes that go into the results.
+        device: Where the state is.
+    """
+
+    method: str
+    make: Callable[..., Method]
+    count: int
+    nbytes: int
+    label: str = ""
+    base: str = "raw"
+    copies: int = 1
+    repeat: int = 1
+    noted: bool = False
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        """The label, or the method."""
+        return self.label or self.method
+
+    @property
+    def state_size(self) -> int:
+        """Bytes in the state."""
+        return self.count * self.nbytes
+
+    def shrunk(self, scale: float) -> Run:
+        """Of less: fewer tensors, or smaller ones if there are few."""
+        values = dict(vars(self))
+        if self.count * scale >= 1:
+            values["count"] = int(self.count * scale)
+        else:
+            values["nbytes"] = max(1024, int(self.nbytes * scale) // 1024 * 1024)
+        return Run(**values)
+
+
+class Sample(TypedDict):
+    """One round of a run; pairs are of the sender and the receiver."""
+
+    seconds: float
+    cpu: list[float]
+    peak: list[int] | None
+    notes: list[Notes]
+
+
+# What one process knows of a transfer: start, end, seconds of CPU time, peak, notes.
+Half = tuple[float, float, float, int, Notes]
+
+
+def check(states: Any, run: Run) -> None:
+    """Compare what has arrived with what was sent, bit by bit."""
+    for state in states if isinstance(states, list) else [states]:
+        if len(state) != run.count:
+            raise RuntimeError(f"{run.name}: {len(state)} tensors have arrived, not {run.count}")
+        for number in range(run.count):
+            tensor = state[f"layer.{number}.weight"]
+            sent = torch.full((run.nbytes // 4,), float(number), device=tensor.device)
+            if tensor.device.type != run.device or tensor.dtype != sent.dtype:
+                raise RuntimeError(f"{run.name}: {tensor.dtype} on {tensor.device} has arrived")
+            if not torch.equal(tensor.view(torch.int32), sent.view(torch.int32)):
+                raise RuntimeError(f"{run.name} has changed the state")
+
+
+def transferred(
+    end: AbstractContextManager[Callable[[], Any]], link: Link, run: Run, notes: Notes, first: bool
+) -> Half:
+    """Connect and transfer once; compare in the first round."""
+    memory = PeakMemory()
+    with end as transfer:
+        if run.repeat == 1:
+            # As much as arrives, and a quarter more.
+            warm_memory(run.state_size * run.copies * 5 // 4)
+            memory.__enter__()
+        link.meet()
+        cpu, start = time.process_time(), time.perf_counter()
+        state = transfer()
+        stop = time.perf_counter()
+        # Threads may still be at it.
+        link.meet()
+        cpu = time.process_time() - cpu
+        if run.repeat == 1:
+            memory.__exit__()
+        if first and state is not None:
+            check(state, run)
+        # It may lie in memory that the method takes back.
+        del state
+    return start, stop, cpu, memory.nbytes if run.repeat == 1 else 0, notes
+
+
+def work(sends: bool) -> Handler:
+    """What the sender does, or the receiver, with an order for one run of a round."""
+    states: dict[tuple[int, int, str], State] = {}
+
+    def state_for(run: Run) -> State:
+        key = run.count, run.nbytes, run.device
+        if key not in states:
+            tensors = state_of(run.count, run.nbytes)
+            states[key] = {name: tensor.to(run.device) for name, tensor in tensors.items()}
+        return states[key]
+
+    def handle(order: tuple[Run, bool], sock: socket.socket) -> list[Half]:
+        run, first = order
+        link = Link(sock, listens=not sends)
+        halves = []
+        for _ in range(run.repeat):
+            notes: Notes = {}
+            method = run.make(notes) if run.noted else run.make()
+            end = method.send(state_for(run), link) if sends else method.receive(link)
+            # Only a receiver has something to compare.
+            halves.append(transferred(end, link, run, notes, first and not sends))
+        return halves
+
+    return handle
+
+
+def sample_of(run: Run, sent: list[Half], received: list[Half]) -> Sample:
+    pairs = list(zip(sent, received, strict=True))
+    return {
+        "seconds": statistics.median(
+            max(one[1], other[1]) - min(one[0], other[0]) for one, other in pairs
+        ),
+        "cpu": [statistics.median(half[2] for half in side) for side in (sent, received)],
+        "peak": [sent[0][3], received[0][3]] if run.repeat == 1 else None,
+        "notes": [sent[-1][4], received[-1][4]],
+    }
+
+
+def measure(runs: Sequence[Run], rounds: int) -> dict[str, list[Sample]]:
+    """All runs in so many rounds, after the first one.
+
+    Raises:
+        RuntimeError: A run has failed, or takes longer than ``PATIENCE``; says which.
+    """
+    samples: dict[str, list[Sample]] = {run.name: [] for run in runs}
+    sender, receiver = functools.partial(work, True), functools.partial(work, False)
+    with two_processes(sender, receiver, timeout=PATIENCE) as order:
+        for number in range(rounds + 1):
+            turn = number % len(runs)
+            for run in [*runs[turn:], *runs[:turn]]:
+                try:
+                    sent, received = order((run, number == 0))
+                except RuntimeError as error:
+                    raise RuntimeError(f"{run.name}, round {number}: {error}") from None
+                if number:
+                    samples[run.name].append(sample_of(run, sent, received))
+    return samples
