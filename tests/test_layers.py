@@ -21,9 +21,10 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob(
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "strided": (set(), set()),
-    "wire": ({"errors"}, {"msgspec", "xxhash"}),
-    "graph": ({"errors", "strided", "wire"}, {"msgspec", "torch"}),
-    "memory": ({"errors", "strided"}, {"torch"}),
+    "collection": (set(), set()),
+    "wire": ({"errors", "collection"}, {"msgspec", "xxhash"}),
+    "graph": ({"errors", "strided", "collection", "wire"}, {"msgspec", "torch"}),
+    "memory": ({"errors", "strided", "collection"}, {"torch"}),
     "streams": ({"errors"}, {"anyio"}),
     "drive": ({"errors", "wire", "streams"}, {"anyio"}),
     "transfer": (

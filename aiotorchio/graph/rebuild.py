@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from aiotorchio.collection import collection_paused
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, UnsafeObjectError
 from aiotorchio.graph import pickled, tree
 from aiotorchio.graph._torch import Blanks, make_parameter, over_storage, set_view_bits
@@ -53,15 +54,16 @@ def build_tensors(
     tensors = []
     given = given or {}
     blanks: Blanks = {}
-    for index, row in enumerate(header.tensors):
-        tensor = given.get(index)
-        if tensor is None:
-            storage = storages[row.storage]
-            if storage is None:
-                nbytes = header.storages[row.storage].nbytes
-                storage = torch.UntypedStorage(nbytes, device=META_LOCATION)
-            tensor = build_tensor(row, index, storage, blanks)
-        tensors.append(tensor)
+    with collection_paused():
+        for index, row in enumerate(header.tensors):
+            tensor = given.get(index)
+            if tensor is None:
+                storage = storages[row.storage]
+                if storage is None:
+                    nbytes = header.storages[row.storage].nbytes
+                    storage = torch.UntypedStorage(nbytes, device=META_LOCATION)
+                tensor = build_tensor(row, index, storage, blanks)
+            tensors.append(tensor)
     return tensors
 
 

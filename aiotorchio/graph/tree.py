@@ -14,6 +14,7 @@ from typing import Any, Final
 import msgspec
 import torch
 
+from aiotorchio.collection import collection_paused
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, ProtocolError
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
 from aiotorchio.graph.growth import check_growth
@@ -69,7 +70,8 @@ def encode(obj: object, table: Table) -> bytes:
         NotATreeError: This codec cannot carry the object.
     """
     try:
-        return msgspec.msgpack.encode(_Encoder(table).node(obj, "", 0))
+        with collection_paused():
+            return msgspec.msgpack.encode(_Encoder(table).node(obj, "", 0))
     except UnicodeEncodeError:
         raise NotATreeError("it has a text that UTF-8 cannot carry") from None
 
@@ -187,8 +189,9 @@ def decode(skeleton: bytes, tensors: Sequence[Any], *, depth_limit: int, offset:
     """
     try:
         check_growth(skeleton)
-        node = msgspec.msgpack.decode(skeleton)
-        return _Decoder(tensors, depth_limit).value(node, 0)
+        with collection_paused():
+            node = msgspec.msgpack.decode(skeleton)
+            return _Decoder(tensors, depth_limit).value(node, 0)
     except RecursionError:
         raise LimitExceeded(
             f"nested deeper than {depth_limit} levels", entry="skeleton", offset=offset

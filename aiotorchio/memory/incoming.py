@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from aiotorchio.collection import collection_paused
 from aiotorchio.memory.host import use_huge_pages, view_of
 from aiotorchio.memory.outgoing import (
     SMALL_STORAGE,
@@ -235,7 +236,8 @@ class IncomingPayload:
 
     def storages(self) -> list[torch.UntypedStorage | None]:
         """The storage of each row, when all chunks have arrived; None where there is none."""
-        return [self.storage(row) for row in range(len(self._offsets))]
+        with collection_paused():
+            return [self.storage(row) for row in range(len(self._offsets))]
 
     def storage(self, row: int) -> torch.UntypedStorage | None:
         """The storage of one row, when its bytes have arrived."""

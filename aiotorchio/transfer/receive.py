@@ -19,7 +19,7 @@ from aiotorchio.graph.select import revise
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.staged import Exchange, Swap, note_change
 from aiotorchio.transfer.plan import Into, Placement, TensorOptions
-from aiotorchio.transfer.steps import INLINE_ROWS, INLINE_SKELETON, Progress, in_bulk, work
+from aiotorchio.transfer.steps import INLINE_ROWS, INLINE_SKELETON, Progress, work
 from aiotorchio.wire.header import Header, Layout
 from aiotorchio.wire.limits import Limits
 from aiotorchio.wire.parser import (
@@ -120,9 +120,9 @@ class IncomingMessage:
             place = self.placement(self.header, self.layout, options, options.into)
             inline = place.rows <= INLINE_ROWS
             try:
-                yield from in_bulk(place.decide, inline=inline)
+                yield from work(place.decide, inline=inline)
                 rebuilder = yield from self._rebuilder(options, names=place.by_name_only)
-                payload = yield from in_bulk(place.payload, inline=inline)
+                payload = yield from work(place.payload, inline=inline)
                 obj = yield from self._load(options, rebuilder, place, payload)
             except BaseException:
                 place.close()
@@ -156,7 +156,7 @@ class IncomingMessage:
             return storages
 
         inline = self._is_small(rebuilder)
-        storages = yield from in_bulk(gather, inline=inline)
+        storages = yield from work(gather, inline=inline)
         # Not in a worker thread: a callable map_location is the caller's code.
         storages = place.relocated(storages)
 
@@ -167,7 +167,7 @@ class IncomingMessage:
                 obj = rebuilder.build(tensors, storages, place.unreliable(storages))
             return revise(obj, place.names, place.revision) if place.revises else obj
 
-        return (yield from in_bulk(build, inline=inline))
+        return (yield from work(build, inline=inline))
 
     def _is_small(self, rebuilder: Rebuilder) -> bool:
         return (
@@ -212,7 +212,7 @@ class IncomingMessage:
                 offset=received.offset,
             )
             check = functools.partial(rebuilder.check, self.header.tensors, names=names)
-            yield from in_bulk(check, inline=self._is_small(rebuilder))
+            yield from work(check, inline=self._is_small(rebuilder))
         except UnsafeObjectError:
             self._keep(received)
             raise
@@ -268,10 +268,8 @@ class IncomingMessage:
             step: Step = self._steps.send(answer)
             answer = None
             match step:
-                case ReadBytes():
+                case ReadBytes() | Work():
                     answer = yield step
-                case Work(task):
-                    answer = yield from in_bulk(task, inline=False)
                 case FillBuffers(buffers):
                     answer = yield Fill(buffers, meanwhile=meanwhile)
                 case MessageEnded():

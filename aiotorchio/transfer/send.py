@@ -22,7 +22,7 @@ from aiotorchio.memory.produced import ProducedPayload
 from aiotorchio.memory.snapshot import Snapshot
 from aiotorchio.memory.staging import Copier, DeviceCopier, Here
 from aiotorchio.streams.base import Buffer
-from aiotorchio.transfer.steps import INLINE_ROWS, Progress, in_bulk, work
+from aiotorchio.transfer.steps import INLINE_ROWS, Progress, work
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.header import Header, Layout
 from aiotorchio.wire.parser import MessageEnded
@@ -145,7 +145,7 @@ def send_message(
         composer = Composer(ready.flattened.header, ready.layout, checksum=checksum)
         return ready, composer, composer.opening(ready.flattened.skeleton)
 
-    ready, composer, unsent = yield from in_bulk(begin, inline=inline)
+    ready, composer, unsent = yield from work(begin, inline=inline)
     begun = False
     layout, payload = ready.layout, ready.payload
     # The look at the version counters takes 0.2 us a tensor.

@@ -6,15 +6,13 @@ out.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Generator
 from typing import Any
 
 from aiotorchio.drive import Request, Task
-from aiotorchio.transfer.collection import collection_paused
 from aiotorchio.wire.parser import Work
 
-__all__ = ["INLINE_ROWS", "INLINE_SKELETON", "Progress", "in_bulk", "work"]
+__all__ = ["INLINE_ROWS", "INLINE_SKELETON", "Progress", "work"]
 
 Progress = Callable[[int, int], object]
 
@@ -28,13 +26,3 @@ INLINE_SKELETON = 8 * 2**10
 def work(task: Task, *, inline: bool) -> Generator[Request, Any, Any]:
     """Run a task here, or ask for a worker thread."""
     return task() if inline else (yield Work(task))
-
-
-def in_bulk(task: Task, *, inline: bool) -> Generator[Request, Any, Any]:
-    """Likewise, for a task that makes or looks at all tensors of a message."""
-    return task() if inline else (yield Work(functools.partial(_undisturbed, task)))
-
-
-def _undisturbed(task: Task) -> Any:
-    with collection_paused():
-        return task()

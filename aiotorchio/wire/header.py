@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
+from aiotorchio.collection import collection_paused
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.limits import Limits
@@ -48,6 +49,8 @@ MIXED_UNITS = 0
 
 REQUIRES_GRAD, PARAMETER, CONJUGATE, NEGATIVE = 1, 2, 4, 8
 _NAME_SHOWN = 200
+# More than any model has; a peer may send a million.
+_REACHES_MAX = 1000
 
 Codec = Literal["tree", "pickle"]
 Size = Annotated[int, msgspec.Meta(ge=0, le=INT64_MAX)]
@@ -135,7 +138,8 @@ def decode_header(data: bytes, limits: Limits, *, offset: int = 0) -> Header:
                     entry="header",
                     offset=offset,
                 )
-        return _decoder.decode(data)
+        with collection_paused():
+            return _decoder.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise ProtocolError(f"malformed header: {error}", entry="header", offset=offset) from error
 
@@ -254,21 +258,24 @@ def _validate(header: Header, limits: Limits) -> Layout:
         )
     if layout.chunks > CHUNKS_MAX:
         raise ProtocolError(f"{layout.chunks} chunks, {CHUNKS_MAX} possible", entry="header")
-    storages, total = header.storages, limits.total_nbytes
-    # Models repeat few layouts: of one that was found valid, only its place is looked at.
-    reaches: dict[tuple[object, ...], _Reach] = {}
+    storages, dense_max = header.storages, min(limits.total_nbytes, INT64_MAX)
+    # Models repeat few layouts: of one that was found valid, only its place is looked at. By its
+    # bytes: a peer can find any number of tuples of numbers that have one hash.
+    reaches: dict[bytes, _Reach] = {}
     for index, row in enumerate(header.tensors):
-        key = (row.dtype, row.flags, row.shape, row.stride)
+        key = _encoder.encode((row.dtype, row.flags, row.shape, row.stride))
         reach = reaches.get(key)
         if reach is not None and row.storage < len(storages):
             storage = storages[row.storage]
             if (
                 (storage.unit == reach.unit or storage.unit == MIXED_UNITS)
-                and reach.dense <= total
+                and reach.dense <= dense_max
                 and (row.offset + reach.elements) * reach.itemsize <= storage.nbytes
             ):
                 continue
-        reaches[key] = _validate_row(row, index, header, limits)
+        reach = _validate_row(row, index, header, limits)
+        if len(reaches) < _REACHES_MAX:
+            reaches[key] = reach
     return layout
 
 

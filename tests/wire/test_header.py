@@ -530,3 +530,49 @@ def test_describe() -> None:
     assert describe(row, 3) == "tensor 3"
     row.names.append("a'b")
     assert describe(row, 3) == 'tensor 3 ("a\'b")'
+
+
+def test_layouts_whose_numbers_have_one_hash() -> None:
+    # Hashes of numbers are known to all: those that differ by this have the same.
+    period = 2**61 - 1
+    assert hash((1, 1 + period)) == hash((1 + period, 1))
+    strides = itertools.product([1, 1 + period, 1 + 2 * period, 1 + 3 * period], repeat=8)
+    # Looked up by their numbers, these would be compared with each other: hours.
+    rows = [[0, "uint8", 0, [0] + [1] * 7, list(stride), 0, []] for stride in strides]
+    assert len(rows) == 4**8
+    check(fields(storages=[[0, 1, 0]], tensors=rows), Limits())
+
+
+def test_more_layouts_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiotorchio.wire.header._REACHES_MAX", 3)
+    rows = [[0, "uint8", 0, [n % 10], [1], 0, []] for n in range(100)]
+    check(fields(storages=[[9, 1, 0]], tensors=rows), Limits())
+    rows[55] = [0, "uint8", 5, [5], [1], 0, []]
+    refuse(
+        InvalidObjectError,
+        fields(storages=[[9, 1, 0]], tensors=rows),
+        entry="tensor 55",
+        limits=Limits(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("known", "row", "reason"),
+    [
+        ([0, "uint8", 0, [4], [1], 0, []], [1, "uint8", 0, [4], [1], 0, []], "storage 1 of 1"),
+        ([0, "uint8", 0, [4], [1], 0, []], [0, "uint8", 6, [4], [1], 0, []], "reaches byte 10"),
+        ([0, "uint8", 0, [0], [1], 0, []], [0, "int8", 0, [10], [1], 0, []], "reaches byte 10"),
+    ],
+)
+def test_the_place_of_a_known_layout_is_looked_at(
+    known: list[Any], row: list[Any], reason: str
+) -> None:
+    rows = [known, known, row]
+    with pytest.raises(AiotorchioError, match=reason):
+        check(fields(storages=[[9, 1, 0]], tensors=rows))
+
+
+def test_a_known_layout_on_meta_has_the_limit_of_64_bits() -> None:
+    rows = [[n, "uint8", 0, [2**62, 2], [0, 0], 0, []] for n in (0, 1)]
+    header = fields(locations=["cpu", "meta"], storages=[[1, 1, 0], [1, 1, 1]], tensors=rows)
+    refuse(LimitExceeded, header, entry="tensor 1", limits=Limits(total_nbytes=2**70))

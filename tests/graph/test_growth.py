@@ -1,0 +1,85 @@
+"""A skeleton is walked through before it is decoded; see also test_tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiotorchio.errors import ProtocolError
+from aiotorchio.graph import growth
+from aiotorchio.graph.growth import check_growth
+
+HEADS = [bytes([head]) for head in range(256)]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text()
+    | st.binary(max_size=400) | st.text(min_size=28, max_size=300),
+    lambda values: st.lists(values, max_size=20),
+    max_leaves=40,
+)  # fmt: skip
+
+
+def has_maps(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(has_maps, value))
+    return isinstance(value, dict | msgspec.msgpack.Ext)
+
+
+def passes(data: bytes) -> bool:
+    try:
+        check_growth(data)
+    except ProtocolError:
+        return False
+    return True
+
+
+@given(VALUES)
+def test_what_has_no_maps_passes_and_does_not_when_it_is_cut(value: Any) -> None:
+    data = msgpack.packb(value)
+    assert passes(data)
+    # A cut between two values leaves whole ones: the decoder refuses what is missing.
+    for size in range(1, len(data)):
+        if passes(data[:size]):
+            assert growth._memory(data[:size]) > 0
+
+
+@given(VALUES, st.data())
+def test_whatever_passes_has_no_maps(value: Any, drawn: st.DataObject) -> None:
+    data = bytearray(msgpack.packb([value, value]))
+    for _ in range(drawn.draw(st.integers(0, 5))):
+        data[drawn.draw(st.integers(0, len(data) - 1))] = drawn.draw(st.integers(0, 255))
+    if passes(bytes(data)):
+        try:
+            decoded = msgspec.msgpack.decode(bytes(data))
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return
+        assert not has_maps(decoded)
+
+
+@given(st.lists(st.sampled_from(HEADS) | st.binary(max_size=40), max_size=30))
+def test_both_walks_refuse_the_same(parts: list[bytes]) -> None:
+    data = b"".join(parts)
+    try:
+        growth._memory(data)
+    except ProtocolError:
+        assert not passes(data)
+    else:
+        # This byte begins nothing: only the walk that counts memory leaves it to the decoder.
+        assert passes(data) or b"\xc1" in data
+
+
+@pytest.mark.parametrize("before", [b"", b"\x01" * 100, b"\xa3abc", b"\xd9\x28" + b"x" * 40])
+@pytest.mark.parametrize("head", sorted(growth._MAPS | growth._EXTENSIONS))
+def test_maps_and_extensions_are_found_behind_anything(before: bytes, head: int) -> None:
+    with pytest.raises(ProtocolError, match="a map or an extension"):
+        check_growth(before + bytes([head]) + bytes(32))
+
+
+@pytest.mark.parametrize("head", sorted(growth._MAPS | growth._EXTENSIONS))
+@pytest.mark.parametrize("text", [b"\xbf%s", b"\xd9\x1f%s", b"\xda\x00\x1f%s", b"\xc4\x1f%s"])
+def test_bytes_of_texts_are_no_heads(text: bytes, head: int) -> None:
+    check_growth(text.replace(b"%s", bytes([head]) * 31) + b"\x01")
