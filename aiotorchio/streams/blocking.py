@@ -6,10 +6,12 @@ import contextlib
 import errno
 import io
 import socket
+import ssl
 from collections.abc import Sequence
 from typing import Any
 
 from aiotorchio.streams.base import Buffer, coalesce, connection_errors
+from aiotorchio.streams.sockets import TURN_SIZE, Cursor
 
 __all__ = ["BlockingStream"]
 
@@ -35,6 +37,10 @@ class BlockingStream:
         self._is_socket = isinstance(file, socket.socket)
         if self._is_socket and not file.getblocking():
             raise ValueError("the socket must be blocking: call setblocking(True) first")
+        # Sockets of TLS refuse to send many buffers at once, and Windows has no such call.
+        self._gathers = (
+            self._is_socket and hasattr(file, "sendmsg") and not isinstance(file, ssl.SSLSocket)
+        )
         self._seekable = bool(hasattr(file, "seekable") and file.seekable())
 
     def read(self, size: int) -> bytes:
@@ -64,14 +70,23 @@ class BlockingStream:
             raise self._failure
         try:
             with self._errors():
-                for piece in coalesce(buffers, 2**20):
-                    view = memoryview(piece)
-                    while view:
-                        self.in_message = not self._seekable
-                        view = view[self._write(view) :]
+                self._gather(buffers) if self._gathers else self._write_all(buffers)
         except Exception as error:
             self._failure = error
             raise
+
+    def _gather(self, buffers: Sequence[Buffer]) -> None:
+        cursor = Cursor(buffers)
+        while cursor:
+            self.in_message = True
+            cursor.advance(self._file.sendmsg(cursor.next(TURN_SIZE)))
+
+    def _write_all(self, buffers: Sequence[Buffer]) -> None:
+        for piece in coalesce(buffers, 2**20):
+            view = memoryview(piece)
+            while view:
+                self.in_message = not self._seekable
+                view = view[self._write(view) :]
 
     def abort(self) -> None:
         """Break a connection, so that the peer does not wait for the rest."""

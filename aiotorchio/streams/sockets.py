@@ -24,16 +24,16 @@ from aiotorchio.streams.base import (
     connection_errors,
 )
 
-__all__ = ["SocketSink", "SocketSource"]
+__all__ = ["TURN_SIZE", "Cursor", "SocketSink", "SocketSource"]
 
 # The most buffers that Linux and macOS take in one call (IOV_MAX).
 _BUFFERS_MAX = 1024
 # What one wake-up moves before other tasks get their turn, in one system call or in several: a
 # millisecond, in memory that is warm. Half of it costs a tenth of the speed of a single connection.
-_TURN_SIZE = 2 * 2**20
+TURN_SIZE = 2 * 2**20
 
 
-class _Cursor:
+class Cursor:
     """A sequence of buffers, and how far it has been worked off."""
 
     def __init__(self, buffers: Sequence[Buffer]) -> None:
@@ -81,11 +81,11 @@ class SocketSource(Source):
         return bytes(data[:received])
 
     async def fill(self, buffers: Sequence[memoryview]) -> int:
-        cursor = _Cursor(buffers)
+        cursor = Cursor(buffers)
 
         def step() -> bool:
             """Receive what the kernel has; True when the buffers are full or the stream ended."""
-            stop = cursor.done + _TURN_SIZE
+            stop = cursor.done + TURN_SIZE
             while cursor and cursor.done < stop:
                 views = cursor.next(stop - cursor.done)
                 try:
@@ -123,11 +123,11 @@ class SocketSink(Sink):
         self._sock = sock
 
     async def _send(self, buffers: Sequence[Buffer]) -> None:
-        cursor = _Cursor(buffers)
+        cursor = Cursor(buffers)
 
         def step() -> bool:
             """Send what the kernel takes; True when all is sent."""
-            stop = cursor.done + _TURN_SIZE
+            stop = cursor.done + TURN_SIZE
             while cursor and cursor.done < stop:
                 try:
                     sent = self._sock.sendmsg(cursor.next(stop - cursor.done))
