@@ -209,6 +209,9 @@ def two_processes(
         A function that gives both an order, with a new connection between them, and returns the
         two answers. It raises a RuntimeError if a process has failed; both have to end then.
     """
+    # Large blocks are mappings of their own, whatever was freed before: glibc would raise this with
+    # every large block that is freed, and a method would find what another one has left.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)
     context = multiprocessing.get_context("spawn")
     ends: list[Connection] = []
     processes: list[SpawnProcess] = []

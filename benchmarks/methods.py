@@ -47,6 +47,13 @@ def size_of(state: State) -> int:
     return sum(tensor.nbytes for tensor in state.values())
 
 
+def some(count: int | None) -> int:
+    """As many bytes as were received; of none there is no end."""
+    if not count:
+        raise EOFError
+    return count
+
+
 def fresh(nbytes: int, huge: bool = False) -> memoryview:
     memory = torch.empty(nbytes, dtype=torch.uint8)
     if huge:
@@ -201,7 +208,7 @@ def raw_sockets(
             async def transfer() -> None:
                 view, done = fresh(size, huge_pages), 0
                 while done < size:
-                    done += await loop.sock_recv_into(sock, view[done:])
+                    done += some(await loop.sock_recv_into(sock, view[done:]))
 
             yield transfer
 
@@ -211,8 +218,8 @@ def raw_sockets(
     )
 
 
-def raw_streams(*, tls: bool) -> Method:
-    """``write`` and ``drain`` of each tensor, ``read`` and a copy into fresh memory."""
+def raw_streams(*, tls: bool, huge_pages: bool = False) -> Method:
+    """``write`` and ``drain`` of pieces, ``read`` and a copy into fresh memory."""
 
     @contextlib.asynccontextmanager
     async def send(state: State, link: Link) -> AsyncIterator[AsyncTransfer]:
@@ -221,8 +228,9 @@ def raw_streams(*, tls: bool) -> Method:
 
             async def transfer() -> None:
                 for view in views_of(state):
-                    writer.write(view)
-                    await writer.drain()
+                    for start in range(0, len(view), PIECE_SIZE):
+                        writer.write(view[start : start + PIECE_SIZE])
+                        await writer.drain()
                 await reader.readexactly(len(RECEIVED))
 
             yield transfer
@@ -233,9 +241,10 @@ def raw_streams(*, tls: bool) -> Method:
         async with connected(link, socket.AF_INET, tls, serves=True) as (reader, writer):
 
             async def transfer() -> None:
-                view, done = fresh(size), 0
+                view, done = fresh(size, huge_pages), 0
                 while done < size:
                     data = await reader.read(PIECE_SIZE)
+                    some(len(data))
                     view[done : done + len(data)] = data
                     done += len(data)
                 writer.write(RECEIVED)
@@ -279,7 +288,7 @@ def trio_streams(**options: Any) -> Method:
     return Method(send, lambda link: on_trio(link, aiotorchio.load_from_stream))
 
 
-def raw_trio() -> Method:
+def raw_trio(*, huge_pages: bool = False) -> Method:
     """``stream.send`` of pieces, ``stream.receive`` and a copy into fresh memory."""
 
     def send(state: State, link: Link) -> AbstractContextManager[Transfer]:
@@ -296,7 +305,7 @@ def raw_trio() -> Method:
         size = link.hear()
 
         async def transfer(stream: anyio.abc.SocketStream) -> None:
-            view, done = fresh(size), 0
+            view, done = fresh(size, huge_pages), 0
             while done < size:
                 data = await stream.receive(PIECE_SIZE)
                 view[done : done + len(data)] = data
@@ -326,7 +335,7 @@ def blocking_sockets(**options: Any) -> Method:
     return Method(send, receive)
 
 
-def raw_blocking_sockets() -> Method:
+def raw_blocking_sockets(*, huge_pages: bool = False) -> Method:
     """``sendall`` of each tensor, ``recv_into`` fresh memory."""
 
     @contextlib.contextmanager
@@ -346,9 +355,9 @@ def raw_blocking_sockets() -> Method:
         with link.socket() as sock:
 
             def transfer() -> None:
-                view, done = fresh(size), 0
+                view, done = fresh(size, huge_pages), 0
                 while done < size:
-                    done += sock.recv_into(view[done:])
+                    done += some(sock.recv_into(view[done:]))
 
             yield transfer
 
@@ -387,7 +396,7 @@ def files(*, timed: str) -> Method:
     return by_file(aiotorchio.save, lambda path, _: aiotorchio.load(path), timed=timed)
 
 
-def raw_files(*, timed: str) -> Method:
+def raw_files(*, timed: str, huge_pages: bool = False) -> Method:
     """``write`` of each tensor, ``readinto`` fresh memory."""
 
     def write(state: State, path: Path) -> None:
@@ -399,8 +408,8 @@ def raw_files(*, timed: str) -> Method:
 
     def read(path: Path, size: int) -> None:
         with open(path, "rb", buffering=0) as file:
-            view, done = fresh(size), 0
+            view, done = fresh(size, huge_pages), 0
             while done < size:
-                done += file.readinto(view[done:]) or 0
+                done += some(file.readinto(view[done:]))
 
     return by_file(write, read, timed=timed)

@@ -168,11 +168,12 @@ def sample_of(run: Run, sent: list[Half], received: list[Half]) -> Sample:
     }
 
 
-def measure(runs: Sequence[Run], rounds: int) -> dict[str, list[Sample]]:
+def measure(runs: Sequence[Run], rounds: int) -> tuple[dict[str, list[Sample]], str]:
     """All runs in so many rounds, after the first one.
 
-    Raises:
-        RuntimeError: A run has failed, or takes longer than ``PATIENCE``; says which.
+    Returns:
+        The samples, and what went wrong, if anything: a run has failed, or took longer than
+        ``PATIENCE``. Whole rounds before that count.
     """
     samples: dict[str, list[Sample]] = {run.name: [] for run in runs}
     sender, receiver = functools.partial(work, True), functools.partial(work, False)
@@ -183,7 +184,9 @@ def measure(runs: Sequence[Run], rounds: int) -> dict[str, list[Sample]]:
                 try:
                     sent, received = order((run, number == 0))
                 except RuntimeError as error:
-                    raise RuntimeError(f"{run.name}, round {number}: {error}") from None
+                    whole = max(0, number - 1)
+                    kept = {name: each[:whole] for name, each in samples.items() if whole}
+                    return kept, f"{run.name}, round {number}: {error}"
                 if number:
                     samples[run.name].append(sample_of(run, sent, received))
-    return samples
+    return samples, ""

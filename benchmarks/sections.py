@@ -30,8 +30,15 @@ from peers import PEERS
 from rounds import Run
 from section import KIB, LARGE, Section, installed
 
+# The raw loop into memory for which it asks for huge pages, as we do.
+HUGE = "raw, huge pages"
+
 LARGER = (256, 16 * MIB)
 SMALL = (10_000, 4 * KIB)
+
+
+def with_huge_pages(what: str, target: float, run: str = "ours") -> Goal:
+    return speed(what, "the raw loop with huge pages", target, run=run, base=HUGE)
 
 
 def large() -> Section:
@@ -42,12 +49,14 @@ def large() -> Section:
             Run("raw", raw_sockets, *LARGE),
             Run("ours", streams, *LARGE),
             Run("ours, no checksum", functools.partial(streams, checksum=False), *LARGE),
-            Run("raw, huge pages", functools.partial(raw_sockets, huge_pages=True), *LARGE),
+            Run(HUGE, functools.partial(raw_sockets, huge_pages=True), *LARGE),
             *(Run(name, make, *LARGE) for name, make in peers.items()),
         ],
         [
             speed("1 GiB, 64 storages", "the raw loop", 0.90),
+            with_huge_pages("1 GiB, 64 storages", 0.90),
             speed("the same without checksum", "the raw loop", 0.97, run="ours, no checksum"),
+            with_huge_pages("the same without checksum", 0.97, run="ours, no checksum"),
             speed("1 GiB, 64 storages", "torch's `_streaming_*`", 3, base="streaming"),
         ],
         missing,
@@ -60,9 +69,13 @@ def uvloop() -> Section:
         "1 GiB in 64 storages, asyncio streams over TCP, on uvloop",
         [
             Run("raw", functools.partial(raw_sockets, uv=True), *LARGE),
+            Run(HUGE, functools.partial(raw_sockets, uv=True, huge_pages=True), *LARGE),
             Run("ours", functools.partial(streams, uv=True), *LARGE),
         ],
-        [speed("1 GiB on uvloop", "the raw loop on uvloop", 0.90)],
+        [
+            speed("1 GiB on uvloop", "the raw loop on uvloop", 0.90),
+            with_huge_pages("1 GiB on uvloop", 0.90),
+        ],
     )
 
 
@@ -71,9 +84,17 @@ def unix() -> Section:
         "1 GiB in 64 storages, asyncio streams over UNIX sockets",
         [
             Run("raw", functools.partial(raw_sockets, family=socket.AF_UNIX), *LARGE),
+            Run(
+                HUGE,
+                functools.partial(raw_sockets, family=socket.AF_UNIX, huge_pages=True),
+                *LARGE,
+            ),
             Run("ours", functools.partial(streams, family=socket.AF_UNIX), *LARGE),
         ],
-        [speed("1 GiB over a UNIX socket", "the raw loop", 0.90)],
+        [
+            speed("1 GiB over a UNIX socket", "the raw loop", 0.90),
+            with_huge_pages("1 GiB over a UNIX socket", 0.90),
+        ],
     )
 
 
@@ -137,22 +158,33 @@ def tls() -> Section:
         "256 MiB in 16 storages, asyncio streams over TLS 1.3",
         [
             Run("raw", functools.partial(raw_streams, tls=True), *size),
+            Run(HUGE, functools.partial(raw_streams, tls=True, huge_pages=True), *size),
             Run("ours", functools.partial(streams, tls=True), *size),
         ],
-        [speed("256 MiB over TLS 1.3", "`write` and `read` of the streams", 1.0)],
+        [
+            speed("256 MiB over TLS 1.3", "`write` and `read` of the streams", 1.0),
+            with_huge_pages("256 MiB over TLS 1.3", 1.0),
+        ],
     )
 
 
 def trio() -> Section:
     return Section(
         "1 GiB in 64 storages, anyio's TCP streams on trio",
-        [Run("raw", raw_trio, *LARGE), Run("ours", trio_streams, *LARGE)],
-        [speed("1 GiB on trio", "`send` and `receive` of the streams", 0.9)],
+        [
+            Run("raw", raw_trio, *LARGE),
+            Run(HUGE, functools.partial(raw_trio, huge_pages=True), *LARGE),
+            Run("ours", trio_streams, *LARGE),
+        ],
+        [
+            speed("1 GiB on trio", "`send` and `receive` of the streams", 0.9),
+            with_huge_pages("1 GiB on trio", 0.9),
+        ],
     )
 
 
 def blocking() -> Section:
-    pairs: list[tuple[str, Callable[[], Method], Callable[[], Method]]] = [
+    pairs: list[tuple[str, Callable[..., Method], Callable[[], Method]]] = [
         ("socket", raw_blocking_sockets, blocking_sockets),
         *(
             (
@@ -166,6 +198,8 @@ def blocking() -> Section:
     runs, goals = [], []
     for what, raw, ours in pairs:
         runs.append(Run("raw", raw, *LARGE, f"raw {what}", f"raw {what}"))
+        huge = functools.partial(raw, huge_pages=True)
+        runs.append(Run(HUGE, huge, *LARGE, f"raw {what}, huge pages", f"raw {what}"))
         runs.append(Run("ours", ours, *LARGE, f"our {what}", f"raw {what}"))
         goals.append(
             speed(
@@ -176,6 +210,11 @@ def blocking() -> Section:
                 base=f"raw {what}",
             )
         )
+        if what != "file, write":
+            against = "the raw loop with huge pages"
+            base = f"raw {what}, huge pages"
+            goal = speed(f"1 GiB, blocking {what}", against, 0.9, run=f"our {what}", base=base)
+            goals.append(goal)
     return Section(
         "1 GiB in 64 storages, blocking sockets and files in memory", runs, goals, spare=2.5
     )
@@ -229,7 +268,8 @@ def cuda() -> Section:
     return Section(
         "8 GiB in 512 storages, from CUDA to CUDA, asyncio streams over TCP",
         [
-            Run("raw", raw_sockets, *state),
+            # Ours receives into slabs that it has touched before.
+            Run("raw", functools.partial(raw_sockets, huge_pages=True), *state),
             Run("pinned copies", gpu.pinned_copies, *state, device="cuda"),
             Run("ours", gpu.ours, *state, device="cuda"),
             Run(

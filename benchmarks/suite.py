@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from goals import judge
 from report import report
-from rounds import measure
+from rounds import Sample, measure
 from section import Section, readable
 from sections import SECTIONS
 
@@ -87,12 +87,10 @@ def why_not(section: Section) -> str:
 
 def run(section: Section, rounds: int) -> dict[str, Any]:
     """A section as it is stored."""
-    error, samples, skipped = "", {}, why_not(section)
+    samples: dict[str, list[Sample]] = {}
+    error, skipped = "", why_not(section)
     if not skipped:
-        try:
-            samples = measure(section.runs, rounds)
-        except RuntimeError as failure:
-            error = str(failure)
+        samples, error = measure(section.runs, rounds)
     return {
         "title": section.title,
         "skipped": skipped,

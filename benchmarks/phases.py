@@ -1,0 +1,122 @@
+"""Where the time of a save and of a load goes when there are many tensors: each step on its own.
+
+    python benchmarks/phases.py                 # 10,000 tensors of 4 KiB
+    python benchmarks/phases.py --count 100000 --nbytes 1024
+
+One process, no sockets, Python's collector off; medians of seven, in milliseconds. These are the
+steps that ``transfer/send.py`` and ``transfer/receive.py`` take, by their inner names: they may be
+others in another version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import state_of
+
+from aiotorchio.graph import tree
+from aiotorchio.graph.flatten import flatten
+from aiotorchio.graph.rebuild import build_tensors, check_tree
+from aiotorchio.memory.outgoing import OutgoingPayload
+from aiotorchio.options import DEFAULT_CHUNK_SIZE
+from aiotorchio.transfer.plan import Placement, TensorOptions
+from aiotorchio.wire.composer import Composer
+from aiotorchio.wire.header import Layout, decode_header, encode_header, validate
+from aiotorchio.wire.limits import Limits
+
+
+def milliseconds(work: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        result = work()
+        times.append((time.perf_counter() - start) * 1000)
+        del result
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--nbytes", type=int, default=4096)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    state = state_of(arguments.count, arguments.nbytes)
+    gc.disable()
+
+    def take_apart() -> Any:
+        return flatten(state, chunk_size=DEFAULT_CHUNK_SIZE, metadata={}, producer="")
+
+    flattened = take_apart()
+    header, limits = flattened.header, Limits()
+    layout, encoded = Layout(header), encode_header(header)
+    skeleton, rows = flattened.skeleton, header.tensors
+    options = TensorOptions(map_location=None, select=None, progress=None, unwritten=None)
+
+    def outgoing() -> OutgoingPayload:
+        return OutgoingPayload(flattened.storages, layout.offsets, layout.nbytes, layout.chunk_size)
+
+    def gather() -> None:
+        for index in range(layout.chunks):
+            sent.chunk(*layout.chunk(index))
+
+    def compose() -> None:
+        composer = Composer(header, layout, checksum=True)
+        composer.opening(skeleton)
+        for chunk in chunks:
+            composer.chunk(chunk)
+
+    def place() -> Placement:
+        placement = Placement(header, layout, options)
+        placement.decide()
+        return placement
+
+    sent = outgoing()
+    chunks = [sent.chunk(*layout.chunk(index)) for index in range(layout.chunks)]
+    placement = place()
+    payload = placement.payload()
+    for index in range(layout.chunks):
+        payload.chunk(*layout.chunk(index))
+    storages = payload.storages()
+    tensors = build_tensors(header, storages)
+    sides = {
+        "save": {
+            "take the object apart (`flatten`)": take_apart,
+            "lay out and encode the header": lambda: (Layout(header), encode_header(header)),
+            "plan the payload": outgoing,
+            "gather small storages": gather,
+            "hash": compose,
+            "look at the version counters": lambda: flattened.versions.check(""),
+        },
+        "load": {
+            "decode the header": lambda: decode_header(encoded, limits),
+            "validate it": lambda: validate(header, limits),
+            "decide where things go": place,
+            "check the skeleton": lambda: check_tree(
+                skeleton, rows, names=False, depth_limit=limits.depth, offset=0
+            ),
+            "plan the memory": placement.payload,
+            "cut arenas into storages": payload.storages,
+            "make the tensors": lambda: build_tensors(header, storages),
+            "make the object": lambda: tree.decode(skeleton, tensors, depth_limit=limits.depth),
+        },
+    }
+    print(f"{arguments.count:,} tensors of {arguments.nbytes:,} bytes\n")
+    print("| step | ms | us a tensor |\n| --- | ---: | ---: |")
+    for side, steps in sides.items():
+        total = 0.0
+        for what, work in steps.items():
+            taken = milliseconds(work)
+            total += taken
+            print(f"| {side}: {what} | {taken:.1f} | {taken * 1000 / arguments.count:.2f} |")
+        print(f"| {side}: all | {total:.1f} | {total * 1000 / arguments.count:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
