@@ -1,8 +1,8 @@
 """All goals of speed, memory and lag, measured in one go, beside peers.
 
     python benchmarks/suite.py                          # everything this machine can: half an hour
-    python benchmarks/suite.py --rounds 1 --sections large,small --scale 0.1    # a trial
-    python benchmarks/suite.py --report benchmarks/results/FILE.json
+    python benchmarks/suite.py --rounds 1 --sections large,small --scale 0.1 --out FILE  # a trial
+    python benchmarks/suite.py --report FILE
 
 Writes every sample of every round to a file, and prints tables that are made of this file; plot.py
 draws pictures of it. Peers that are not installed are left out, as is what does not fit into the
@@ -134,6 +134,8 @@ def main() -> int:
 
     here, today = machine(), datetime.date.today().isoformat()
     out: Path = args.out or RESULTS / f"{today}-{here['name']}.json"
+    if args.scale != 1 and not args.out:
+        parser.error("a trial is no result: say where it goes, with --out")
     results: dict[str, Any] = {
         "date": today,
         "machine": here,

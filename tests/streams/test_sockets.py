@@ -268,7 +268,7 @@ async def test_a_source_that_stops_stops_its_sender(
     pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near, far = pair
-    monkeypatch.setattr(sockets, "_TURN_SIZE", 100)
+    monkeypatch.setattr(sockets, "TURN_SIZE", 100)
     sink = SocketSink(near)
     async with anyio.create_task_group() as group:
         group.start_soon(sink.send, [bytes(2**24)])
