@@ -180,7 +180,7 @@ class OutgoingPayload:
         gathered = torch.UntypedStorage(length)
         view, address = view_of(gathered), gathered.data_ptr()
         position = start
-        # Lists, not the objects that they are of: 10,000 turns of this are a chunk of small ones.
+        # Looked up once: a chunk of small storages takes thousands of turns.
         starts, ends, firsts, memmove = self._starts, self._ends, self._firsts, ctypes.memmove
         for n in range(index, stop):
             first, last = starts[n], ends[n]

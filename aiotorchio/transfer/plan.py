@@ -227,14 +227,12 @@ class Placement:
         self._found_at = [place_of(tensor) for tensor in self.by_name.values()]
         for name, tensor in self.by_name.items():
             self.given.setdefault(self._number_of[name], tensor)
-        self._storages = self._all_rows() if self.by_name_only else self._all_fresh()
+        every = [_Rows(fresh=True)] * len(self._header.storages)
+        self._storages = self._all_rows() if self.by_name_only else every
         self._places = [self._place(index) for index in range(len(self._storages))]
         if into is not None and into.back is not None:
             into.back.claim()
             self._claimed = into.back
-
-    def _all_fresh(self) -> list[_Rows]:
-        return [_Rows(fresh=True)] * len(self._header.storages)
 
     def _all_rows(self) -> list[_Rows]:
         storages = [_Rows(left_out=self._named_only) for _ in self._header.storages]
