@@ -297,6 +297,7 @@ def raw_trio(*, huge_pages: bool = False) -> Method:
         async def transfer(stream: anyio.abc.SocketStream) -> None:
             for view in views_of(state):
                 for start in range(0, len(view), PIECE_SIZE):
+                    # Likewise.
                     await stream.send(view[start : start + PIECE_SIZE])  # type: ignore[arg-type]
 
         return on_trio(link, transfer)
