@@ -23,6 +23,8 @@ from aiotorchio.drive import (
     carry_out,
     drive,
     next_item,
+    pace_of_load,
+    pace_of_save,
     run_in_thread,
 )
 from aiotorchio.graph.location import MapLocation
@@ -68,6 +70,7 @@ def save_to_stream(
     snapshot: bool = False,
     compact: bool = False,
     allow_pickle: bool = True,
+    limits: Limits | None = None,
     progress: Progress | None = None,
     pickle_module: Any = pickle,
     pickle_protocol: int = 2,
@@ -113,6 +116,8 @@ def save_to_stream(
             quantized tensors, stay whole.
         allow_pickle: False refuses an object that needs pickle before anything is sent, and says
             why it does: receivers may well load with ``allow_pickle=False``.
+        limits: How slow the receiver may be: ``write_timeout`` and ``least_rate`` of it. The
+            default is ``Limits()``.
         progress: Called as ``progress(done, total)`` with bytes of the payload, after each chunk.
         pickle_module: Has a ``Pickler``; used for what is not made of plain containers.
         pickle_protocol: Of that pickle. Receivers load only 2 with ``weights_only=True``.
@@ -128,6 +133,7 @@ def save_to_stream(
             sees that the bytes of a chunk changed on their way (``ChecksumError``).
         ValueError: The object needs pickle, and ``allow_pickle`` is False; nothing was sent.
         TruncatedError: The peer closed the connection, or it broke.
+        TransferTimeout: The peer took nothing, or next to nothing, for too long (``limits``).
         StreamBusy: Another save is using the stream.
         StreamPoisoned: An earlier save was stopped inside its message.
         ValueError: An iterable that gives other tensors than ``specs`` says. This, and what an
@@ -165,11 +171,12 @@ def save_to_stream(
         pickle_module=pickle_module,
         pickle_protocol=pickle_protocol,
     )
-    return _save(message, stream)
+    return _save(message, stream, checked_limits(limits))
 
 
-async def _save(message: Generator[Request, Any, Summary], stream: Any) -> Summary:
+async def _save(message: Generator[Request, Any, Summary], stream: Any, limits: Limits) -> Summary:
     with exclusive(stream, "save", open_sink) as sink:
+        sink.pace = pace_of_save(limits)
         return await drive(message, sink)
 
 
@@ -257,6 +264,8 @@ def load_from_stream(
             ``pickle.UnpicklingError``.
         InvalidObjectError: The object contradicts itself, or needs a device that is not here.
         RemoteAbort: The sender gave up.
+        TransferTimeout: The sender was silent, or slow, for too long (``limits``). If no byte came
+            at all (``start_timeout``), the stream is as it was; its ``offset`` is 0.
         StreamBusy: Another load is using the stream.
         StreamPoisoned: An earlier load was stopped inside its message.
 
@@ -281,12 +290,16 @@ def load_from_stream(
         encoding=encoding,
     )
     check_lock(lock, blocking=False)
-    return _load(receive_message(checked_limits(limits), options), stream, lock)
+    checked = checked_limits(limits)
+    return _load(receive_message(checked, options), stream, checked, lock)
 
 
-async def _load(message: Generator[Request, Any, Loaded], stream: Any, lock: Any) -> Any:
+async def _load(
+    message: Generator[Request, Any, Loaded], stream: Any, limits: Limits, lock: Any
+) -> Any:
     with contextlib.ExitStack() as unfinished:
         with exclusive(stream, "load", open_source) as source:
+            source.pace = pace_of_load(limits)
             async with contextlib.aclosing(source):
                 loaded = await drive(message, source)
                 unfinished.callback(loaded.close)

@@ -23,9 +23,11 @@ import anyio.lowlevel
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
-from aiotorchio.streams.base import Buffer, Sink, Source, asyncio_loop
+from aiotorchio.streams.base import Buffer, Driver, Sink, Source, asyncio_loop
 from aiotorchio.streams.blocking import BlockingStream
-from aiotorchio.wire.parser import MessageEnded, ReadBytes, Work
+from aiotorchio.streams.pace import Pace
+from aiotorchio.wire.limits import Limits
+from aiotorchio.wire.parser import HeaderReceived, MessageEnded, ReadBytes, Work
 
 __all__ = [
     "END",
@@ -40,6 +42,8 @@ __all__ = [
     "drive",
     "drive_blocking",
     "next_item",
+    "pace_of_load",
+    "pace_of_save",
     "run_in_thread",
 ]
 
@@ -172,7 +176,34 @@ async def _outlast(future: asyncio.Future[Any]) -> Any:
         del future, cancelled
 
 
-Request = ReadBytes | Fill | Send | Work | Next | MessageEnded
+Request = ReadBytes | Fill | Send | Work | Next | HeaderReceived | MessageEnded
+
+
+Clock = Callable[[], float]
+
+
+def pace_of_load(limits: Limits, clock: Clock | None = None) -> Pace:
+    """The patience of a load with its sender; by default by the clock of the event loop."""
+    return Pace(
+        clock or _clock_of_the_loop(),
+        limits.idle_timeout,
+        limits.least_rate,
+        "idle_timeout",
+        start_timeout=limits.start_timeout,
+        handshake_timeout=limits.handshake_timeout,
+    )
+
+
+def pace_of_save(limits: Limits, clock: Clock | None = None) -> Pace:
+    """The patience of a save with its receiver; likewise."""
+    clock = clock or _clock_of_the_loop()
+    return Pace(clock, limits.write_timeout, limits.least_rate, "write_timeout", started=True)
+
+
+def _clock_of_the_loop() -> Clock:
+    loop = asyncio_loop()
+    # anyio looks for its backend at each call.
+    return anyio.current_time if loop is None else loop.time
 
 
 async def drive(message: Generator[Request, Any, T], stream: Source | Sink) -> T:
@@ -198,19 +229,44 @@ async def drive(message: Generator[Request, Any, T], stream: Source | Sink) -> T
 async def _perform(request: Request, stream: Any) -> Any:
     match request:
         case ReadBytes(size):
-            return await stream.read(size)
+            return await _paced(stream, stream.read, size)
         case Fill(buffers, meanwhile):
-            filled, _ = await _with(meanwhile, functools.partial(stream.fill, buffers))
+            fill = functools.partial(_paced, stream, stream.fill, buffers)
+            filled, _ = await _with(meanwhile, fill)
             return filled
         case Send(buffers, meanwhile):
-            _, result = await _with(meanwhile, functools.partial(stream.send, buffers))
+            send = functools.partial(_paced, stream, stream.send, buffers)
+            _, result = await _with(meanwhile, send)
             return result
         case Work(task):
             return await run_in_thread(task)
         case Next(iterator):
             return await next_item(iterator)
+        case HeaderReceived():
+            _header_received(stream)
         case MessageEnded():
             stream.in_message = False
+
+
+async def _paced(stream: Driver, transfer: Callable[[Any], Awaitable[T]], argument: Any) -> T:
+    """Wait for the peer, as long as its pace allows."""
+    pace = stream.pace
+    if pace is None:
+        return await transfer(argument)
+    with anyio.CancelScope() as scope:
+        pace.begin(scope)
+        try:
+            return await transfer(argument)
+        finally:
+            pace.end()
+    # A frame may be half sent: nothing goes behind it, not even why.
+    stream.failure = pace.error()
+    raise stream.failure
+
+
+def _header_received(stream: Driver) -> None:
+    if stream.pace is not None:
+        stream.pace.handshake_over()
 
 
 async def next_item(iterator: Iterator[Any] | AsyncIterator[Any]) -> Any:
@@ -319,19 +375,31 @@ def drive_blocking(message: Generator[Request, Any, T], stream: BlockingStream) 
 def _perform_blocking(request: Request, stream: BlockingStream) -> Any:
     match request:
         case ReadBytes(size):
-            return stream.read(size)
+            return _paced_blocking(stream, stream.read, size)
         case Fill(buffers, meanwhile):
-            filled = stream.fill(buffers)
+            filled = _paced_blocking(stream, stream.fill, buffers)
             if meanwhile:
                 meanwhile()
             return filled
         case Send(buffers, meanwhile):
-            stream.send(buffers)
+            _paced_blocking(stream, stream.send, buffers)
             return meanwhile() if meanwhile else None
         case Work(task):
             return task()
         case Next(iterator):
             # Not an async one: save() has refused it.
             return next(iterator, END)  # type: ignore[arg-type]
+        case HeaderReceived():
+            _header_received(stream)
         case MessageEnded():
             stream.in_message = False
+
+
+def _paced_blocking(stream: Driver, transfer: Callable[[Any], T], argument: Any) -> T:
+    if stream.pace is None:
+        return transfer(argument)
+    stream.pace.begin()
+    try:
+        return transfer(argument)
+    finally:
+        stream.pace.end()

@@ -7,10 +7,17 @@ import os
 import pickle
 import secrets
 import shutil
+import time
 from collections.abc import AsyncIterable, Generator, Iterable, Iterator
 from typing import Any, Unpack
 
-from aiotorchio.drive import Request, carry_out_blocking, drive_blocking
+from aiotorchio.drive import (
+    Request,
+    carry_out_blocking,
+    drive_blocking,
+    pace_of_load,
+    pace_of_save,
+)
 from aiotorchio.graph.location import MapLocation
 from aiotorchio.options import (
     OtherLoadKeywords,
@@ -36,6 +43,8 @@ def save(
     file: Any,
     pickle_module: Any = pickle,
     pickle_protocol: int = 2,
+    *,
+    limits: Limits | None = None,
     **options: Unpack[OtherSaveKeywords],
 ) -> Summary:
     """The blocking twin of ``save_to_stream``, with the arguments of ``torch.save`` in its order.
@@ -47,6 +56,7 @@ def save(
             in its directory; other names of it (hard links) keep the old one.
         pickle_module: As in ``save_to_stream``.
         pickle_protocol: As in ``save_to_stream``.
+        limits: As in ``save_to_stream``; of a socket, what its own timeout leaves of them.
         options: The other keyword arguments of ``save_to_stream``.
 
     Returns:
@@ -65,15 +75,16 @@ def save(
         {'w': tensor([1., 1.])}
     """
     check_keywords("save", options, OtherSaveKeywords)
+    checked = checked_limits(limits)
     message = outgoing_message(
         obj, pickle_module=pickle_module, pickle_protocol=pickle_protocol, **options
     )
     if isinstance(obj, AsyncIterable) and options.get("specs") is not None:
         raise TypeError("an async iterable of tensors is for save_to_stream, not for save")
     if not isinstance(file, str | os.PathLike):
-        return _save(message, file)
+        return _save(message, file, checked)
     with _replaced(file) as opened:
-        return _save(message, opened)
+        return _save(message, opened, checked)
 
 
 @contextlib.contextmanager
@@ -103,8 +114,9 @@ def _replaced(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise
 
 
-def _save(message: Generator[Request, Any, Summary], file: Any) -> Summary:
+def _save(message: Generator[Request, Any, Summary], file: Any, limits: Limits) -> Summary:
     with exclusive(file, "save", open_blocking_sink) as stream:
+        stream.pace = pace_of_save(limits, time.monotonic)
         return drive_blocking(message, stream)
 
 
@@ -137,13 +149,14 @@ def load(
     """
     check_keywords("load", options, OtherLoadKeywords)
     checked = load_options(map_location=map_location, pickle_module=pickle_module, **options)
-    message = receive_message(checked_limits(limits), checked)
+    accepted = checked_limits(limits)
+    message = receive_message(accepted, checked)
     lock = options.get("lock")
     check_lock(lock, blocking=True)
     if isinstance(file, str | os.PathLike):
         with open(file, "rb") as opened:
-            return _load(opened, message, lock)
-    return _load(file, message, lock)
+            return _load(opened, message, accepted, lock)
+    return _load(file, message, accepted, lock)
 
 
 def get_unsafe_globals(
@@ -194,9 +207,10 @@ def get_unsafe_globals(
             file.seek(start)
 
 
-def _load(file: Any, message: Generator[Request, Any, Loaded], lock: Any) -> Any:
+def _load(file: Any, message: Generator[Request, Any, Loaded], limits: Limits, lock: Any) -> Any:
     with contextlib.ExitStack() as unfinished:
         with exclusive(file, "load", open_blocking_source) as stream:
+            stream.pace = pace_of_load(limits, time.monotonic)
             loaded = drive_blocking(message, stream)
             unfinished.callback(loaded.close)
         if loaded.commit is not None:

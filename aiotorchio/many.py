@@ -7,9 +7,9 @@ from collections.abc import AsyncIterable, AsyncIterator, Coroutine
 from typing import Any, Unpack, get_args
 
 from aiotorchio.api import load_from_stream, save_to_stream
-from aiotorchio.drive import drive
+from aiotorchio.drive import drive, pace_of_load
 from aiotorchio.message import Message, Unread
-from aiotorchio.options import LoadKeywords, SaveKeywords, checked_limits
+from aiotorchio.options import LoadKeywords, StreamSaveKeywords, checked_limits
 from aiotorchio.streams.guard import exclusive
 from aiotorchio.streams.iterables import resumable
 from aiotorchio.streams.select import open_source
@@ -37,7 +37,9 @@ class StreamWriter:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
-    def save(self, obj: object, **options: Unpack[SaveKeywords]) -> Coroutine[Any, Any, Summary]:
+    def save(
+        self, obj: object, **options: Unpack[StreamSaveKeywords]
+    ) -> Coroutine[Any, Any, Summary]:
         """Send an object as the next message; arguments and errors as in ``save_to_stream``."""
         return save_to_stream(obj, self._stream, **options)
 
@@ -94,8 +96,10 @@ class StreamReader:
         """
         if unread not in get_args(Unread):
             raise ValueError(f"unread is 'skip' or 'abort', not {unread!r}")
-        incoming = IncomingMessage(checked_limits(limits))
+        checked = checked_limits(limits)
+        incoming = IncomingMessage(checked)
         with exclusive(self._stream, "load", open_source) as source:
+            source.pace = pace_of_load(checked)
             async with contextlib.aclosing(source):
                 await drive(incoming.open(), source)
                 message = Message(incoming, source)

@@ -36,6 +36,7 @@ __all__ = [
     "OtherLoadKeywords",
     "OtherSaveKeywords",
     "SaveKeywords",
+    "StreamSaveKeywords",
     "TensorKeywords",
     "check_keywords",
     "check_lock",
@@ -72,6 +73,12 @@ class SaveKeywords(OtherSaveKeywords, total=False):
 
     pickle_module: Any
     pickle_protocol: int
+
+
+class StreamSaveKeywords(SaveKeywords, total=False):
+    """Those of a save to a stream of ours, not of an HTTP library."""
+
+    limits: Limits | None
 
 
 class TensorKeywords(TypedDict, total=False):

@@ -45,6 +45,7 @@ from tests.worlds import (
     connected,
     converse,
     descriptors,
+    suppress_broken,
 )
 
 pytestmark = pytest.mark.anyio
@@ -280,7 +281,8 @@ async def test_a_load_cancelled_anywhere(kind: str) -> None:
                 for _ in range(20):
                     if not hurry.is_set():
                         await anyio.lowlevel.checkpoint()
-                await end.send(message[start:stop])
+                with suppress_broken():
+                    await end.send(message[start:stop])
 
         async with both_ends(kind) as (near, far), anyio.create_task_group() as group:
             group.start_soon(push, near)
@@ -288,8 +290,6 @@ async def test_a_load_cancelled_anywhere(kind: str) -> None:
                 assert_same(await cancelled_at(count, far.load()), MEDIUM)
             except CancelledAt:
                 hurry.set()
-                if kind.startswith("streams"):
-                    assert far.source._transport.is_reading()
                 try:
                     assert_same(await far.load(), MEDIUM)
                     outcomes.append("clean")
@@ -805,14 +805,16 @@ def test_a_file_is_not_poisoned() -> None:
     assert_same(aiotorchio.load(file), PICKLED)
 
 
-def test_a_load_that_fails_leaves_the_other_direction_of_a_socket() -> None:
+def test_a_load_that_fails_ends_both_directions_of_a_socket() -> None:
     near, far = connected("unix")
     with near, far:
         aiotorchio.save(PICKLED, near)
         with pytest.raises(aiotorchio.UnsafeObjectError):
             aiotorchio.load(far, allow_pickle=False)
-        aiotorchio.save("refused", far)
-        assert aiotorchio.load(near) == "refused"
+        with pytest.raises(aiotorchio.TruncatedError):
+            aiotorchio.save("refused", far)
+        with pytest.raises(aiotorchio.TruncatedError):
+            aiotorchio.load(near)
 
 
 # ------------------------------------------------------------------------------ iter_bytes

@@ -445,6 +445,11 @@ async def soon(condition: Callable[[], bool]) -> bool:
     return False
 
 
+def suppress_broken() -> contextlib.AbstractContextManager[None]:
+    """For who sends to a receiver that gives up."""
+    return contextlib.suppress(OSError, anyio.BrokenResourceError, anyio.ClosedResourceError)
+
+
 class CancelledAt(Exception):
     """A call was cancelled where it should be."""
 

@@ -36,11 +36,6 @@ class AnyioSource(Source):
     def __init__(self, stream: ByteReceiveStream) -> None:
         self._stream = stream
 
-    async def read(self, size: int) -> bytes:
-        data = bytearray(size)
-        received = await self.fill([memoryview(data)])
-        return bytes(data[:received])
-
     async def fill(self, buffers: Sequence[memoryview]) -> int:
         size, done = sum(map(len, buffers)), 0
         while done < size:
@@ -49,7 +44,7 @@ class AnyioSource(Source):
                     data = await self._stream.receive(min(size - done, PIECE_SIZE))
                 except anyio.EndOfStream:
                     break
-            self.in_message = True
+            self.moved(len(data))
             copy_into(buffers, data, done)
             done += len(data)
         return done
@@ -78,6 +73,7 @@ class AnyioSink(Sink):
             item: Any = piece if self._takes_buffers else bytes(piece)
             with connection_errors():
                 await self._stream.send(item)
+            self.moved(len(piece))
 
     def abort(self) -> None:
         _shut(self._stream)

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import anyio.lowlevel
+
 from aiotorchio.errors import TruncatedError
 from aiotorchio.streams.base import (
     PIECE_SIZE,
@@ -98,30 +100,22 @@ class AsyncioSource(Source):
         # What the reader had buffered when its transport stepped aside.
         self._buffered = memoryview(b"")
 
-    async def read(self, size: int) -> bytes:
-        if self._direct:
-            data = bytearray(size)
-            received = await self.fill([memoryview(data)])
-            return bytes(data[:received])
-        with connection_errors(OSError):
-            try:
-                # Takes nothing off the stream until all is there: it can be cancelled.
-                data_read = await self._reader.readexactly(size)
-            except asyncio.IncompleteReadError as error:
-                data_read = error.partial
-        self.in_message = self.in_message or bool(data_read)
-        return data_read
-
     async def fill(self, buffers: Sequence[memoryview]) -> int:
+        # Of a task that is woken by bytes in every turn of the loop, anyio does not find the moment
+        # to cancel it: a fast peer on uvloop would keep it going to the end.
+        await anyio.lowlevel.checkpoint_if_cancelled()
         size = sum(map(len, buffers))
         if not self._direct and size >= _DIRECT_MIN:
             await self._step_in()
         if not self._direct:
             return await self._fill_by_copy(buffers, size)
         done = min(len(self._buffered), size)
-        copy_into(buffers, self._buffered[:done], 0)
-        self._buffered = self._buffered[done:]
+        if done:
+            self.moved(done)
+            copy_into(buffers, self._buffered[:done], 0)
+            self._buffered = self._buffered[done:]
         if done < size:
+            self._direct.pace = self.pace
             done += await self._direct.fill(_after(buffers, done))
         return done
 
@@ -132,7 +126,7 @@ class AsyncioSource(Source):
                 data = await self._reader.read(min(size - done, PIECE_SIZE))
             if not data:
                 break
-            self.in_message = True
+            self.moved(len(data))
             copy_into(buffers, data, done)
             done += len(data)
         return done
@@ -216,6 +210,7 @@ class AsyncioSink(Sink):
             self._duplicate = _duplicate(transport, socket.SHUT_WR) if empty else None
             self._direct = SocketSink(self._duplicate.socket) if self._duplicate else None
         if self._direct:
+            self._direct.pace = self.pace
             try:
                 await self._direct.send(buffers)
             finally:
@@ -232,6 +227,7 @@ class AsyncioSink(Sink):
                 self._writer.write(piece)
             self.in_message = True
             await self._drain_all()
+            self.moved(len(piece))
 
     async def _drain_all(self) -> None:
         """Wait until the transport has nothing left to send."""

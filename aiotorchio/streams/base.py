@@ -14,9 +14,11 @@ from http.client import IncompleteRead
 import anyio
 
 from aiotorchio.errors import TransferTimeout, TruncatedError
+from aiotorchio.streams.pace import Pace
 
 __all__ = [
     "Buffer",
+    "Driver",
     "Sink",
     "Source",
     "asyncio_loop",
@@ -33,44 +35,53 @@ Buffer = bytes | bytearray | memoryview
 PIECE_SIZE = 256 * 2**10
 
 
-class Source(ABC):
-    """Takes bytes off a stream: exactly those that are asked for, none beyond.
+class Driver:
+    """What sources and sinks have in common.
 
     Attributes:
-        in_message: Bytes of a message were taken, and its last one was not: whoever stops here
-            leaves the stream in the middle of a message. Set by the driver whenever it takes
+        in_message: Bytes of a message were taken, or sent, and its last one was not: whoever stops
+            here leaves the stream in the middle of a message. Set by the driver whenever it moves
             bytes, cleared by its user at the end of a message.
+        pace: The patience with the peer; None is endless. Set by its user.
+        failure: Why nothing more can be sent: nobody knows where in a frame the stream stands.
     """
 
     in_message = False
+    failure: Exception | None = None
+    pace: Pace | None = None
 
-    @abstractmethod
+    def moved(self, count: int) -> None:
+        """Note bytes that were taken, or sent."""
+        self.in_message = True
+        if self.pace is not None:
+            self.pace.moved(count)
+
+
+class Source(Driver, ABC):
+    """Takes bytes off a stream: exactly those that are asked for, none beyond."""
+
     async def read(self, size: int) -> bytes:
         """The next ``size`` bytes; fewer only if the stream ended."""
+        data = bytearray(size)
+        received = await self.fill([memoryview(data)])
+        return bytes(memoryview(data)[:received])
 
     @abstractmethod
     async def fill(self, buffers: Sequence[memoryview]) -> int:
         """Write the next bytes into buffers; returns how many, fewer only if the stream ended."""
 
-    async def aclose(self) -> None:  # noqa: B027 - as below
+    async def aclose(self) -> None:
         """Close what the driver has opened itself; the stream is not among it."""
 
-    def abort(self) -> None:  # noqa: B027 - not all streams have a connection
+    def abort(self) -> None:
         """Break the connection, without waiting, so that the sender stops."""
 
-    def release(self) -> None:  # noqa: B027 - most drivers have nothing to give back
+    def release(self) -> None:
         """Give the stream back to its owner, who may use it again."""
 
 
-class Sink(ABC):
-    """Puts bytes on a stream.
-
-    Attributes:
-        in_message: As for a source.
-    """
-
-    in_message = False
-    _failure: Exception | None = None
+class Sink(Driver, ABC):
+    """Puts bytes on a stream."""
 
     async def send(self, buffers: Sequence[Buffer]) -> None:
         """Send bytes; on return the memory of the buffers may be used for something else.
@@ -78,12 +89,12 @@ class Sink(ABC):
         After a call that failed, nobody knows where in a frame the stream stands: all others
         fail with the same error.
         """
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
         try:
             await self._send(buffers)
         except Exception as error:
-            self._failure = error
+            self.failure = error
             raise
 
     @abstractmethod
@@ -97,7 +108,7 @@ class Sink(ABC):
     def release(self) -> None:
         """Give the stream back to its owner, who may use it again."""
         # The traceback of an error leads back here, and to all that was being sent.
-        self._failure = None
+        self.failure = None
 
 
 def asyncio_loop() -> asyncio.AbstractEventLoop | None:
@@ -137,6 +148,9 @@ def connection_errors(broken: type[OSError] = ConnectionError) -> Iterator[None]
     """
     try:
         yield
+    except TransferTimeout:
+        # Ours, which is a TimeoutError, too.
+        raise
     except TimeoutError as error:
         raise TransferTimeout(f"the connection timed out: {error}") from error
     except (

@@ -69,8 +69,8 @@ def exclusive(
         except BaseException as error:
             if driver.in_message:
                 state.poison = f"{type(error).__name__}: {error}" if str(error) else repr(error)
-                if direction == "save" and not isinstance(driver, Source):
-                    driver.abort()
+                # At once: whoever is at the other end has nothing to wait for any more.
+                driver.abort()
             raise
         finally:
             driver.release()

@@ -64,8 +64,8 @@ class IterableSource(Source):
         return True
 
     def _take(self, size: int) -> memoryview:
-        self.in_message = True
         part, self._piece = self._piece[:size], self._piece[size:]
+        self.moved(len(part))
         return part
 
     async def aclose(self) -> None:

@@ -15,6 +15,7 @@ from aiotorchio.streams._anyio import AnyioSink, AnyioSource
 from aiotorchio.streams._asyncio import AsyncioSink, AsyncioSource
 from aiotorchio.streams.base import Sink, Source
 from aiotorchio.streams.blocking import BlockingStream
+from aiotorchio.streams.blocking_sockets import open_blocking_socket
 from aiotorchio.streams.iterables import IterableSource
 from aiotorchio.streams.sockets import SocketSink, SocketSource
 
@@ -74,7 +75,7 @@ def open_blocking_source(file: Any) -> BlockingStream:
             f"can't load from {type(file).__name__}: a path, a binary file or a blocking socket is "
             f"needed (async streams: aiotorchio.load_from_stream)"
         )
-    return BlockingStream(file)
+    return _open_blocking(file)
 
 
 def open_blocking_sink(file: Any) -> BlockingStream:
@@ -89,7 +90,11 @@ def open_blocking_sink(file: Any) -> BlockingStream:
             f"can't save to {type(file).__name__}: a path, a binary file or a blocking socket is "
             f"needed (async streams: aiotorchio.save_to_stream)"
         )
-    return BlockingStream(file)
+    return _open_blocking(file)
+
+
+def _open_blocking(file: Any) -> BlockingStream:
+    return open_blocking_socket(file) if isinstance(file, socket.socket) else BlockingStream(file)
 
 
 def _has(file: Any, *methods: str) -> bool:

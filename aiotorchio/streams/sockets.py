@@ -75,11 +75,6 @@ class SocketSource(Source):
         _check(sock)
         self._sock = sock
 
-    async def read(self, size: int) -> bytes:
-        data = bytearray(size)
-        received = await self.fill([memoryview(data)])
-        return bytes(data[:received])
-
     async def fill(self, buffers: Sequence[memoryview]) -> int:
         cursor = Cursor(buffers)
 
@@ -99,7 +94,7 @@ class SocketSource(Source):
                     return False
                 if received == 0:
                     return True
-                self.in_message = True
+                self.moved(received)
                 cursor.advance(received)
             return not cursor
 
@@ -133,7 +128,7 @@ class SocketSink(Sink):
                     sent = self._sock.sendmsg(cursor.next(stop - cursor.done))
                 except (BlockingIOError, InterruptedError):
                     return False
-                self.in_message = True
+                self.moved(sent)
                 cursor.advance(sent)
             return not cursor
 
@@ -186,7 +181,8 @@ async def _repeat(sock: socket.socket, step: Callable[[], bool], *, writing: boo
         except Exception as error:
             errors.append(error)
             done = True
-        if done:
+        # Bytes can come so late that noting them cancels whoever waits.
+        if done and not finished.done():
             finished.set_result(None)
             stop(descriptor)
 

@@ -272,6 +272,8 @@ class IncomingMessage:
                     answer = yield step
                 case FillBuffers(buffers):
                     answer = yield Fill(buffers, meanwhile=meanwhile)
+                case HeaderReceived():
+                    yield step
                 case MessageEnded():
                     # Before its time, too: after an abort, which the parser raises next.
                     self.ended = True
@@ -287,6 +289,8 @@ class IncomingMessage:
         except AiotorchioError as error:
             if error.offset is None:
                 error.offset = self._parser.position
+            if error.entry is None:
+                error.entry = self._parser.entry
             raise
 
 

@@ -144,12 +144,14 @@ class Parser:
 
     Attributes:
         position: Bytes of the message that were read so far.
+        entry: What is read there.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._identity = b""
         self.position = 0
+        self.entry = "preface"
 
     def parse(self) -> Generator[Step, Any, None]:
         """Yield requests and events until the message ends.
@@ -225,6 +227,7 @@ class Parser:
                 offset=self.position,
             )
         end_digest.update(encoded)
+        self.entry = f"chunk {index}"
         buffers = yield ChunkStarted(offset, length)
         filled = yield FillBuffers(buffers)
         if filled < length:
@@ -245,6 +248,7 @@ class Parser:
         yield ChunkReceived(offset, length)
 
     def _read(self, size: int, entry: str) -> Generator[Step, Any, bytes]:
+        self.entry = entry
         data: bytes = yield ReadBytes(size)
         self._took(data, size, entry)
         return data

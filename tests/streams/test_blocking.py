@@ -12,6 +12,7 @@ import pytest
 import aiotorchio
 from aiotorchio.errors import StreamPoisoned, TruncatedError
 from aiotorchio.streams.blocking import BlockingStream
+from aiotorchio.streams.blocking_sockets import open_blocking_socket
 
 
 class Short(io.RawIOBase):
@@ -128,14 +129,14 @@ def test_pipes_are_poisoned_files_are_not() -> None:
 def test_sockets() -> None:
     near, far = socket.socketpair()
     with near, far:
-        stream = BlockingStream(near)
+        stream = open_blocking_socket(near)
         data = bytes(2**22)
         thread = threading.Thread(target=stream.send, args=([data],))
         thread.start()
-        assert BlockingStream(far).read(len(data)) == data
+        assert open_blocking_socket(far).read(len(data)) == data
         thread.join()
         stream.abort()
-        assert BlockingStream(far).read(1) == b""
+        assert open_blocking_socket(far).read(1) == b""
         near.close()
         stream.abort()
         with pytest.raises(TruncatedError, match="Bad file descriptor"):

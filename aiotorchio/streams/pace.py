@@ -1,0 +1,128 @@
+"""How long a peer may keep us waiting: patience that silence uses up, and bytes give back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from anyio import CancelScope
+
+from aiotorchio.errors import TransferTimeout
+
+__all__ = ["Pace"]
+
+
+class Pace:
+    """The patience with the peer of one message, as ``Limits`` says it.
+
+    Time passes between ``begin`` and ``end`` only: what the peer waits for is no fault of its own.
+
+    Args:
+        clock: Gives the time in seconds.
+        timeout: Seconds of waiting that there are at most.
+        least_rate: Each byte gives back 1 / ``least_rate`` seconds; with 0, all of them.
+        limit: Name of the limit that ``timeout`` is.
+        started: Whether the first byte is like any other, as that of a save.
+        start_timeout: Seconds until the first byte, if it is not.
+        handshake_timeout: Seconds from the first byte until ``handshake_over`` is called.
+
+    Attributes:
+        count: Bytes that moved.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        timeout: float | None,
+        least_rate: int,
+        limit: str,
+        *,
+        started: bool = False,
+        start_timeout: float | None = None,
+        handshake_timeout: float | None = None,
+    ) -> None:
+        self._timeout = _seconds(timeout)
+        self._seconds_per_byte = 1 / least_rate if least_rate else math.inf
+        self._least_rate = least_rate
+        self._limit = limit
+        self._start_timeout = start_timeout
+        self._handshake_timeout = handshake_timeout
+        self._started = started
+        # Until the first byte, and from then on.
+        self._start_left, self._left = _seconds(start_timeout), self._timeout
+        self._since = self._moved_at = 0.0
+        self._handshake_end = math.inf
+        self._clock = clock
+        self._scope: CancelScope | None = None
+        self.count = 0
+
+    def begin(self, scope: CancelScope | None = None) -> None:
+        """Begin to wait, and have a scope cancelled if it takes too long."""
+        self._scope = scope
+        self._since = self._moved_at = self._clock()
+        self._set_deadline()
+
+    def moved(self, count: int) -> None:
+        """Bytes came from the peer, or went to it."""
+        now = self._clock()
+        if self._started:
+            self._left -= now - self._since
+        else:
+            self._started = True
+            self._handshake_end = now + _seconds(self._handshake_timeout)
+        self.count += count
+        self._since = now
+        # Whoever was late is late: the next wait finds nothing left.
+        if self._left > 0:
+            self._left = min(self._left + count * self._seconds_per_byte, self._timeout)
+            self._moved_at = now
+        self._set_deadline()
+
+    def end(self) -> None:
+        """Wait no longer."""
+        passed = self._clock() - self._since
+        if self._started:
+            self._left -= passed
+        else:
+            self._start_left -= passed
+        self._scope = None
+
+    def handshake_over(self) -> None:
+        """The header is in."""
+        self._handshake_end = math.inf
+
+    def left(self) -> float:
+        """Seconds to go on waiting for; not above 0 if there are none."""
+        return self._deadline() - self._clock()
+
+    def error(self) -> TransferTimeout:
+        """What there is to say when nothing is left."""
+        now = self._clock()
+        if not self._started:
+            text = f"no message began within {self._start_timeout:g} s (Limits.start_timeout)"
+        elif now >= self._handshake_end:
+            text = (
+                f"the header was not there {self._handshake_timeout:g} s after the first byte "
+                "(Limits.handshake_timeout)"
+            )
+        elif now - self._moved_at >= self._timeout / 2:
+            text = f"no byte moved for {now - self._moved_at:.2f} s (Limits.{self._limit})"
+        else:
+            text = (
+                f"fewer than {self._least_rate} bytes a second moved (Limits.least_rate), and "
+                f"{self._timeout:g} s of patience are used up (Limits.{self._limit})"
+            )
+        return TransferTimeout(text, offset=self.count)
+
+    def _deadline(self) -> float:
+        if not self._started:
+            return self._since + self._start_left
+        return min(self._since + self._left, self._handshake_end)
+
+    def _set_deadline(self) -> None:
+        if self._scope is not None:
+            self._scope.deadline = self._deadline()
+
+
+def _seconds(timeout: float | None) -> float:
+    return math.inf if timeout is None else timeout

@@ -1,0 +1,196 @@
+"""The account of waiting time, by a clock that the tests turn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from aiotorchio.errors import TransferTimeout
+from aiotorchio.streams.pace import Pace
+
+
+class Clock:
+    def __init__(self) -> None:
+        # As monotonic clocks have it, no particular time.
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def load(clock: Clock, timeout: float | None = 10, least_rate: int = 100, **more: Any) -> Pace:
+    return Pace(clock, timeout, least_rate, "idle_timeout", **more)
+
+
+def test_silence_uses_it_up(clock: Clock) -> None:
+    pace = load(clock)
+    pace.begin()
+    pace.moved(1)
+    clock.now += 9.5
+    assert pace.left() == pytest.approx(0.5)
+    clock.now += 0.5
+    assert pace.left() <= 0
+    error = pace.error()
+    assert str(error) == "no byte moved for 10.00 s (Limits.idle_timeout) (at byte 1)"
+    assert isinstance(error, TransferTimeout)
+
+
+def test_bytes_give_time_back(clock: Clock) -> None:
+    pace = load(clock)
+    pace.begin()
+    pace.moved(1)
+    clock.now += 8
+    pace.moved(300)
+    assert pace.left() == pytest.approx(5)
+    pace.moved(10_000_000)
+    assert pace.left() == pytest.approx(10)
+
+
+def test_slowness_uses_it_up_however_steady(clock: Clock) -> None:
+    pace = load(clock)
+    pace.begin()
+    moments = 0
+    while pace.left() > 0:
+        clock.now += 1
+        pace.moved(50)
+        moments += 1
+    # The first byte is the start; then each second gives half of it back, as long as there is one.
+    assert moments == 20
+    assert "fewer than 100 bytes a second moved (Limits.least_rate)" in str(pace.error())
+
+
+def test_who_is_late_gets_nothing_back(clock: Clock) -> None:
+    pace = load(clock)
+    pace.begin()
+    pace.moved(1)
+    clock.now += 11
+    pace.moved(10_000)
+    assert pace.left() <= 0
+
+
+def test_who_keeps_the_rate_never_runs_out(clock: Clock) -> None:
+    pace = load(clock)
+    pace.begin()
+    for _ in range(1000):
+        clock.now += 9
+        pace.moved(900)
+    assert pace.left() > 0
+
+
+def test_any_rate_is_enough_if_none_is_asked_for(clock: Clock) -> None:
+    pace = load(clock, least_rate=0)
+    pace.begin()
+    for _ in range(1000):
+        pace.moved(1)
+        clock.now += 9.9
+    assert pace.left() == pytest.approx(0.1)
+
+
+def test_what_the_peer_waits_for_does_not_count(clock: Clock) -> None:
+    pace = load(clock)
+    pace.begin()
+    pace.moved(1)
+    clock.now += 4
+    pace.end()
+    clock.now += 1000
+    pace.begin()
+    clock.now += 5
+    assert pace.left() == pytest.approx(1)
+
+
+def test_a_message_may_begin_at_any_time(clock: Clock) -> None:
+    pace = load(clock)
+    pace.begin()
+    clock.now += 10**6
+    assert pace.left() == float("inf")
+
+
+def test_a_message_that_does_not_begin(clock: Clock) -> None:
+    pace = load(clock, start_timeout=3)
+    pace.begin()
+    clock.now += 2
+    pace.end()
+    clock.now += 100
+    pace.begin()
+    assert pace.left() == pytest.approx(1)
+    clock.now += 1
+    assert pace.left() <= 0
+    error = pace.error()
+    assert error.message == "no message began within 3 s (Limits.start_timeout)"
+    assert error.offset == 0
+
+
+def test_the_wait_for_the_start_is_not_held_against_the_peer(clock: Clock) -> None:
+    pace = load(clock, start_timeout=100)
+    pace.begin()
+    clock.now += 99
+    pace.moved(1)
+    assert pace.left() == pytest.approx(10)
+
+
+def test_a_header_has_its_own_end(clock: Clock) -> None:
+    pace = load(clock, handshake_timeout=15)
+    pace.begin()
+    clock.now += 500
+    pace.moved(1)
+    for _ in range(3):
+        clock.now += 4
+        pace.moved(10_000)
+    assert pace.left() == pytest.approx(3)
+    clock.now += 3
+    assert pace.left() <= 0
+    assert "15 s after the first byte (Limits.handshake_timeout)" in str(pace.error())
+
+
+def test_behind_the_header_it_has_none(clock: Clock) -> None:
+    pace = load(clock, handshake_timeout=15)
+    pace.begin()
+    pace.moved(1)
+    pace.handshake_over()
+    for _ in range(100):
+        clock.now += 4
+        pace.moved(10_000)
+    assert pace.left() == pytest.approx(10)
+
+
+def test_without_a_timeout_it_is_endless(clock: Clock) -> None:
+    pace = load(clock, timeout=None)
+    pace.begin()
+    for _ in range(10):
+        pace.moved(1)
+        clock.now += 10**6
+    assert pace.left() == float("inf")
+
+
+def test_a_save_has_no_start(clock: Clock) -> None:
+    pace = Pace(clock, 10, 100, "write_timeout", started=True)
+    pace.begin()
+    clock.now += 10
+    assert pace.left() <= 0
+    assert str(pace.error()) == "no byte moved for 10.00 s (Limits.write_timeout) (at byte 0)"
+
+
+@pytest.mark.anyio
+async def test_a_scope_is_told(clock: Clock) -> None:
+    pace = load(clock, start_timeout=7)
+    with anyio.CancelScope() as scope:
+        pace.begin(scope)
+        assert scope.deadline == clock.now + 7
+        pace.moved(1)
+        assert scope.deadline == clock.now + 10
+        clock.now += 5
+        pace.moved(100)
+        assert scope.deadline == clock.now + 6
+        pace.end()
+        pace.moved(100)
+        assert scope.deadline == clock.now + 6
+        scope.deadline = float("inf")
+        await anyio.lowlevel.checkpoint()
