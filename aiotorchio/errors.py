@@ -39,11 +39,15 @@ __all__ = [
 ]
 
 
+# Characters of a message: what a peer calls things can have megabytes.
+_MESSAGE_MAX = 10_000
+
+
 class AiotorchioError(Exception):
     """Base of every error in this module.
 
     Args:
-        message: What was wrong.
+        message: What was wrong; cut where it is longer than 10,000 characters.
         entry: The part of the message it was found in, such as ``"tensor 3 ('layer.weight')"``.
         offset: Bytes between the first byte of the message and the place of the error.
     """
@@ -51,6 +55,8 @@ class AiotorchioError(Exception):
     def __init__(
         self, message: str, *, entry: str | None = None, offset: int | None = None
     ) -> None:
+        if len(message) > _MESSAGE_MAX:
+            message = message[:_MESSAGE_MAX] + "..."
         super().__init__(message)
         self.message = message
         self.entry = entry

@@ -565,8 +565,11 @@ HEADERS: list[tuple[dict[str, Any], str]] = [
     ({"chunk_size": 2**63 - 64}, "LimitExceeded"),
     ({"chunk_size": 2**63}, "ProtocolError"),
     (TOO_MANY, "LimitExceeded"),
-    ({**TOO_MANY, "byteorder": "middle"}, "LimitExceeded"),  # rule 2 before rule 3
-    ({**TOO_MANY, "metadata": {}}, "LimitExceeded"),
+    # Rules 1 to 3 in the order of the bytes.
+    ({**TOO_MANY, "byteorder": "middle"}, "ProtocolError"),
+    ({**TOO_MANY, "metadata": {}}, "ProtocolError"),
+    ({**TOO_MANY, "storages": {}}, "LimitExceeded"),
+    ({"metadata": [0] * 101}, "LimitExceeded"),
     ({"locations": ["x" * 257]}, "ProtocolError"),
     ({"storages": [[8, 3, 0]]}, "ProtocolError"),
     ({"storages": [[8, 3, 0]], "chunk_size": 1 << 40}, "LimitExceeded"),  # 5 before 7
@@ -623,7 +626,7 @@ def test_headers(number: int) -> None:
     [
         (b"\x90\x90\x90\x00", "ProtocolError"),
         (b"\x90\x90", "ProtocolError"),
-        (b"\x90\x90\xdd\xff\xff\xff\xff", "ProtocolError"),  # rule 1 before rule 2
+        (b"\x90\x90\xdd\x00\x00\xff\xff", "ProtocolError"),
         (b"\x90\x90\xdd\x00\x00\x00\x00", ""),
         (b"\x90\x90" + b"\x91" * 3000 + b"\x90", "ProtocolError"),
         (b"\x91\xa1\xff\x90\x90", "ProtocolError"),

@@ -13,7 +13,6 @@ import torch
 
 from aiotorchio.errors import UnsafeObjectError
 from aiotorchio.graph import plain
-from aiotorchio.graph._torch import get_layout
 from aiotorchio.graph.attributes import TypeName, set_attributes, tensor_class
 from aiotorchio.graph.dtypes import DTYPE_NAMES
 from aiotorchio.graph.tensors import TensorMaker
@@ -60,7 +59,7 @@ class Allowlist:
             "torch.Tensor": TypeName(torch.Tensor),
             "torch.device": torch.device,
             "torch.nn.parameter.Parameter": TypeName(torch.nn.Parameter),
-            "torch.serialization._get_layout": get_layout,
+            "torch.serialization._get_layout": plain.make_layout,
             "torch._tensor._rebuild_from_type_v2": self._subclass,
             "torch._utils._rebuild_device_tensor_from_cpu_tensor": tensors.on_device,
             "torch._utils._rebuild_meta_tensor_no_storage": tensors.meta,

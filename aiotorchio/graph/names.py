@@ -75,6 +75,33 @@ def utf8(path: str) -> str:
     return path if path.isascii() else path.encode("utf-8", "backslashreplace").decode()
 
 
+def key_text(key: object) -> str:
+    """A key of a dict as a part of a path.
+
+    A peer chooses the keys, too: a tuple that is doubled in itself 20 times has a text of
+    gigabytes, and that of a tensor shows its numbers.
+    """
+    if isinstance(key, str) or _is_short(key):
+        return str(key)
+    if isinstance(key, tuple) and len(key) <= _ITEMS_SHOWN and all(map(_is_short, key)):
+        return str(key)
+    return type(key).__name__
+
+
+def _is_short(key: object) -> bool:
+    if isinstance(key, str | bytes):
+        return len(key) <= _LENGTH_SHOWN
+    if isinstance(key, int):
+        return key.bit_length() <= _LENGTH_SHOWN
+    return not isinstance(
+        key, tuple | frozenset | torch.Tensor | torch.UntypedStorage | torch.TypedStorage
+    )
+
+
+# Of keys that are no texts.
+_ITEMS_SHOWN, _LENGTH_SHOWN = 16, 1024
+
+
 def walk(
     obj: object, opened: Callable[[Any], Any] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -101,7 +128,11 @@ def walk(
             prefix = path + "." if path else ""
             items = container.items() if isinstance(container, dict) else enumerate(container)
             waiting += reversed(
-                [(f"{prefix}{key}", item) for key, item in items if not isinstance(item, plain)]
+                [
+                    (prefix + key_text(key), item)
+                    for key, item in items
+                    if not isinstance(item, plain)
+                ]
             )
 
 

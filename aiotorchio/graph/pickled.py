@@ -216,10 +216,17 @@ def _translated(read: Callable[[], Any], offset: int) -> Any:
     except RecursionError as error:
         raise LimitExceeded("nested too deep", entry="skeleton", offset=offset) from error
     except pickle.UnpicklingError as error:
-        raise UnsafeObjectError(str(error), entry="skeleton", offset=offset) from error
+        raise UnsafeObjectError(_words(error), entry="skeleton", offset=offset) from error
     except Exception as error:
         raise InvalidObjectError(
-            f"the object cannot be rebuilt: {type(error).__name__}: {error}",
-            entry="skeleton",
-            offset=offset,
+            f"the object cannot be rebuilt: {_words(error)}", entry="skeleton", offset=offset
         ) from error
+
+
+def _words(error: Exception) -> str:
+    """What an exception says, but not of what it holds: the repr of a doubled tuple never ends."""
+    kind = type(error).__name__
+    texts = all(type(argument) in (str, int) for argument in error.args)
+    if texts or isinstance(error, UnicodeError):
+        return f"{kind}: {error}"
+    return kind

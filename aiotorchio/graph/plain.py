@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, UnsafeObjectError
+from aiotorchio.graph._torch import get_layout
 
 __all__ = [
     "OrderedDicts",
@@ -21,6 +22,7 @@ __all__ = [
     "make_bytearray",
     "make_bytes",
     "make_frozenset",
+    "make_layout",
     "make_set",
     "make_size",
 ]
@@ -90,6 +92,13 @@ def make_size(items: Any = ()) -> torch.Size:
     if type(items) is not tuple:
         raise UnsafeObjectError(f"a Size from {type(items).__name__}")
     return torch.Size(items)
+
+
+def make_layout(name: Any) -> torch.layout:
+    """A ``torch.layout`` by its name."""
+    if type(name) is not str:
+        raise UnsafeObjectError(f"a layout from {type(name).__name__}")
+    return get_layout(name)
 
 
 def make_bytes(*args: Any) -> bytes:

@@ -23,12 +23,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Container, Mapping, Sequence
 
+from aiotorchio.collection import collection_paused
 from aiotorchio.errors import AiotorchioError, ProtocolError, UnsafeObjectError
 from aiotorchio.graph.budget import Budget, Measure
 from aiotorchio.graph.opcodes import is_blocked, opcodes, path_of
 
 __all__ = ["prescan"]
 
+# What an empty container takes, or its measure if that is more: the scan has bounds, too.
+_CONTAINER_NBYTES, _MARK_NBYTES = 304, 176
 # A set can take eight times the memory of the list it is made from.
 _SETS = {"builtins.set": 8, "builtins.frozenset": 8}
 _DICTS = ("collections.OrderedDict", "collections.Counter")
@@ -73,7 +76,12 @@ def prescan(
     """
     scan = _Scan(data, allowed, stateful, depth_limit)
     try:
-        scan.run()
+        with collection_paused():
+            try:
+                scan.run()
+            finally:
+                # Or the collector would look through all of it.
+                scan.drop()
     except AiotorchioError as error:
         error.entry = "skeleton"
         error.offset = offset + (scan.at if error.offset is None else error.offset)
@@ -103,6 +111,14 @@ class _Scan:
         for at, code, argument in opcodes(self.data):
             self.at = at
             _ACTIONS[code](self, argument)
+
+    def drop(self) -> None:
+        """Free what was measured, in parts: half a million at once hold all threads up."""
+        for measures in (self.stack, self.marks):
+            while measures:
+                del measures[-10_000:]
+        while len(self.memo) > 10_000:
+            self.memo.popitem()
 
     # The stack
 
@@ -156,16 +172,16 @@ class _Scan:
         self.push(Measure(32 + len(argument), hash=hash(value), forgeable=forgeable))
 
     def list_(self, _: bytes) -> None:
-        self.push(Measure(64, depth=1, kind="list"))
+        self.push(Measure(_CONTAINER_NBYTES, depth=1, kind="list"))
 
     def dict_(self, _: bytes) -> None:
-        self.push(Measure(64, depth=1, kind="dict"))
+        self.push(Measure(_CONTAINER_NBYTES, depth=1, kind="dict"))
 
     def empty_set(self, _: bytes) -> None:
-        self.push(Measure(216, depth=1))
+        self.push(Measure(_CONTAINER_NBYTES, depth=1))
 
     def mark(self, _: bytes) -> None:
-        self.budget.charge(64)
+        self.budget.charge(_MARK_NBYTES)
         self.marks.append(self.stack)
         self.stack = []
 

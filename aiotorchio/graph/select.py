@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from aiotorchio.errors import LimitExceeded, MismatchError, ProtocolError
-from aiotorchio.graph.names import utf8
+from aiotorchio.graph.names import key_text, utf8
 
 __all__ = ["Select", "revise", "selected"]
 
@@ -97,7 +97,7 @@ class _Revision:
         for key, item in list(items):
             if not isinstance(item, torch.Tensor | dict | list | tuple):
                 continue
-            other = self.of(_Path.below(path, utf8(str(key))), item)
+            other = self.of(_Path.below(path, utf8(key_text(key))), item)
             if other is None and isinstance(value, dict):
                 del value[key]
             elif other is not None and other is not item:

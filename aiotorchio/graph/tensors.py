@@ -191,7 +191,7 @@ class TensorMaker:
             if offset < 0 or offset + self._checked_span(buffer.dtype, size, stride) > len(buffer):
                 raise InvalidObjectError("a nested tensor beyond its buffer")
             elements += math.prod(size)
-        if elements * buffer.dtype.itemsize > self._limits.total_nbytes:
+        if elements * buffer.dtype.itemsize > self._limits.dense_nbytes:
             raise LimitExceeded(f"a nested tensor of {elements} elements")
         return _torch.nested_view(buffer, sizes, strides, offsets)
 
@@ -280,7 +280,7 @@ class TensorMaker:
         self, dtype: torch.dtype, size: Any, stride: Any, *, limit: int | None = None
     ) -> int:
         """Elements from the first to the last of a view, both included."""
-        limit = self._limits.total_nbytes if limit is None else limit
+        limit = self._limits.dense_nbytes if limit is None else limit
         self._check_shape(size)
         self._check_shape(stride)
         if len(size) != len(stride):

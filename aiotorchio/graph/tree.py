@@ -188,7 +188,7 @@ def decode(skeleton: bytes, tensors: Sequence[Any], *, depth_limit: int, offset:
         InvalidObjectError: A set of unhashable items, a device that torch does not know.
     """
     try:
-        check_growth(skeleton)
+        check_growth(skeleton, depth_limit)
         with collection_paused():
             node = msgspec.msgpack.decode(skeleton)
             return _Decoder(tensors, depth_limit).value(node, 0)

@@ -117,6 +117,7 @@ def unsafe() -> dict[str, Any]:
         "hex": call("_codecs", "encode", call("_codecs", "encode", "ab", "latin1"), "hex"),
         "punycode": call("_codecs", "encode", "\u00e4" * 1000, "punycode"),
         "idna": call("_codecs", "encode", "abc", "idna"),
+        "doubled_text_as_layout": call("torch.serialization", "_get_layout", texts_doubled(20)),
         "utf-16": call("_codecs", "encode", "abc", "utf-16"),
         "encode_errors": call("_codecs", "encode", "abc", "latin1", "ignore"),
         "codec_of_no_str": call("_codecs", "encode", "abc", ["latin1"]),
@@ -193,6 +194,12 @@ def unknown_opcodes() -> dict[str, bytes]:
 def doubled(levels: int) -> Code:
     """A tuple of two of a tuple of two of ...: small in memory, endless to hash."""
     return Code(b")" + (put(900) + get(900) + b"\x86") * levels)
+
+
+def texts_doubled(levels: int) -> Code:
+    """Likewise, endless to show."""
+    text = assemble(("x" * 1000,))
+    return Code(text + (put(901) + get(901) + b"\x86") * levels)
 
 
 def filled_late(function: Code, items: Code) -> Code:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -17,7 +18,15 @@ from hypothesis import strategies as st
 import aiotorchio
 from aiotorchio import MismatchError, ProtocolError, TensorSpec
 from aiotorchio.graph import tree
-from aiotorchio.graph.names import Placeholder, check_names, rows_by_name, specs_of, walk
+from aiotorchio.graph.dtypes import torch_dtype
+from aiotorchio.graph.names import (
+    Placeholder,
+    check_names,
+    key_text,
+    rows_by_name,
+    specs_of,
+    walk,
+)
 from aiotorchio.graph.rebuild import check_tree
 from aiotorchio.graph.table import Table
 from aiotorchio.wire.header import Header, TensorRow
@@ -88,7 +97,9 @@ def test_names_are_those_that_a_receiver_finds(obj: Any, expected: list[list[str
     check_skeleton(obj)
 
 
-@pytest.mark.parametrize("name", corpus.case_parameters(corpus.CASES.keys() - {"pretrained"}))
+@pytest.mark.parametrize(
+    "name", corpus.case_parameters(sorted(corpus.CASES.keys() - {"pretrained"}))
+)
 def test_names_of_every_object(name: str) -> None:
     obj = corpus.make(name)
     parts = forge.flattened(obj)
@@ -383,3 +394,26 @@ def test_names_of_a_message() -> None:
             return dict(message.tensors)
 
     assert anyio.run(names) == {"model.w": TensorSpec.of(A), "steps.0": TensorSpec.of(B)}
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        *(("a", "a"), (5, "5"), (True, "True"), (None, "None"), (1.5, "1.5"), (b"a", "b'a'")),
+        *(((1, "a"), "(1, 'a')"), (torch.float32, "torch.float32"), ("a" * 10_000, "a" * 10_000)),
+        *((torch.ones(2), "Tensor"), (torch.UntypedStorage(1), "UntypedStorage")),
+        *(((1, (2, 3)), "tuple"), ((1,) * 17, "tuple"), (frozenset([1]), "frozenset")),
+        *((("a" * 2000,), "tuple"), (b"a" * 2000, "bytes"), (10**5000, "int")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_text_of_a_key_is_short(key: Any, text: str) -> None:
+    assert key_text(key) == text
+
+
+def test_a_key_that_cannot_be_shown(tmp_path: Path) -> None:
+    unprintable = torch.ones(1, dtype=torch.uint8).view(torch_dtype("uint7"))
+    obj = {unprintable: [torch.ones(1)], "w": torch.zeros(1)}
+    aiotorchio.save(obj, tmp_path / "file")
+    loaded = aiotorchio.load(tmp_path / "file", select="w")
+    assert [type(key) for key in loaded] == [torch.Tensor, str]

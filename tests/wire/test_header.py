@@ -115,7 +115,7 @@ def test_every_width_of_an_array_head(count: int) -> None:
     items = fields(storages=[[0, 1, 0]] * count, tensors=[])
     assert len(check(items, Limits(entries=count))[0].storages) == count
     error = refuse(LimitExceeded, items, limits=Limits(entries=count - 1))
-    assert str(count) in error.message
+    assert error.message == f"more than {count - 1} storages (Limits.entries)"
 
 
 # Types and fixed bounds of every field
@@ -151,7 +151,8 @@ NO_ARRAYS = [0, 1.0, True, None, "", "little", b"", {}, {0: 0}, msgspec.msgpack.
         *itertools.product(ARRAYS, NO_ARRAYS),
         *itertools.product([(1,)], [*NO_TEXTS[:5], "0" * 16, b"", bytes(15), bytes(17), [], {}]),
     ],
-    ids=repr,
+    # The same in every process: those that share the tests compare them.
+    ids=lambda value: "Ext" if isinstance(value, msgspec.msgpack.Ext) else repr(value),
 )
 def test_type(path: tuple[int, ...], value: Any) -> None:
     refuse(ProtocolError, replace(fields(), path, value))
@@ -229,9 +230,10 @@ def test_not_messagepack(data: bytes) -> None:
 
 def test_no_memory_is_taken_for_the_claim_of_an_array() -> None:
     data = pack(fields())
-    for claimed in (b"\x91\xa3cpu", b"\x91\x02"):  # locations; a shape
+    # Locations; a shape.
+    for claimed, kind in ((b"\x91\xa3cpu", LimitExceeded), (b"\x91\x02", ProtocolError)):
         assert data.count(claimed) == 1
-        refuse(ProtocolError, data.replace(claimed, b"\xdd\xff\xff\xff\xff" + claimed[1:]))
+        refuse(kind, data.replace(claimed, b"\xdd\xff\xff\xff\xff" + claimed[1:]))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +364,8 @@ def test_meta_takes_no_room() -> None:
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value[8])[:60],
 )
 def test_bad_row(kind: type[AiotorchioError], items: Any) -> None:
-    refuse(kind, items, TENSOR)
+    known = items[8][0][1] in DTYPES
+    refuse(kind, items, TENSOR if known else "header")
 
 
 @pytest.mark.parametrize(
@@ -447,7 +450,6 @@ def test_order_of_several_faults() -> None:
         ((8, 0, 4), [1], InvalidObjectError, "strides"),
         ((7, 0, 1), 2, ProtocolError, "2-byte numbers"),
         ((8, 0, 1), "quint8", InvalidObjectError, "scale"),
-        ((8, 0, 1), "?", ProtocolError, "unknown dtype"),
         ((8, 0, 0), 1, ProtocolError, "storage 1 of 1"),
         ((7, 0, 0), 2**60, LimitExceeded, "payload"),
         ((7, 0, 1), 3, ProtocolError, "unit of 3"),
@@ -455,8 +457,12 @@ def test_order_of_several_faults() -> None:
         ((3,), [["a", ""], ["a", ""]], ProtocolError, "duplicate key"),
         ((5,), 2**20, LimitExceeded, "chunks of"),
         ((5,), 2**20 + 1, ProtocolError, "multiple"),
+        # In the order of the bytes.
+        ((8, 0, 1), "?", ProtocolError, "malformed header: Invalid enum value '?'"),
+        ((7,), [0] * 5, LimitExceeded, "more than 4 storages"),
+        ((4,), "json", ProtocolError, "malformed header: Invalid enum value 'json'"),
+        ((3,), [0] * 5, LimitExceeded, "more than 4 metadata"),
         ((2,), None, ProtocolError, "malformed"),
-        ((3,), [0] * 5, LimitExceeded, "5 metadata"),
     ]
     for path, value, kind, words in faults:
         items = replace(items, path, value)

@@ -1,0 +1,98 @@
+"""What MessagePack would take: memory and depth, told without decoding it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiotorchio.errors import ProtocolError
+from aiotorchio.wire.measure import measured
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text()
+    | st.binary(max_size=300),
+    lambda inner: st.lists(inner, max_size=40),
+    max_leaves=50,
+)  # fmt: skip
+
+
+def depth_of(value: Any) -> int:
+    if isinstance(value, list):
+        return 1 + max(map(depth_of, value), default=0) if value else 0
+    return 0
+
+
+@given(VALUES)
+def test_the_depth_of_anything(value: Any) -> None:
+    assert measured(msgpack.packb(value))[1] == depth_of(value)
+
+
+@given(VALUES)
+def test_the_memory_of_anything(value: Any) -> None:
+    data = msgpack.packb(value)
+    tracemalloc.start()
+    decoded = msgspec.msgpack.decode(data)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Of texts, UTF-8 may be less than what they take.
+    assert taken <= measured(data)[0] + 3 * len(data) + 512
+    del decoded
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes(data: bytes) -> None:
+    try:
+        memory, depth = measured(data)
+    except ProtocolError:
+        return
+    assert memory >= 0 and depth <= len(data)
+
+
+@pytest.mark.parametrize("head", [b"\xdc\x00\x01", b"\xdd\x00\x00\x00\x01", b"\x91"])
+def test_every_head_counts(head: bytes) -> None:
+    assert measured(head * 1000 + b"\xc0")[1] == 1000
+
+
+CRASHES = """
+import sys, threading, aiotorchio
+from tests.graph import forge
+from tests.wire.helpers import Message
+sys.setrecursionlimit(int(sys.argv[1]))
+threading.stack_size(int(sys.argv[2]))
+deep = b"\\x92\\x00" * 10**6 + b"\\xc0"
+header = b"\\x99" + b"\\x91" * 10**6
+
+def attempt(data):
+    try:
+        forge.load(data)
+    except aiotorchio.AiotorchioError as error:
+        print(type(error).__name__)
+
+for data in (forge.message(deep, "tree"), bytes(Message(header=header))):
+    thread = threading.Thread(target=attempt, args=(data,))
+    thread.start()
+    thread.join()
+"""
+
+
+@pytest.mark.parametrize(
+    ("recursion", "stack"), [(1000, 0), (10**6, 0), (1000, 256 * 1024), (10**6, 256 * 1024)]
+)
+def test_deep_nesting_ends_no_process(recursion: int, stack: int) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", CRASHES, str(recursion), str(stack)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout.split() == ["LimitExceeded", "ProtocolError"], run.stderr
