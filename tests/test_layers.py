@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "graph": ({"errors", "strided", "collection", "wire"}, {"msgspec", "torch"}),
     "memory": ({"errors", "strided", "collection"}, {"torch"}),
     "streams": ({"errors"}, {"anyio"}),
+    "tls": (set(), set()),
     "drive": ({"errors", "wire", "streams"}, {"anyio"}),
     "transfer": (
         {"errors", "strided", "wire", "graph", "memory", "streams", "drive"},
