@@ -1,0 +1,1 @@
+"""Fuzzing of what a peer sends; see README.md."""

@@ -1,0 +1,59 @@
+"""What may come of hostile bytes: an object, or an ``AiotorchioError`` that says where."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from random import Random
+from typing import Any
+
+from aiotorchio.errors import AiotorchioError
+
+__all__ = ["Find", "MutateBytes", "check_refusal", "choose", "no_flood"]
+
+MutateBytes = Callable[[bytes, int], bytes]
+"""Changes bytes at random, to at most so many: the engine's own mutation."""
+
+# Beyond this, memory is a flood: the floor that any skeleton may take is 64 MiB.
+_FLOOD = 192 * 2**20
+
+
+class Find(AssertionError):
+    """Something happened that must never happen."""
+
+
+def check_refusal(error: AiotorchioError, start: int, size: int) -> None:
+    """Make sure that an error says what it is about, and a place within the data.
+
+    Args:
+        error: As it was raised.
+        start: First byte of the data in the message.
+        size: Of the data, in bytes.
+    """
+    if error.entry is None or error.offset is None:
+        raise Find(f"an error without a place: {error!r}") from error
+    if not start <= error.offset <= start + size:
+        raise Find(f"an error at byte {error.offset} of {size}: {error!r}") from error
+
+
+@contextmanager
+def no_flood() -> Iterator[None]:
+    """Make sure that the most memory of this process does not grow by much meanwhile."""
+    before = _most_memory()
+    yield
+    grown = _most_memory() - before
+    if grown > _FLOOD:
+        raise Find(f"{grown} bytes of memory for one input")
+
+
+def _most_memory() -> int:
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def choose(random: Random, *options: tuple[int, Callable[[], Any]]) -> Any:
+    """Call one of several functions, each as often as its weight says."""
+    weights: Sequence[int] = [weight for weight, _ in options]
+    return random.choices([option for _, option in options], weights)[0]()

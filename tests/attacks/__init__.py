@@ -1,0 +1,1 @@
+"""What a hostile peer sends, over every way to receive it."""

@@ -1,0 +1,1 @@
+"""Objects through a network that does its worst, by a seed."""

@@ -1,0 +1,38 @@
+"""Any object arrives as it left: types, bits, strides, and all that is shared."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import aiotorchio
+from tests.corpus import assert_same
+from tests.properties.objects import graphs
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+OPTIONS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {"checksum": st.booleans(), "chunk_size": st.sampled_from([4096, 2**22])},
+    optional={"snapshot": st.booleans(), "metadata": st.dictionaries(st.text(), st.text())},
+)
+
+
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=400,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(graphs(), OPTIONS)
+def test_objects_arrive_as_they_left(obj: Any, options: dict[str, Any]) -> None:
+    file = io.BytesIO()
+    summary = aiotorchio.save(obj, file, **options)
+    assert summary.nbytes == len(file.getvalue())
+    file.write(b"next")
+    file.seek(0)
+    assert_same(aiotorchio.load(file), obj)
+    assert file.read() == b"next"
