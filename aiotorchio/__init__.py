@@ -5,11 +5,12 @@
 first, as a ``Message`` with a ``TensorSpec`` for each tensor; ``iter_bytes`` gives a message to an
 HTTP library; ``save`` and ``load`` are the blocking twins. ``Limits`` says what a load accepts,
 ``DoubleBuffer`` is to load into, ``Summary`` says what a save has sent, and every error is an
-``AiotorchioError``.
+``AiotorchioError``. ``aiotorchio.tls`` has contexts for connections between machines.
 """
 
 from importlib.metadata import version
 
+from aiotorchio import tls
 from aiotorchio.api import iter_bytes, load_from_stream, save_to_stream
 from aiotorchio.errors import (
     AiotorchioError,
@@ -62,4 +63,5 @@ __all__ = [
     "load_from_stream",
     "save",
     "save_to_stream",
+    "tls",
 ]

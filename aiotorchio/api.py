@@ -265,7 +265,8 @@ def load_from_stream(
         InvalidObjectError: The object contradicts itself, or needs a device that is not here.
         RemoteAbort: The sender gave up.
         TransferTimeout: The sender was silent, or slow, for too long (``limits``). If no byte came
-            at all (``start_timeout``), the stream is as it was; its ``offset`` is 0.
+            at all (``start_timeout``), the stream is as it was, unless it is an async generator,
+            which Python ends; its ``offset`` is 0.
         StreamBusy: Another load is using the stream.
         StreamPoisoned: An earlier load was stopped inside its message.
 

@@ -39,6 +39,16 @@ __all__ = [
 ]
 
 
+def printable(text: str) -> str:
+    """A text of a peer's for terminals and logs: what moves a cursor or ends a line is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
 # Characters of a message: what a peer calls things can have megabytes.
 _MESSAGE_MAX = 10_000
 

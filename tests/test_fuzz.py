@@ -108,7 +108,9 @@ def test_damage_at_random() -> None:
 def test_damage_with_right_digests() -> None:
     random = Random(0)
     samples = [*mutate.larger().values(), *SMALL.values()]
-    inputs = (mutate.repaired(random, random.choice(samples)) for _ in range(COUNT))
+    # Each is loaded in several ways.
+    count = COUNT // 2
+    inputs = (mutate.repaired(random, random.choice(samples)) for _ in range(count))
     outcomes = mutate.tally(inputs, mutate.judge_hostile)
-    assert outcomes.total() == COUNT
-    assert outcomes["object"] > COUNT // 50
+    assert outcomes.total() == count
+    assert outcomes["object"] > count // 50

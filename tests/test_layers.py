@@ -48,7 +48,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "files": ({"errors", "wire", "graph", "streams", "drive", "transfer", "options"}, set()),
     "compat": ({"errors", "graph", "files"}, set()),
     "__init__": (
-        {"errors", "wire", "graph", "transfer", "message", "api", "many", "files"},
+        {"errors", "wire", "graph", "transfer", "message", "api", "many", "files", "tls"},
         set(),
     ),
 }

@@ -57,7 +57,7 @@ class Allowlist:
             "collections.OrderedDict": dicts.make,
             "torch.Size": plain.make_size,
             "torch.Tensor": TypeName(torch.Tensor),
-            "torch.device": torch.device,
+            "torch.device": plain.make_device,
             "torch.nn.parameter.Parameter": TypeName(torch.nn.Parameter),
             "torch.serialization._get_layout": plain.make_layout,
             "torch._tensor._rebuild_from_type_v2": self._subclass,

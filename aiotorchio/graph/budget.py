@@ -17,8 +17,10 @@ __all__ = ["Budget", "Measure"]
 # takes about ten times its pickle: a dict of three tensors is 232 bytes, pickled about 25.
 _MEMORY_FLOOR = 64 * 2**20
 _MEMORY_PER_BYTE = 16
-# Steps of hashing: 10**7 take about half a second.
+# Steps of hashing, and of comparing keys whose hashes may be equal: each bound takes about half a
+# second.
 _HASH_STEPS_MAX = 10**7
+_COMPARE_STEPS_MAX = 4 * 10**7
 # hash(n) of an int is n modulo 2**61 - 1: the sender chooses it, and so that of a tuple of ints.
 _EQUAL_HASHES_MAX = 64
 # Keys whose hash the scan does not know: complex numbers, frozensets, instances. If all of them
@@ -35,13 +37,22 @@ class Measure:
     hash_steps: int = 1
     hash: int | None = None
     forgeable: bool = False  # whether the sender can choose the hash
-    kind: str | None = None  # "list" or "dict"
+    kind: str | None = None  # "list", "dict", or "reference" to a tensor or storage
     items: Sequence[Measure] | None = None  # of a tuple
     hashes: dict[int, int] | None = None  # of a dict: how many keys have each forgeable hash
     name: str | None = None  # path, if the object is a global
     stand_in: str | None = None  # path, if it is or holds a global that is not what it is called
     made_by: str | None = None  # path of the global whose call made it
     has_state: bool = False
+    most_steps: int = 1  # of one item, in a list or dict
+    unknown: int = 0  # keys of a dict whose hash is not known
+    lent: bool = False  # whether memory was taken for the measure itself, which goes with it
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a number, a text, or None."""
+        holds = self.depth or self.items is not None
+        return not holds and not (self.kind or self.name or self.made_by)
 
 
 class Budget:
@@ -55,6 +66,7 @@ class Budget:
     def __init__(self, nbytes: int, depth_limit: int) -> None:
         self._memory_left = _MEMORY_FLOOR + _MEMORY_PER_BYTE * nbytes
         self._hash_steps_left = _HASH_STEPS_MAX + nbytes
+        self._compare_steps_left = _COMPARE_STEPS_MAX + nbytes
         self._unknown_hashes_left = _UNKNOWN_HASHES_MAX
         self._depth_limit = depth_limit
 
@@ -73,22 +85,36 @@ class Budget:
         if self._hash_steps_left < 0:
             raise LimitExceeded(f"hashing the keys takes more than {_HASH_STEPS_MAX} steps")
 
+    def compare(self, steps: int) -> None:
+        """Take the time to compare keys that may have equal hashes, and equal parts."""
+        self._compare_steps_left -= steps
+        if self._compare_steps_left < 0:
+            raise LimitExceeded(f"comparing the keys takes more than {_COMPARE_STEPS_MAX} steps")
+
+    def compare_members(self, items: Measure) -> None:
+        """Take the time to make a set of a list: as many have one hash as a set may have."""
+        if items.most_steps > 1:
+            self.compare(items.hash_steps * _EQUAL_HASHES_MAX // 2)
+
     def nest(self, items: Sequence[Measure]) -> int:
         """The depth of what holds these items; there must be one."""
         depth = 1 + max(item.depth for item in items)
         if depth > self._depth_limit:
-            raise LimitExceeded(f"nested deeper than {self._depth_limit} levels")
+            raise LimitExceeded(f"nested deeper than {self._depth_limit} levels (Limits.depth)")
         return depth
 
     def collide(self, key: Measure, container: Measure) -> None:
         """Count a key among those with its hash."""
         if key.hash is None:
             self._unknown_hashes_left -= 1
+            container.unknown += 1
+            self.compare(container.unknown * key.hash_steps)
         else:
             hashes = container.hashes = {} if container.hashes is None else container.hashes
             self.charge(96)
             hashes[key.hash] = hashes.get(key.hash, 0) + 1
             if hashes[key.hash] > _EQUAL_HASHES_MAX:
                 raise LimitExceeded(f"more than {_EQUAL_HASHES_MAX} keys with the same hash")
+            self.compare(hashes[key.hash] * key.hash_steps)
         if self._unknown_hashes_left < 0:
             raise LimitExceeded(f"more than {_UNKNOWN_HASHES_MAX} keys that are not plain values")

@@ -72,6 +72,10 @@ def opcodes(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         )
 
 
+# The longest names that there are have a tenth of it.
+_GLOBAL_NBYTES_MAX = 2000
+
+
 def _argument(data: bytes, layout: int | str, start: int) -> tuple[int, int]:
     """Where an argument begins and ends."""
     if isinstance(layout, int):
@@ -81,6 +85,10 @@ def _argument(data: bytes, layout: int | str, start: int) -> tuple[int, int]:
         end = data.find(b"\n", first + 1) + 1 if first >= 0 else 0
         if not end:
             raise ProtocolError("the pickle ends inside the name of a global")
+        if end - start > _GLOBAL_NBYTES_MAX:
+            raise UnsafeObjectError(
+                f"a global whose name has {end - start} bytes, {_GLOBAL_NBYTES_MAX} allowed"
+            )
     else:
         width = 1 if layout == "count1" else 4
         size = data[start : start + width]
@@ -123,7 +131,7 @@ def globals_of(data: bytes) -> set[str]:
 
 def is_blocked(path: str) -> bool:
     """Whether torch never lets a pickle use a global, whoever trusts it."""
-    return path.split(".")[0] in BLOCKED_MODULES
+    return path.partition(".")[0] in BLOCKED_MODULES
 
 
 def _name(code: int) -> str:

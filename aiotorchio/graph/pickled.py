@@ -30,6 +30,9 @@ from aiotorchio.wire.header import MIXED_UNITS
 
 __all__ = ["dump", "load", "load_trusted"]
 
+# To show, compare or walk over more takes minutes: a list of two of a list of two of ... is small.
+_VALUES_MAX = 10**8
+
 
 def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int) -> bytes:
     """Pickle an object, its tensors and storages into the table.
@@ -103,7 +106,7 @@ def load(
         )
         loaded = unpickler.load()
         allowlist.check_result()
-        _check_depth(loaded, depth_limit)
+        _check_shape(loaded, depth_limit)
         return loaded
 
     return _translated(read, offset)
@@ -183,19 +186,35 @@ def _resolver(
     return resolve
 
 
-def _check_depth(loaded: Any, limit: int) -> None:
-    """Refuse lists and dicts that were nested after the scan had measured what holds them."""
-    path: list[Iterator[Any]] = [iter([loaded])]
-    seen: set[int] = set()
+def _check_shape(loaded: Any, limit: int) -> None:
+    """Refuse what was nested after the scan had measured what holds it: too deep, or endless.
+
+    A list in itself is neither.
+    """
+    # Of each container that was gone through: its values, each as often as it occurs.
+    sizes: dict[int, int] = {}
+    path: list[tuple[int, Iterator[Any]]] = [(0, iter([loaded]))]
+    totals = [0]
     while path:
-        value = next(path[-1], path)
+        key, values = path[-1]
+        value = next(values, path)
         if value is path:
             path.pop()
-        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
-            path.append(iter(value.values() if isinstance(value, dict) else value))
+            total = sizes[key] = totals.pop()
+            if total > _VALUES_MAX:
+                raise LimitExceeded(f"more than {_VALUES_MAX} values, counted wherever they occur")
+            if totals:
+                totals[-1] += total
+        elif not isinstance(value, dict | list | tuple):
+            totals[-1] += 1
+        elif id(value) in sizes:
+            totals[-1] += sizes[id(value)]
+        else:
+            sizes[id(value)] = 1
+            path.append((id(value), iter(value.values() if isinstance(value, dict) else value)))
+            totals.append(1)
             if len(path) > limit + 1:
-                raise LimitExceeded(f"nested deeper than {limit} levels")
+                raise LimitExceeded(f"nested deeper than {limit} levels (Limits.depth)")
 
 
 def _row(row: Any, count: int, what: str) -> int:

@@ -7,7 +7,7 @@ Each takes what pickle itself passes to it, and nothing else: ``bytearray(2**31)
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "encode",
     "make_bytearray",
     "make_bytes",
+    "make_device",
     "make_frozenset",
     "make_layout",
     "make_set",
@@ -67,10 +68,12 @@ def is_dunder(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
 
 
-def check_hashes(items: Iterable[Any]) -> None:
+def check_hashes(items: Collection[Any]) -> None:
     """Refuse items with the same hash: a set of 50,000 of them takes half a minute to make."""
-    hashes = Counter(map(hash, items))
-    if hashes and max(hashes.values()) > _EQUAL_HASHES_MAX:
+    if len(items) - len(set(map(hash, items))) < _EQUAL_HASHES_MAX:
+        return
+    # Counting takes more memory, and is needed for what is hardly ever honest.
+    if max(Counter(map(hash, items)).values()) > _EQUAL_HASHES_MAX:
         raise LimitExceeded(f"more than {_EQUAL_HASHES_MAX} items with the same hash")
 
 
@@ -91,7 +94,21 @@ def make_size(items: Any = ()) -> torch.Size:
     """A ``torch.Size`` from a tuple."""
     if type(items) is not tuple:
         raise UnsafeObjectError(f"a Size from {type(items).__name__}")
+    if any(type(item) is int and not -(2**63) <= item < 2**63 for item in items):
+        raise InvalidObjectError("a Size beyond 64 bits")
     return torch.Size(items)
+
+
+def make_device(*args: Any) -> torch.device:
+    """A ``torch.device`` from what it is pickled as: its type, and its index if it has one."""
+    kind, index = (*args, None)[:2] if args else (None, None)
+    if type(kind) is not str or len(args) > 2 or (index is not None and type(index) is not int):
+        raise UnsafeObjectError("a device from anything but its type and index")
+    device = torch.device(*args)
+    # torch keeps eight bits of an index: 300 would become 44.
+    if index is not None and device.index != index:
+        raise InvalidObjectError(f"device {kind}:{index} is {device} to torch")
+    return device
 
 
 def make_layout(name: Any) -> torch.layout:

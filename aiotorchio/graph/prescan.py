@@ -30,8 +30,8 @@ from aiotorchio.graph.opcodes import is_blocked, opcodes, path_of
 
 __all__ = ["prescan"]
 
-# What an empty container takes, or its measure if that is more: the scan has bounds, too.
-_CONTAINER_NBYTES, _MARK_NBYTES = 304, 176
+# What an empty container takes, a mark of the scan's, and a measure.
+_CONTAINER_NBYTES, _MARK_NBYTES, _MEASURE_NBYTES = 216, 176, 152
 # A set can take eight times the memory of the list it is made from.
 _SETS = {"builtins.set": 8, "builtins.frozenset": 8}
 _DICTS = ("collections.OrderedDict", "collections.Counter")
@@ -43,6 +43,13 @@ _NEEDS = {
     "torch.distributed.tensor.": "torch.distributed.tensor",
     "torch.distributed.device_mesh.": "torch.distributed.tensor",
 }
+
+# What stands for objects that are all alike. Tensors and storages are hashed by their addresses,
+# which the sender does not choose.
+_CONSTANT = Measure(16, hash=0)
+_BYTES = [Measure(32, hash=value) for value in range(256)]
+_EMPTY_TUPLE = Measure(40, hash=hash(()), forgeable=True, items=())
+_REFERENCE = Measure(0, kind="reference")
 
 # The modules whose functions stand for those of torch on the allowlist.
 _PACKAGE = __name__.rpartition(".")[0] + "."
@@ -105,6 +112,7 @@ class _Scan:
         self.stack: list[Measure] = []
         self.marks: list[list[Measure]] = []
         self.memo: dict[int, Measure] = {}
+        self.globals: dict[str, Measure] = {}
         self.budget = Budget(len(data), depth_limit)
 
     def run(self) -> None:
@@ -123,6 +131,13 @@ class _Scan:
     # The stack
 
     def push(self, measure: Measure) -> None:
+        # The scan has bounds, too: until it is let go of, a measure takes more than most objects.
+        self.budget.charge(measure.memory + 8 + _MEASURE_NBYTES)
+        measure.lent = True
+        self.stack.append(measure)
+
+    def push_shared(self, measure: Measure) -> None:
+        """Push one that stands for many objects."""
         self.budget.charge(measure.memory + 8)
         self.stack.append(measure)
 
@@ -153,9 +168,12 @@ class _Scan:
             raise ProtocolError("the pickle ends with objects left over")
 
     def constant(self, argument: bytes) -> None:
-        self.push(Measure(16, hash=0))
+        self.push_shared(_CONSTANT)
 
     def integer(self, argument: bytes) -> None:
+        if len(argument) == 1:
+            self.push_shared(_BYTES[argument[0]])
+            return
         signed = len(argument) == 4
         self.push(Measure(32, hash=hash(int.from_bytes(argument, "little", signed=signed))))
 
@@ -186,12 +204,16 @@ class _Scan:
         self.stack = []
 
     def tuple_(self, items: Sequence[Measure]) -> None:
+        if not items:
+            self.push_shared(_EMPTY_TUPLE)
+            return
         # A tuple in a tuple counts with all 64 bits of its hash, which a number here does not have.
         hashes = tuple(None if item.items or item.made_by else item.hash for item in items)
         self.push(
             Measure(
-                40 + 8 * len(items),
-                depth=self.budget.nest(items) if items else 0,
+                # With the list of its items, which the scan keeps.
+                104 + 16 * len(items),
+                depth=self.budget.nest(items),
                 hash_steps=1 + sum(item.hash_steps for item in items),
                 hash=None if None in hashes else hash(hashes),
                 forgeable=True,
@@ -212,9 +234,11 @@ class _Scan:
                 "pass it in safe_globals or to torch.serialization.add_safe_globals, or "
                 "weights_only=False if you trust the sender"
             )
-        ours = getattr(self.allowed[path], "__module__", "").startswith(_PACKAGE)
-        stand_in = path if ours else None
-        self.push(Measure(0, hash=hash(path), name=path, stand_in=stand_in))
+        if path not in self.globals:
+            ours = getattr(self.allowed[path], "__module__", "").startswith(_PACKAGE)
+            stand_in = path if ours else None
+            self.globals[path] = Measure(0, hash=hash(path), name=path, stand_in=stand_in)
+        self.push_shared(self.globals[path])
 
     def instantiate(self, argument: bytes) -> None:
         if len(self.stack) < 2:
@@ -235,6 +259,8 @@ class _Scan:
         if not function.name.startswith("torch._"):  # which hash nothing
             for item in items:
                 self.budget.hash(item)
+                if function.name in _SETS:
+                    self.budget.compare_members(item)
         # What is made can be a copy of an argument that is used many times.
         memory = 256 + sum(item.memory for item in items) * _SETS.get(function.name, 1)
         same = function.name == "torch.Size" and len(items) == 1
@@ -257,11 +283,26 @@ class _Scan:
             raise UnsafeObjectError(f"a state for an object of {maker or 'torch'}: it takes none")
         if self.top().has_state:
             raise UnsafeObjectError(f"a second state for an object of {maker}")
+        if not self.is_attributes(state, maker):
+            raise UnsafeObjectError(f"a state for an object of {maker} that is no dict")
+        # Its keys are hashed again, for each object that gets it.
+        self.budget.hash(state)
         self.top().has_state = True
         self.given_state.add(maker)
         # It is copied into the object, item by item, and may be that of many objects.
         self.budget.charge(state.memory)
         self.adopt([state])
+
+    def is_attributes(self, state: Measure, maker: str) -> bool:
+        """Whether a state is what pickle writes: update() of a dict takes pairs, too, unscanned."""
+        made_by = self.allowed[maker]
+        # What a trusted function makes may take anything, as arrays of numpy do.
+        if maker not in _DICTS and not (
+            isinstance(made_by, type) and not hasattr(made_by, "__setstate__")
+        ):
+            return True
+        parts = state.items if state.items is not None and len(state.items) == 2 else (state,)
+        return all(part.kind == "dict" or part.is_plain for part in parts)
 
     def append(self, _: bytes) -> None:
         self.extend([self.pop()])
@@ -296,7 +337,7 @@ class _Scan:
             )
         for key in items[::2]:
             self.budget.hash(key)
-            if key.forgeable or key.hash is None:
+            if key.forgeable or (key.hash is None and key.kind != "reference"):
                 self.budget.collide(key, container)
         self.budget.charge(96 * (len(items) // 2))
         self.adopt(items)
@@ -310,6 +351,12 @@ class _Scan:
         if items:
             container.depth = max(container.depth, self.budget.nest(items))
             container.hash_steps += sum(item.hash_steps for item in items)
+            container.most_steps = max(container.most_steps, max(item.hash_steps for item in items))
+        # Nothing refers to their measures any more, unless the memo does.
+        for item in items:
+            if item.lent:
+                item.lent = False
+                self.budget.charge(-_MEASURE_NBYTES)
 
     def check_contents(self, items: Sequence[Measure]) -> None:
         """Refuse, as part of the object, what only stands for one of Python's or torch's names."""
@@ -319,11 +366,12 @@ class _Scan:
 
     def persistent_id(self, _: bytes) -> None:
         self.pop()
-        # Tensors are hashed by their addresses, which differ as much as places in the pickle do.
-        self.push(Measure(0, hash=self.at))
+        self.push_shared(_REFERENCE)
 
     def put_memo(self, argument: bytes) -> None:
         self.budget.charge(104)
+        # What it holds stays, and so does what was taken for it.
+        self.top().lent = False
         self.memo[int.from_bytes(argument, "little")] = self.top()
 
     def get_memo(self, argument: bytes) -> None:

@@ -73,7 +73,8 @@ def build_tensor(
     """Make the tensor of one row, whose number is for errors; raises as ``build_tensors``."""
     try:
         return _build_tensor(row, storage, blanks)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:
+        # An attribute, of devices that this torch knows by name only.
         raise InvalidObjectError(f"torch: {error}", entry=describe(row, index)) from error
 
 

@@ -28,6 +28,11 @@ _PER_BYTE = {torch.quint4x2: 2, torch.quint2x4: 4}
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
+_PER_CHANNEL = (
+    torch.per_channel_affine,
+    torch.per_channel_symmetric,
+    torch.per_channel_affine_float_qparams,
+)
 # Checking one part of a nested tensor takes as long as copying about this many bytes.
 _NESTED_WORK = 64 * 2**10
 
@@ -117,11 +122,13 @@ class TensorMaker:
         # The scales are made for an empty tensor: the size is taken from the storage below.
         if len(params) == 3 and params[0] is torch.per_tensor_affine:
             _expect(params[1], float, int)
-            _expect(params[2], int)
+            # Beyond, torch makes a tensor that can't be used.
+            if not -(2**31) <= _expect(params[2], int) < 2**31:
+                raise InvalidObjectError(f"zero point {params[2]}")
             tensor = _torch.empty_affine_quantized(
                 [0], scale=params[1], zero_point=params[2], dtype=dtype, device=untyped.device
             )
-        elif len(params) == 4 and params[0] is not torch.per_tensor_affine:
+        elif len(params) == 4 and any(params[0] is known for known in _PER_CHANNEL):
             scales, zero_points, axis = params[1:]
             self._charge(scales)
             self._charge(zero_points)

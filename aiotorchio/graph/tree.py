@@ -25,6 +25,8 @@ __all__ = ["NotATreeError", "decode", "encode"]
 
 # Deeper objects go to pickle. Far below Python's recursion limit, above any state dict.
 _ENCODE_DEPTH_MAX = 100
+# As of the shape of a tensor.
+_SIZE_MAX = 4096
 _INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**64 - 1
 
 
@@ -161,9 +163,15 @@ def _dtype_leaf(value: torch.dtype) -> Any:
     return (Tag.DTYPE, DTYPE_NAMES[value])
 
 
+def _size_leaf(value: torch.Size) -> Any:
+    if len(value) > _SIZE_MAX:
+        raise NotATreeError(f"a size of more than {_SIZE_MAX} dimensions")
+    return (Tag.SIZE, *value)
+
+
 _LEAVES: dict[type, Callable[[Any], Any]] = {
     complex: lambda value: (Tag.COMPLEX, value.real, value.imag),
-    torch.Size: lambda value: (Tag.SIZE, *value),
+    torch.Size: _size_leaf,
     torch.dtype: _dtype_leaf,
     torch.device: lambda value: (Tag.DEVICE, str(value)),
 }
@@ -194,7 +202,9 @@ def decode(skeleton: bytes, tensors: Sequence[Any], *, depth_limit: int, offset:
             return _Decoder(tensors, depth_limit).value(node, 0)
     except RecursionError:
         raise LimitExceeded(
-            f"nested deeper than {depth_limit} levels", entry="skeleton", offset=offset
+            f"nested deeper than {depth_limit} levels (Limits.depth)",
+            entry="skeleton",
+            offset=offset,
         ) from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(
@@ -217,7 +227,7 @@ class _Decoder:
         if kind is not list or not node or type(node[0]) is not int:
             raise ProtocolError("a node that is neither a plain value nor a tagged array")
         if depth >= self._depth_limit:
-            raise LimitExceeded(f"nested deeper than {self._depth_limit} levels")
+            raise LimitExceeded(f"nested deeper than {self._depth_limit} levels (Limits.depth)")
         read = _READERS.get(node[0])
         if read is None:
             raise ProtocolError(f"unknown tag {node[0]}")
@@ -286,6 +296,8 @@ class _Decoder:
         return value
 
     def size(self, node: list[Any], depth: int) -> torch.Size:
+        if len(node) > _SIZE_MAX + 1:
+            raise LimitExceeded(f"a size of more than {_SIZE_MAX} dimensions")
         dims = _payload(node, *[int] * (len(node) - 1))
         if any(dim > 2**63 - 1 or dim < -(2**63) for dim in dims):
             raise ProtocolError("a size beyond 64 bits")

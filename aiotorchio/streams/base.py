@@ -161,7 +161,7 @@ def connection_errors(broken: type[OSError] = ConnectionError) -> Iterator[None]
         anyio.ClosedResourceError,
     ) as error:
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise TruncatedError(f"the connection broke inside a message: {text}") from error
+        raise TruncatedError(f"the connection broke: {text}") from error
 
 
 def coalesce(buffers: Sequence[Buffer], size: int = PIECE_SIZE) -> Iterator[Buffer]:

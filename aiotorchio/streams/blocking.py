@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from aiotorchio.errors import AiotorchioError
 from aiotorchio.streams.base import Buffer, Driver, coalesce, connection_errors
 
 __all__ = ["BlockingStream"]
@@ -41,7 +42,7 @@ class BlockingStream(Driver):
             for buffer in buffers:
                 view = buffer
                 while view:
-                    count = self._read_into(view)
+                    count = self._take(view)
                     if not count:
                         return done
                     self.moved(count)
@@ -76,9 +77,23 @@ class BlockingStream(Driver):
         """Give back what was used, as it was. For the rest see ``Sink``."""
         self.failure = None
 
+    def _take(self, view: memoryview) -> int:
+        # Before it is known: who is interrupted here must not take what is left for a message.
+        before, self.in_message = self.in_message, not self._seekable
+        try:
+            count = self._read_into(view)
+        except (OSError, AiotorchioError):
+            self.in_message = before
+            raise
+        if not count:
+            self.in_message = before
+        return count
+
     def _read_into(self, view: memoryview) -> int:
-        if hasattr(self._file, "readinto"):
-            count = self._file.readinto(view)
+        # What is there, not all that is asked for: the pace of whoever writes is to be seen.
+        into = getattr(self._file, "readinto1", None) or getattr(self._file, "readinto", None)
+        if into is not None:
+            count = into(view)
             if count is None:
                 raise _would_block()
             return int(count)

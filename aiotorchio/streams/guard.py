@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Literal, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from aiotorchio.errors import StreamBusy, StreamPoisoned
 from aiotorchio.streams.base import Sink, Source
@@ -19,14 +19,21 @@ Direction = Literal["save", "load"]
 Driver = TypeVar("Driver", Source, Sink, BlockingStream)
 
 
+class _Call:
+    """One that uses a stream; alive as long as its frame is."""
+
+
 @dataclass(slots=True)
 class _State:
-    # A lock for the blocking twins, which may come from several threads.
-    busy: Lock = field(default_factory=Lock)
+    # A weak reference: a call that is interrupted while it cleans up is over, too.
+    call: ref[_Call] | None = None
     poison: str | None = None
 
 
+_INTERRUPTED = "it was interrupted"
 _states: WeakKeyDictionary[Any, dict[Direction, _State]] = WeakKeyDictionary()
+# The blocking twins may come from several threads.
+_claims = Lock()
 
 
 def _state(stream: Any, direction: Direction) -> _State:
@@ -52,9 +59,11 @@ def exclusive(
         StreamBusy: Another call is using the stream in this direction.
         StreamPoisoned: Another call stopped inside a message.
     """
-    state = _state(stream, direction)
-    if not state.busy.acquire(blocking=False):
-        raise StreamBusy(f"another {direction} is using this stream")
+    state, call = _state(stream, direction), _Call()
+    with _claims:
+        if state.call is not None and state.call() is not None:
+            raise StreamBusy(f"another {direction} is using this stream")
+        state.call = ref(call)
     try:
         if state.poison is not None:
             raise StreamPoisoned(
@@ -62,17 +71,24 @@ def exclusive(
                 f"close this stream and open another"
             )
         driver = open_driver(stream)
+        # Until it is known how it ended: nobody may take what an interrupted call leaves for whole.
+        state.poison = _INTERRUPTED
+        why = "it was left there"
         try:
             yield driver
-            if driver.in_message:
-                state.poison = "it was left there"
         except BaseException as error:
-            if driver.in_message:
-                state.poison = f"{type(error).__name__}: {error}" if str(error) else repr(error)
-                # At once: whoever is at the other end has nothing to wait for any more.
-                driver.abort()
+            why = f"{type(error).__name__}: {error}" if str(error) else repr(error)
             raise
         finally:
-            driver.release()
+            try:
+                state.poison = why if driver.in_message else None
+                if driver.in_message:
+                    # At once: whoever is at the other end has nothing to wait for any more.
+                    driver.abort()
+                    # That ends both directions of a stream that has two.
+                    other = _state(stream, "load" if direction == "save" else "save")
+                    other.poison = other.poison or f"a {direction} did: {why}"
+            finally:
+                driver.release()
     finally:
-        state.busy.release()
+        state.call = None

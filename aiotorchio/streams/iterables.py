@@ -14,7 +14,7 @@ __all__ = ["IterableSource", "resumable"]
 
 # An iterator can't take back the end of a piece that belongs to the next message, so it waits
 # here. Iterables that start anew each time have no next message.
-_left_over: WeakKeyDictionary[Any, bytes] = WeakKeyDictionary()
+_left_over: WeakKeyDictionary[Any, bytes | memoryview] = WeakKeyDictionary()
 
 _NOTHING = memoryview(b"")
 
@@ -74,7 +74,9 @@ class IterableSource(Source):
 
     def release(self) -> None:
         if self._resumes and self._piece:
-            _left_over[self._iterator] = bytes(self._piece)
+            # A view of bytes can wait; other pieces may change when the next is asked for.
+            kept = isinstance(self._piece.obj, bytes)
+            _left_over[self._iterator] = self._piece if kept else bytes(self._piece)
         self._piece = _NOTHING
 
 

@@ -25,6 +25,7 @@ from aiotorchio.memory.staging import Copier, DeviceCopier
 from aiotorchio.memory.swap import swap_bytes
 from aiotorchio.strided import order_of
 from aiotorchio.transfer.steps import Progress
+from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import META_LOCATION, MIXED_UNITS, Header, Layout
 
 __all__ = ["DoubleBuffer", "Into", "Placement", "TensorOptions", "Wanted"]
@@ -260,7 +261,7 @@ class Placement:
         """Where a storage goes; None: it is not made."""
         rows = self._storages[index]
         if not rows.fresh and (rows.into or rows.left_out):
-            routed = not rows.into or self._can_be_routed(rows)
+            routed = not rows.into or self._can_be_routed(index, rows)
             return None if routed else _CPU
         device = self._devices.device(index)
         if self._unwritten is not None:
@@ -268,16 +269,20 @@ class Placement:
         # What destinations are copied from must be there.
         return _CPU if rows.into and device.type == META_LOCATION else device
 
-    def _can_be_routed(self, rows: _Rows) -> bool:
+    def _can_be_routed(self, index: int, rows: _Rows) -> bool:
         """Whether bytes can go to the destinations while they arrive, in the order of the wire."""
-        orders = [
-            order_of(row.shape, row.stride)
-            for row in (self._header.tensors[index] for index in rows.into)
-        ]
-        return not self._swapped and all(
-            # Few elements over a long way would be looked for in many chunks.
-            order.distinct and order.extent <= _SPREAD_MAX * order.count
-            for order in orders
+        tensors = [self._header.tensors[row] for row in rows.into]
+        orders = [order_of(row.shape, row.stride) for row in tensors]
+        ways = sum(
+            order.extent * DTYPES[row.dtype].itemsize
+            for order, row in zip(orders, tensors, strict=True)
+        )
+        # Few elements over a long way would be looked for in many chunks, and so would many tensors
+        # over the same way.
+        return (
+            not self._swapped
+            and ways <= _SPREAD_MAX * self._header.storages[index].nbytes
+            and all(o.distinct and o.extent <= _SPREAD_MAX * o.count for o in orders)
         )
 
     def payload(self) -> IncomingPayload:

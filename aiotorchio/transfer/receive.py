@@ -20,7 +20,7 @@ from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.staged import Exchange, Swap, note_change
 from aiotorchio.transfer.plan import Into, Placement, TensorOptions
 from aiotorchio.transfer.steps import INLINE_ROWS, INLINE_SKELETON, Progress, work
-from aiotorchio.wire.header import Header, Layout
+from aiotorchio.wire.header import META_LOCATION, Header, Layout
 from aiotorchio.wire.limits import Limits
 from aiotorchio.wire.parser import (
     ChunkReceived,
@@ -172,6 +172,8 @@ class IncomingMessage:
     def _is_small(self, rebuilder: Rebuilder) -> bool:
         return (
             self.header.codec == "tree"
+            # The first tensor there imports what takes half a second.
+            and META_LOCATION not in self.header.locations
             and max(len(self.header.tensors), len(self.header.storages)) <= INLINE_ROWS
             and rebuilder.nbytes <= INLINE_SKELETON
         )
@@ -244,8 +246,9 @@ class IncomingMessage:
         started = yield from self._until(ChunkStarted)
         try:
             buffers, move = payload.chunk(started.offset, started.length)
-        except MemoryError as error:
-            raise LimitExceeded(str(error), entry="payload") from error
+        except RuntimeError as error:
+            # Of torch's allocator, for the slab of a chunk.
+            raise MemoryError(str(error)) from error
         # The chunk before goes to its device while this one comes in.
         arrived = yield from self._until(ChunkReceived, answer=buffers, meanwhile=meanwhile)
         self.chunks_left -= 1
@@ -286,6 +289,12 @@ class IncomingMessage:
         """Give errors the place that was reached, if they have none."""
         try:
             yield
+        except MemoryError as error:
+            raise LimitExceeded(
+                f"no memory for what the message needs: {error}",
+                entry=self._parser.entry,
+                offset=self._parser.position,
+            ) from error
         except AiotorchioError as error:
             if error.offset is None:
                 error.offset = self._parser.position

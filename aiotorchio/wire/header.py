@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import msgspec
 
 from aiotorchio.collection import collection_paused
-from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError
+from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, printable
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.limits import Limits
 
@@ -51,7 +51,8 @@ MIXED_UNITS = 0
 
 REQUIRES_GRAD, PARAMETER, CONJUGATE, NEGATIVE = 1, 2, 4, 8
 _NAME_SHOWN = 200
-_TABLES = ("metadata", "locations", "storages", "tensors")
+# Items that are decoded in one go, during which no other thread has its turn.
+_DIMS_MAX, _NAMES_MAX, _TEXTS_MAX = 4096, 2**18, 2**16
 # A text of three letters takes 64 bytes. Others, numbers and rows take up to 17 times what they are
 # in a message, and honest headers 10 times; few of their bytes look like the heads of such texts.
 _TEXT_NBYTES, _TEXTS_FLOOR, _TEXTS_PER_BYTE = 64, 16 * 2**20, 8
@@ -86,10 +87,10 @@ class TensorRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=
     # A value that is listed is not made anew for each row.
     dtype: Dtype
     offset: Size
-    shape: tuple[Size, ...]
-    stride: tuple[Size, ...]
+    shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=_DIMS_MAX)]
+    stride: Annotated[tuple[Size, ...], msgspec.Meta(max_length=_DIMS_MAX)]
     flags: Annotated[int, msgspec.Meta(ge=0, le=15)]
-    names: list[str]
+    names: Annotated[list[str], msgspec.Meta(max_length=_NAMES_MAX)]
 
     def __post_init__(self) -> None:
         """As of a storage."""
@@ -120,9 +121,16 @@ def encode_header(header: Header) -> bytes:
 @functools.cache
 def _decoder(entries: int) -> msgspec.msgpack.Decoder[tuple[Any, ...]]:
     """Reads a header whose tables have no more entries; says so before it builds any."""
-    limit = msgspec.Meta(max_length=entries)
+    most = {
+        "metadata": min(entries, _TEXTS_MAX),
+        "locations": min(entries, _TEXTS_MAX),
+        "storages": entries,
+        "tensors": entries,
+    }
     kinds = [
-        Annotated[field.type, limit] if field.name in _TABLES else field.type
+        Annotated[field.type, msgspec.Meta(max_length=most[field.name])]
+        if field.name in most
+        else field.type
         for field in msgspec.structs.fields(Header)
     ]
     # A tuple that mypy can't know.
@@ -154,13 +162,22 @@ def decode_header(data: bytes, limits: Limits, *, offset: int = 0) -> Header:
         with collection_paused():
             return Header(*_decoder(limits.entries).decode(data))
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        table = re.match(r"Expected `array` of length <= \d+ - at `\$\[(\d)\]`", str(error))
-        if table:
-            what = Header.__struct_fields__[int(table[1])]
-            raise LimitExceeded(
-                f"more than {limits.entries} {what} (Limits.entries)", entry="header", offset=offset
-            ) from error
+        many = _TOO_MANY.match(str(error))
+        if many:
+            raise LimitExceeded(_too_many(*many.groups()), entry="header", offset=offset) from error
         raise ProtocolError(f"malformed header: {error}", entry="header", offset=offset) from error
+
+
+# What msgspec says of an array that is too long: how long it may be, and which one it is.
+_TOO_MANY = re.compile(
+    r"Expected `array` of length <= (\d+) - at `\$\[(\d)\](?:\[[\d.]+\]\[(\d)\])?`"
+)
+
+
+def _too_many(most: str, field: str, column: str | None) -> str:
+    if column is not None:
+        return f"a tensor with more than {most} items of {TensorRow.__struct_fields__[int(column)]}"
+    return f"more than {most} {Header.__struct_fields__[int(field)]} (Limits.entries)"
 
 
 def _short_texts(data: bytes) -> int:
@@ -217,8 +234,8 @@ def describe(row: TensorRow, index: int) -> str:
 
 
 def shortened(name: str) -> str:
-    """As much of a name as a person reads: a peer may have sent megabytes."""
-    return name if len(name) <= _NAME_SHOWN else name[:_NAME_SHOWN] + "..."
+    """As much of a name as a person reads: a peer may have sent megabytes, or anything else."""
+    return printable(name if len(name) <= _NAME_SHOWN else name[:_NAME_SHOWN] + "...")
 
 
 def validate(header: Header, limits: Limits, *, offset: int = 0) -> Layout:

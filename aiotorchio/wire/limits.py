@@ -46,26 +46,31 @@ class Limits:
     ``TransferTimeout``. Only the time counts in which bytes are waited for, not that in which they
     are worked on or nobody asks for them. Silence and slowness have one account: it begins with
     ``idle_timeout`` seconds, waiting takes them away, and n bytes bring n / ``least_rate`` seconds
-    back, never more than there were. Files, pipes and iterators of a blocking load cannot be
-    interrupted while they wait.
+    back, never more than there were: with 1 and 100, a peer that sends 10 bytes each 0.8 seconds
+    is given up after 1.1. Nothing interrupts the files and pipes of blocking calls. The handshake
+    of TLS comes before all of this: ``ssl_handshake_timeout`` of asyncio, 60 seconds, bounds it.
 
     Args:
         header_nbytes: Size of the header in bytes. Reading it takes at most 16 MiB of memory and
-            20 times its size; an honest one takes 10 times its size.
+            20 times its size; an honest one takes 10 times its size. What it describes is made of
+            some 500 bytes a tensor and 260 a storage, beside their numbers.
         skeleton_nbytes: Size of the skeleton in bytes. Reading it, or building what it says, takes
             at most 64 MiB and 16 times its size.
         chunk_nbytes: Size of one chunk in bytes.
         total_nbytes: Bytes of all storages together. The default is what the machine holds:
             physical memory, or less if its container may take less.
         expanded_nbytes: Bytes of any one tensor if it were made contiguous: an expanded one can
-            claim far more than its storage has. None is ``total_nbytes``.
+            claim far more than its storage has. None is ``total_nbytes``. Tensors on ``meta``,
+            which have no bytes at all, may claim any size.
         entries: Number of storages, and number of tensors.
         depth: Nesting of containers in the object.
         dims: Dimensions of one tensor.
         start_timeout: Seconds until the first byte of a message. None, the default, waits as long
             as it takes: the next weights may take an hour. Whoever serves strangers sets it.
-        handshake_timeout: Seconds from the first byte of a message until its header is in.
-        idle_timeout: Seconds that a load waits without a byte.
+        handshake_timeout: Seconds from the first byte of a message until its header, the table of
+            its tensors, is in.
+        idle_timeout: Seconds that a load waits without a byte. None: for ever, however slowly
+            bytes come.
         write_timeout: Seconds that a save waits without the peer's taking a byte. Streams of
             anyio, and those of asyncio over TLS, tell for pieces of 256 KiB only.
         least_rate: Bytes a second that move in the long run, in both directions; 0 for any.
@@ -112,7 +117,7 @@ class Limits:
 
     @property
     def dense_nbytes(self) -> int:
-        """``expanded_nbytes`` as a number."""
+        """``expanded_nbytes`` as a number: what it means if it is None."""
         return self.total_nbytes if self.expanded_nbytes is None else self.expanded_nbytes
 
 

@@ -89,6 +89,7 @@ def unsafe() -> dict[str, Any]:
         "copyreg": call("copyreg", "_reconstructor", None, None, None),
         "subprocess": call("subprocess", "Popen", "true"),
         "sys.exit": call("sys", "exit", 7),
+        "name_of_megabytes": call("x" + ".ab" * 10**6, "y"),
         "dotted": call("torch", "serialization.os.system", "exit 7"),
         "named_only": name("os", "system"),
         "numpy": call("numpy._core.multiarray", "_reconstruct", None, (0,), "b"),
@@ -121,6 +122,7 @@ def unsafe() -> dict[str, Any]:
         "utf-16": call("_codecs", "encode", "abc", "utf-16"),
         "encode_errors": call("_codecs", "encode", "abc", "latin1", "ignore"),
         "codec_of_no_str": call("_codecs", "encode", "abc", ["latin1"]),
+        "device_of_tuple": call("torch", "device", ("cpu", 0)),
         "size_of_list": call("torch", "Size", [1, 2]),
         "size_of_tensor": call("torch", "Size", tensor(INDICES)),
         "ordered_dict_of_items": call("collections", "OrderedDict", [("a", 1)]),
@@ -149,6 +151,11 @@ def unsafe() -> dict[str, Any]:
         "doubled_function": subclassed(Code(doubled(60)), tensor_name, args, {}),
         "doubled_class": subclassed(rebuilt, Code(doubled(60)), args, {}),
         "state_of_global": build(name("collections", "OrderedDict"), {"a": 1}),
+        "state_of_pairs": build(ordered_dict(), [(Code(doubled(60)), None)]),
+        "state_of_tuple_of_pairs": build(ordered_dict(), ([(Code(doubled(60)), None)], None)),
+        "state_of_set": build(ordered_dict(), call("builtins", "set", [1])),
+        "state_of_dict_made": build(ordered_dict(), ordered_dict()),
+        "state_as_tensor": build(ordered_dict(), tensor(INDICES)),
         "state_of_size": build(call("torch", "Size", (1,)), {"a": 1}),
         "items_of_tensor": Code(assemble(tensor(INDICES)) + assemble(0) + assemble(9) + b"s"),
         "many_items_of_tensor": Code(assemble(tensor(INDICES)) + b"(K\x00K\x09u"),
@@ -196,10 +203,35 @@ def doubled(levels: int) -> Code:
     return Code(b")" + (put(900) + get(900) + b"\x86") * levels)
 
 
+def doubled_late(levels: int) -> Code:
+    """Likewise of lists, which are empty until all others are made, the outermost filled first."""
+    empty = b"".join(b"]" + put(1000 + level) for level in range(levels + 1))
+    filled = b"".join(
+        get(1000 + level) + b"(" + get(1000 + level - 1) * 2 + b"e"
+        for level in range(levels, 0, -1)
+    )
+    return Code(b"](" + empty + filled + b"e")
+
+
 def texts_doubled(levels: int) -> Code:
     """Likewise, endless to show."""
     text = assemble(("x" * 1000,))
     return Code(text + (put(901) + get(901) + b"\x86") * levels)
+
+
+def equal_parts(count: int, levels: int = 10) -> Code:
+    """Keys of one hash that are equal, and not the same, up to their ends."""
+    pairs = (
+        doubled(levels) + assemble(number) + b"\x86" + b"N" for number in colliding_integers(count)
+    )
+    return Code(b"}(" + b"".join(pairs) + b"u")
+
+
+def members_of_one_hash(count: int, levels: int) -> bytes:
+    """Likewise, for a list."""
+    return b"".join(
+        doubled(levels) + assemble(number) + b"\x86" for number in colliding_integers(count)
+    )
 
 
 def filled_late(function: Code, items: Code) -> Code:
@@ -286,8 +318,13 @@ def limits() -> dict[str, bytes]:
         "doubled_ordered": Code(assemble(ordered_dict()) + key + b"Ns"),
         "doubled_late_set": filled_late(name("builtins", "set"), key),
         "doubled_late_frozenset": filled_late(name("builtins", "frozenset"), key),
+        "doubled_lists_late": doubled_late(40),
         "doubled_slowly": Code(b"](" + doubled(22) + put(1) + (b"}" + get(1) + b"Ns") * 3 + b"e"),
         "colliding_integers": keys(colliding_integers(50_000)),
+        "equal_parts_in_colliding_keys": equal_parts(2000),
+        "equal_parts_in_a_set": Code(
+            name("builtins", "set") + b"](" + members_of_one_hash(60, 15) + b"e\x85R"
+        ),
         "colliding_tuples": keys(colliding_tuples(20_000)),
         "colliding_sizes": keys(call("torch", "Size", pair) for pair in colliding_tuples(200)),
         "complex_keys": keys(
@@ -373,6 +410,10 @@ def invalid() -> dict[str, bytes]:
         "quantized_size": quantized((per_tensor, 1.0, 0), (5,)),
         "quantized_dtype": quantized((per_tensor, 1.0, 0), dtype="int8"),
         "quantized_params": quantized([per_tensor, 1.0, 0]),
+        "size_of_70_bits": call("torch", "Size", (2**70,)),
+        "device_wrapped": call("torch", "device", "cuda", 300),
+        "quantized_zero_point": quantized((per_tensor, 1.0, 2**62)),
+        "quantized_scheme": quantized(("nonsense", tensor(FLOATS), tensor(FLOATS), 0)),
         "quantized_short": quantized((per_tensor, 1.0)),
         "quantized_scale": quantized((per_tensor, "1", 0)),
         "quantized_channels": quantized((per_channel, tensor(SHORT), tensor(SHORT), 0)),
@@ -519,6 +560,7 @@ def trees() -> dict[str, Case]:
         "empty_integer": (pack([7, b""]), "ProtocolError"),
         "integer_of_str": (pack([7, "abcdefghijkl"]), "ProtocolError"),
         "size_beyond": (pack([8, 2**63]), "ProtocolError"),
+        "size_of_many": (pack([8, *[1] * 4097]), "LimitExceeded"),
         "size_of_str": (pack([8, "a"]), "ProtocolError"),
         "dtype": (pack([9, "float33"]), "ProtocolError"),
         "dtype_number": (pack([9, 1]), "ProtocolError"),

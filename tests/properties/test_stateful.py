@@ -386,6 +386,6 @@ class Streams(RuleBasedStateMachine):
 
 
 Streams.TestCase.settings = settings(
-    derandomize=True, deadline=None, max_examples=100, stateful_step_count=40
+    derandomize=True, deadline=None, max_examples=70, stateful_step_count=40
 )
 TestStreams = Streams.TestCase

@@ -231,9 +231,11 @@ def test_not_messagepack(data: bytes) -> None:
 def test_no_memory_is_taken_for_the_claim_of_an_array() -> None:
     data = pack(fields())
     # Locations; a shape.
-    for claimed, kind in ((b"\x91\xa3cpu", LimitExceeded), (b"\x91\x02", ProtocolError)):
+    for claimed, most in ((b"\x91\xa3cpu", 2**16), (b"\x91\x02", 4096)):
         assert data.count(claimed) == 1
-        refuse(kind, data.replace(claimed, b"\xdd\xff\xff\xff\xff" + claimed[1:]))
+        for count, kind in ((most, ProtocolError), (most + 1, LimitExceeded)):
+            head = b"\xdd" + count.to_bytes(4, "big")
+            refuse(kind, data.replace(claimed, head + claimed[1:]))
 
 
 @pytest.mark.parametrize(
@@ -364,8 +366,10 @@ def test_meta_takes_no_room() -> None:
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value[8])[:60],
 )
 def test_bad_row(kind: type[AiotorchioError], items: Any) -> None:
-    known = items[8][0][1] in DTYPES
-    refuse(kind, items, TENSOR if known else "header")
+    _, dtype, _, shape, *_ = items[8][0]
+    # These are seen before there are rows.
+    decoded = dtype in DTYPES and len(shape) <= 4096
+    refuse(kind, items, TENSOR if decoded else "header")
 
 
 @pytest.mark.parametrize(
