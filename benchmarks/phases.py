@@ -99,7 +99,7 @@ def main() -> None:
             "validate it": lambda: validate(header, limits),
             "decide where things go": place,
             "check the skeleton": lambda: check_tree(
-                skeleton, rows, names=False, depth_limit=limits.depth, offset=0
+                skeleton, rows, names=False, limits=limits, offset=0
             ),
             "plan the memory": placement.payload,
             "cut arenas into storages": payload.storages,

@@ -101,13 +101,13 @@ def _torch_saves(obj: Any) -> bool:
 def _check_names(parts: Flattened) -> None:
     """Make sure that the names of the header pass for the paths of the object, and no others."""
     rows = parts.header.tensors
-    check_tree(parts.skeleton, rows, names=True, depth_limit=256, offset=OFFSET)
+    check_tree(parts.skeleton, rows, names=True, limits=Limits(), offset=OFFSET)
     for row in rows[:3]:
         right = row.names
         for wrong in (right[1:], [*right, right[0]], [right[0] + "x", *right[1:]]):
             row.names = wrong
             try:
-                check_tree(parts.skeleton, rows, names=True, depth_limit=256, offset=OFFSET)
+                check_tree(parts.skeleton, rows, names=True, limits=Limits(), offset=OFFSET)
             except ProtocolError as error:
                 check_refusal(error, OFFSET, 0)
             else:

@@ -752,7 +752,7 @@ PICKLES: list[tuple[bytes, str]] = [
     (b"\x93.", "UnsafeObjectError"),
     (b"cos\nsystem\n.", "UnsafeObjectError"),
     (b"c__builtin__\neval\n.", "UnsafeObjectError"),
-    (b"c__builtin__\ncomplex\n.", ""),
+    (b"c__builtin__\ncomplex\nG" + bytes(8) + b"G" + bytes(8) + b"\x86R.", ""),
     (b"K\x00Q.", ""),
     (b"K\x01Q.", "ProtocolError"),
     (b"J\xff\xff\xff\xffQ.", "ProtocolError"),

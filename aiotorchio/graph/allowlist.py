@@ -49,7 +49,7 @@ class Allowlist:
         self.globals: dict[str, Any] = {
             "builtins.bytearray": plain.make_bytearray,
             "builtins.bytes": plain.make_bytes,
-            "builtins.complex": complex,
+            "builtins.complex": plain.make_complex,
             "builtins.frozenset": plain.make_frozenset,
             "builtins.set": plain.make_set,
             "_codecs.encode": plain.encode,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from aiotorchio.errors import LimitExceeded
 
-__all__ = ["Budget", "Measure"]
+__all__ = ["Budget", "Measure", "too_wide"]
 
 # Memory that any pickle may take, and what each of its bytes may take beyond. Honest state
 # takes about ten times its pickle: a dict of three tensors is 232 bytes, pickled about 25.
@@ -46,6 +46,9 @@ class Measure:
     has_state: bool = False
     most_steps: int = 1  # of one item, in a list or dict
     unknown: int = 0  # keys of a dict whose hash is not known
+    number: bool = False  # whether it is an int or a float, whose hash is known to the sender
+    count: int = 0  # of a list or dict: its items so far
+    wide: int = 0  # of them: numbers, and what is made of numbers, not counted from 0 on
     lent: bool = False  # whether memory was taken for the measure itself, which goes with it
 
     @property
@@ -55,15 +58,26 @@ class Measure:
         return not holds and not (self.kind or self.name or self.made_by)
 
 
+def too_wide(wide_keys: int) -> LimitExceeded:
+    """What there is to say of keys that may all collide."""
+    return LimitExceeded(
+        f"more than {wide_keys} numbers as keys or members that are not counted from 0 on "
+        "(Limits.wide_keys)"
+    )
+
+
 class Budget:
     """What is left of the bounds.
 
     Args:
         nbytes: Size of the pickle.
         depth_limit: Nesting of containers to accept.
+        wide_keys: As of ``Limits``.
     """
 
-    def __init__(self, nbytes: int, depth_limit: int) -> None:
+    def __init__(self, nbytes: int, depth_limit: int, wide_keys: int) -> None:
+        self._wide_keys = wide_keys
+        self._probes_left = wide_keys**2
         self._memory_left = _MEMORY_FLOOR + _MEMORY_PER_BYTE * nbytes
         self._hash_steps_left = _HASH_STEPS_MAX + nbytes
         self._compare_steps_left = _COMPARE_STEPS_MAX + nbytes
@@ -84,6 +98,12 @@ class Budget:
         self._hash_steps_left -= key.hash_steps
         if self._hash_steps_left < 0:
             raise LimitExceeded(f"hashing the keys takes more than {_HASH_STEPS_MAX} steps")
+
+    def find_places(self, wide: int, found: int = 0) -> None:
+        """Take the time to find places for keys, in a table that has some already."""
+        self._probes_left -= wide**2 - found**2
+        if self._probes_left < 0:
+            raise too_wide(self._wide_keys)
 
     def compare(self, steps: int) -> None:
         """Take the time to compare keys that may have equal hashes, and equal parts."""

@@ -99,6 +99,13 @@ def make_size(items: Any = ()) -> torch.Size:
     return torch.Size(items)
 
 
+def make_complex(*args: Any) -> complex:
+    """A complex number from its two parts."""
+    if len(args) != 2 or any(type(part) not in (int, float) for part in args):
+        raise InvalidObjectError("a complex number from anything but its two parts")
+    return complex(*args)
+
+
 def make_device(*args: Any) -> torch.device:
     """A ``torch.device`` from what it is pickled as: its type, and its index if it has one."""
     kind, index = (*args, None)[:2] if args else (None, None)
@@ -106,8 +113,8 @@ def make_device(*args: Any) -> torch.device:
         raise UnsafeObjectError("a device from anything but its type and index")
     device = torch.device(*args)
     # torch keeps eight bits of an index: 300 would become 44.
-    if index is not None and device.index != index:
-        raise InvalidObjectError(f"device {kind}:{index} is {device} to torch")
+    if str(device) != (kind if index is None else f"{kind}:{index}"):
+        raise InvalidObjectError(f"device {(kind, index)} is {device} to torch")
     return device
 
 

@@ -47,7 +47,7 @@ _NEEDS = {
 # What stands for objects that are all alike. Tensors and storages are hashed by their addresses,
 # which the sender does not choose.
 _CONSTANT = Measure(16, hash=0)
-_BYTES = [Measure(32, hash=value) for value in range(256)]
+_BYTES = [Measure(32, hash=value, number=True) for value in range(256)]
 _EMPTY_TUPLE = Measure(40, hash=hash(()), forgeable=True, items=())
 _REFERENCE = Measure(0, kind="reference")
 
@@ -61,6 +61,7 @@ def prescan(
     stateful: Container[str],
     *,
     depth_limit: int,
+    wide_keys: int,
     offset: int = 0,
 ) -> set[str]:
     """Refuse a pickle that torch's weights-only unpickler must not see.
@@ -70,6 +71,7 @@ def prescan(
         allowed: Path of each global that may be used -> what stands for it.
         stateful: Paths of those whose instances may be given a state.
         depth_limit: Nesting of containers to accept.
+        wide_keys: As of ``Limits``.
         offset: Byte of the message where the pickle begins, for errors.
 
     Returns:
@@ -81,7 +83,7 @@ def prescan(
         LimitExceeded: Too deep, too large in memory, too long to hash.
         ProtocolError: Cut short, left-over bytes, operands that are not there.
     """
-    scan = _Scan(data, allowed, stateful, depth_limit)
+    scan = _Scan(data, allowed, stateful, depth_limit, wide_keys)
     try:
         with collection_paused():
             try:
@@ -103,6 +105,7 @@ class _Scan:
         allowed: Mapping[str, object],
         stateful: Container[str],
         depth_limit: int,
+        wide_keys: int,
     ) -> None:
         self.data = data
         self.at = 0
@@ -113,7 +116,7 @@ class _Scan:
         self.marks: list[list[Measure]] = []
         self.memo: dict[int, Measure] = {}
         self.globals: dict[str, Measure] = {}
-        self.budget = Budget(len(data), depth_limit)
+        self.budget = Budget(len(data), depth_limit, wide_keys)
 
     def run(self) -> None:
         for at, code, argument in opcodes(self.data):
@@ -175,10 +178,11 @@ class _Scan:
             self.push_shared(_BYTES[argument[0]])
             return
         signed = len(argument) == 4
-        self.push(Measure(32, hash=hash(int.from_bytes(argument, "little", signed=signed))))
+        value = int.from_bytes(argument, "little", signed=signed)
+        self.push(Measure(32, hash=hash(value), number=True))
 
     def float_(self, argument: bytes) -> None:
-        self.push(Measure(32, hash=hash(struct.unpack(">d", argument)[0])))
+        self.push(Measure(32, hash=hash(struct.unpack(">d", argument)[0]), number=True))
 
     def text(self, argument: bytes) -> None:
         # Not its hash in Python, yet as much of a secret to the sender, and the same for the same.
@@ -187,7 +191,8 @@ class _Scan:
     def long(self, argument: bytes) -> None:
         value = int.from_bytes(argument, "little", signed=True)
         forgeable = len(argument) > 8
-        self.push(Measure(32 + len(argument), hash=hash(value), forgeable=forgeable))
+        nbytes = 32 + len(argument)
+        self.push(Measure(nbytes, hash=hash(value), forgeable=forgeable, number=True))
 
     def list_(self, _: bytes) -> None:
         self.push(Measure(_CONTAINER_NBYTES, depth=1, kind="list"))
@@ -261,14 +266,19 @@ class _Scan:
                 self.budget.hash(item)
                 if function.name in _SETS:
                     self.budget.compare_members(item)
+                    self.budget.find_places(item.wide)
         # What is made can be a copy of an argument that is used many times.
         memory = 256 + sum(item.memory for item in items) * _SETS.get(function.name, 1)
         same = function.name == "torch.Size" and len(items) == 1
+        # To compare two sets takes more for members that can have one hash.
+        often = 1
+        if function.name in _SETS:
+            often = min(64, 1 + max((item.wide for item in items), default=0))
         self.push(
             Measure(
                 memory,
                 depth=self.budget.nest([arguments]),
-                hash_steps=1 + sum(item.hash_steps for item in items),
+                hash_steps=1 + often * sum(item.hash_steps for item in items),
                 hash=items[0].hash if same else None,
                 forgeable=same,
                 made_by=function.name,
@@ -316,7 +326,20 @@ class _Scan:
                 f"items for {self.top().made_by or 'something'}, which is not a list: only "
                 "weights_only=False gives it any"
             )
+        # A set may be made of it.
+        self.count(items)
         self.adopt(items)
+
+    def count(self, items: Sequence[Measure]) -> None:
+        """Note which of the items or keys of the container on top could be chosen to collide."""
+        container = self.top()
+        for item in items:
+            known = item.number or item.forgeable or (item.hash is None and not item.kind)
+            if known and not (
+                item.number and item.hash is not None and 0 <= item.hash <= container.count
+            ):
+                container.wide += 1
+            container.count += 1
 
     def set_item(self, _: bytes) -> None:
         value, key = self.pop(), self.pop()
@@ -339,6 +362,9 @@ class _Scan:
             self.budget.hash(key)
             if key.forgeable or (key.hash is None and key.kind != "reference"):
                 self.budget.collide(key, container)
+        found = container.wide
+        self.count(items[::2])
+        self.budget.find_places(container.wide, found)
         self.budget.charge(96 * (len(items) // 2))
         self.adopt(items)
 

@@ -95,11 +95,17 @@ def _build_tensor(
 
 
 def check_tree(
-    skeleton: bytes, rows: Sequence[TensorRow], *, names: bool, depth_limit: int, offset: int
+    skeleton: bytes, rows: Sequence[TensorRow], *, names: bool, limits: Limits, offset: int
 ) -> None:
     """Refuse a bad skeleton of the tree codec; see ``Rebuilder.check`` and ``tree.decode``."""
     stand_ins = [Placeholder(index) for index in range(len(rows))]
-    obj = tree.decode(skeleton, stand_ins, depth_limit=depth_limit, offset=offset)
+    obj = tree.decode(
+        skeleton,
+        stand_ins,
+        depth_limit=limits.depth,
+        wide_keys=limits.wide_keys,
+        offset=offset,
+    )
     if names:
         try:
             check_names(obj, rows)
@@ -169,7 +175,7 @@ class Rebuilder:
                 self._skeleton,
                 rows,
                 names=names,
-                depth_limit=self._limits.depth,
+                limits=self._limits,
                 offset=self._offset,
             )
         elif self._weights_only:
@@ -178,6 +184,7 @@ class Rebuilder:
                 self._allowlist.globals,
                 self._allowlist.stateful,
                 depth_limit=self._limits.depth,
+                wide_keys=self._limits.wide_keys,
                 offset=self._offset,
             )
             self._allowlist.guard_state(given_state)
@@ -220,5 +227,9 @@ class Rebuilder:
 
     def _build_tree(self, tensors: Sequence[Any]) -> Any:
         return tree.decode(
-            self._skeleton, tensors, depth_limit=self._limits.depth, offset=self._offset
+            self._skeleton,
+            tensors,
+            depth_limit=self._limits.depth,
+            wide_keys=self._limits.wide_keys,
+            offset=self._offset,
         )

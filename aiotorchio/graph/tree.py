@@ -16,10 +16,12 @@ import torch
 
 from aiotorchio.collection import collection_paused
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, ProtocolError
+from aiotorchio.graph.budget import too_wide
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
 from aiotorchio.graph.growth import check_growth
 from aiotorchio.graph.plain import check_hashes
 from aiotorchio.graph.table import Table
+from aiotorchio.wire.limits import Limits
 
 __all__ = ["NotATreeError", "decode", "encode"]
 
@@ -177,13 +179,21 @@ _LEAVES: dict[type, Callable[[Any], Any]] = {
 }
 
 
-def decode(skeleton: bytes, tensors: Sequence[Any], *, depth_limit: int, offset: int = 0) -> Any:
+def decode(
+    skeleton: bytes,
+    tensors: Sequence[Any],
+    *,
+    depth_limit: int,
+    wide_keys: int = Limits().wide_keys,
+    offset: int = 0,
+) -> Any:
     """Read an object.
 
     Args:
         skeleton: What ``encode`` wrote, or a peer claims so.
         tensors: What stands for each row of the tensor table.
         depth_limit: Nesting of containers to accept.
+        wide_keys: As of ``Limits``.
         offset: Byte of the message where the skeleton begins, for errors.
 
     Returns:
@@ -199,7 +209,7 @@ def decode(skeleton: bytes, tensors: Sequence[Any], *, depth_limit: int, offset:
         check_growth(skeleton, depth_limit)
         with collection_paused():
             node = msgspec.msgpack.decode(skeleton)
-            return _Decoder(tensors, depth_limit).value(node, 0)
+            return _Decoder(tensors, depth_limit, wide_keys).value(node, 0)
     except RecursionError:
         raise LimitExceeded(
             f"nested deeper than {depth_limit} levels (Limits.depth)",
@@ -216,9 +226,11 @@ def decode(skeleton: bytes, tensors: Sequence[Any], *, depth_limit: int, offset:
 
 
 class _Decoder:
-    def __init__(self, tensors: Sequence[Any], depth_limit: int) -> None:
+    def __init__(self, tensors: Sequence[Any], depth_limit: int, wide_keys: int) -> None:
         self._tensors = tensors
         self._depth_limit = depth_limit
+        self._wide_keys = wide_keys
+        self._probes_left = wide_keys**2
 
     def value(self, node: Any, depth: int) -> Any:
         kind = type(node)
@@ -250,13 +262,17 @@ class _Decoder:
     def pairs(self, node: list[Any], start: int, into: Any, depth: int) -> Any:
         if (len(node) - start) % 2:
             raise ProtocolError("a key without a value")
-        value = self.value
+        value, wide, count = self.value, 0, (len(node) - start) // 2
         for n in range(start, len(node), 2):
             key = node[n]
-            if type(key) is not str and type(key) is not int:
-                raise ProtocolError("a key that is neither str nor int")
+            if type(key) is not str:
+                if type(key) is not int:
+                    raise ProtocolError("a key that is neither str nor int")
+                if not 0 <= key < count:
+                    wide += 1
+                    self._find_places(2 * wide - 1)
             into[key] = value(node[n + 1], depth)
-        if len(into) != (len(node) - start) // 2:
+        if len(into) != count:
             raise ProtocolError("duplicate key")
         return into
 
@@ -270,6 +286,12 @@ class _Decoder:
 
     def members(self, node: list[Any], depth: int) -> set[Any]:
         items = self.items(node, depth)
+        safe, count = (str, bytes, bool, type(None)), len(items)
+        wide = sum(
+            not (isinstance(item, safe) or (type(item) is int and 0 <= item < count))
+            for item in items
+        )
+        self._find_places(wide**2)
         try:
             check_hashes(items)
             members = set(items)
@@ -278,6 +300,12 @@ class _Decoder:
         if len(members) != len(items):
             raise ProtocolError("duplicate item in a set")
         return members
+
+    def _find_places(self, steps: int) -> None:
+        """Take the time to find places for keys that may have been chosen to have none left."""
+        self._probes_left -= steps
+        if self._probes_left < 0:
+            raise too_wide(self._wide_keys)
 
     def tensor(self, node: list[Any], depth: int) -> Any:
         # Not by _payload: this is the node that there may be 100,000 of.

@@ -81,7 +81,7 @@ class TensorStream:
                     received.skeleton,
                     message.header.tensors,
                     names=True,
-                    depth_limit=message.limits.depth,
+                    limits=message.limits,
                     offset=received.offset,
                 )
 

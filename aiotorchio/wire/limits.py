@@ -65,6 +65,9 @@ class Limits:
         entries: Number of storages, and number of tensors.
         depth: Nesting of containers in the object.
         dims: Dimensions of one tensor.
+        wide_keys: Numbers as keys of one dict, or members of one set, that do not count from 0 on.
+            A sender can choose them so that finding a place for each takes as many steps as there
+            are; of several containers, the squares add up.
         start_timeout: Seconds until the first byte of a message. None, the default, waits as long
             as it takes: the next weights may take an hour. Whoever serves strangers sets it.
         handshake_timeout: Seconds from the first byte of a message until its header, the table of
@@ -93,6 +96,7 @@ class Limits:
     entries: int = 500_000
     depth: int = 256
     dims: int = 64
+    wide_keys: int = 30_000
     start_timeout: float | None = None
     handshake_timeout: float | None = 60.0
     idle_timeout: float | None = 60.0

@@ -321,6 +321,8 @@ def limits() -> dict[str, bytes]:
         "doubled_lists_late": doubled_late(40),
         "doubled_slowly": Code(b"](" + doubled(22) + put(1) + (b"}" + get(1) + b"Ns") * 3 + b"e"),
         "colliding_integers": keys(colliding_integers(50_000)),
+        "wide_keys": keys(n * 1_000_003 for n in range(31_000)),
+        "wide_members": call("builtins", "set", [n * 1_000_003 for n in range(31_000)]),
         "equal_parts_in_colliding_keys": equal_parts(2000),
         "equal_parts_in_a_set": Code(
             name("builtins", "set") + b"](" + members_of_one_hash(60, 15) + b"e\x85R"
@@ -560,6 +562,15 @@ def trees() -> dict[str, Case]:
         "empty_integer": (pack([7, b""]), "ProtocolError"),
         "integer_of_str": (pack([7, "abcdefghijkl"]), "ProtocolError"),
         "size_beyond": (pack([8, 2**63]), "ProtocolError"),
+        "wide_keys": (
+            pack([2, *(x for n in range(31_000) for x in (n * 1_000_003, 0))]),
+            "LimitExceeded",
+        ),
+        "wide_members": (pack([4, *(n * 1_000_003 for n in range(31_000))]), "LimitExceeded"),
+        "wide_members_of_many": (
+            pack([0, *([4, *(n * 1_000_003 for n in range(9_000))] for _ in range(12))]),
+            "LimitExceeded",
+        ),
         "size_of_many": (pack([8, *[1] * 4097]), "LimitExceeded"),
         "size_of_str": (pack([8, "a"]), "ProtocolError"),
         "dtype": (pack([9, "float33"]), "ProtocolError"),

@@ -209,7 +209,9 @@ def test_pickles_of_honest_objects_pass_the_scan() -> None:
 
         options = corpus.LOAD_OPTIONS.get(name, {})
         allowed = Allowlist(trusted(options.get("safe_globals", ())), aiotorchio.Limits(), None)
-        prescan(parts.skeleton, allowed.globals, allowed.stateful, depth_limit=256)
+        prescan(
+            parts.skeleton, allowed.globals, allowed.stateful, depth_limit=256, wide_keys=30_000
+        )
         scanned += 1
     assert scanned == len(PICKLED)
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import aiotorchio
-from aiotorchio import MismatchError, ProtocolError, TensorSpec
+from aiotorchio import Limits, MismatchError, ProtocolError, TensorSpec
 from aiotorchio.graph import tree
 from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.names import (
@@ -128,7 +128,7 @@ def check_skeleton(obj: Any) -> None:
     parts = forge.flattened(obj)
     if parts.header.codec == "tree":
         rows = parts.header.tensors
-        check_tree(parts.skeleton, rows, names=True, depth_limit=256, offset=0)
+        check_tree(parts.skeleton, rows, names=True, limits=Limits(), offset=0)
 
 
 # Many objects

@@ -22,7 +22,14 @@ from tests.graph import forge, hostile
 
 def scan(data: bytes, depth: int = 256, **options: Any) -> None:
     allowlist = Allowlist(trusted(options.get("safe_globals", ())), Limits(), None)
-    prescan(data, allowlist.globals, allowlist.stateful, depth_limit=depth, offset=1000)
+    prescan(
+        data,
+        allowlist.globals,
+        allowlist.stateful,
+        depth_limit=depth,
+        wide_keys=30_000,
+        offset=1000,
+    )
 
 
 def objects() -> st.SearchStrategy[Any]:
