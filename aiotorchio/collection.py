@@ -12,17 +12,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
-from weakref import ref
 
 __all__ = ["collection_paused"]
 
-
-class _Pause:
-    """One that lasts as long as the frame of its block, however that ends."""
-
-
-_pause: ref[_Pause] | None = None
-_claims = Lock()
+_paused = Lock()
 _thresholds = gc.get_threshold()
 
 
@@ -34,14 +27,10 @@ def collection_paused() -> Iterator[None]:
     this one does nothing, not even when the other ends first: so many blocks that overlap cannot
     hold it up for good. Whatever others say to the collector meanwhile stays said.
     """
-    global _pause, _thresholds
-    pause = _Pause()
-    with _claims:
-        mine = _pause is None or _pause() is None
-        if mine:
-            # Whoever is interrupted at the end of the block does not come to the end of it.
-            _pause = ref(pause, _go_on)
-    if not mine:
+    global _thresholds
+    # The same at the end, in a process that was forked inside of the block, too.
+    lock = _paused
+    if not lock.acquire(blocking=False):
         yield
         return
     try:
@@ -51,20 +40,19 @@ def collection_paused() -> Iterator[None]:
         yield
     finally:
         _go_on()
-        _pause = None
+        lock.release()
 
 
-def _go_on(_: object = None) -> None:
+def _go_on() -> None:
     if gc.get_threshold()[0] == 0:
         gc.set_threshold(*_thresholds)
 
 
 def _in_child() -> None:
     """In a process that was forked meanwhile, the thread that would end the block is missing."""
-    global _claims, _pause
-    _claims = Lock()
-    if _pause is not None:
-        _pause = None
+    global _paused
+    if _paused.locked():
+        _paused = Lock()
         _go_on()
 
 

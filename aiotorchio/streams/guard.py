@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from threading import Lock
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary, ref
 
@@ -25,15 +24,14 @@ class _Call:
 
 @dataclass(slots=True)
 class _State:
-    # A weak reference: a call that is interrupted while it cleans up is over, too.
-    call: ref[_Call] | None = None
+    # Weak references: a call that is interrupted while it cleans up is over, too. The first that is
+    # alive has the stream. No lock, since an interrupt could leave it held: appending is atomic.
+    calls: list[ref[_Call]] = field(default_factory=list)
     poison: str | None = None
 
 
 _INTERRUPTED = "it was interrupted"
 _states: WeakKeyDictionary[Any, dict[Direction, _State]] = WeakKeyDictionary()
-# The blocking twins may come from several threads.
-_claims = Lock()
 
 
 def _state(stream: Any, direction: Direction) -> _State:
@@ -60,11 +58,11 @@ def exclusive(
         StreamPoisoned: Another call stopped inside a message.
     """
     state, call = _state(stream, direction), _Call()
-    with _claims:
-        if state.call is not None and state.call() is not None:
-            raise StreamBusy(f"another {direction} is using this stream")
-        state.call = ref(call)
+    claim = ref(call)
+    state.calls.append(claim)
     try:
+        if next(each for each in list(state.calls) if each() is not None) is not claim:
+            raise StreamBusy(f"another {direction} is using this stream")
         if state.poison is not None:
             raise StreamPoisoned(
                 f"an earlier {direction} stopped inside a message: {state.poison}; "
@@ -91,4 +89,4 @@ def exclusive(
             finally:
                 driver.release()
     finally:
-        state.call = None
+        state.calls.remove(claim)
