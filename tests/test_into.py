@@ -981,6 +981,10 @@ class MeddledFile(io.BytesIO):
         self._count()
         return super().readinto(buffer)
 
+    def readinto1(self, buffer: Any) -> int:
+        self._count()
+        return super().readinto1(buffer)
+
     def _count(self) -> None:
         self.reads += 1
         self._meddle(0, 0)
