@@ -431,6 +431,15 @@ def test_contiguous_size_is_bounded_by_the_total() -> None:
     refuse(LimitExceeded, items, TENSOR, Limits(total_nbytes=15))
 
 
+def test_texts_that_take_far_more_memory_than_bytes() -> None:
+    """One byte in the header, 64 in memory."""
+    row = [0, "uint8", 0, [8], [1], 0, [""] * 2**18]
+    # What both rows say is within each bound of its own: only their sum is too much.
+    assert check(fields(storages=[[8, 1, 0]], tensors=[row]))
+    items = fields(storages=[[8, 1, 0]], tensors=[row, row])
+    assert "short texts" in refuse(LimitExceeded, items).message
+
+
 def test_the_first_bad_row_is_named() -> None:
     good, bad = [0, "uint8", 0, [1], [1], 0, ["good"]], [0, "uint8", 0, [9], [1], 0, []]
     items = fields(storages=[[8, 1, 0]], tensors=[good, bad, [9, *bad[1:]]])
