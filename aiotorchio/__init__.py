@@ -30,8 +30,8 @@ from aiotorchio.files import get_unsafe_globals, load, save
 from aiotorchio.graph.names import TensorSpec
 from aiotorchio.many import StreamReader, StreamWriter
 from aiotorchio.message import Message
-from aiotorchio.transfer.plan import DoubleBuffer
 from aiotorchio.transfer.send import Summary
+from aiotorchio.transfer.wanted import DoubleBuffer
 from aiotorchio.wire.limits import Limits
 
 __version__ = version("aiotorchio")

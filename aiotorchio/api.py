@@ -19,13 +19,11 @@ from aiotorchio.drive import (
     Next,
     Request,
     Send,
-    Task,
     carry_out,
     drive,
     next_item,
     pace_of_load,
     pace_of_save,
-    run_in_thread,
 )
 from aiotorchio.graph.location import MapLocation
 from aiotorchio.graph.names import TensorSpec
@@ -46,6 +44,7 @@ from aiotorchio.streams.select import (
     open_sink,
     open_source,
 )
+from aiotorchio.threads import Task, run_in_thread
 from aiotorchio.transfer.receive import Loaded, receive_message
 from aiotorchio.transfer.send import Summary
 from aiotorchio.transfer.steps import Progress

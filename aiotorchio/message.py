@@ -26,9 +26,9 @@ from aiotorchio.options import (
     trusted,
 )
 from aiotorchio.streams.base import Source
-from aiotorchio.transfer.plan import TensorOptions
 from aiotorchio.transfer.receive import IncomingMessage
 from aiotorchio.transfer.tensors import TensorStream
+from aiotorchio.transfer.wanted import TensorOptions
 
 __all__ = ["Message", "Unread"]
 

@@ -21,10 +21,10 @@ from aiotorchio.graph.names import TensorSpec
 from aiotorchio.graph.select import Select
 from aiotorchio.graph.unwritten import Unwritten, unwritten
 from aiotorchio.memory.staging import DeviceCopier
-from aiotorchio.transfer.plan import DoubleBuffer, Into, TensorOptions
 from aiotorchio.transfer.receive import LoadOptions
 from aiotorchio.transfer.send import Summary, prepare, send_message, send_produced
 from aiotorchio.transfer.steps import Progress
+from aiotorchio.transfer.wanted import DoubleBuffer, Into, TensorOptions
 from aiotorchio.wire.header import ALIGNMENT, CHUNK_SIZE_MIN
 from aiotorchio.wire.limits import Limits
 

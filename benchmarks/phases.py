@@ -25,7 +25,8 @@ from aiotorchio.graph.flatten import flatten
 from aiotorchio.graph.rebuild import build_tensors, check_tree
 from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.options import DEFAULT_CHUNK_SIZE
-from aiotorchio.transfer.plan import Placement, TensorOptions
+from aiotorchio.transfer.plan import Placement
+from aiotorchio.transfer.wanted import TensorOptions
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.header import Layout, decode_header, encode_header, validate
 from aiotorchio.wire.limits import Limits

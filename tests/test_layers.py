@@ -27,9 +27,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "memory": ({"errors", "strided", "collection"}, {"torch"}),
     "streams": ({"errors"}, {"anyio"}),
     "tls": (set(), set()),
-    "drive": ({"errors", "wire", "streams"}, {"anyio"}),
+    "threads": ({"streams"}, {"anyio"}),
+    "drive": ({"errors", "wire", "streams", "threads"}, {"anyio"}),
     "transfer": (
-        {"errors", "strided", "wire", "graph", "memory", "streams", "drive"},
+        {"errors", "strided", "wire", "graph", "memory", "streams", "threads", "drive"},
         {"torch"},
     ),
     "options": ({"errors", "wire", "graph", "memory", "drive", "transfer"}, {"torch"}),
@@ -38,7 +39,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"anyio", "torch"},
     ),
     "api": (
-        {"errors", "wire", "graph", "streams", "drive", "transfer", "options", "message"},
+        {
+            *("errors", "wire", "graph", "streams", "threads", "drive", "transfer"),
+            *("options", "message"),
+        },
         {"torch"},
     ),
     "many": (

@@ -32,10 +32,10 @@ from aiotorchio import (
     StreamPoisoned,
     TruncatedError,
 )
-from aiotorchio.drive import run_in_thread
 from aiotorchio.memory import staged
 from aiotorchio.memory.route import Route
 from aiotorchio.memory.staging import DeviceCopier
+from aiotorchio.threads import run_in_thread
 from tests import corpus
 from tests.places import (
     LAYOUTS,

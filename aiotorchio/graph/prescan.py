@@ -26,12 +26,13 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from aiotorchio.collection import collection_paused
 from aiotorchio.errors import AiotorchioError, ProtocolError, UnsafeObjectError
 from aiotorchio.graph.budget import Budget, Measure
+from aiotorchio.graph.machine import Machine
 from aiotorchio.graph.opcodes import is_blocked, opcodes, path_of
 
 __all__ = ["prescan"]
 
-# What an empty container takes, a mark of the scan's, and a measure.
-_CONTAINER_NBYTES, _MARK_NBYTES, _MEASURE_NBYTES = 216, 176, 152
+# What an empty container takes.
+_CONTAINER_NBYTES = 216
 # A set can take eight times the memory of the list it is made from.
 _SETS = {"builtins.set": 8, "builtins.frozenset": 8}
 _DICTS = ("collections.OrderedDict", "collections.Counter")
@@ -98,7 +99,7 @@ def prescan(
     return scan.given_state
 
 
-class _Scan:
+class _Scan(Machine):
     def __init__(
         self,
         data: bytes,
@@ -107,67 +108,25 @@ class _Scan:
         depth_limit: int,
         wide_keys: int,
     ) -> None:
+        super().__init__(Budget(len(data), depth_limit, wide_keys))
         self.data = data
         self.at = 0
         self.allowed = allowed
         self.stateful = stateful
         self.given_state: set[str] = set()
-        self.stack: list[Measure] = []
-        self.marks: list[list[Measure]] = []
-        self.memo: dict[int, Measure] = {}
         self.globals: dict[str, Measure] = {}
-        self.budget = Budget(len(data), depth_limit, wide_keys)
 
     def run(self) -> None:
         for at, code, argument in opcodes(self.data):
             self.at = at
             _ACTIONS[code](self, argument)
 
-    def drop(self) -> None:
-        """Free what was measured, in parts: half a million at once hold all threads up."""
-        for measures in (self.stack, self.marks):
-            while measures:
-                del measures[-10_000:]
-        while len(self.memo) > 10_000:
-            self.memo.popitem()
-
-    # The stack
-
-    def push(self, measure: Measure) -> None:
-        # The scan has bounds, too: until it is let go of, a measure takes more than most objects.
-        self.budget.charge(measure.memory + 8 + _MEASURE_NBYTES)
-        measure.lent = True
-        self.stack.append(measure)
-
-    def push_shared(self, measure: Measure) -> None:
-        """Push one that stands for many objects."""
-        self.budget.charge(measure.memory + 8)
-        self.stack.append(measure)
-
-    def pop(self) -> Measure:
-        if not self.stack:
-            raise ProtocolError("an opcode without its operand")
-        return self.stack.pop()
-
-    def pop_mark(self) -> list[Measure]:
-        if not self.marks:
-            raise ProtocolError("an opcode without its mark")
-        items, self.stack = self.stack, self.marks.pop()
-        return items
-
-    def top(self) -> Measure:
-        if not self.stack:
-            raise ProtocolError("an opcode without its operand")
-        return self.stack[-1]
-
-    # The opcodes
-
     def proto(self, _: bytes) -> None:
         pass
 
     def stop(self, _: bytes) -> None:
         self.check_contents([self.pop()])
-        if self.stack or self.marks:
+        if not self.is_empty:
             raise ProtocolError("the pickle ends with objects left over")
 
     def constant(self, argument: bytes) -> None:
@@ -202,11 +161,6 @@ class _Scan:
 
     def empty_set(self, _: bytes) -> None:
         self.push(Measure(_CONTAINER_NBYTES, depth=1))
-
-    def mark(self, _: bytes) -> None:
-        self.budget.charge(_MARK_NBYTES)
-        self.marks.append(self.stack)
-        self.stack = []
 
     def tuple_(self, items: Sequence[Measure]) -> None:
         if not items:
@@ -246,16 +200,16 @@ class _Scan:
         self.push_shared(self.globals[path])
 
     def instantiate(self, argument: bytes) -> None:
-        if len(self.stack) < 2:
-            raise ProtocolError("an opcode without its operands")
-        name = self.stack[-2].name
+        function, arguments = self.pop_several(2)
+        name = function.name
         if name is not None and not isinstance(self.allowed[name], type):
             raise UnsafeObjectError(f"an instance of {name!r}, which is not a class here")
-        self.call(argument)
+        self.make(function, arguments)
 
     def call(self, _: bytes) -> None:
-        arguments = self.pop()
-        function = self.pop()
+        self.make(*self.pop_several(2))
+
+    def make(self, function: Measure, arguments: Measure) -> None:
         if function.name is None:
             raise UnsafeObjectError("a call of something that is not a global")
         items = arguments.items
@@ -343,15 +297,15 @@ class _Scan:
 
     def set_item(self, _: bytes) -> None:
         value, key = self.pop(), self.pop()
-        self.put([key, value])
+        self.put_items([key, value])
 
     def set_items(self, _: bytes) -> None:
         items = self.pop_mark()
         if len(items) % 2:
             raise ProtocolError("a key without a value")
-        self.put(items)
+        self.put_items(items)
 
-    def put(self, items: list[Measure]) -> None:
+    def put_items(self, items: list[Measure]) -> None:
         container = self.top()
         if container.kind != "dict" and container.made_by not in _DICTS:
             raise UnsafeObjectError(
@@ -378,11 +332,7 @@ class _Scan:
             container.depth = max(container.depth, self.budget.nest(items))
             container.hash_steps += sum(item.hash_steps for item in items)
             container.most_steps = max(container.most_steps, max(item.hash_steps for item in items))
-        # Nothing refers to their measures any more, unless the memo does.
-        for item in items:
-            if item.lent:
-                item.lent = False
-                self.budget.charge(-_MEASURE_NBYTES)
+        self.let_go(items)
 
     def check_contents(self, items: Sequence[Measure]) -> None:
         """Refuse, as part of the object, what only stands for one of Python's or torch's names."""
@@ -394,29 +344,9 @@ class _Scan:
         self.pop()
         self.push_shared(_REFERENCE)
 
-    def put_memo(self, argument: bytes) -> None:
-        self.budget.charge(104)
-        # What it holds stays, and so does what was taken for it.
-        self.top().lent = False
-        self.memo[int.from_bytes(argument, "little")] = self.top()
 
-    def get_memo(self, argument: bytes) -> None:
-        index = int.from_bytes(argument, "little")
-        if index not in self.memo:
-            raise ProtocolError(f"memo {index} was never set")
-        self.budget.charge(8)
-        self.stack.append(self.memo[index])
-
-
-def _tuple_of(count: int) -> Callable[[_Scan, bytes], None]:
-    def action(scan: _Scan, _: bytes) -> None:
-        if len(scan.stack) < count:
-            raise ProtocolError("an opcode without its operands")
-        items = scan.stack[-count:]
-        del scan.stack[-count:]
-        scan.tuple_(items)
-
-    return action
+def _index(argument: bytes) -> int:
+    return int.from_bytes(argument, "little")
 
 
 _ACTIONS: dict[int, Callable[[_Scan, bytes], None]] = {
@@ -432,11 +362,11 @@ _ACTIONS: dict[int, Callable[[_Scan, bytes], None]] = {
         (b"e", _Scan.appends),
         (b"s", _Scan.set_item),
         (b"u", _Scan.set_items),
-        (b"(", _Scan.mark),
+        (b"(", lambda scan, _: scan.mark()),
         (b"t", lambda scan, _: scan.tuple_(scan.pop_mark())),
-        (b"\x85", _tuple_of(1)),
-        (b"\x86", _tuple_of(2)),
-        (b"\x87", _tuple_of(3)),
+        (b"\x85", lambda scan, _: scan.tuple_(scan.pop_several(1))),
+        (b"\x86", lambda scan, _: scan.tuple_(scan.pop_several(2))),
+        (b"\x87", lambda scan, _: scan.tuple_(scan.pop_several(3))),
         (b"N", _Scan.constant),
         (b"\x88", _Scan.constant),  # NEWTRUE
         (b"\x89", _Scan.constant),  # NEWFALSE
@@ -452,9 +382,9 @@ _ACTIONS: dict[int, Callable[[_Scan, bytes], None]] = {
         (b"X", _Scan.text),
         (b"U", _Scan.text),
         (b"Q", _Scan.persistent_id),
-        (b"h", _Scan.get_memo),
-        (b"j", _Scan.get_memo),
-        (b"q", _Scan.put_memo),
-        (b"r", _Scan.put_memo),
+        (b"h", lambda scan, index: scan.get(_index(index))),
+        (b"j", lambda scan, index: scan.get(_index(index))),
+        (b"q", lambda scan, index: scan.put(_index(index))),
+        (b"r", lambda scan, index: scan.put(_index(index))),
     )
 }

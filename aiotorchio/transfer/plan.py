@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,112 +12,26 @@ import torch
 
 from aiotorchio.errors import InvalidObjectError
 from aiotorchio.graph._torch import real_tensors
-from aiotorchio.graph.into import destinations_of, has_memory, match
-from aiotorchio.graph.location import Destinations, MapLocation
+from aiotorchio.graph.into import has_memory, match
+from aiotorchio.graph.location import Destinations
 from aiotorchio.graph.names import rows_by_name
 from aiotorchio.graph.rebuild import build_tensor
-from aiotorchio.graph.select import Select, selected
-from aiotorchio.graph.unwritten import Unwritten
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.route import Route, copy_elements, moved, place_of
 from aiotorchio.memory.staged import BackMemory, Exchange, Swap
 from aiotorchio.memory.staging import Copier, DeviceCopier
 from aiotorchio.memory.swap import swap_bytes
 from aiotorchio.strided import order_of
-from aiotorchio.transfer.steps import Progress
+from aiotorchio.transfer.wanted import Into, TensorOptions, Wanted
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import META_LOCATION, MIXED_UNITS, Header, Layout
 
-__all__ = ["DoubleBuffer", "Into", "Placement", "TensorOptions", "Wanted"]
+__all__ = ["Placement"]
 
 _CPU = torch.device("cpu")
 # How much longer the way over the elements of a tensor may be than the elements themselves. Each
 # chunk on it costs microseconds, which a sender would let the receiver pay a million times.
 _SPREAD_MAX = 16
-
-
-class DoubleBuffer:
-    """Tensors with a second set of memory behind them, for loads that swap without copying.
-
-    A load ``into`` it receives and verifies the whole message in the memory behind, and then lets
-    every tensor show that memory: a few microseconds a tensor, whatever the size. What was shown
-    before is the memory behind for the next message. The tensors stay the same objects, but their
-    addresses change: views of them that are not in ``destination``, and what has recorded
-    addresses (CUDA graphs, shared memory), keep the memory of before. If a message has only parts
-    of a storage, the swap copies the rest of that storage.
-
-    Args:
-        destination: A ``torch.nn.Module``, or a mapping from names to tensors; as ``into`` of
-            ``load_from_stream``. It is looked through anew for each message.
-
-    Raises:
-        TypeError: Neither of them.
-
-    Example:
-        >>> import io, torch, aiotorchio
-        >>> file = io.BytesIO()
-        >>> _ = aiotorchio.save({"weight": torch.ones(2)}, file), file.seek(0)
-        >>> shown = torch.zeros(2)
-        >>> buffers = aiotorchio.DoubleBuffer({"weight": shown})
-        >>> _ = aiotorchio.load(file, into=buffers)
-        >>> shown
-        tensor([1., 1.])
-    """
-
-    def __init__(self, destination: Mapping[str, Any] | torch.nn.Module) -> None:
-        destinations_of(destination)
-        self.destination = destination
-        self._memory = BackMemory()
-
-    @property
-    def memory(self) -> BackMemory:
-        """What is behind."""
-        return self._memory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorOptions:
-    """How the caller wants tensors; the names are those of ``load_from_stream``."""
-
-    map_location: MapLocation
-    select: Select | None
-    progress: Progress | None
-    unwritten: Unwritten | None
-
-
-@dataclass(frozen=True, slots=True)
-class Into:
-    """Tensors to receive into, by name.
-
-    Attributes:
-        tensors: By name.
-        strict: Whether the message must have the same names.
-        cast: Whether dtypes may differ.
-        staged: Whether they change only when the message is whole.
-        back: Memory to receive in first; None: that of one message.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    strict: bool
-    cast: bool
-    staged: bool
-    back: BackMemory | None
-
-
-class Wanted:
-    """Which names count.
-
-    Args:
-        select: As the caller gave it; None: all.
-        names: All there are.
-    """
-
-    def __init__(self, select: Select | None, names: Iterable[str]) -> None:
-        self.all = select is None
-        self._names = set() if select is None else selected(select, names)
-
-    def __contains__(self, name: object) -> bool:
-        return self.all or name in self._names
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from aiotorchio.drive import Fill, Request, Task
+from aiotorchio.drive import Fill, Request
 from aiotorchio.errors import AiotorchioError, LimitExceeded, UnsafeObjectError
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.opcodes import globals_of, is_blocked
@@ -18,8 +18,10 @@ from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.graph.select import revise
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.staged import Exchange, Swap, note_change
-from aiotorchio.transfer.plan import Into, Placement, TensorOptions
+from aiotorchio.threads import Task
+from aiotorchio.transfer.plan import Placement
 from aiotorchio.transfer.steps import INLINE_ROWS, INLINE_SKELETON, Progress, work
+from aiotorchio.transfer.wanted import Into, TensorOptions
 from aiotorchio.wire.header import META_LOCATION, Header, Layout
 from aiotorchio.wire.limits import Limits
 from aiotorchio.wire.parser import (

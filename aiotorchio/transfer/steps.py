@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
-from aiotorchio.drive import Request, Task
+from aiotorchio.drive import Request
+from aiotorchio.threads import Task
 from aiotorchio.wire.parser import Work
 
 __all__ = ["INLINE_ROWS", "INLINE_SKELETON", "Progress", "work"]

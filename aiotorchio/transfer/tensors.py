@@ -12,9 +12,9 @@ from aiotorchio.drive import Request
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.rebuild import build_tensor, check_tree
 from aiotorchio.memory.incoming import IncomingPayload
-from aiotorchio.transfer.plan import TensorOptions
 from aiotorchio.transfer.receive import IncomingMessage
 from aiotorchio.transfer.steps import INLINE_ROWS, INLINE_SKELETON, work
+from aiotorchio.transfer.wanted import TensorOptions
 from aiotorchio.wire.parser import Work
 
 __all__ = ["NamedTensors", "TensorStream"]

@@ -1,4 +1,4 @@
-"""What a message waits for is carried out, whatever else the process is busy with."""
+"""Worker threads are there for messages, whatever else the process is busy with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from aiotorchio.drive import run_in_thread
+from aiotorchio.threads import run_in_thread
 
 
 async def wait_in_a_thread(done: threading.Event) -> None:
