@@ -43,13 +43,9 @@ PATIENCE = 600
 
 Outcomes = dict[tuple[str, str], dict[str, Any]]
 
-pytestmark = [
-    pytest.mark.skipif(
-        not sys.platform.startswith("linux"), reason="memory is measured as Linux has it"
-    ),
-    # One process of tests runs them all, for all.
-    pytest.mark.xdist_group("attacks"),
-]
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="memory is measured as Linux has it"
+)
 
 
 @pytest.fixture(scope="module")

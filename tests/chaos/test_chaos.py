@@ -15,9 +15,6 @@ from tests.chaos.run import Report, run
 from tests.chaos.transfers import HARMLESS, KINDS, Transfers
 from tests.worlds import WORLDS
 
-# One process of tests runs them all, for all.
-pytestmark = pytest.mark.xdist_group("chaos")
-
 TRANSFERS = 2000
 
 

@@ -13,9 +13,6 @@ from torch import _utils
 import aiotorchio
 from tests.graph import forge, hostile
 
-# One process of tests runs them all, for all.
-pytestmark = pytest.mark.xdist_group("hostile")
-
 CASES = {f"tree-{key}": case for key, case in hostile.trees().items()} | {
     f"pickle-{key}": case for key, case in hostile.pickles().items()
 }
