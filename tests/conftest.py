@@ -7,6 +7,16 @@ from typing import Any
 import pytest
 import torch
 import uvloop
+from hypothesis import HealthCheck, settings
+
+# The same examples each time, however slow the machine is; new ones are looked for by fuzz/.
+settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("tests")
 
 ASYNC_WORLDS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),

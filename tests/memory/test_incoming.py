@@ -204,7 +204,7 @@ def rows(draw: Callable[[Any], Any]) -> Row:
     return Row(size, goes, tuple(pairs))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(rows(), max_size=8),
     st.sampled_from([64, 4096, 100_032, 2**20]),

@@ -32,7 +32,7 @@ def sent(outgoing: OutgoingPayload, end: int, chunk: int) -> bytes:
     return b"".join(pieces)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(
         st.one_of(

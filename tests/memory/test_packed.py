@@ -34,7 +34,7 @@ def contiguous(tensor: torch.Tensor) -> bytes:
     return bytes(raw(moved).flatten().tolist())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     data=st.data(),
     view=shapes.flatmap(lambda shape: views(shape)),
@@ -84,7 +84,7 @@ def sent(payload: OutgoingPayload, end: int, chunk: int) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.sampled_from([1, 2, 7, 100, 1000]),
     blocks=st.lists(st.integers(1, 70), min_size=1, max_size=4),

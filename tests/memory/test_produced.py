@@ -65,7 +65,7 @@ sizes_of_tensors = st.lists(
 chunk_sizes = st.sampled_from([64, 192, 4096, 20_032, 2**16])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(sizes_of_tensors, chunk_sizes, st.booleans())
 def test_any_tensors_are_sent_one_at_a_time(sizes: list[int], chunk: int, on_device: bool) -> None:
     offsets, end = layout(sizes)
@@ -80,7 +80,7 @@ def test_any_tensors_are_sent_one_at_a_time(sizes: list[int], chunk: int, on_dev
     assert copier.copied == on_device * sum(sizes)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sizes_of_tensors, chunk_sizes)
 def test_a_chunk_holds_while_the_next_one_is_made(sizes: list[int], chunk: int) -> None:
     offsets, end = layout(sizes)

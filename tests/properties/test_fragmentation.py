@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio.abc import ByteReceiveStream
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aiotorchio
@@ -29,10 +29,7 @@ from fuzz.objects import LIMITS
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 frequent = settings(
-    derandomize=True,
-    deadline=None,
     max_examples=60,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 SAMPLES = [*mutate.larger().values(), *mutate.small().values()]
 BEHIND = b"not of this message"

@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aiotorchio
@@ -22,10 +22,7 @@ OPTIONS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
 
 
 @settings(
-    derandomize=True,
-    deadline=None,
     max_examples=400,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(graphs(), OPTIONS)
 def test_objects_arrive_as_they_left(obj: Any, options: dict[str, Any]) -> None:

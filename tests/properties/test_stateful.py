@@ -30,7 +30,7 @@ from aiotorchio import (
     StreamPoisoned,
     TransferTimeout,
     TruncatedError,
-    drive,
+    threads,
 )
 from aiotorchio.streams import guard
 from aiotorchio.streams.guard import Direction
@@ -172,7 +172,7 @@ class Streams(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inline = mock.patch.object(drive, "ThreadPoolExecutor", Inline)
+        self.inline = mock.patch.object(threads, "ThreadPoolExecutor", Inline)
         self.inline.start()
         self.runner = asyncio.Runner(loop_factory=Loop)
         self.saving: asyncio.Task[Any] | None = None
@@ -385,7 +385,5 @@ class Streams(RuleBasedStateMachine):
         self.inline.stop()
 
 
-Streams.TestCase.settings = settings(
-    derandomize=True, deadline=None, max_examples=70, stateful_step_count=40
-)
+Streams.TestCase.settings = settings(max_examples=70, stateful_step_count=40)
 TestStreams = Streams.TestCase

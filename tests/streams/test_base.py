@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import anyio
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aiotorchio.errors import TransferTimeout, TruncatedError
@@ -21,7 +21,6 @@ buffers = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(buffers, st.integers(1, 50))
 def test_coalesce_keeps_every_byte_in_order(buffers: list[Buffer], size: int) -> None:
     pieces = list(coalesce(buffers, size))
@@ -29,7 +28,6 @@ def test_coalesce_keeps_every_byte_in_order(buffers: list[Buffer], size: int) ->
     assert all(0 < len(piece) <= size for piece in pieces)
 
 
-@settings(deadline=None)
 @given(buffers, st.integers(1, 50))
 def test_coalesce_makes_few_pieces(buffers: list[Buffer], size: int) -> None:
     pieces = list(coalesce(buffers, size))
@@ -46,7 +44,6 @@ def test_coalesce_does_not_copy_what_is_large() -> None:
     assert b"".join(pieces) == b"head" + b"x" * 100
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 20)), st.data())
 def test_copy_into_writes_data_at_its_place_and_nowhere_else(
     sizes: list[int], data: st.DataObject

@@ -5,7 +5,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aiotorchio.errors import TransferTimeout, TruncatedError
@@ -32,7 +32,6 @@ class Pieces:
         return self.pieces.pop(0)
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=9)), st.lists(st.integers(0, 9)))
 def test_reads_take_what_they_ask_for(pieces: list[bytes], sizes: list[int]) -> None:
     async def main() -> None:
