@@ -14,11 +14,18 @@ from typing import Any, cast
 import torch
 from torch import _weights_only_unpickler as unpickler_module
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
+from torch.nested._internal.nested_tensor import NestedTensor as JaggedTensor
 from torch.utils.hooks import warn_if_has_hooks
 
 __all__ = [
     "BLOCKED_MODULES",
+    "JAGGED_PARTS",
+    "NOTED_LENGTHS",
+    "PARAMETER_MARK",
+    "RAGGED_DIM",
+    "REBUILD_JAGGED",
     "Blanks",
+    "JaggedTensor",
     "WeightsOnlyUnpickler",
     "active_fake_mode",
     "empty_affine_quantized",
@@ -50,6 +57,20 @@ BLOCKED_MODULES = frozenset(unpickler_module._blocklisted_modules)
 _TORCH_HAS_NAMES = hasattr(torch.Tensor, "has_names")
 make_wrapper_subclass: Callable[..., torch.Tensor] = torch.Tensor._make_wrapper_subclass
 nested_view: Callable[..., torch.Tensor] = torch._nested_view_from_buffer
+PARAMETER_MARK = "_is_param"
+"""Attribute of subclasses that are parameters, though not of that class."""
+
+REBUILD_JAGGED = f"{JaggedTensor.__module__}._rebuild_njt"
+"""Path of what rebuilds a nested tensor of the jagged layout."""
+
+RAGGED_DIM, NOTED_LENGTHS = "_ragged_idx", "_metadata_cache"
+"""Two of its arguments."""
+
+JAGGED_PARTS = frozenset(
+    ("_values", "_offsets", "_lengths", RAGGED_DIM, NOTED_LENGTHS, "_size", "_strides")
+)
+"""The attributes that come of its arguments."""
+
 get_layout: Callable[[str], torch.layout] = torch.serialization._get_layout
 empty_affine_quantized: Callable[..., torch.Tensor] = torch._empty_affine_quantized
 empty_per_channel_quantized: Callable[..., torch.Tensor] = torch._empty_per_channel_affine_quantized

@@ -13,8 +13,11 @@ import torch
 
 from aiotorchio.errors import UnsafeObjectError
 from aiotorchio.graph import plain
+from aiotorchio.graph._torch import JAGGED_PARTS, REBUILD_JAGGED, JaggedTensor
+from aiotorchio.graph.arguments import Checks
 from aiotorchio.graph.attributes import TypeName, set_attributes, tensor_class
 from aiotorchio.graph.dtypes import DTYPE_NAMES
+from aiotorchio.graph.nested import NestedMaker
 from aiotorchio.graph.tensors import TensorMaker
 from aiotorchio.wire.limits import Limits
 
@@ -27,6 +30,9 @@ _QSCHEMES = (
     "per_channel_symmetric",
     "per_channel_affine_float_qparams",
 )
+
+
+_JAGGED = f"{JaggedTensor.__module__}.{JaggedTensor.__qualname__}"
 
 
 class Allowlist:
@@ -45,7 +51,8 @@ class Allowlist:
 
     def __init__(self, safe_globals: Iterable[Any], limits: Limits, map_location: Any) -> None:
         dicts = self._dicts = plain.OrderedDicts()
-        tensors = self._tensors = TensorMaker(limits, map_location)
+        checks = self._checks = Checks(limits)
+        tensors, nested = TensorMaker(checks, map_location), NestedMaker(checks)
         self.globals: dict[str, Any] = {
             "builtins.bytearray": plain.make_bytearray,
             "builtins.bytes": plain.make_bytes,
@@ -63,7 +70,7 @@ class Allowlist:
             "torch._tensor._rebuild_from_type_v2": self._subclass,
             "torch._utils._rebuild_device_tensor_from_cpu_tensor": tensors.on_device,
             "torch._utils._rebuild_meta_tensor_no_storage": tensors.meta,
-            "torch._utils._rebuild_nested_tensor": tensors.nested,
+            "torch._utils._rebuild_nested_tensor": nested.strided,
             "torch._utils._rebuild_parameter": tensors.parameter,
             "torch._utils._rebuild_parameter_with_state": tensors.parameter,
             "torch._utils._rebuild_qtensor": tensors.quantized,
@@ -76,6 +83,9 @@ class Allowlist:
         self.globals |= {str(dtype): dtype for dtype in DTYPE_NAMES}
         self.globals |= {f"torch.{name}": getattr(torch, name) for name in _QSCHEMES}
         trusted = _paths(safe_globals)
+        # torch lets anyone name these, and does not look at the offsets.
+        checked = {_JAGGED: TypeName(JaggedTensor), REBUILD_JAGGED: nested.jagged}
+        trusted |= {path: value for path, value in checked.items() if path in trusted}
         self.globals |= trusted
         self._trusted = list(trusted.values())
         self._trusted_paths = frozenset(trusted)
@@ -84,7 +94,7 @@ class Allowlist:
 
     def distrust(self, storages: Iterable[torch.UntypedStorage | None]) -> None:
         """Make nothing that relies on the numbers in these storages."""
-        self._tensors.distrust(storages)
+        self._checks.distrust(storages)
 
     def rebuild_functions(self) -> dict[tuple[str, str], Any]:
         """(module, name) of torch's rebuild functions -> the checked ones, for full pickle.
@@ -124,7 +134,14 @@ class Allowlist:
             # It may be the caller's, who has not asked for attributes.
             tensor = tensor.detach()
         if type(tensor) is not named:
+            if JaggedTensor in (type(tensor), named):
+                raise UnsafeObjectError(f"a {type(tensor).__name__} as a {named.__name__}")
             tensor = tensor.as_subclass(named)
+        if named is JaggedTensor:
+            # It has its parts already, which were checked.
+            if type(state) is not dict:
+                raise UnsafeObjectError("a state for a jagged tensor that is no dict")
+            state = {key: state[key] for key in state if key not in JAGGED_PARTS}
         if named.__setstate__ is not torch.Tensor.__setstate__:
             tensor.__setstate__(state)
         else:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from aiotorchio.errors import UnsafeObjectError
+from aiotorchio.graph._torch import PARAMETER_MARK
 from aiotorchio.graph.plain import is_dunder
 
 __all__ = ["TypeName", "set_attributes", "tensor_class"]
@@ -46,6 +47,8 @@ def set_attributes(tensor: torch.Tensor, state: Any) -> None:
 
 def _is_free(tensor: torch.Tensor, key: str) -> bool:
     kind = type(tensor)
+    if key == PARAMETER_MARK and kind in (torch.Tensor, torch.nn.Parameter):
+        return False
     found = next((vars(base)[key] for base in kind.__mro__ if key in vars(base)), _ABSENT)
     if found is _ABSENT:
         return True

@@ -175,7 +175,7 @@ def unsafe() -> dict[str, Any]:
     }
     for attribute in (
         *("data", "sum", "__class__", "__array_interface__", "__array_struct__", "grad", "shape"),
-        *("__dict__", "_backward_hooks", "requires_grad", "__anything__"),
+        *("__dict__", "_backward_hooks", "requires_grad", "__anything__", "_is_param"),
     ):
         cases[f"attribute_{attribute}"] = subclassed(rebuilt, tensor_name, args, {attribute: 1})
         cases[f"parameter_{attribute}"] = rebuild(

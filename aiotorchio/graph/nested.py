@@ -1,0 +1,132 @@
+"""Nested tensors, of both layouts: their parts must lie within their values.
+
+torch takes them from a pickle as they are. See ``tensors``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from aiotorchio.errors import InvalidObjectError, LimitExceeded
+from aiotorchio.graph import _torch
+from aiotorchio.graph.arguments import Checks, boolean, expect, part
+
+__all__ = ["NestedMaker"]
+
+# Checking one part takes as long as copying about this many bytes.
+_PART_WORK = 64 * 2**10
+
+
+class NestedMaker:
+    """Makes the nested tensors of one load.
+
+    Args:
+        checks: Look at what they are made of.
+    """
+
+    def __init__(self, checks: Checks) -> None:
+        self._checks = checks
+
+    def strided(self, buffer: Any, sizes: Any, strides: Any, offsets: Any) -> torch.Tensor:
+        """A nested tensor of the strided layout: many tensors in one buffer."""
+        part(buffer)
+        for numbers in (sizes, strides, offsets):
+            self._checks.charge(numbers)
+        if (
+            buffer.dim() != 1
+            # torch reads all four as if they were contiguous.
+            or not all(each.is_contiguous() for each in (buffer, sizes, strides, offsets))
+            or sizes.dim() != 2
+            or strides.shape != sizes.shape
+            or offsets.shape != sizes.shape[:1]
+            or any(each.dtype != torch.int64 for each in (sizes, strides, offsets))
+            or any(each.device.type != "cpu" for each in (sizes, strides, offsets))
+        ):
+            raise InvalidObjectError("a nested tensor whose parts do not fit together")
+        # Each part of it is looked at in Python.
+        self._checks.charge_work(offsets.numel() * _PART_WORK)
+        elements = 0
+        for offset, size, stride in zip(
+            offsets.tolist(), sizes.tolist(), strides.tolist(), strict=True
+        ):
+            span = self._checks.span(buffer.dtype, size, stride)
+            if offset < 0 or offset + span > len(buffer):
+                raise InvalidObjectError("a nested tensor beyond its buffer")
+            elements += math.prod(size)
+        if elements * buffer.dtype.itemsize > self._checks.limits.dense_nbytes:
+            raise LimitExceeded(f"a nested tensor of {elements} elements")
+        return _torch.nested_view(buffer, sizes, strides, offsets)
+
+    def jagged(self, arguments: Any) -> torch.Tensor:
+        """A nested tensor of the jagged layout: parts of one tensor, between offsets."""
+        given = dict(expect(arguments, dict))
+        values, offsets = part(given.pop("values", None)), given.pop("offsets", None)
+        lengths, ragged = given.pop("lengths", None), given.pop(_torch.RAGGED_DIM, 1)
+        # A copy: the pickle can still write to its own.
+        cache = dict(expect(given.pop(_torch.NOTED_LENGTHS, {}), dict))
+        requires_grad = boolean(given.pop("requires_grad", False))
+        if given or values.layout is not torch.strided or values.is_nested:
+            raise InvalidObjectError("a jagged tensor of other parts than its layout has")
+        if type(ragged) is not int or not 1 <= ragged <= values.dim():
+            raise InvalidObjectError(f"a jagged tensor that is ragged in dimension {ragged}")
+        for numbers in (offsets,) if lengths is None else (offsets, lengths):
+            self._checks.charge(numbers)
+            if numbers.dim() != 1 or numbers.dtype not in (torch.int32, torch.int64):
+                raise InvalidObjectError("a jagged tensor whose offsets are no list of integers")
+        count = len(offsets) - 1
+        if count < 0 or (lengths is not None and len(lengths) != count):
+            raise InvalidObjectError("a jagged tensor without an offset and a length for each part")
+        # On meta there are no numbers, and nothing is read by them.
+        if offsets.device.type != "meta" and not _torch.is_fake(offsets):
+            self._check_parts(values, ragged - 1, offsets, lengths, cache)
+        return _torch.JaggedTensor(
+            values,
+            offsets,
+            lengths=lengths,
+            requires_grad=requires_grad,
+            **{_torch.RAGGED_DIM: ragged, _torch.NOTED_LENGTHS: cache},
+        )
+
+    def _check_parts(
+        self,
+        values: torch.Tensor,
+        dim: int,
+        offsets: torch.Tensor,
+        lengths: torch.Tensor | None,
+        cache: dict[Any, Any],
+    ) -> None:
+        """Refuse a jagged tensor whose parts, or what is noted of them, lie beyond its values."""
+        most, offsets = values.shape[dim], offsets.long()
+        sizes = offsets.diff() if lengths is None else lengths.long()
+        # In this order, no sum or difference can overflow unnoticed.
+        if (
+            any(bool(((each < 0) | (each > most)).any()) for each in (offsets, sizes))
+            or bool((offsets.diff() < 0).any())
+            or bool((offsets[:-1] + sizes > most).any())
+        ):
+            raise InvalidObjectError("a jagged tensor beyond its values")
+        count, width = len(sizes), math.prod([*values.shape[:dim], *values.shape[dim + 1 :]])
+        # Parts with lengths may overlap.
+        elements = int(sizes.double().sum()) * width
+        shortest, longest = (int(sizes.min()), int(sizes.max())) if count else (0, 0)
+        noted = {name: _noted_length(value) for name, value in cache.items()}
+        if not noted.keys() <= {"min_seqlen", "max_seqlen"}:
+            raise InvalidObjectError("a jagged tensor with notes that torch does not make")
+        least, highest = noted.get("min_seqlen", shortest), noted.get("max_seqlen", longest)
+        if not 0 <= least <= shortest or highest < longest:
+            raise InvalidObjectError(f"a jagged tensor with parts of {least} to {highest} noted")
+        # Whoever knows no better notes more than there are, which is what a padded one takes then.
+        if highest > longest:
+            elements = max(elements, count * highest * width)
+        if elements * values.element_size() > self._checks.limits.dense_nbytes:
+            raise LimitExceeded(f"a jagged tensor of {elements} elements")
+
+
+def _noted_length(value: Any) -> int:
+    """A length that torch has noted: as a number, or as the size of a tensor without elements."""
+    if type(value) is int:
+        return value
+    return part(value).shape[0] if part(value).dim() == 2 else -1

@@ -1,0 +1,226 @@
+"""Nested tensors of the jagged layout: honest ones arrive, no part of one lies beyond its values.
+
+Those of the strided layout are in ``hostile.py``. The names of the jagged ones are on torch's own
+list in every process: nobody has to trust anything for a sender to use them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo  # allows what torch hangs on the lengths that it has noted
+
+from aiotorchio import InvalidObjectError, LimitExceeded, Limits, UnsafeObjectError
+from tests.corpus import assert_same
+from tests.graph import forge
+from tests.graph.forge import Code, call, get, name, new, put, rebuild, subclassed, tensor
+
+MODULE = "torch.nested._internal.nested_tensor"
+REBUILD, KIND = name(MODULE, "_rebuild_njt"), name(MODULE, "NestedTensor")
+jagged = torch.nested.nested_tensor_from_jagged
+
+
+def integers(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers)
+
+
+def values() -> torch.Tensor:
+    # A new one each time: torch hangs an attribute on it.
+    return torch.arange(16.0).reshape(8, 2)
+
+
+def parts() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(3, 2), torch.ones(5, 2)], layout=torch.jagged)
+
+
+HONEST: dict[str, Callable[[], Any]] = {
+    "parts": parts,
+    "transposed": lambda: parts().transpose(1, 2),
+    "narrow": lambda: torch.nested.narrow(
+        torch.ones(2, 6, 2), 1, integers(1, 2), integers(2, 3), layout=torch.jagged
+    ),
+    "offsets_of_32_bits": lambda: jagged(values(), integers(0, 3, 8).int()),
+    "lengths": lambda: jagged(values(), lengths=integers(4, 4)),
+    "holes": lambda: jagged(values(), integers(0, 3, 7), integers(2, 1)),
+    "lengths_noted_by_guess": lambda: jagged(
+        values(), integers(0, 3, 8), min_seqlen=1, max_seqlen=2048
+    ),
+    "ragged_behind": lambda: torch.nested.nested_tensor(
+        [torch.ones(2, 3), torch.ones(2, 5)], layout=torch.jagged
+    ),
+    "empty_parts": lambda: jagged(torch.ones(0, 2), integers(0, 0, 0)),
+    "no_parts": lambda: jagged(torch.ones(0, 2), integers(0)),
+    "requires_grad": lambda: jagged(values(), integers(0, 3, 8)).requires_grad_(),
+    "values_over_the_same_part": lambda: jagged(torch.ones(1, 2).expand(8, 2), integers(0, 8)),
+}
+
+
+@pytest.mark.parametrize("key", HONEST)
+def test_honest(key: str) -> None:
+    original = HONEST[key]()
+    loaded = forge.round_trip({"x": original, "again": original})
+    assert_same(loaded["x"], original)
+    assert loaded["again"] is loaded["x"]
+    assert_same(list(loaded["x"].unbind()), list(original.unbind()))
+
+
+def test_without_numbers_there_is_nothing_to_check() -> None:
+    loaded = forge.round_trip(parts(), map_location="meta")
+    assert loaded.values().device.type == "meta"
+    assert loaded.values().shape == (8, 2)
+
+
+def rebuilt(arguments: dict[str, Any]) -> Code:
+    return call(MODULE, "_rebuild_njt", arguments)
+
+
+def load(
+    shown: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    *,
+    limits: Limits | None = None,
+    through: Callable[[dict[str, Any]], Code] = rebuilt,
+    **other: Any,
+) -> Any:
+    """Load a jagged tensor as torch pickles it, but for what is given, and ``other`` arguments."""
+    offsets = integers(0, 3, 8) if offsets is None else offsets
+    rows = [values() if shown is None else shown, offsets, *([] if lengths is None else [lengths])]
+    arguments: dict[str, Any] = {
+        "values": tensor(0),
+        "offsets": tensor(1),
+        "lengths": None if lengths is None else tensor(2),
+        "_ragged_idx": 1,
+        "_metadata_cache": {},
+        "requires_grad": False,
+    }
+    arguments |= {key.removeprefix("other_"): value for key, value in other.items()}
+    skeleton = forge.pickled(through(arguments))
+    return forge.load_pickle(skeleton, rows, limits=limits or Limits())
+
+
+def test_what_is_changed_below_is_good() -> None:
+    assert_same(load(), jagged(values(), integers(0, 3, 8)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"offsets": integers(0, 3, 9)},
+        {"offsets": integers(0, 2**40, 2**40 + 8)},
+        {"offsets": integers(0, -(2**33), 8)},
+        {"offsets": integers(-1, 3, 8)},
+        {"offsets": integers(8, 3, 0)},
+        {"offsets": integers(0, 2**63 - 1, -(2**63))},
+        {"offsets": torch.tensor([0.0, 3.0, 8.0])},
+        {"offsets": integers(0, 3, 8)[None]},
+        {"offsets": torch.ones((), dtype=torch.int64)},
+        {"offsets": torch.ones(0, dtype=torch.int64)},
+        {"offsets": integers(0).expand(100)},
+        {"lengths": integers(3)},
+        {"lengths": integers(3, 6)},
+        {"lengths": integers(3, -1)},
+        {"lengths": integers(3, 2**63 - 1)},
+        {"lengths": torch.ones(2)},
+        # Each of 32 bits, their sum is not.
+        {
+            "shown": torch.zeros(1, dtype=torch.uint8).expand(2**31),
+            "offsets": integers(2**31 - 1, 2**31 - 1).int(),
+            "lengths": integers(2**31 - 1).int(),
+            "limits": Limits(total_nbytes=2**40),
+        },
+        {"other__ragged_idx": 0},
+        {"other__ragged_idx": 3},
+        {"other__ragged_idx": -1},
+        {"other__ragged_idx": True},
+        {"other__ragged_idx": "1"},
+        {"other_values": None},
+        {"other_values": call(MODULE, "_rebuild_njt", {"values": tensor(0), "offsets": tensor(1)})},
+        {"other_offsets": [0, 3, 8]},
+        {"other_requires_grad": 1},
+        {"other_anything": 1},
+        {"other__metadata_cache": None},
+        {"other__metadata_cache": {"max_seqlen": 4}},
+        {"other__metadata_cache": {"min_seqlen": 4}},
+        {"other__metadata_cache": {"min_seqlen": -1}},
+        {"other__metadata_cache": {"max_seqlen": tensor(1)}},
+        {"other__metadata_cache": {"max_seqlen": "5"}},
+        {"other__metadata_cache": {"lengths": 5}},
+    ],
+    ids=lambda change: str(change)[:60],
+)
+def test_no_jagged_tensor(change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidObjectError):
+        load(**change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        # Parts that all show the same values; what a padded tensor would take.
+        {"offsets": torch.zeros(1001, dtype=torch.int64), "lengths": torch.full((1000,), 8)},
+        {"other__metadata_cache": {"max_seqlen": 2**40}},
+    ],
+    ids=["lengths", "noted"],
+)
+def test_larger_than_its_values(change: dict[str, Any]) -> None:
+    with pytest.raises(LimitExceeded):
+        load(**change, limits=Limits(expanded_nbytes=16_000))
+
+
+def with_state(state: Any) -> Callable[[dict[str, Any]], Code]:
+    return lambda arguments: subclassed(REBUILD, KIND, (arguments,), state)
+
+
+def test_no_state_changes_the_parts() -> None:
+    state = {"_offsets": tensor(2), "_ragged_idx": 2, "_size": (2, 2**40, 2), "note": "kept"}
+    loaded = load(lengths=integers(0, 2**40), other_lengths=None, through=with_state(state))
+    assert loaded.note == "kept"
+    del loaded.note
+    assert_same(loaded, load())
+
+
+def test_what_was_noted_is_not_changed_later() -> None:
+    """The pickle still has the dict that it gave."""
+
+    def noted_later(arguments: dict[str, Any]) -> Code:
+        cache = Code(b"}" + put(0))
+        made = rebuilt(arguments | {"_metadata_cache": cache})
+        later = get(0) + forge.assemble("max_seqlen") + forge.assemble(1) + b"s"
+        return Code(b"](" + made + later + b"e")
+
+    loaded, noted = load(through=noted_later)
+    assert noted == {"max_seqlen": 1}
+    assert loaded._metadata_cache == {}
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        lambda _: call(MODULE, "NestedTensor", tensor(0), tensor(1)),
+        lambda _: new(MODULE, "NestedTensor", tensor(0), tensor(1)),
+        # Not a part is looked at.
+        lambda arguments: subclassed(
+            name("torch._utils", "_rebuild_tensor_v2"),
+            KIND,
+            (forge.storage(0, "float32"), 0, (4,), (1,), False, forge.ordered_dict()),
+            {"_values": tensor(0), "_offsets": tensor(1)},
+        ),
+        lambda arguments: rebuild(
+            "_rebuild_wrapper_subclass",
+            *(KIND, name("torch", "float32"), (4,), (1,), 0),
+            *(call("torch.serialization", "_get_layout", "torch.strided"), "cpu", False),
+        ),
+        lambda arguments: subclassed(REBUILD, name("torch", "Tensor"), (arguments,), {}),
+        with_state(None),
+        with_state(({}, {"_offsets": tensor(0)})),
+        with_state({"data": tensor(0)}),
+    ],
+    ids=["call", "new", "tensor", "wrapper", "class", "no_state", "slots", "data"],
+)
+def test_no_other_way_to_make_one(through: Any) -> None:
+    with pytest.raises(UnsafeObjectError):
+        load(through=through)
