@@ -57,7 +57,8 @@ class AiotorchioError(Exception):
     """Base of every error in this module.
 
     Args:
-        message: What was wrong; cut where it is longer than 10,000 characters.
+        message: What was wrong; cut where it is longer than 10,000 characters, and printable: a
+            peer may have written a part of it.
         entry: The part of the message it was found in, such as ``"tensor 3 ('layer.weight')"``.
         offset: Bytes between the first byte of the message and the place of the error.
     """
@@ -67,10 +68,14 @@ class AiotorchioError(Exception):
     ) -> None:
         if len(message) > _MESSAGE_MAX:
             message = message[:_MESSAGE_MAX] + "..."
+        message = self._printable(message)
         super().__init__(message)
         self.message = message
         self.entry = entry
         self.offset = offset
+
+    def _printable(self, message: str) -> str:
+        return printable(message)
 
     def __str__(self) -> str:
         where = [] if self.entry is None else [self.entry]
@@ -129,6 +134,10 @@ class MismatchError(AiotorchioError):
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
         self.misfits = dict(misfits or {})
+
+    def _printable(self, message: str) -> str:
+        # It has a line for each tensor, in which names are printable already.
+        return "\n".join(map(printable, message.split("\n")))
 
 
 class TransferTimeout(AiotorchioError, TimeoutError):

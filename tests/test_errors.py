@@ -55,6 +55,14 @@ def test_what_they_say(kind: type[AiotorchioError]) -> None:
 
 
 @pytest.mark.parametrize("kind", ALL)
+def test_what_a_peer_wrote_moves_no_cursor(kind: type[AiotorchioError]) -> None:
+    text = str(kind("device '\x1b[2Jcpu\r\u202e'"))
+    assert text == "device '\\x1b[2Jcpu\\r\\u202e'"
+    # Of misfits, each has a line.
+    assert ("\n" in str(kind("one\ntwo"))) == (kind is aiotorchio.MismatchError)
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_they_cross_processes(kind: type[AiotorchioError]) -> None:
     error = kind("wrong", entry="tensor 3", offset=17)
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):

@@ -6,8 +6,10 @@ import contextlib
 import io
 import os
 import re
+import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -246,10 +248,10 @@ async def test_endless_patience(anyio_backend: Any) -> None:
 
 
 @contextlib.contextmanager
-def blocking_ends(tls: bool, timeout: float | None = None) -> Iterator[tuple[Any, Any]]:
-    near, far = connected("tcp" if tls else "unix")
+def blocking_ends(link: str, timeout: float | None = None) -> Iterator[tuple[Any, Any]]:
+    near, far = connected("unix" if link == "unix" else "tcp")
     ends: dict[str, Any] = {"near": near, "far": far}
-    if tls:
+    if link == "tls":
 
         def serve() -> None:
             ends["near"] = SERVER_TLS.wrap_socket(near, server_side=True)
@@ -264,15 +266,15 @@ def blocking_ends(tls: bool, timeout: float | None = None) -> Iterator[tuple[Any
         yield near, far
 
 
-blocking = pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+blocking = pytest.mark.parametrize("link", ["unix", "tcp", "tls"])
 own_timeout = pytest.mark.parametrize("timeout", [None, PATIENCE], ids=["none", "long"])
 
 
 @blocking
 @own_timeout
 @pytest.mark.parametrize("count", [1, 40, 100_000])
-def test_a_blocking_load_of_silence(tls: bool, timeout: float | None, count: int) -> None:
-    with blocking_ends(tls, timeout) as (near, far):
+def test_a_blocking_load_of_silence(link: str, timeout: float | None, count: int) -> None:
+    with blocking_ends(link, timeout) as (near, far):
         near.sendall(MESSAGE[:count])
         with pytest.raises(TransferTimeout, match="no byte moved for") as caught:
             aiotorchio.load(far, limits=Limits(idle_timeout=SHORT))
@@ -288,8 +290,33 @@ def test_a_blocking_load_of_silence(tls: bool, timeout: float | None, count: int
 
 
 @blocking
-def test_a_blocking_load_that_never_begins(tls: bool) -> None:
-    with blocking_ends(tls) as (near, far):
+def test_a_blocking_load_that_is_refused_stops_its_sender(link: str) -> None:
+    """Which waits for room, on a connection full of what nobody takes any more."""
+    with blocking_ends(link) as (near, far):
+        errors: list[Exception] = []
+
+        def save() -> None:
+            try:
+                aiotorchio.save(LARGE, near)
+            except aiotorchio.AiotorchioError as error:
+                errors.append(error)
+
+        sending = threading.Thread(target=save)
+        sending.start()
+        end = time.monotonic() + PATIENCE
+        while select.select([], [near], [], 0)[1]:
+            assert time.monotonic() < end, "there is always room"
+        with pytest.raises(aiotorchio.LimitExceeded):
+            aiotorchio.load(far, limits=Limits(total_nbytes=1000))
+        sending.join(PATIENCE)
+        assert not sending.is_alive()
+        assert near.gettimeout() is None and far.gettimeout() is None
+        assert [type(error) for error in errors] == [TruncatedError]
+
+
+@blocking
+def test_a_blocking_load_that_never_begins(link: str) -> None:
+    with blocking_ends(link) as (near, far):
         with pytest.raises(TransferTimeout, match="start_timeout"):
             aiotorchio.load(far, limits=Limits(start_timeout=SHORT))
         aiotorchio.save("later", near)
@@ -298,8 +325,8 @@ def test_a_blocking_load_that_never_begins(tls: bool) -> None:
 
 @blocking
 @own_timeout
-def test_a_blocking_save_that_nobody_reads(tls: bool, timeout: float | None) -> None:
-    with blocking_ends(tls, timeout) as (near, _):
+def test_a_blocking_save_that_nobody_reads(link: str, timeout: float | None) -> None:
+    with blocking_ends(link, timeout) as (near, _):
         with pytest.raises(TransferTimeout, match="no byte moved for"):
             aiotorchio.save(LARGE, near, limits=Limits(write_timeout=SHORT))
         assert near.gettimeout() == timeout
@@ -308,16 +335,72 @@ def test_a_blocking_save_that_nobody_reads(tls: bool, timeout: float | None) -> 
 
 
 @blocking
-def test_the_timeout_of_the_socket_itself_counts_too(tls: bool) -> None:
-    with blocking_ends(tls, SHORT) as (near, far):
+def test_the_timeout_of_the_socket_itself_counts_too(link: str) -> None:
+    with blocking_ends(link, SHORT) as (near, far):
         near.sendall(MESSAGE[:100])
         with pytest.raises(TransferTimeout, match="the connection timed out"):
             aiotorchio.load(far)
         assert far.gettimeout() == SHORT
-    with blocking_ends(tls, SHORT) as (near, _):
+    with blocking_ends(link, SHORT) as (near, _):
         with pytest.raises(TransferTimeout, match="the connection timed out"):
             aiotorchio.save(LARGE, near)
         assert near.gettimeout() == SHORT
+
+
+def test_a_blocking_socket_of_tls_is_for_one_call_at_a_time() -> None:
+    """They would take each other's timeouts for the owner's."""
+    with blocking_ends("tls", PATIENCE) as (near, far):
+        errors: list[Exception] = []
+
+        def load() -> None:
+            try:
+                aiotorchio.load(far, limits=Limits(start_timeout=PATIENCE / 2))
+            except aiotorchio.AiotorchioError as error:
+                errors.append(error)
+
+        loading = threading.Thread(target=load)
+        loading.start()
+        end = time.monotonic() + PATIENCE
+        while far.gettimeout() == PATIENCE:
+            assert time.monotonic() < end, "the load does not begin"
+        with pytest.raises(aiotorchio.StreamBusy):
+            aiotorchio.save(STATE, far)
+        near.close()
+        loading.join()
+        assert [type(error) for error in errors] == [TruncatedError]
+        assert far.gettimeout() == PATIENCE
+
+
+@blocking
+@pytest.mark.parametrize(
+    "timeout",
+    [30 * 86400, 1e300, 10**400, float("inf")],
+    ids=["month", "long", "longer", "endless"],
+)
+def test_more_patience_than_systems_have_timeouts(link: str, timeout: float) -> None:
+    limits = Limits(start_timeout=timeout, idle_timeout=timeout, write_timeout=timeout)
+    with blocking_ends(link) as (near, far):
+        sending = threading.Thread(
+            target=aiotorchio.save, args=(LARGE, near), kwargs={"limits": limits}
+        )
+        sending.start()
+        assert torch.equal(aiotorchio.load(far, limits=limits)["w"], LARGE["w"])
+        sending.join()
+
+
+@pytest.mark.parametrize("seconds", [30 * 86400, 1e300, 10**400], ids=["month", "long", "longer"])
+@in_one_loop
+async def test_more_patience_than_timers_have(kind: str, seconds: float) -> None:
+    limits = Limits(start_timeout=seconds, handshake_timeout=seconds, idle_timeout=seconds)
+    async with both_ends(kind) as (near, far), anyio.create_task_group() as group:
+
+        async def save() -> None:
+            with anyio.fail_after(PATIENCE):
+                await near.save(STATE, limits=Limits(write_timeout=seconds))
+
+        group.start_soon(save)
+        with anyio.fail_after(PATIENCE):
+            torch.testing.assert_close(await far.load(limits=limits), STATE)
 
 
 def test_both_directions_of_a_blocking_socket_at_once() -> None:

@@ -69,7 +69,7 @@ class AnyioSink(Sink):
         await anyio.lowlevel.checkpoint_if_cancelled()
         # A send that is cancelled from here on does not say how much it has sent.
         self.in_message = True
-        for piece in coalesce(buffers):
+        for piece in coalesce(buffers, self.piece_size):
             item: Any = piece if self._takes_buffers else bytes(piece)
             with connection_errors():
                 await self._stream.send(item)

@@ -216,7 +216,7 @@ class AsyncioSink(Sink):
             finally:
                 self.in_message = self.in_message or self._direct.in_message
             return
-        for piece in coalesce(buffers):
+        for piece in coalesce(buffers, self.piece_size):
             # drain() need not wait, and then the loop would not find out that the connection is
             # lost: the transport drops all that it is given, and says nothing. Before the write,
             # so that a cancellation comes while the stream is whole.

@@ -32,7 +32,7 @@ Buffer = bytes | bytearray | memoryview
 
 # What a copying driver hands over at a time: large enough that a call costs little, small
 # enough that little is buffered.
-PIECE_SIZE = 256 * 2**10
+PIECE_SIZE, _PIECE_SIZE_MIN = 256 * 2**10, 4096
 
 
 class Driver:
@@ -49,6 +49,12 @@ class Driver:
     in_message = False
     failure: Exception | None = None
     pace: Pace | None = None
+
+    @property
+    def piece_size(self) -> int:
+        """Bytes to hand over in one go: whoever is just fast enough must be seen to take them."""
+        most = PIECE_SIZE if self.pace is None else min(self.pace.least_nbytes, PIECE_SIZE)
+        return max(int(most), _PIECE_SIZE_MIN)
 
     def moved(self, count: int) -> None:
         """Note bytes that were taken, or sent."""
@@ -123,13 +129,18 @@ def asyncio_loop() -> asyncio.AbstractEventLoop | None:
 _HELD_MAX = 16 * 2**20
 
 
-def break_connection(sock: socket.socket) -> None:
-    """Shut a non-blocking socket that stays its owner's, so that the peer notices at once."""
+def break_connection(sock: socket.socket, flags: int = 0) -> None:
+    """Shut a socket that stays its owner's, so that the peer notices at once.
+
+    Args:
+        sock: A non-blocking one, or with ``flags`` that make it so.
+        flags: For receiving.
+    """
     # First room is made: a sender who waits for it is only told there is none to come when it asks
     # again, maybe minutes later. What it sends into the room is answered by a reset.
     with contextlib.suppress(OSError):
         scratch, taken = bytearray(PIECE_SIZE), 0
-        while taken < _HELD_MAX and (count := sock.recv_into(scratch)):
+        while taken < _HELD_MAX and (count := sock.recv_into(scratch, len(scratch), flags)):
             taken += count
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)

@@ -28,6 +28,14 @@ class BlockingStream(Driver):
     def __init__(self, file: Any) -> None:
         self._file = file
         self._seekable = bool(hasattr(file, "seekable") and file.seekable())
+        # What is there, not all that is asked for: the pace of whoever writes is to be seen. (The
+        # readinto1 that a class inherits needs a read1 that it may lack.)
+        in_parts = (
+            not self._seekable
+            and isinstance(file, io.BufferedIOBase)
+            and type(file).read1 is not io.BufferedIOBase.read1
+        )
+        self._into = file.readinto1 if in_parts else getattr(file, "readinto", None)
 
     def read(self, size: int) -> bytes:
         """The next ``size`` bytes; fewer only if the file ended."""
@@ -90,10 +98,8 @@ class BlockingStream(Driver):
         return count
 
     def _read_into(self, view: memoryview) -> int:
-        # What is there, not all that is asked for: the pace of whoever writes is to be seen.
-        into = getattr(self._file, "readinto1", None) or getattr(self._file, "readinto", None)
-        if into is not None:
-            count = into(view)
+        if self._into is not None:
+            count = self._into(view)
             if count is None:
                 raise _would_block()
             return int(count)

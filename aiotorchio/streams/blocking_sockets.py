@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import selectors
 import socket
 import ssl
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from aiotorchio.streams.base import PIECE_SIZE, Buffer, coalesce
+from aiotorchio.streams.base import PIECE_SIZE, Buffer, break_connection, coalesce
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.sockets import TURN_SIZE, Cursor
 
-__all__ = ["open_blocking_socket"]
+__all__ = ["is_one_way", "open_blocking_socket"]
+
+T = TypeVar("T")
 
 _Selector: Callable[[], selectors.BaseSelector] = getattr(
     selectors, "PollSelector", selectors.SelectSelector
 )
 # Whether a system can try a socket without making all of it non-blocking.
 _TRIES = hasattr(socket, "MSG_DONTWAIT") and hasattr(socket.socket, "sendmsg")
+# In seconds: beyond some weeks, systems take no timeout.
+_WAIT_MAX = 86_400.0
 
 
 def open_blocking_socket(sock: socket.socket) -> BlockingStream:
@@ -31,9 +37,15 @@ def open_blocking_socket(sock: socket.socket) -> BlockingStream:
     """
     if not sock.getblocking():
         raise ValueError("the socket must be blocking: call setblocking(True) first")
-    if isinstance(sock, ssl.SSLSocket) or not _TRIES:
-        return _TimedSocket(sock)
-    return _PlainSocket(sock)
+    return _TimedSocket(sock) if is_one_way(sock) else _PlainSocket(sock)
+
+
+def is_one_way(stream: object) -> bool:
+    """Whether it is a socket for one call at a time, in one direction or the other.
+
+    A call sets its timeout, which both directions share: TLS waits inside of its calls.
+    """
+    return isinstance(stream, ssl.SSLSocket) or (isinstance(stream, socket.socket) and not _TRIES)
 
 
 class _BlockingSocket(BlockingStream):
@@ -45,20 +57,25 @@ class _BlockingSocket(BlockingStream):
 
     def abort(self) -> None:
         with contextlib.suppress(OSError):
+            if _TRIES:
+                # Of a duplicate, which knows nothing of TLS and has no timeout to wait for.
+                with socket.socket(fileno=os.dup(self._file.fileno())) as duplicate:
+                    break_connection(duplicate, socket.MSG_DONTWAIT)
             self._file.shutdown(socket.SHUT_RDWR)
 
-    def _patience(self) -> float:
-        """Seconds until whoever is less patient gives up: the owner of the socket, or the pace."""
-        left = math.inf if self.pace is None else self.pace.left()
-        if left <= 0:
-            assert self.pace is not None
-            raise self.pace.error()
-        return left if self._timeout is None else min(left, self._timeout)
-
-    def _impatient(self) -> Exception:
-        if self.pace is not None and self.pace.left() <= 0:
-            return self.pace.error()
-        return TimeoutError("timed out")
+    def _wait(self, call: Callable[[float | None], T | None]) -> T:
+        """Call with seconds to wait for, again and again while it has nothing to return yet."""
+        end = math.inf if self._timeout is None else time.monotonic() + self._timeout
+        while True:
+            patience = math.inf if self.pace is None else self.pace.left()
+            if self.pace is not None and patience <= 0:
+                raise self.pace.error()
+            patience = min(patience, end - time.monotonic())
+            if patience <= 0:
+                raise TimeoutError("timed out")
+            result = call(None if patience == math.inf else min(patience, _WAIT_MAX))
+            if result is not None:
+                return result
 
 
 class _PlainSocket(_BlockingSocket):
@@ -90,18 +107,16 @@ class _PlainSocket(_BlockingSocket):
                     return int(attempt())
                 except BlockingIOError:
                     pass
-            patience = self._patience()
             with _Selector() as selector:
                 selector.register(self._file, event)
-                ready = selector.select(None if patience == math.inf else patience)
-            if not ready:
-                raise self._impatient()
+                # An empty list says that the time is over.
+                self._wait(lambda seconds: selector.select(seconds) or None)
             if self._timeout is not None:
                 return int(attempt())
 
 
 class _TimedSocket(_BlockingSocket):
-    """Sets the timeout of the socket: TLS waits inside of its calls. None use it in two threads."""
+    """Sets the timeout of the socket; see ``is_one_way``."""
 
     def _read_into(self, view: memoryview) -> int:
         return self._timed(self._file.recv_into, view)
@@ -122,9 +137,11 @@ class _TimedSocket(_BlockingSocket):
             self._file.settimeout(self._timeout)
 
     def _timed(self, call: Callable[..., Any], *args: Any) -> int:
-        patience = self._patience()
-        self._file.settimeout(None if patience == math.inf else patience)
-        try:
-            return int(call(*args))
-        except TimeoutError:
-            raise self._impatient() from None
+        def attempt(seconds: float | None) -> int | None:
+            self._file.settimeout(seconds)
+            try:
+                return int(call(*args))
+            except TimeoutError:
+                return None
+
+        return self._wait(attempt)

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary, ref
 from aiotorchio.errors import StreamBusy, StreamPoisoned
 from aiotorchio.streams.base import Sink, Source
 from aiotorchio.streams.blocking import BlockingStream
+from aiotorchio.streams.blocking_sockets import is_one_way
 
 __all__ = ["exclusive"]
 
@@ -24,8 +25,9 @@ class _Call:
 
 @dataclass(slots=True)
 class _State:
-    # Weak references: a call that is interrupted while it cleans up is over, too. The first that is
-    # alive has the stream. No lock, since an interrupt could leave it held: appending is atomic.
+    # Of the calls that are alive, the first has the stream. Weak references: a call that is
+    # interrupted while it cleans up is over, too. No lock: an interrupt could leave it held, and
+    # appending is atomic.
     calls: list[ref[_Call]] = field(default_factory=list)
     poison: str | None = None
 
@@ -35,6 +37,8 @@ _states: WeakKeyDictionary[Any, dict[Direction, _State]] = WeakKeyDictionary()
 
 
 def _state(stream: Any, direction: Direction) -> _State:
+    if is_one_way(stream):
+        direction = "load"
     try:
         states = _states.setdefault(stream, {})
     except TypeError:  # streams that cannot be hashed or weakly referenced are not watched
@@ -50,7 +54,8 @@ def exclusive(
 
     Args:
         stream: The caller's stream.
-        direction: A stream may be saved to and loaded from at once, but not twice the same.
+        direction: A stream may be saved to and loaded from at once, but not twice the same; a
+            blocking one of TLS has only one.
         open_driver: Makes the driver.
 
     Raises:

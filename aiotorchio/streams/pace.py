@@ -12,6 +12,10 @@ from aiotorchio.errors import TransferTimeout
 __all__ = ["Pace"]
 
 
+# Seconds, 30 years: timers of event loops overflow somewhere beyond.
+_FOREVER = 10**9
+
+
 class Pace:
     """The patience with the peer of one message, as ``Limits`` says it.
 
@@ -45,16 +49,21 @@ class Pace:
         self._seconds_per_byte = 1 / least_rate if least_rate else math.inf
         self._least_rate = least_rate
         self._limit = limit
-        self._start_timeout = start_timeout
-        self._handshake_timeout = handshake_timeout
+        self._start_timeout = _seconds(start_timeout)
+        self._handshake_timeout = _seconds(handshake_timeout)
         self._started = started
         # Until the first byte, and from then on.
-        self._start_left, self._left = _seconds(start_timeout), self._timeout
+        self._start_left, self._left = self._start_timeout, self._timeout
         self._since = self._moved_at = 0.0
         self._handshake_end = math.inf
         self._clock = clock
         self._scope: CancelScope | None = None
         self.count = 0
+
+    @property
+    def least_nbytes(self) -> float:
+        """Bytes that move before patience is over, at the least rate."""
+        return self._least_rate * self._timeout if self._least_rate else math.inf
 
     def begin(self, scope: CancelScope | None = None) -> None:
         """Begin to wait, and have a scope cancelled if it takes too long."""
@@ -64,12 +73,14 @@ class Pace:
 
     def moved(self, count: int) -> None:
         """Bytes came from the peer, or went to it."""
+        if not count:
+            return
         now = self._clock()
         if self._started:
             self._left -= now - self._since
         else:
             self._started = True
-            self._handshake_end = now + _seconds(self._handshake_timeout)
+            self._handshake_end = now + self._handshake_timeout
         self.count += count
         self._since = now
         # Whoever was late is late: the next wait finds nothing left.
@@ -125,4 +136,4 @@ class Pace:
 
 
 def _seconds(timeout: float | None) -> float:
-    return math.inf if timeout is None else timeout
+    return math.inf if timeout is None or timeout > _FOREVER else timeout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -130,5 +129,5 @@ _COUNTS = tuple(name for name in Limits.__annotations__ if name not in _SECONDS)
 
 
 def _refuse_negative(name: str, value: float) -> None:
-    if value < 0 or math.isnan(value):
+    if value < 0 or value != value:  # nan
         raise ValueError(f"{name} is {value}: it must not be negative")

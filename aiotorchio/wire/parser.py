@@ -25,7 +25,6 @@ from aiotorchio.errors import (
     ProtocolError,
     RemoteAbort,
     TruncatedError,
-    printable,
 )
 from aiotorchio.wire.frames import (
     ABORT,
@@ -306,9 +305,7 @@ class Parser:
                 "the reason of an abort is not UTF-8", entry="ABRT frame", offset=start
             ) from error
         yield MessageEnded()
-        raise RemoteAbort(
-            f"the sender gave up: {printable(reason)}", entry="ABRT frame", offset=start
-        )
+        raise RemoteAbort(f"the sender gave up: {reason}", entry="ABRT frame", offset=start)
 
     def _limit(self, head: FrameHead, allowed: int) -> LimitExceeded:
         name = "header_nbytes" if head.kind == HEADER else "skeleton_nbytes"

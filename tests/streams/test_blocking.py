@@ -90,6 +90,42 @@ def test_files_with_a_single_method() -> None:
     assert aiotorchio.load(OnlyRead(file.data)) == "text"
 
 
+class Inherits(io.BufferedIOBase):
+    """Has the ``readinto1`` of its base, which needs a ``read1``."""
+
+    def __init__(self, data: bytes) -> None:
+        self.file = io.BytesIO(data)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return self.file.read(size)
+
+
+class InParts(Inherits):
+    """Has what comes in small parts."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        raise AssertionError("it would wait for all that is asked for")
+
+    def read1(self, size: int = -1, /) -> bytes:
+        return self.file.read(min(size, 3))
+
+
+@pytest.mark.parametrize("kind", [Inherits, InParts])
+def test_buffered_files(kind: type[Inherits]) -> None:
+    file = io.BytesIO()
+    aiotorchio.save([1, "two"], file)
+    assert aiotorchio.load(kind(file.getvalue())) == [1, "two"]
+    assert BlockingStream(kind(b"abcdef")).read(9) == b"abcdef"
+
+
+def test_what_nobody_else_writes_is_read_without_a_copy() -> None:
+    class Whole(io.BytesIO):
+        def read1(self, size: int | None = -1, /) -> bytes:
+            raise AssertionError("a copy")
+
+    assert BlockingStream(Whole(b"abcdef")).read(9) == b"abcdef"
+
+
 def test_files_that_do_not_block() -> None:
     for file in (NotReady(), NotReadyToRead()):
         with pytest.raises(BlockingIOError, match="must be blocking"):

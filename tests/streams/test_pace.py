@@ -9,6 +9,7 @@ import anyio.lowlevel
 import pytest
 
 from aiotorchio.errors import TransferTimeout
+from aiotorchio.streams.base import Driver
 from aiotorchio.streams.pace import Pace
 
 
@@ -65,6 +66,32 @@ def test_slowness_uses_it_up_however_steady(clock: Clock) -> None:
     # The first byte is the start; then each second gives half of it back, as long as there is one.
     assert moments == 20
     assert "fewer than 100 bytes a second moved (Limits.least_rate)" in str(pace.error())
+
+
+@pytest.mark.parametrize("least_rate", [0, 100])
+def test_no_bytes_are_no_sign_of_life(clock: Clock, least_rate: int) -> None:
+    pace = load(clock, least_rate=least_rate, start_timeout=5)
+    pace.begin()
+    pace.moved(0)
+    assert pace.left() == 5
+    pace.moved(1)
+    clock.now += 9
+    pace.moved(0)
+    assert pace.left() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "least_rate", "size"),
+    [(300, 1024, 256 * 2**10), (1, 100_000, 100_000), (1, 1, 4096), (None, 1, 256 * 2**10),
+     (1, 0, 256 * 2**10)],
+)  # fmt: skip
+def test_pieces_that_the_slowest_peer_takes_in_time(
+    clock: Clock, timeout: float | None, least_rate: int, size: int
+) -> None:
+    driver = Driver()
+    assert driver.piece_size == 256 * 2**10
+    driver.pace = load(clock, timeout, least_rate)
+    assert driver.piece_size == size
 
 
 def test_who_is_late_gets_nothing_back(clock: Clock) -> None:
