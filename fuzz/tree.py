@@ -11,6 +11,7 @@ from random import Random
 import msgspec
 
 from aiotorchio.errors import AiotorchioError
+from aiotorchio.graph import unpack
 from aiotorchio.graph.growth import check_growth
 from aiotorchio.graph.rebuild import build_tensors
 from fuzz.messages import vary
@@ -80,6 +81,11 @@ def _check_growth(data: bytes) -> None:
         plain = plain and not any(isinstance(each, _REFUSED) for each in waiting)
         waiting = [item for each in waiting if type(each) is list for item in each]
         depth += 1
+    if passed:
+        lists: list[list[object]] = [[]]
+        unpack._unpack(data, lists)
+        if msgspec.msgpack.encode(lists[0][0]) != msgspec.msgpack.encode(value):
+            raise Find("in parts it is another value")
     if passed and not plain:
         raise Find("a map or an extension passed")
     if passed and depth > 2 * LIMITS.depth + 2:

@@ -9,34 +9,41 @@ walked through first.
 
 from __future__ import annotations
 
+import math
 import re
 
 from aiotorchio.errors import LimitExceeded, ProtocolError
 from aiotorchio.wire.measure import ARRAYS, EXTENSIONS, MAPS, NESTED_NBYTES, TEXTS, measured
 
-__all__ = ["check_growth"]
+__all__ = ["SHORT_VALUE", "check_growth"]
 
 # What any skeleton may take, and what each of its bytes may take beyond.
 _MEMORY_FLOOR = 64 * 2**20
 _MEMORY_PER_BYTE = 16
 
-# All values but texts above 127 bytes, arrays and what is refused; and of arrays those of a tensor,
-# which hold a tag and a row. Walking over these value by value takes 0.3 us each, which was a tenth
-# of the time of a load of 10,000 tensors.
-_COMMON = re.compile(
-    rb"(?s:[\x00-\x7f\xc0\xc2\xc3\xe0-\xff]{1,100000}+"
-    rb"|\x92\x05(?:[\x00-\x7f]|\xcc.|\xcd.{2}|\xce.{4})"
+_ONE_BYTE = rb"[\x00-\x7f\xc0\xc2\xc3\xe0-\xff]"
+_BYTES = (
+    rb"\x92\x05(?:[\x00-\x7f]|\xcc.|\xcd.{2}|\xce.{4})"
     rb"|[\xcc\xd0].|[\xcd\xd1].{2}|[\xca\xce\xd2].{4}|[\xcb\xcf\xd3].{8}|"
     + b"|".join(b"%c.{%d}" % (0xA0 + length, length) for length in range(32))
     + rb"|\xd9(?:"
     + b"|".join(b"%s.{%d}" % (re.escape(bytes([length])), length) for length in range(32, 128))
-    # Not all at once: no other thread has its turn meanwhile.
-    + rb")){0,100000}+"
+    + rb")"
 )
+SHORT_VALUE = rb"(?s:" + _ONE_BYTE + rb"|" + _BYTES + rb")"
+"""Matches all values but texts above 127 bytes, arrays and what is refused; and of arrays those of
+a tensor, which hold a tag and a row."""
+
+# Walking over these value by value takes 0.3 us each, which was a tenth of the time of a load of
+# 10,000 tensors. Not over all at once: no other thread has its turn meanwhile.
+_COMMON = re.compile(rb"(?s:" + _ONE_BYTE + rb"{1,100000}+|" + _BYTES + rb"){0,100000}+")
 
 
-def check_growth(skeleton: bytes, depth_limit: int) -> None:
+def check_growth(skeleton: bytes, depth_limit: int) -> float:
     """Refuse a skeleton that holds maps, takes far more memory than its size, or is far too deep.
+
+    Returns:
+        How many arrays it has beside those of tensors; infinity if they were not counted.
 
     Raises:
         LimitExceeded: It would take more memory than any honest one, or too much of the stack.
@@ -45,8 +52,11 @@ def check_growth(skeleton: bytes, depth_limit: int) -> None:
     allowed = _MEMORY_FLOOR + _MEMORY_PER_BYTE * len(skeleton)
     # An ordered dict has an array for its metadata, which is no level.
     depth_max = 2 * depth_limit + 1
-    if len(skeleton) * NESTED_NBYTES <= allowed and _arrays(skeleton) <= depth_max:
-        return
+    arrays: float = math.inf
+    if len(skeleton) * NESTED_NBYTES <= allowed:
+        arrays = _arrays(skeleton)
+        if arrays <= depth_max:
+            return arrays
     memory, depth = measured(skeleton)
     if memory > allowed:
         raise LimitExceeded(
@@ -55,6 +65,7 @@ def check_growth(skeleton: bytes, depth_limit: int) -> None:
         )
     if depth > depth_max:
         raise LimitExceeded(f"nested deeper than {depth_limit} levels (Limits.depth)")
+    return arrays
 
 
 def _arrays(skeleton: bytes) -> int:

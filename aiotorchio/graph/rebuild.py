@@ -99,21 +99,19 @@ def check_tree(
 ) -> None:
     """Refuse a bad skeleton of the tree codec; see ``Rebuilder.check`` and ``tree.decode``."""
     stand_ins = [Placeholder(index) for index in range(len(rows))]
-    obj = tree.decode(
-        skeleton,
-        stand_ins,
-        depth_limit=limits.depth,
-        wide_keys=limits.wide_keys,
-        offset=offset,
-    )
-    if names:
+    depth, wide_keys = limits.depth, limits.wide_keys
+    with tree.decoder(skeleton, depth_limit=depth, wide_keys=wide_keys, offset=offset) as decoded:
+        obj = decoded(stand_ins)
         try:
-            check_names(obj, rows)
+            if names:
+                check_names(obj, rows)
         except RecursionError:
             raise LimitExceeded("nested too deep", entry="skeleton", offset=offset) from None
         except ProtocolError as error:
             error.offset = offset
             raise
+        # Here, where its values are still held: half a million at once would hold all threads up.
+        del obj
 
 
 class Rebuilder:

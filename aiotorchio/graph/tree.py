@@ -8,7 +8,8 @@ such as a list that is in two places, makes ``encode`` raise ``NotATreeError``: 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 import msgspec
@@ -18,12 +19,12 @@ from aiotorchio.collection import collection_paused
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, ProtocolError
 from aiotorchio.graph.budget import too_wide
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
-from aiotorchio.graph.growth import check_growth
 from aiotorchio.graph.plain import check_hashes
 from aiotorchio.graph.table import Table
+from aiotorchio.graph.unpack import unpacked
 from aiotorchio.wire.limits import Limits
 
-__all__ = ["NotATreeError", "decode", "encode"]
+__all__ = ["NotATreeError", "decode", "decoder", "encode"]
 
 # Deeper objects go to pickle. Far below Python's recursion limit, above any state dict.
 _ENCODE_DEPTH_MAX = 100
@@ -205,11 +206,34 @@ def decode(
         LimitExceeded: Nested too deep.
         InvalidObjectError: A set of unhashable items, a device that torch does not know.
     """
+    with decoder(skeleton, depth_limit=depth_limit, wide_keys=wide_keys, offset=offset) as decoded:
+        return decoded(tensors)
+
+
+@contextmanager
+def decoder(
+    skeleton: bytes, *, depth_limit: int, wide_keys: int, offset: int
+) -> Iterator[Callable[[Sequence[Any]], Any]]:
+    """Give a function that reads the object over the tensors that it gets; see ``decode``.
+
+    Of an object that is let go of within the block, only its containers are freed at once.
+    """
+    with collection_paused(), ExitStack() as stack:
+        with _located(depth_limit, offset):
+            node = stack.enter_context(unpacked(skeleton, depth_limit))
+
+        def decoded(tensors: Sequence[Any]) -> Any:
+            with _located(depth_limit, offset):
+                return _Decoder(tensors, depth_limit, wide_keys).value(node, 0)
+
+        yield decoded
+
+
+@contextmanager
+def _located(depth_limit: int, offset: int) -> Iterator[None]:
+    """Whatever a skeleton does, as an error of ours that says where it is."""
     try:
-        check_growth(skeleton, depth_limit)
-        with collection_paused():
-            node = msgspec.msgpack.decode(skeleton)
-            return _Decoder(tensors, depth_limit, wide_keys).value(node, 0)
+        yield
     except RecursionError:
         raise LimitExceeded(
             f"nested deeper than {depth_limit} levels (Limits.depth)",

@@ -1,0 +1,119 @@
+"""A skeleton of MessagePack becomes nested lists, in parts, between which other threads go on.
+
+One call of the decoder holds all of them up: for 40 ms a MiB, if that is full of empty arrays. So
+a long skeleton is cut into runs of short values, which are decoded run by run, and arrays, which
+are made here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from aiotorchio.errors import ProtocolError
+from aiotorchio.graph.growth import SHORT_VALUE, check_growth
+from aiotorchio.wire.measure import ARRAYS, TEXTS
+
+__all__ = ["unpacked"]
+
+# What is decoded, or freed, at once: some 10 ms each.
+_NBYTES_MAX, _ARRAYS_MAX, _RUN = 2**20, 100_000, 10_000
+
+_VALUE = re.compile(SHORT_VALUE)
+_VALUES = re.compile(b"(?:%b){1,%d}+" % (SHORT_VALUE, _RUN))
+_decode = msgspec.msgpack.decode
+
+
+@contextmanager
+def unpacked(skeleton: bytes, depth_limit: int) -> Iterator[Any]:
+    """What msgspec makes of a skeleton; its lists are of no use behind the block.
+
+    Args:
+        skeleton: As received.
+        depth_limit: Nesting of containers to accept.
+
+    Raises:
+        LimitExceeded: As ``check_growth``.
+        ProtocolError: Likewise; it ends inside of an array, or goes on behind its value.
+        msgspec.DecodeError: Not MessagePack.
+        UnicodeDecodeError: A text that is not UTF-8.
+    """
+    arrays = check_growth(skeleton, depth_limit)
+    if len(skeleton) <= _NBYTES_MAX and arrays <= _ARRAYS_MAX:
+        yield _decode(skeleton)
+        return
+    lists: list[list[Any]] = [[]]
+    try:
+        _unpack(skeleton, lists)
+        yield lists[0][0]
+    finally:
+        # In parts, too.
+        for each in reversed(lists):
+            while each:
+                del each[-_RUN:]
+
+
+def _unpack(skeleton: bytes, lists: list[list[Any]]) -> None:
+    """Put one value into the first list; all other lists that are made come behind it."""
+    # The array that is open, and how many values it misses; and those around it.
+    items, missing = lists[0], 1
+    outer: list[tuple[list[Any], int]] = []
+    values: Sequence[Any] = ()
+    position, taken, size = 0, 0, len(skeleton)
+    while True:
+        while not missing and outer:
+            items, missing = outer.pop()
+        if not missing:
+            break
+        if taken < len(values):
+            count = min(missing, len(values) - taken)
+            items += values[taken : taken + count]
+            missing -= count
+            taken += count
+        elif position >= size:
+            raise ProtocolError("the bytes end inside an array")
+        elif _begins_array(skeleton, position):
+            nested: list[Any] = []
+            items.append(nested)
+            lists.append(nested)
+            outer.append((items, missing - 1))
+            items = nested
+            missing, position = _length(skeleton, position)
+        else:
+            values, position = _values(skeleton, position)
+            taken = 0
+    if position < size or taken < len(values):
+        raise ProtocolError("bytes left over behind the value")
+
+
+def _begins_array(skeleton: bytes, position: int) -> bool:
+    head = skeleton[position]
+    nests = 0x90 <= head < 0xA0 or head in ARRAYS
+    # Those of tensors are among the short values.
+    return nests and _VALUE.match(skeleton, position) is None
+
+
+def _length(skeleton: bytes, position: int) -> tuple[int, int]:
+    """How many values an array has, and where they begin."""
+    head = skeleton[position]
+    if head not in ARRAYS:
+        return head - 0x90, position + 1
+    end = position + 1 + ARRAYS[head]
+    return int.from_bytes(skeleton[position + 1 : end], "big"), end
+
+
+def _values(skeleton: bytes, position: int) -> tuple[list[Any], int]:
+    """Values that are no arrays, and where the last of them ends."""
+    run = _VALUES.match(skeleton, position)
+    if run is not None:
+        count = len(_VALUE.findall(skeleton, position, run.end()))
+        return _decode(b"\xdd" + count.to_bytes(4, "big") + run[0]), run.end()
+    # A long text, or nothing that there is.
+    width = TEXTS.get(skeleton[position], 0)
+    start = position + 1 + width
+    end = start + int.from_bytes(skeleton[position + 1 : start], "big")
+    return [_decode(skeleton[position:end])], end
