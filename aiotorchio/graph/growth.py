@@ -9,7 +9,6 @@ walked through first.
 
 from __future__ import annotations
 
-import math
 import re
 
 from aiotorchio.errors import LimitExceeded, ProtocolError
@@ -17,10 +16,18 @@ from aiotorchio.wire.measure import ARRAYS, EXTENSIONS, MAPS, NESTED_NBYTES, TEX
 
 __all__ = ["SHORT_VALUE", "check_growth"]
 
-# What any skeleton may take, and what each of its bytes may take beyond.
-_MEMORY_FLOOR = 64 * 2**20
+# What any skeleton may take once it is decoded, and what each of its bytes may take beyond. The
+# object takes as much again, while both are there.
+_MEMORY_FLOOR = 32 * 2**20
 _MEMORY_PER_BYTE = 16
+# What takes more than that for each byte of its own: one byte of ``_SHORT`` begins a text of up to
+# four letters, one of ``_SIZED`` a text or bytes of any length, one of ``_NEGATIVE`` is a number
+# that Python does not keep, or begins one.
+_SHORT, _SIZED = b"\xa0\xa1\xa2\xa3\xa4", b"\xc4\xc5\xc6\xd9\xda\xdb"
+_NEGATIVE = bytes([0xD0, *range(0xE0, 0xFB)])
+_SHORT_NBYTES, _SIZED_NBYTES, _NEGATIVE_NBYTES = 64, 48, 32
 
+_TENSOR = b"\x92\x05"
 _ONE_BYTE = rb"[\x00-\x7f\xc0\xc2\xc3\xe0-\xff]"
 _BYTES = (
     rb"\x92\x05(?:[\x00-\x7f]|\xcc.|\xcd.{2}|\xce.{4})"
@@ -39,24 +46,22 @@ a tensor, which hold a tag and a row."""
 _COMMON = re.compile(rb"(?s:" + _ONE_BYTE + rb"{1,100000}+|" + _BYTES + rb"){0,100000}+")
 
 
-def check_growth(skeleton: bytes, depth_limit: int) -> float:
+def check_growth(skeleton: bytes, depth_limit: int) -> int:
     """Refuse a skeleton that holds maps, takes far more memory than its size, or is far too deep.
 
     Returns:
-        How many arrays it has beside those of tensors; infinity if they were not counted.
+        How many arrays it has beside those of tensors.
 
     Raises:
         LimitExceeded: It would take more memory than any honest one, or too much of the stack.
         ProtocolError: A map or an extension, or it ends inside a value.
     """
-    allowed = _MEMORY_FLOOR + _MEMORY_PER_BYTE * len(skeleton)
+    arrays = _arrays(skeleton)
     # An ordered dict has an array for its metadata, which is no level.
     depth_max = 2 * depth_limit + 1
-    arrays: float = math.inf
-    if len(skeleton) * NESTED_NBYTES <= allowed:
-        arrays = _arrays(skeleton)
-        if arrays <= depth_max:
-            return arrays
+    if arrays <= depth_max and _excess(skeleton, arrays) <= _MEMORY_FLOOR:
+        return arrays
+    allowed = _MEMORY_FLOOR + _MEMORY_PER_BYTE * len(skeleton)
     memory, depth = measured(skeleton)
     if memory > allowed:
         raise LimitExceeded(
@@ -66,6 +71,24 @@ def check_growth(skeleton: bytes, depth_limit: int) -> float:
     if depth > depth_max:
         raise LimitExceeded(f"nested deeper than {depth_limit} levels (Limits.depth)")
     return arrays
+
+
+def _excess(skeleton: bytes, arrays: int) -> int:
+    """Memory that values take beyond what each of their bytes may take; or more, but it is quick.
+
+    Any byte can look like the head of a value.
+    """
+    nested = arrays + skeleton.count(_TENSOR)
+    return (
+        nested * NESTED_NBYTES
+        + _among(skeleton, _SHORT) * _SHORT_NBYTES
+        + _among(skeleton, _SIZED) * _SIZED_NBYTES
+        + _among(skeleton, _NEGATIVE) * _NEGATIVE_NBYTES
+    )
+
+
+def _among(skeleton: bytes, heads: bytes) -> int:
+    return len(skeleton) - len(skeleton.translate(None, heads))
 
 
 def _arrays(skeleton: bytes) -> int:

@@ -36,7 +36,8 @@ def measured(data: bytes) -> tuple[int, int]:
         position += 1
         items = 0
         if head < 0x80 or head >= 0xE0:
-            memory += _CONSTANT_NBYTES
+            # Python keeps the numbers from -5 on.
+            memory += _NUMBER_NBYTES if 0xE0 <= head < 0xFB else _CONSTANT_NBYTES
         elif 0x90 <= head < 0xA0:
             memory += NESTED_NBYTES
             items = head - 0x90

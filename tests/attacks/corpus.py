@@ -488,13 +488,26 @@ def honest() -> Iterator[Case]:
         )
 
 
+def long_skeletons() -> Iterator[Case]:
+    """What is allowed, and takes long: other tasks have their turn meanwhile."""
+    lists: dict[str, tuple[list[Any], tuple[str, ...]]] = {
+        "empty_lists": ([[0]] * 520_000, ("streams-asyncio-tcp",)),
+        "numbers": ([1] * 3_000_000, ("anyio-trio-tcp",)),
+        "texts": (["abc"] * 1_000_000, ("streams-uvloop-tcp",)),
+    }
+    for name, (items, ways) in lists.items():
+        message = forge.message(msgspec.msgpack.encode([0, *items]), "tree")
+        memory = 64 * MIB + 32 * len(message)
+        yield Case(f"long-{name}", "", (message,), after=("clean",), ways=ways, memory=memory)
+
+
 # ------------------------------------------------------------------------------ all of them
 
 
 def all_cases() -> list[Case]:
     families = (
         *(truncated, protocol, rows, limited, damaged, skeletons),
-        *(slow, deaf, misused, honest),
+        *(slow, deaf, misused, honest, long_skeletons),
     )
     cases = [case for family in families for case in family()]
     names = {case.name for case in cases}

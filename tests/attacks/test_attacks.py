@@ -36,7 +36,7 @@ PARAMETERS = [
     for name, case in CASES.items()
     if case.is_for(way)
 ]
-LAG_MAX = 0.05
+LAG_MAX, STALL_MAX = 0.05, 1.0
 # In seconds, beyond a deadline.
 GRACE = 2
 PATIENCE = 600
@@ -95,4 +95,5 @@ def test_attack(way: str, name: str, outcomes: Outcomes) -> None:
     if not case.honest:
         assert outcome["grown"] <= case.nbytes + case.memory, outcome
     assert outcome["lag"] <= LAG_MAX, outcome
+    assert outcome["stall"] <= STALL_MAX, outcome
     assert not outcome["left"], outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -91,6 +92,49 @@ def test_arrays_are_counted_as_many_as_are_nested_or_more(value: Any) -> None:
     data = msgpack.packb(value)
     # Beside those of a tensor, which hold no other.
     assert growth._arrays(data) + 1 >= measured(data)[1]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(b"\xa0", b"\xa1a", b"\xa2ab", b"\xa3abc", b"\xa4abcd", b"\xa3\xe2\x82\xac"),
+        *(b"\xa4\xf0\x9f\x98\x80", b"\xd9\x02ab", b"\xda\x00\x02ab", b"\xdb\0\0\0\x02ab"),
+        *(
+            b"\xc4\x00",
+            b"\xc4\x02ab",
+            b"\xc5\x00\x02ab",
+            b"\xc6\0\0\0\x02ab",
+            b"\xc4\x20" + b"x" * 32,
+        ),
+        *(b"\x00", b"\xe0", b"\xc0", b"\xcc\xff", b"\xcd\xff\xff", b"\xce\xff\xff\xff\xff"),
+        *(
+            b"\xcf" + b"\xff" * 8,
+            b"\xd0\x80",
+            b"\xd1\x80\x00",
+            b"\xd2\x80\0\0\0",
+            b"\xd3\x80" + bytes(7),
+        ),
+        *(
+            b"\xca" + bytes(4),
+            b"\xcb" + bytes(8),
+            b"\x90",
+            b"\x91\x00",
+            b"\x91\x90",
+            b"\x92\x05\x01",
+        ),
+        *(b"\xdc\x00\x00", b"\xdd\x00\x00\x00\x00", b"\x9f" + bytes(15)),
+    ],
+    ids=bytes.hex,
+)
+def test_the_quick_bound_of_memory_is_one(value: bytes) -> None:
+    data = b"\xdd\x00\x00\x40\x00" + value * 0x4000
+    tracemalloc.start()
+    decoded = msgspec.msgpack.decode(data)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # The list that holds them has a place for each: in the object, there is another one.
+    bound = growth._MEMORY_PER_BYTE * len(data) + growth._excess(data, growth._arrays(data))
+    assert taken + 8 * len(decoded) <= bound + 10_000
 
 
 @pytest.mark.parametrize(
