@@ -6,7 +6,7 @@ Behind them stand the checked functions of ``plain`` and ``tensors``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -108,15 +108,18 @@ class Allowlist:
             if path.startswith(prefix) and "_with_state" not in path
         }
 
-    def guard_state(self, paths: Iterable[str]) -> None:
-        """Let trusted functions, whose results are given a state, return no tensors.
+    def guard_state(self, given: Mapping[str, bool]) -> None:
+        """Let trusted functions, whose results are given a state, return only what may take it.
 
         numpy's arrays are made like this. A tensor would be pointed anywhere by its state.
+
+        Args:
+            given: Paths of functions, and whether those states are attributes; see ``prescan``.
         """
-        for path in paths:
+        for path, attributes in given.items():
             value = self.globals[path]
             if path in self._trusted_paths and not isinstance(value, type):
-                self.globals[path] = _without_tensors(value)
+                self.globals[path] = _guarded(value, attributes)
 
     def check_result(self) -> None:
         """Refuse what can be judged only when all is built."""
@@ -158,11 +161,13 @@ def _takes_state(trusted: Any) -> bool:
     )
 
 
-def _without_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded(function: Callable[..., Any], attributes: bool) -> Callable[..., Any]:
     def checked(*args: Any) -> Any:
         made = function(*args)
         if isinstance(made, torch.Tensor):
             raise UnsafeObjectError("a state for a tensor: it takes none")
+        if not attributes and not hasattr(made, "__setstate__"):
+            raise UnsafeObjectError(f"a state for a {type(made).__name__} that is no dict")
         return made
 
     return checked

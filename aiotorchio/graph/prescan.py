@@ -33,8 +33,9 @@ __all__ = ["prescan"]
 
 # What an empty container takes.
 _CONTAINER_NBYTES = 216
-# A set can take eight times the memory of the list it is made from.
-_SETS = {"builtins.set": 8, "builtins.frozenset": 8}
+_SETS = ("builtins.set", "builtins.frozenset")
+# How many times the memory of the list or dict that it is made from something can take.
+_COPIES = {**dict.fromkeys(_SETS, 8), "collections.Counter": 4}
 _DICTS = ("collections.OrderedDict", "collections.Counter")
 
 # What torch trusts once a module of it is imported.
@@ -64,7 +65,7 @@ def prescan(
     depth_limit: int,
     wide_keys: int,
     offset: int = 0,
-) -> set[str]:
+) -> dict[str, bool]:
     """Refuse a pickle that torch's weights-only unpickler must not see.
 
     Args:
@@ -76,7 +77,8 @@ def prescan(
         offset: Byte of the message where the pickle begins, for errors.
 
     Returns:
-        Paths of the globals to whose instances it gives a state.
+        Paths of the globals to whose instances it gives a state, and whether all of those are
+        attributes.
 
     Raises:
         UnsafeObjectError: A global that is not allowed, an opcode that torch does not know, a
@@ -113,7 +115,7 @@ class _Scan(Machine):
         self.at = 0
         self.allowed = allowed
         self.stateful = stateful
-        self.given_state: set[str] = set()
+        self.given_state: dict[str, bool] = {}
         self.globals: dict[str, Measure] = {}
 
     def run(self) -> None:
@@ -222,7 +224,7 @@ class _Scan(Machine):
                     self.budget.compare_members(item)
                     self.budget.find_places(item.wide)
         # What is made can be a copy of an argument that is used many times.
-        memory = 256 + sum(item.memory for item in items) * _SETS.get(function.name, 1)
+        memory = 256 + sum(item.memory for item in items) * _COPIES.get(function.name, 1)
         same = function.name == "torch.Size" and len(items) == 1
         # To compare two sets takes more for members that can have one hash.
         often = 1
@@ -247,26 +249,23 @@ class _Scan(Machine):
             raise UnsafeObjectError(f"a state for an object of {maker or 'torch'}: it takes none")
         if self.top().has_state:
             raise UnsafeObjectError(f"a second state for an object of {maker}")
-        if not self.is_attributes(state, maker):
+        attributes = _is_attributes(state)
+        if not attributes and self.takes_attributes(maker):
             raise UnsafeObjectError(f"a state for an object of {maker} that is no dict")
         # Its keys are hashed again, for each object that gets it.
         self.budget.hash(state)
         self.top().has_state = True
-        self.given_state.add(maker)
+        self.given_state[maker] = attributes and self.given_state.get(maker, True)
         # It is copied into the object, item by item, and may be that of many objects.
         self.budget.charge(state.memory)
         self.adopt([state])
 
-    def is_attributes(self, state: Measure, maker: str) -> bool:
-        """Whether a state is what pickle writes: update() of a dict takes pairs, too, unscanned."""
+    def takes_attributes(self, maker: str) -> bool:
+        """Whether what it makes is bound to have no way of its own to take a state."""
         made_by = self.allowed[maker]
-        # What a trusted function makes may take anything, as arrays of numpy do.
-        if maker not in _DICTS and not (
+        return maker in _DICTS or (
             isinstance(made_by, type) and not hasattr(made_by, "__setstate__")
-        ):
-            return True
-        parts = state.items if state.items is not None and len(state.items) == 2 else (state,)
-        return all(part.kind == "dict" or part.is_plain for part in parts)
+        )
 
     def append(self, _: bytes) -> None:
         self.extend([self.pop()])
@@ -343,6 +342,12 @@ class _Scan(Machine):
     def persistent_id(self, _: bytes) -> None:
         self.pop()
         self.push_shared(_REFERENCE)
+
+
+def _is_attributes(state: Measure) -> bool:
+    """Whether a state is what pickle writes: update() of a dict takes pairs, too, unscanned."""
+    parts = state.items if state.items is not None and len(state.items) == 2 else (state,)
+    return all(part.kind == "dict" or part.is_plain for part in parts)
 
 
 def _index(argument: bytes) -> int:

@@ -335,6 +335,10 @@ def limits() -> dict[str, bytes]:
         "colliding_set": call("builtins", "set", colliding_integers(1000)),
         "colliding_frozenset": call("builtins", "frozenset", colliding_tuples(1000)),
         "expanded": strided(FLOATS, "float32", 0, (2**40,), (0,)),
+        "copied_counters": [
+            Code(assemble(dict.fromkeys(range(20_000), 0)) + put(0)),
+            *[call("collections", "Counter", get(0))] * 100,
+        ],
         "dims": strided(FLOATS, "float32", 0, (1,) * 10_000, (1,) * 10_000),
         "meta": rebuild(
             "_rebuild_meta_tensor_no_storage", name("torch", "float32"), (2**62,), (1,), False

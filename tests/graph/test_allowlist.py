@@ -252,6 +252,40 @@ def hiding_part(row: int) -> Any:
     return subclassed(parameter, kind, args, {"tolist": kind})
 
 
+class Stateless:
+    """Has attributes, and no way of its own to take a state."""
+
+
+class Restored(Stateless):
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def make_stateless() -> Stateless:
+    return Stateless()
+
+
+def make_restored() -> Restored:
+    return Restored()
+
+
+@pytest.mark.parametrize("state", [[("a", 1)], ([("a", 1)], None)], ids=["list", "tuple"])
+def test_only_what_takes_a_state_itself_gets_pairs_for_one(state: Any) -> None:
+    """``update`` of a dict would take them, whose keys nobody has looked at."""
+    for function in (make_stateless, make_restored):
+        made = forge.build(call(__name__, function.__name__), state)
+        trusted = [function, Stateless, Restored]
+        if function is make_restored:
+            restored = forge.load_pickle(pickled(made), safe_globals=trusted)
+            assert restored.state == state
+            continue
+        with pytest.raises(aiotorchio.UnsafeObjectError, match="a state for a Stateless"):
+            forge.load_pickle(pickled(made), safe_globals=trusted)
+    attributes = forge.build(call(__name__, "make_stateless"), {"a": 1})
+    trusted = [make_stateless, Stateless]
+    assert forge.load_pickle(pickled(attributes), safe_globals=trusted).a == 1
+
+
 @pytest.mark.parametrize(
     ("offset", "size", "stride", "message"),
     [
