@@ -66,7 +66,8 @@ class Limits:
         dims: Dimensions of one tensor.
         wide_keys: Numbers as keys of one dict, or members of one set, that do not count from 0 on.
             A sender can choose them so that finding a place for each takes as many steps as there
-            are; of several containers, the squares add up.
+            are; of several containers, the squares add up. In a pickle, those count that are not
+            below the number of keys so far.
         start_timeout: Seconds until the first byte of a message. None, the default, waits as long
             as it takes: the next weights may take an hour. Whoever serves strangers sets it.
         handshake_timeout: Seconds from the first byte of a message until its header, the table of

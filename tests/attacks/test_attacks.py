@@ -97,3 +97,10 @@ def test_attack(way: str, name: str, outcomes: Outcomes) -> None:
     assert outcome["lag"] <= LAG_MAX, outcome
     assert outcome["stall"] <= STALL_MAX, outcome
     assert not outcome["left"], outcome
+
+
+def test_the_document_has_their_numbers() -> None:
+    text = " ".join((ROOT / "docs" / "security.md").read_text(encoding="utf-8").split())
+    honest = sum(bool(case.honest) for case in CASES.values())
+    assert f"and {honest} honest objects" in text
+    assert f"{len(CASES)} cases, {len(PARAMETERS):,} over {len(WAYS)} ways" in text
