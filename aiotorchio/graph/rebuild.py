@@ -98,10 +98,9 @@ def check_tree(
     skeleton: bytes, rows: Sequence[TensorRow], *, names: bool, limits: Limits, offset: int
 ) -> None:
     """Refuse a bad skeleton of the tree codec; see ``Rebuilder.check`` and ``tree.decode``."""
-    stand_ins = [Placeholder(index) for index in range(len(rows))]
     depth, wide_keys = limits.depth, limits.wide_keys
     with tree.decoder(skeleton, depth_limit=depth, wide_keys=wide_keys, offset=offset) as decoded:
-        obj = decoded(stand_ins)
+        obj = decoded([Placeholder(index) for index in range(len(rows))])
         try:
             if names:
                 check_names(obj, rows)
