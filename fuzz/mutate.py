@@ -365,6 +365,7 @@ def tally(
         try:
             outcome = judged(data, *arguments)
         except Exception as error:
+            # Whatever it is, it is a find; the others are still to be judged.
             if keep is None:
                 raise
             outcome = f"FIND {type(error).__name__}"

@@ -452,4 +452,5 @@ def test_a_file_has_no_pace() -> None:
 
 async def test_iter_bytes_has_no_limits() -> None:
     with pytest.raises(TypeError, match="limits"):
+        # What mypy says of it is right.
         aiotorchio.iter_bytes(STATE, limits=Limits())  # type: ignore[call-arg]

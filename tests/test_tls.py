@@ -18,7 +18,7 @@ import torch
 import trustme
 from cryptography.hazmat.primitives import serialization
 
-from aiotorchio import ProtocolError, TruncatedError, tls
+from aiotorchio import AiotorchioError, ProtocolError, TruncatedError, tls
 from tests.chaos.ends import TLS_WORLDS, Contexts, tls_world
 from tests.corpus import assert_same
 from tests.places import encoded
@@ -217,12 +217,12 @@ def test_an_unknown_client_gets_an_error_of_ours(
         tls.server_context(*files.issue("localhost"), client_ca=files.ca),
         tls.client_context(files.ca, *own),
     )
-    errors: list[Exception] = []
+    errors: list[AiotorchioError] = []
 
     async def loads(end: End) -> None:
         try:
             await end.load()
-        except Exception as error:
+        except AiotorchioError as error:
             errors.append(error)
 
     async def is_not_reached(end: End) -> None:
@@ -231,7 +231,7 @@ def test_an_unknown_client_gets_an_error_of_ours(
     text = failures(tls_world(*near, contexts), loads, tls_world(*far, contexts), is_not_reached)
     assert "SSL" in text
     assert [type(error) for error in errors] == [TruncatedError]
-    assert errors[0].offset == 0  # type: ignore[attr-defined]
+    assert errors[0].offset == 0
 
 
 @every_world

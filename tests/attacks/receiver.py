@@ -349,7 +349,7 @@ async def caught(call: Callable[[], Awaitable[Any]]) -> tuple[Exception | None, 
     try:
         return None, await call()
     except Exception as error:
-        # Its traceback leads to all that was being loaded.
+        # Of which class it is, is what is tested. Its traceback leads to all that was being loaded.
         return error.with_traceback(None), None
 
 
@@ -502,6 +502,7 @@ class Runner:
             else:
                 await self._visit(case, outcome)
         except Exception as error:
+            # An outcome like others: the test says what is wrong with it.
             outcome.errors[f"{type(error).__name__} in the test"] = 1
             outcome.text = "".join(traceback.format_exception(error))[-1000:]
             self._sender.finish()
@@ -591,6 +592,7 @@ class Supervisor:
                 run_way(WAYS[way], cases, self._directory, file)
             code = 0
         except BaseException:
+            # Nothing may go on into the copy of the parent's stack.
             traceback.print_exc()
         finally:
             os._exit(code)

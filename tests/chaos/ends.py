@@ -69,6 +69,7 @@ async def _asyncio_end(contexts: Contexts, sock: socket.socket, serves: bool) ->
     try:
         yield AsyncioEnd(reader, writer)
     except BaseException:
+        # A cancellation, too: closing would wait for the peer.
         transport.abort()
         raise
     finally:

@@ -175,6 +175,7 @@ def _complaint(future: Future[None], began: float) -> str | None:
         future.cancel()
         return "it hangs"
     except BaseException as error:
+        # All of them are told to whoever reads the report.
         return "".join(traceback.format_exception(error))
     return "it hangs" if time.monotonic() - began > DEADLINE else None
 
