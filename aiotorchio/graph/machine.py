@@ -10,7 +10,7 @@ from aiotorchio.graph.budget import Budget, Measure
 __all__ = ["Machine"]
 
 # What a mark of the scan's takes, a measure, an entry of the memo, and a place on the stack.
-_MARK_NBYTES, _MEASURE_NBYTES, _MEMO_NBYTES, _PLACE_NBYTES = 176, 152, 104, 8
+_MARK_NBYTES, _MEASURE_NBYTES, _MEMO_NBYTES, _PLACE_NBYTES = 176, 176, 104, 9
 
 
 class Machine:

@@ -14,6 +14,7 @@ import trustme
 from tests.attacks import corpus
 from tests.attacks.cases import write_cases
 from tests.attacks.corpus import AUTHORITY_FILE, WARM_UP, behind_message
+from tests.attacks.meter import LAG_MAX, STALL_MAX
 from tests.attacks.receiver import WANTED_FILE
 from tests.attacks.sender import HONEST_FILE, TLS_FILE
 
@@ -36,7 +37,6 @@ PARAMETERS = [
     for name, case in CASES.items()
     if case.is_for(way)
 ]
-LAG_MAX, STALL_MAX = 0.05, 1.0
 # In seconds, beyond a deadline.
 GRACE = 2
 PATIENCE = 600

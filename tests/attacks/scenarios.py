@@ -1,0 +1,296 @@
+"""What is done at the end of a connection to the sender of a case, and with what."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import torch
+
+import aiotorchio
+from aiotorchio import Limits
+from tests.attacks.cases import MIB, Case
+from tests.attacks.corpus import behind
+from tests.attacks.meter import Meter, Outcome
+from tests.corpus import assert_same
+from tests.worlds import BlockingEnd, End, all_blocked, run_blocking
+
+__all__ = ["HONEST_OBJECTS", "PATIENCE", "SCENARIOS", "Sender", "Visit", "caught"]
+
+# In seconds; until a connection is torn down, and for what follows a case.
+PATIENCE = 2.0
+# More than the kernel holds between two sockets.
+LARGE_NBYTES = 32 * MIB
+
+
+class Sender:
+    """The process of ``sender``, and what is said to it."""
+
+    def __init__(self, directory: Path, link: str) -> None:
+        self._sock, theirs = socket.socketpair()
+        descriptor = theirs.fileno()
+        arguments = [str(descriptor), link, str(directory)]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.attacks.sender", *arguments],
+                pass_fds=[descriptor],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        self._link = link
+        self._plays = False
+        self._address = run_blocking(self.receive(waits=False))
+        if isinstance(self._address, list):
+            self._address = tuple(self._address)
+
+    def connect(self) -> socket.socket:
+        if self._link == "unix":
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(self._address.encode("latin1"))
+            return sock
+        return socket.create_connection(self._address)
+
+    def send(self, value: Any) -> None:
+        self._sock.sendall(json.dumps(value).encode() + b"\n")
+
+    def begin(self, case: Case) -> None:
+        self.send(case.name)
+        self._plays = True
+
+    def finish(self) -> None:
+        """The case is over: it closes its connection."""
+        if self._plays:
+            self.send("over")
+            self._plays = False
+
+    async def ended(self, *, waits: bool) -> bool:
+        """Whether it saw its connection end, which is still open here; the case is over, too."""
+        self.send("ended?")
+        self._plays = False
+        return bool(await self.receive(waits=waits))
+
+    async def receive(self, *, waits: bool = True) -> Any:
+        """What it says; ``waits``: on an event loop."""
+        line = b""
+        while not line.endswith(b"\n"):
+            if waits:
+                await anyio.wait_readable(self._sock)
+            # What comes is short, and comes at once.
+            line += self._sock.recv(4096) or b"null\n"
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._sock.close()
+        self._process.wait(10)
+
+
+class Visit:
+    """One connection to the sender."""
+
+    def __init__(self, case: Case, end: End, sender: Sender, outcome: Outcome) -> None:
+        self.case = case
+        self.end = end
+        self.sender = sender
+        self.outcome = outcome
+        self.waits = not isinstance(end, BlockingEnd)
+        self.limits = Limits(**case.limits)
+
+    async def watched(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Run a call under the eyes of a meter; what it returned, if it did."""
+        meter = Meter(self.outcome, beats=self.waits)
+        if not self.waits:
+            with meter:
+                return await self._noted(call)
+        async with anyio.create_task_group() as group:
+            await group.start(meter.beat)
+            with meter:
+                result = await self._noted(call)
+            group.cancel_scope.cancel()
+        return result
+
+    async def _noted(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        error, result = await caught(call)
+        self.outcome.note(error, self.case.nbytes)
+        return result
+
+    async def load(self) -> Any:
+        return await self.end.load(limits=self.limits, **self.case.options)
+
+    async def load_next(self) -> Any:
+        # Whatever comes: it is there already, or never will be.
+        return await self.end.load(limits=Limits(start_timeout=PATIENCE, idle_timeout=PATIENCE))
+
+    async def save(self) -> Any:
+        return await self.end.save(_large, limits=self.limits)
+
+    async def see_after(self, call: Callable[[], Awaitable[Any]]) -> None:
+        """See what became of the stream, by another call."""
+        error, result = await caught(call)
+        if isinstance(error, aiotorchio.StreamPoisoned):
+            ended = await self.sender.ended(waits=self.waits)
+            self.outcome.after = "ended" if ended else "poisoned, not ended"
+        elif error is not None:
+            self.outcome.after = type(error).__name__
+        else:
+            assert_same(result, behind())
+            self.outcome.after = "clean"
+
+    async def both(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Two calls at once, until the first of them is over."""
+        results: list[tuple[Exception | None, Any]] = []
+        if self.waits:
+
+            async def run() -> None:
+                results.append(await caught(call))
+                group.cancel_scope.cancel()
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(run)
+                group.start_soon(run)
+        else:
+
+            def run_in_thread() -> None:
+                results.append(run_blocking(caught(call)))
+                self.end.sink.shutdown(socket.SHUT_RDWR)
+
+            threads = [threading.Thread(target=run_in_thread) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        error, result = results[0]
+        if error is not None:
+            raise error
+        return result
+
+
+async def caught(call: Callable[[], Awaitable[Any]]) -> tuple[Exception | None, Any]:
+    try:
+        return None, await call()
+    except Exception as error:
+        # Of which class it is, is what is tested. Its traceback leads to all that was being loaded.
+        return error.with_traceback(None), None
+
+
+# Made before any process is forked off: autograd does not work in one that was.
+HONEST_OBJECTS: dict[str, object] = {}
+_large = torch.zeros(LARGE_NBYTES, dtype=torch.uint8)
+
+
+async def load(visit: Visit) -> None:
+    """Load what the peer sends."""
+    await visit.watched(visit.load)
+    await visit.see_after(visit.load_next)
+
+
+async def load_when_open(visit: Visit) -> None:
+    """Load what the peer does not send before the stream is open: it could not be opened then."""
+    visit.sender.send("now")
+    await load(visit)
+
+
+async def load_late(visit: Visit) -> None:
+    """Load what the peer does not send in time, and what it sends then."""
+    await visit.watched(visit.load)
+    visit.sender.send("now")
+    await visit.see_after(visit.load_next)
+
+
+async def load_cancelled(visit: Visit) -> None:
+    """A load that is cancelled before a byte has come does no harm."""
+    async with anyio.create_task_group() as group:
+        group.start_soon(visit.load)
+        await all_blocked()
+        group.cancel_scope.cancel()
+    visit.sender.send("now")
+    visit.outcome.note(None, 0)
+    await visit.see_after(visit.load_next)
+
+
+async def load_http(visit: Visit) -> None:
+    """Load the body of an answer of HTTP."""
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = visit.end.source
+    connection.request("GET", "/")
+    with connection.getresponse() as response:
+
+        async def body() -> Any:
+            return aiotorchio.load(response, limits=visit.limits)
+
+        await visit.watched(body)
+
+
+async def load_twice(visit: Visit) -> None:
+    await visit.watched(lambda: visit.both(visit.load))
+
+
+async def load_after_error(visit: Visit) -> None:
+    await caught(visit.load)
+    await visit.watched(visit.load)
+    await visit.see_after(visit.load_next)
+
+
+async def load_after_cancel(visit: Visit) -> None:
+    """Cancelled when a part of it is there."""
+    async with anyio.create_task_group() as group:
+
+        def cancel(*_: object) -> None:
+            group.cancel_scope.cancel()
+
+        await visit.end.load(progress=cancel)
+    await visit.watched(visit.load)
+    await visit.see_after(visit.load_next)
+
+
+async def save(visit: Visit) -> None:
+    """Save to a peer that does not take it."""
+    await visit.watched(visit.save)
+    await visit.see_after(visit.save)
+
+
+async def save_twice(visit: Visit) -> None:
+    await visit.watched(lambda: visit.both(visit.save))
+
+
+async def save_after_error(visit: Visit) -> None:
+    await caught(visit.save)
+    await visit.watched(visit.save)
+    await visit.see_after(visit.save)
+
+
+async def save_after_cancel(visit: Visit) -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(visit.save)
+        assert await visit.sender.receive() == "tasted"
+        group.cancel_scope.cancel()
+    await visit.watched(visit.save)
+    await visit.see_after(visit.save)
+
+
+async def echo(visit: Visit) -> None:
+    """Save an honest object, and load it back."""
+    obj = HONEST_OBJECTS[visit.case.honest]
+    await visit.watched(lambda: visit.end.save(obj))
+    loaded = await visit.watched(visit.load)
+    # An error says all, if there is one.
+    if visit.outcome.errors == {"": 2}:
+        assert_same(loaded, obj)
+        visit.outcome.after = "echoed"
+
+
+SCENARIOS: dict[str, Callable[[Visit], Awaitable[None]]] = {
+    scenario.__name__: scenario
+    for scenario in (
+        *(load, load_when_open, load_late, load_cancelled, load_http),
+        *(load_twice, load_after_error, load_after_cancel),
+        *(save, save_twice, save_after_error, save_after_cancel, echo),
+    )
+}
