@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import ssl
+from collections.abc import Iterator
 
 __all__ = ["client_context", "server_context"]
 
@@ -32,7 +33,7 @@ def server_context(
         For TLS 1.3 and nothing older.
 
     Raises:
-        OSError: A file can't be read.
+        OSError: A file can't be read; a note says which.
         ssl.SSLError: A file is not PEM, has nothing of what it is for, or the key is not that of
             the certificate. (Also an ``OSError``.)
         ValueError: The key is encrypted.
@@ -54,7 +55,7 @@ def server_context(
     context.num_tickets = 0
     _identify(context, cert, key)
     if client_ca is not None:
-        context.load_verify_locations(client_ca)
+        _trust(context, client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
@@ -76,7 +77,7 @@ def client_context(
         For TLS 1.3 and nothing older.
 
     Raises:
-        OSError: A file can't be read.
+        OSError: A file can't be read; a note says which.
         ssl.SSLError: A file is not PEM, has nothing of what it is for, or the key is not that of
             the certificate. (Also an ``OSError``.)
         ValueError: A key without a certificate, or the key is encrypted.
@@ -96,7 +97,7 @@ def client_context(
     if ca is None:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     else:
-        context.load_verify_locations(ca)
+        _trust(context, ca)
     if cert is not None:
         _identify(context, cert, key)
     return context
@@ -115,7 +116,23 @@ def _context(protocol: int) -> ssl.SSLContext:
 
 
 def _identify(context: ssl.SSLContext, cert: Path, key: Path | None) -> None:
-    context.load_cert_chain(cert, key, password=_no_password)
+    with _named(cert, key):
+        context.load_cert_chain(cert, key, password=_no_password)
+
+
+def _trust(context: ssl.SSLContext, ca: Path) -> None:
+    with _named(ca):
+        context.load_verify_locations(ca)
+
+
+@contextlib.contextmanager
+def _named(*files: Path | None) -> Iterator[None]:
+    """OpenSSL does not say which file it could not read, or use."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        error.add_note(f"in {' or '.join(str(file) for file in files if file is not None)}")
+        raise
 
 
 def _no_password() -> str:

@@ -425,8 +425,10 @@ def test_no_file_is_taken_for_another(tmp_path: Path, files: Files) -> None:
     # An empty text, such as that of an empty variable of the environment, is not None.
     for nothing in ("", tmp_path, tmp_path / "nothing.pem"):
         for call in calls:
-            with pytest.raises(OSError):
+            with pytest.raises(OSError) as caught:
                 call(nothing)
+            # OpenSSL names none.
+            assert str(nothing) in caught.value.__notes__[0]
 
 
 def test_nobody_is_asked_for_a_password(tmp_path: Path, files: Files) -> None:
