@@ -363,7 +363,7 @@ def test_a_blocking_socket_of_tls_is_for_one_call_at_a_time() -> None:
         end = time.monotonic() + PATIENCE
         while far.gettimeout() == PATIENCE:
             assert time.monotonic() < end, "the load does not begin"
-        with pytest.raises(aiotorchio.StreamBusy):
+        with pytest.raises(aiotorchio.StreamBusy, match="another call"):
             aiotorchio.save(STATE, far)
         near.close()
         loading.join()
