@@ -53,6 +53,10 @@ def printable(text: str) -> str:
 _MESSAGE_MAX = 10_000
 
 
+def _cut(message: str) -> str:
+    return message if len(message) <= _MESSAGE_MAX else message[:_MESSAGE_MAX] + "..."
+
+
 class AiotorchioError(Exception):
     """Base of every error in this module.
 
@@ -66,9 +70,8 @@ class AiotorchioError(Exception):
     def __init__(
         self, message: str, *, entry: str | None = None, offset: int | None = None
     ) -> None:
-        if len(message) > _MESSAGE_MAX:
-            message = message[:_MESSAGE_MAX] + "..."
-        message = self._printable(message)
+        # Before, too: there may be megabytes to escape.
+        message = _cut(self._printable(_cut(message)))
         super().__init__(message)
         self.message = message
         self.entry = entry

@@ -134,6 +134,9 @@ def test_blocking_sockets_send_from_and_receive_into_the_tensors_themselves() ->
         def getblocking(self) -> bool:
             return True
 
+        def gettimeout(self) -> None:
+            return None
+
         def send(self, data: Any, *_: Any) -> int:
             return self.sendmsg([data])
 

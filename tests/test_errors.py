@@ -62,6 +62,13 @@ def test_what_a_peer_wrote_moves_no_cursor(kind: type[AiotorchioError]) -> None:
     assert ("\n" in str(kind("one\ntwo"))) == (kind is aiotorchio.MismatchError)
 
 
+@pytest.mark.parametrize("letter", ["a", "\n", "\U000e0001"])
+@pytest.mark.parametrize("kind", ALL)
+def test_no_message_is_longer_than_a_person_reads(kind: type[AiotorchioError], letter: str) -> None:
+    assert len(kind(letter * 10_000).message) <= 10_003
+    assert len(kind(letter * 20_000).message) == 10_003
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_they_cross_processes(kind: type[AiotorchioError]) -> None:
     error = kind("wrong", entry="tensor 3", offset=17)

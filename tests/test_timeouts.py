@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import resource
 import select
 import socket
 import threading
@@ -312,6 +313,38 @@ def test_a_blocking_load_that_is_refused_stops_its_sender(link: str) -> None:
         assert not sending.is_alive()
         assert near.gettimeout() is None and far.gettimeout() is None
         assert [type(error) for error in errors] == [TruncatedError]
+
+
+@blocking
+@pytest.mark.parametrize("few", [False, True], ids=["default_timeout", "no_descriptors"])
+def test_breaking_off_needs_nothing_and_waits_for_nobody(link: str, few: bool) -> None:
+    """Neither another descriptor nor the timeout that sockets get by default."""
+    with blocking_ends(link) as (near, far):
+        near.sendall(b"no message, but longer than the first bytes of one")
+        opened: list[int] = []
+        default = socket.getdefaulttimeout()
+        try:
+            if few:
+                limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (64, limit[1]))
+                with contextlib.suppress(OSError):
+                    while True:
+                        opened.append(os.dup(0))
+            else:
+                socket.setdefaulttimeout(10 * PATIENCE)
+            with pytest.raises(aiotorchio.ProtocolError):
+                aiotorchio.load(far)
+        finally:
+            socket.setdefaulttimeout(default)
+            for descriptor in opened:
+                os.close(descriptor)
+            if few:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        assert os.get_blocking(far.fileno())
+        near.settimeout(PATIENCE)
+        with pytest.raises(OSError):
+            while True:
+                near.sendall(bytes(2**20))
 
 
 @blocking

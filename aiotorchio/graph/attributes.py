@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from aiotorchio.errors import UnsafeObjectError
-from aiotorchio.graph._torch import PARAMETER_MARK
+from aiotorchio.graph._torch import JAGGED_PARTS, PARAMETER_MARK, JaggedTensor
 from aiotorchio.graph.plain import is_dunder
 
 __all__ = ["TypeName", "set_attributes", "tensor_class"]
@@ -48,6 +48,9 @@ def set_attributes(tensor: torch.Tensor, state: Any) -> None:
 def _is_free(tensor: torch.Tensor, key: str) -> bool:
     kind = type(tensor)
     if key == PARAMETER_MARK and kind in (torch.Tensor, torch.nn.Parameter):
+        return False
+    # Those of the jagged layout were checked when it was made.
+    if key in JAGGED_PARTS and isinstance(tensor, JaggedTensor):
         return False
     found = next((vars(base)[key] for base in kind.__mro__ if key in vars(base)), _ABSENT)
     if found is _ABSENT:

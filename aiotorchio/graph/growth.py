@@ -12,20 +12,14 @@ from __future__ import annotations
 import re
 
 from aiotorchio.errors import LimitExceeded, ProtocolError
-from aiotorchio.wire.measure import ARRAYS, EXTENSIONS, MAPS, NESTED_NBYTES, TEXTS, measured
+from aiotorchio.graph.measure import ARRAYS, EXTENSIONS, MAPS, TEXTS, container_nbytes, measured
 
 __all__ = ["SHORT_VALUE", "check_growth"]
 
-# What any skeleton may take once it is decoded, and what each of its bytes may take beyond. The
-# object takes as much again, while both are there.
-_MEMORY_FLOOR = 32 * 2**20
-_MEMORY_PER_BYTE = 16
-# What takes more than that for each byte of its own: one byte of ``_SHORT`` begins a text of up to
-# four letters, one of ``_SIZED`` a text or bytes of any length, one of ``_NEGATIVE`` is a number
-# that Python does not keep, or begins one.
-_SHORT, _SIZED = b"\xa0\xa1\xa2\xa3\xa4", b"\xc4\xc5\xc6\xd9\xda\xdb"
-_NEGATIVE = bytes([0xD0, *range(0xE0, 0xFB)])
-_SHORT_NBYTES, _SIZED_NBYTES, _NEGATIVE_NBYTES = 64, 48, 32
+# What any skeleton may take, decoded and built, and what each of its bytes may take beyond. Nothing
+# but arrays takes more for each byte of its own.
+_MEMORY_FLOOR = 64 * 2**20
+_MEMORY_PER_BYTE = 48
 
 _TENSOR = b"\x92\x05"
 _ONE_BYTE = rb"[\x00-\x7f\xc0\xc2\xc3\xe0-\xff]"
@@ -50,17 +44,18 @@ def check_growth(skeleton: bytes, depth_limit: int) -> int:
     """Refuse a skeleton that holds maps, takes far more memory than its size, or is far too deep.
 
     Returns:
-        How many arrays it has beside those of tensors.
+        How many arrays it has.
 
     Raises:
         LimitExceeded: It would take more memory than any honest one, or too much of the stack.
         ProtocolError: A map or an extension, or it ends inside a value.
     """
-    arrays = _arrays(skeleton)
+    arrays, nbytes = _containers(skeleton)
+    of_tensors = skeleton.count(_TENSOR)
     # An ordered dict has an array for its metadata, which is no level.
     depth_max = 2 * depth_limit + 1
-    if arrays <= depth_max and _excess(skeleton, arrays) <= _MEMORY_FLOOR:
-        return arrays
+    if arrays <= depth_max and nbytes <= _MEMORY_FLOOR:
+        return arrays + of_tensors
     allowed = _MEMORY_FLOOR + _MEMORY_PER_BYTE * len(skeleton)
     memory, depth = measured(skeleton)
     if memory > allowed:
@@ -70,30 +65,15 @@ def check_growth(skeleton: bytes, depth_limit: int) -> int:
         )
     if depth > depth_max:
         raise LimitExceeded(f"nested deeper than {depth_limit} levels (Limits.depth)")
-    return arrays
+    return arrays + of_tensors
 
 
-def _excess(skeleton: bytes, arrays: int) -> int:
-    """Memory that values take beyond what each of their bytes may take; or more, but it is quick.
+def _containers(skeleton: bytes) -> tuple[int, int]:
+    """How many arrays there are beside those of tensors, and the memory that those take.
 
-    Any byte can look like the head of a value.
+    As many as can be nested, or more.
     """
-    nested = arrays + skeleton.count(_TENSOR)
-    return (
-        nested * NESTED_NBYTES
-        + _among(skeleton, _SHORT) * _SHORT_NBYTES
-        + _among(skeleton, _SIZED) * _SIZED_NBYTES
-        + _among(skeleton, _NEGATIVE) * _NEGATIVE_NBYTES
-    )
-
-
-def _among(skeleton: bytes, heads: bytes) -> int:
-    return len(skeleton) - len(skeleton.translate(None, heads))
-
-
-def _arrays(skeleton: bytes) -> int:
-    """How many arrays there are beside those of tensors: as many as can be nested, or more."""
-    arrays = position = 0
+    arrays = nbytes = position = 0
     size = len(skeleton)
     while position < size:
         end = _end_of_common(skeleton, position)
@@ -104,20 +84,23 @@ def _arrays(skeleton: bytes) -> int:
         position += 1
         if 0x90 <= head < 0xA0:
             arrays += 1
+            nbytes += container_nbytes(skeleton, position, head - 0x90)
         elif head in TEXTS:
             width = TEXTS[head]
             length = int.from_bytes(skeleton[position : position + width], "big")
             position += width + length
         elif head in ARRAYS:
             arrays += 1
-            position += ARRAYS[head]
+            start, position = position, position + ARRAYS[head]
+            items = int.from_bytes(skeleton[start:position], "big")
+            nbytes += container_nbytes(skeleton, position, items)
         elif head in MAPS or head in EXTENSIONS:
             raise ProtocolError("a map or an extension, which messages do not have")
         else:
             raise ProtocolError("a value that is not whole, or of no kind")
     if position > size:
         raise ProtocolError("the bytes end inside a value")
-    return arrays
+    return arrays, nbytes
 
 
 def _end_of_common(skeleton: bytes, position: int) -> int:

@@ -126,7 +126,5 @@ class NestedMaker:
 
 
 def _noted_length(value: Any) -> int:
-    """A length that torch has noted: as a number, or as the size of a tensor without elements."""
-    if type(value) is int:
-        return value
+    """A length that torch has noted: as the size of a tensor without elements."""
     return part(value).shape[0] if part(value).dim() == 2 else -1

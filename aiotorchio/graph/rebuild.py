@@ -15,6 +15,7 @@ from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.names import Placeholder, check_names
 from aiotorchio.graph.prescan import prescan
+from aiotorchio.graph.unpack import AT_ONCE_NBYTES, drop
 from aiotorchio.wire.header import (
     CONJUGATE,
     META_LOCATION,
@@ -109,8 +110,10 @@ def check_tree(
         except ProtocolError as error:
             error.offset = offset
             raise
-        # Here, where its values are still held: half a million at once would hold all threads up.
-        del obj
+        if len(skeleton) > AT_ONCE_NBYTES:
+            held = [obj]
+            del obj
+            drop(held)
 
 
 class Rebuilder:

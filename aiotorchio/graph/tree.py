@@ -21,7 +21,7 @@ from aiotorchio.graph.budget import too_wide
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
 from aiotorchio.graph.plain import check_hashes
 from aiotorchio.graph.table import Table
-from aiotorchio.graph.unpack import unpacked
+from aiotorchio.graph.unpack import drop, unpacked
 from aiotorchio.wire.limits import Limits
 
 __all__ = ["NotATreeError", "decode", "decoder", "encode"]
@@ -272,8 +272,13 @@ class _Decoder:
     # A loop, not a comprehension: each level of nesting costs two frames, not three.
     def items(self, node: list[Any], depth: int) -> list[Any]:
         value, items = self.value, []
-        for n in range(1, len(node)):
-            items.append(value(node[n], depth))  # noqa: PERF401
+        try:
+            for n in range(1, len(node)):
+                items.append(value(node[n], depth))  # noqa: PERF401
+        except BaseException:
+            # All at once it would hold other threads up.
+            drop(items)
+            raise
         return items
 
     def fixed(self, node: list[Any], depth: int) -> tuple[Any, ...]:
@@ -287,17 +292,21 @@ class _Decoder:
         if (len(node) - start) % 2:
             raise ProtocolError("a key without a value")
         value, wide, count = self.value, 0, (len(node) - start) // 2
-        for n in range(start, len(node), 2):
-            key = node[n]
-            if type(key) is not str:
-                if type(key) is not int:
-                    raise ProtocolError("a key that is neither str nor int")
-                if not 0 <= key < count:
-                    wide += 1
-                    self._find_places(2 * wide - 1)
-            into[key] = value(node[n + 1], depth)
-        if len(into) != count:
-            raise ProtocolError("duplicate key")
+        try:
+            for n in range(start, len(node), 2):
+                key = node[n]
+                if type(key) is not str:
+                    if type(key) is not int:
+                        raise ProtocolError("a key that is neither str nor int")
+                    if not 0 <= key < count:
+                        wide += 1
+                        self._find_places(2 * wide - 1)
+                into[key] = value(node[n + 1], depth)
+            if len(into) != count:
+                raise ProtocolError("duplicate key")
+        except BaseException:
+            drop(into)
+            raise
         return into
 
     def ordered(self, node: list[Any], depth: int) -> Any:

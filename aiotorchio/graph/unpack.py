@@ -16,12 +16,15 @@ import msgspec
 
 from aiotorchio.errors import ProtocolError
 from aiotorchio.graph.growth import SHORT_VALUE, check_growth
-from aiotorchio.wire.measure import ARRAYS, TEXTS
+from aiotorchio.graph.measure import ARRAYS, TEXTS
 
-__all__ = ["unpacked"]
+__all__ = ["AT_ONCE_NBYTES", "drop", "unpacked"]
 
-# What is decoded, or freed, at once: some 10 ms each.
-_NBYTES_MAX, _ARRAYS_MAX, _RUN = 2**20, 100_000, 10_000
+AT_ONCE_NBYTES = 2**20
+"""Size of the skeletons that are decoded, and freed, at once; it takes some 10 ms."""
+
+# Likewise: as many arrays in one of that size, and values of longer ones.
+_ARRAYS_MAX, _RUN = 100_000, 10_000
 
 _VALUE = re.compile(SHORT_VALUE)
 _VALUES = re.compile(b"(?:%b){1,%d}+" % (SHORT_VALUE, _RUN))
@@ -43,7 +46,7 @@ def unpacked(skeleton: bytes, depth_limit: int) -> Iterator[Any]:
         UnicodeDecodeError: A text that is not UTF-8.
     """
     arrays = check_growth(skeleton, depth_limit)
-    if len(skeleton) <= _NBYTES_MAX and arrays <= _ARRAYS_MAX:
+    if len(skeleton) <= AT_ONCE_NBYTES and arrays <= _ARRAYS_MAX:
         yield _decode(skeleton)
         return
     lists: list[list[Any]] = [[]]
@@ -51,10 +54,30 @@ def unpacked(skeleton: bytes, depth_limit: int) -> Iterator[Any]:
         _unpack(skeleton, lists)
         yield lists[0][0]
     finally:
-        # In parts, too.
-        for each in reversed(lists):
-            while each:
-                del each[-_RUN:]
+        # The last ones are in those before them, and empty when those let go of them.
+        while lists:
+            last = lists.pop()
+            while last:
+                del last[-_RUN:]
+
+
+def drop(items: list[Any] | dict[Any, Any]) -> None:
+    """Empty a list or dict, and those that are in it, in parts: nobody needs them any more."""
+    waiting = [items]
+    while waiting:
+        held = waiting[-1]
+        if isinstance(held, dict):
+            part = [held.popitem()[1] for _ in range(min(len(held), _RUN))]
+        else:
+            part = held[-_RUN:]
+            del held[-_RUN:]
+        if not held:
+            waiting.pop()
+        for item in part:
+            if isinstance(item, list | dict):
+                waiting.append(item)
+            elif isinstance(item, tuple):
+                waiting.append(list(item))
 
 
 def _unpack(skeleton: bytes, lists: list[list[Any]]) -> None:

@@ -126,21 +126,16 @@ def asyncio_loop() -> asyncio.AbstractEventLoop | None:
 
 
 # More than a socket holds (net.ipv4.tcp_rmem has 6 MiB), to take off it before it is shut.
-_HELD_MAX = 16 * 2**20
+HELD_MAX = 16 * 2**20
 
 
-def break_connection(sock: socket.socket, flags: int = 0) -> None:
-    """Shut a socket that stays its owner's, so that the peer notices at once.
-
-    Args:
-        sock: A non-blocking one, or with ``flags`` that make it so.
-        flags: For receiving.
-    """
+def break_connection(sock: socket.socket) -> None:
+    """Shut a non-blocking socket that stays its owner's, so that the peer notices at once."""
     # First room is made: a sender who waits for it is only told there is none to come when it asks
     # again, maybe minutes later. What it sends into the room is answered by a reset.
     with contextlib.suppress(OSError):
         scratch, taken = bytearray(PIECE_SIZE), 0
-        while taken < _HELD_MAX and (count := sock.recv_into(scratch, len(scratch), flags)):
+        while taken < HELD_MAX and (count := sock.recv_into(scratch)):
             taken += count
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)

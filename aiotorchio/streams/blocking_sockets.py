@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from aiotorchio.streams.base import PIECE_SIZE, Buffer, break_connection, coalesce
+from aiotorchio.streams.base import HELD_MAX, PIECE_SIZE, Buffer, coalesce
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.sockets import TURN_SIZE, Cursor
 
@@ -56,12 +56,23 @@ class _BlockingSocket(BlockingStream):
         self._timeout = sock.gettimeout()
 
     def abort(self) -> None:
+        if _TRIES:
+            # (One that is closed has no descriptor: ValueError.)
+            with contextlib.suppress(OSError, ValueError):
+                self._make_room()
         with contextlib.suppress(OSError):
-            if _TRIES:
-                # Of a duplicate, which knows nothing of TLS and has no timeout to wait for.
-                with socket.socket(fileno=os.dup(self._file.fileno())) as duplicate:
-                    break_connection(duplicate, socket.MSG_DONTWAIT)
             self._file.shutdown(socket.SHUT_RDWR)
+
+    def _make_room(self) -> None:
+        """See ``break_connection``. Below TLS and timeouts, and without another descriptor."""
+        descriptor, scratch, taken = self._file.fileno(), bytearray(PIECE_SIZE), 0
+        with _Selector() as selector:
+            selector.register(descriptor, selectors.EVENT_READ)
+            while taken < HELD_MAX and selector.select(0):
+                count = os.readv(descriptor, [scratch])
+                if not count:
+                    break
+                taken += count
 
     def _wait(self, call: Callable[[float | None], T | None]) -> T:
         """Call with seconds to wait for, again and again while it has nothing to return yet."""
@@ -123,7 +134,7 @@ class _TimedSocket(_BlockingSocket):
 
     def _write_all(self, buffers: Sequence[Buffer]) -> None:
         # Within a call to TLS nothing shows how much was sent.
-        for piece in coalesce(buffers, PIECE_SIZE):
+        for piece in coalesce(buffers, self.piece_size):
             view = memoryview(piece)
             while view:
                 self.in_message = True

@@ -67,8 +67,8 @@ def exclusive(
     state.calls.append(claim)
     try:
         if next(each for each in list(state.calls) if each() is not None) is not claim:
-            other = "call" if is_one_way(stream) else direction
-            raise StreamBusy(f"another {other} is using this stream")
+            what = "call" if is_one_way(stream) else direction
+            raise StreamBusy(f"another {what} is using this stream")
         if state.poison is not None:
             raise StreamPoisoned(
                 f"an earlier {direction} stopped inside a message: {state.poison}; "

@@ -54,7 +54,7 @@ class Limits:
             20 times its size; an honest one takes 10 times its size. What it describes is made of
             some 500 bytes a tensor and 260 a storage, beside their numbers.
         skeleton_nbytes: Size of the skeleton in bytes. Reading it, or building what it says, takes
-            at most 64 MiB and 32 times its size.
+            at most 64 MiB and 48 times its size.
         chunk_nbytes: Size of one chunk in bytes.
         total_nbytes: Bytes of all storages together. The default is what the machine holds:
             physical memory, or less if its container may take less.

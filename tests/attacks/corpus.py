@@ -493,11 +493,12 @@ def long_skeletons() -> Iterator[Case]:
     lists: dict[str, tuple[list[Any], tuple[str, ...]]] = {
         "empty_lists": ([[0]] * 520_000, ("streams-asyncio-tcp",)),
         "numbers": ([1] * 3_000_000, ("anyio-trio-tcp",)),
+        "sets": ([[4]] * 180_000, ("socket-trio-unix",)),
         "texts": (["abc"] * 1_000_000, ("streams-uvloop-tcp",)),
     }
     for name, (items, ways) in lists.items():
         message = forge.message(msgspec.msgpack.encode([0, *items]), "tree")
-        memory = 64 * MIB + 32 * len(message)
+        memory = 64 * MIB + 48 * len(message)
         yield Case(f"long-{name}", "", (message,), after=("clean",), ways=ways, memory=memory)
 
 

@@ -605,6 +605,8 @@ def trees() -> dict[str, Case]:
             pack([4, *([1, *pair] for pair in colliding_tuples(20_000))]),
             "LimitExceeded",
         ),
+        "empty_sets": (pack([0, *[[4]] * 520_000]), "LimitExceeded"),
+        "small_dicts": (pack([0, *[[2, 0, 0]] * 520_000]), "LimitExceeded"),
         "colliding_complex": (
             pack([4, *([6, -1000003.0 * n, float(n)] for n in range(20_000))]),
             "LimitExceeded",

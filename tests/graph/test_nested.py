@@ -143,12 +143,8 @@ def test_what_is_changed_below_is_good() -> None:
         {"other_requires_grad": 1},
         {"other_anything": 1},
         {"other__metadata_cache": None},
-        {"other__metadata_cache": {"max_seqlen": 4}},
-        {"other__metadata_cache": {"min_seqlen": 4}},
-        {"other__metadata_cache": {"min_seqlen": -1}},
-        {"other__metadata_cache": {"max_seqlen": tensor(1)}},
+        {"other__metadata_cache": {"max_seqlen": 5}},
         {"other__metadata_cache": {"max_seqlen": "5"}},
-        {"other__metadata_cache": {"lengths": 5}},
     ],
     ids=lambda change: str(change)[:60],
 )
@@ -157,12 +153,38 @@ def test_no_jagged_tensor(change: dict[str, Any]) -> None:
         load(**change)
 
 
+def noted(length: int) -> Code:
+    """As torch notes a length."""
+    return forge.strided(0, "float32", 0, (length, 0), (1, 1))
+
+
+def test_lengths_that_are_noted_right() -> None:
+    loaded = load(other__metadata_cache={"min_seqlen": noted(3), "max_seqlen": noted(5)})
+    assert (loaded._min_seqlen, loaded._max_seqlen) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        {"max_seqlen": noted(4)},
+        {"min_seqlen": noted(4)},
+        {"min_seqlen": tensor(1)},
+        {"max_seqlen": tensor(1)},
+        {"lengths": noted(5)},
+    ],
+    ids=["short", "long", "flat_least", "flat_most", "other"],
+)
+def test_lengths_that_are_noted_wrong(cache: dict[str, Any]) -> None:
+    with pytest.raises(InvalidObjectError, match="note"):
+        load(other__metadata_cache=cache)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         # Parts that all show the same values; what a padded tensor would take.
         {"offsets": torch.zeros(1001, dtype=torch.int64), "lengths": torch.full((1000,), 8)},
-        {"other__metadata_cache": {"max_seqlen": 2**40}},
+        {"other__metadata_cache": {"max_seqlen": noted(2**40)}},
     ],
     ids=["lengths", "noted"],
 )
@@ -215,11 +237,24 @@ def test_what_was_noted_is_not_changed_later() -> None:
             *(call("torch.serialization", "_get_layout", "torch.strided"), "cpu", False),
         ),
         lambda arguments: subclassed(REBUILD, name("torch", "Tensor"), (arguments,), {}),
+        lambda arguments: rebuild(
+            "_rebuild_parameter_with_state",
+            *(rebuilt(arguments), False, forge.ordered_dict(), {"_offsets": tensor(0)}),
+        ),
+        lambda arguments: subclassed(
+            name("torch._utils", "_rebuild_parameter_with_state"),
+            KIND,
+            (rebuilt(arguments), False, forge.ordered_dict(), {"_lengths": tensor(0)}),
+            {},
+        ),
         with_state(None),
         with_state(({}, {"_offsets": tensor(0)})),
         with_state({"data": tensor(0)}),
     ],
-    ids=["call", "new", "tensor", "wrapper", "class", "no_state", "slots", "data"],
+    ids=[
+        *("call", "new", "tensor", "wrapper", "class", "parameter", "parameter_as_class"),
+        *("no_state", "slots", "data"),
+    ],
 )
 def test_no_other_way_to_make_one(through: Any) -> None:
     with pytest.raises(UnsafeObjectError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
+from weakref import ref
 
 import msgpack
 import msgspec
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from aiotorchio.errors import LimitExceeded, ProtocolError
 from aiotorchio.graph import unpack
 from aiotorchio.graph.growth import check_growth
-from aiotorchio.graph.unpack import unpacked
+from aiotorchio.graph.unpack import drop, unpacked
 from tests.corpus import assert_same
 
 VALUES = st.recursive(
@@ -28,7 +30,7 @@ VALUES = st.recursive(
 @pytest.fixture(autouse=True)
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is long."""
-    monkeypatch.setattr(unpack, "_NBYTES_MAX", -1)
+    monkeypatch.setattr(unpack, "AT_ONCE_NBYTES", -1)
 
 
 def value_of(data: bytes) -> Any:
@@ -104,7 +106,7 @@ def test_what_is_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     data = msgpack.packb([[0]] * 100)
     for nbytes, arrays, whole in ((len(data), 101, True), (len(data) - 1, 101, False),
                                   (len(data), 100, False)):  # fmt: skip
-        monkeypatch.setattr(unpack, "_NBYTES_MAX", nbytes)
+        monkeypatch.setattr(unpack, "AT_ONCE_NBYTES", nbytes)
         monkeypatch.setattr(unpack, "_ARRAYS_MAX", arrays)
         calls.clear()
         assert value_of(data) == [[0]] * 100
@@ -118,4 +120,34 @@ def test_lists_are_freed_in_parts() -> None:
 
 
 def test_whoever_counts_arrays_says_how_many() -> None:
-    assert check_growth(msgpack.packb([[0], [[1]], [5, 0]]), 256) == 4
+    assert check_growth(msgpack.packb([[0], [[1]], [5, 0]]), 256) == 5
+
+
+def test_lists_do_not_all_live_until_the_end() -> None:
+    """A chain of references would hold what is freed bit by bit until the last bit."""
+    lists: list[list[Any]] = [[]]
+    unpack._unpack(msgpack.packb([[n] for n in range(1000)]), lists)
+    with unpacked(msgpack.packb([[n] for n in range(1000)]), 256) as value:
+        assert len(value) == 1000
+        alive = sum(type(each) is list for each in gc.get_objects())
+    assert sum(type(each) is list for each in gc.get_objects()) <= alive - 1000
+    assert len(lists) == 1002
+
+
+class Weak(list[Any]):
+    """Says when it is freed."""
+
+
+@pytest.mark.parametrize("count", [0, 1, 9_999, 10_000, 25_000])
+def test_what_nobody_needs_is_freed(count: int) -> None:
+    weak = Weak([1])
+    gone = ref(weak)
+    inner = [(weak, {"a": [weak]})]
+    items: list[Any] = [0] * count + [{n: n for n in range(count)}, inner, {1, 2}, "abc", ()]
+    del weak
+    drop(items)
+    assert items == [] == inner
+    assert gone() is None
+    mapping = {"a": [1], "b": {"c": 2}}
+    drop(mapping)
+    assert mapping == {}

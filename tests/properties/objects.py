@@ -103,6 +103,6 @@ def graphs(draw: st.DrawFn) -> Any:
             case _:
                 made.append(draw(st.sets(HASHABLE, max_size=4)))
     # A tuple in itself takes an opcode that torch does not know.
-    if type(made[-1]) is list and draw(st.integers(0, 4)) == 0:
+    if lists and type(made[-1]) is list and draw(st.integers(0, 4)) == 0:
         draw(st.sampled_from(lists)).append(made[-1])
     return made[-1]

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiotorchio.errors import ProtocolError
-from aiotorchio.wire.measure import measured
+from aiotorchio.graph import tree
+from aiotorchio.graph.measure import measured
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text()
@@ -96,3 +97,34 @@ def test_deep_nesting_ends_no_process(recursion: int, stack: int) -> None:
         timeout=120,
     )
     assert run.stdout.split() == ["LimitExceeded", "ProtocolError"], run.stderr
+
+
+def nodes(*items: Any) -> bytes:
+    data: bytes = msgpack.packb(list(items))
+    return data
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        *(nodes(0), nodes(0, 0), nodes(1), nodes(1, 0), nodes(2), nodes(2, 0, 0), nodes(4)),
+        *(nodes(4, 0), nodes(3, []), nodes(3, [None]), nodes(3, [], 0, 0), nodes(3, [0], 0, 0)),
+        *(nodes(3, [[2, 0, 0]]), nodes(6, 1.5, 2.5), nodes(7, b"\xff" * 8 + b"\x01"), nodes(8)),
+        *(nodes(8, 2, 3), nodes(9, "int8")),
+        *(nodes(10, "cpu"), nodes(2, *range(12)), nodes(2, *range(44)), nodes(3, [], *range(44))),
+        *(nodes(4, *range(5)), nodes(4, *range(20)), nodes(4, *"abcdefgh")),
+        *(nodes(4, *range(1000, 6000)), nodes(4, *(str(n) for n in range(30_000)))),
+        *(nodes(2, *range(100_000)), nodes(3, [], *range(100_000))),
+    ],
+    ids=lambda node: node[:12].hex(),
+)  # fmt: skip
+def test_no_object_takes_more(node: bytes) -> None:
+    """As a list and as an object, while both are there."""
+    count = max(1, 40_000 // len(node))
+    data = b"\xdd" + (count + 1).to_bytes(4, "big") + b"\x00" + node * count
+    tracemalloc.start()
+    obj = tree.decode(data, [], depth_limit=256)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(obj) == count
+    assert peak <= measured(data)[0] + 30_000
