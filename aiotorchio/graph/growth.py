@@ -50,25 +50,29 @@ def check_growth(skeleton: bytes, depth_limit: int) -> int:
         LimitExceeded: It would take more memory than any honest one, or too much of the stack.
         ProtocolError: A map or an extension, or it ends inside a value.
     """
-    arrays, nbytes = _containers(skeleton)
+    allowed = _MEMORY_FLOOR + _MEMORY_PER_BYTE * len(skeleton)
+    arrays, nbytes = _containers(skeleton, allowed)
     of_tensors = skeleton.count(_TENSOR)
     # An ordered dict has an array for its metadata, which is no level.
     depth_max = 2 * depth_limit + 1
     if arrays <= depth_max and nbytes <= _MEMORY_FLOOR:
         return arrays + of_tensors
-    allowed = _MEMORY_FLOOR + _MEMORY_PER_BYTE * len(skeleton)
     memory, depth = measured(skeleton)
     if memory > allowed:
-        raise LimitExceeded(
-            f"the values take more than {_MEMORY_FLOOR} bytes of memory and "
-            f"{_MEMORY_PER_BYTE} for each byte of the skeleton"
-        )
+        raise _too_large()
     if depth > depth_max:
         raise LimitExceeded(f"nested deeper than {depth_limit} levels (Limits.depth)")
     return arrays + of_tensors
 
 
-def _containers(skeleton: bytes) -> tuple[int, int]:
+def _too_large() -> LimitExceeded:
+    return LimitExceeded(
+        f"the values take more than {_MEMORY_FLOOR} bytes of memory and "
+        f"{_MEMORY_PER_BYTE} for each byte of the skeleton"
+    )
+
+
+def _containers(skeleton: bytes, allowed: int) -> tuple[int, int]:
     """How many arrays there are beside those of tensors, and the memory that those take.
 
     As many as can be nested, or more.
@@ -76,6 +80,8 @@ def _containers(skeleton: bytes) -> tuple[int, int]:
     arrays = nbytes = position = 0
     size = len(skeleton)
     while position < size:
+        if nbytes > allowed:
+            raise _too_large()
         end = _end_of_common(skeleton, position)
         if end > position:
             position = end
