@@ -6,16 +6,17 @@ Slow, in Python: for what looks as if it took too much. Whoever is in a hurry lo
 from __future__ import annotations
 
 from aiotorchio.errors import ProtocolError
+from aiotorchio.graph.tags import Tag
 
 __all__ = ["ARRAYS", "EXTENSIONS", "MAPS", "TEXTS", "container_nbytes", "measured"]
 
 # What values take, with their places in the list that is decoded, and in the object. UTF-8 can
 # become four times as long.
 _TEXT_NBYTES, _LETTER_NBYTES, _NUMBER_NBYTES, _CONSTANT_NBYTES = 80, 4, 48, 16
-# What an array takes, as a list and as what it is in the object; and, by its tag (a dict, an
-# ordered one, a set), how much more that is, and how much each of its items takes more.
+# What an array takes, as a list and as what it is in the object; and, by its tag, how much more
+# that is, and how much each of its items takes more.
 _NESTED_NBYTES = 160
-_BY_TAG = {2: (160, 32), 3: (500, 64), 4: (160, 150)}
+_BY_TAG = {Tag.DICT: (160, 32), Tag.ORDERED_DICT: (500, 64), Tag.SET: (160, 150)}
 
 MAPS = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
 EXTENSIONS = frozenset([*range(0xC7, 0xCA), *range(0xD4, 0xD9)])

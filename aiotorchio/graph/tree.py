@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 import torch
@@ -21,6 +21,7 @@ from aiotorchio.graph.budget import too_wide
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
 from aiotorchio.graph.plain import check_hashes
 from aiotorchio.graph.table import Table
+from aiotorchio.graph.tags import Tag
 from aiotorchio.graph.unpack import drop, unpacked
 from aiotorchio.wire.limits import Limits
 
@@ -31,22 +32,6 @@ _ENCODE_DEPTH_MAX = 100
 # As of the shape of a tensor.
 _SIZE_MAX = 4096
 _INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**64 - 1
-
-
-class Tag:
-    """First item of every array."""
-
-    LIST: Final = 0
-    TUPLE: Final = 1
-    DICT: Final = 2
-    ORDERED_DICT: Final = 3
-    SET: Final = 4
-    TENSOR: Final = 5
-    COMPLEX: Final = 6
-    INTEGER: Final = 7
-    SIZE: Final = 8
-    DTYPE: Final = 9
-    DEVICE: Final = 10
 
 
 class NotATreeError(Exception):
