@@ -254,14 +254,14 @@ class _Decoder:
             raise ProtocolError(f"unknown tag {node[0]}")
         return read(self, node, depth + 1)
 
-    # A loop, not a comprehension: each level of nesting costs two frames, not three.
     def items(self, node: list[Any], depth: int) -> list[Any]:
         value, items = self.value, []
         try:
             for n in range(1, len(node)):
+                # A comprehension would be the third frame of a level.
                 items.append(value(node[n], depth))  # noqa: PERF401
         except BaseException:
-            # All at once it would hold other threads up.
+            # Whatever it is: freed all at once, the items would hold other threads up.
             drop(items)
             raise
         return items
@@ -290,6 +290,7 @@ class _Decoder:
             if len(into) != count:
                 raise ProtocolError("duplicate key")
         except BaseException:
+            # As those of a list.
             drop(into)
             raise
         return into
