@@ -13,6 +13,7 @@ import re
 
 from aiotorchio.errors import LimitExceeded, ProtocolError
 from aiotorchio.graph.measure import ARRAYS, EXTENSIONS, MAPS, TEXTS, container_nbytes, measured
+from aiotorchio.interrupt import check_interrupt
 
 __all__ = ["SHORT_VALUE", "check_growth"]
 
@@ -80,6 +81,7 @@ def _containers(skeleton: bytes, allowed: int) -> tuple[int, int]:
     arrays = nbytes = position = 0
     size = len(skeleton)
     while position < size:
+        check_interrupt()
         if nbytes > allowed:
             raise _too_large()
         end = _end_of_common(skeleton, position)

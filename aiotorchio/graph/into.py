@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.names import rows_by_name, walk
+from aiotorchio.interrupt import interruptible
 from aiotorchio.strided import order_of
 from aiotorchio.wire.header import CONJUGATE, META_LOCATION, NEGATIVE, Header, shortened
 
@@ -80,10 +82,13 @@ def match(
     """
     names = rows_by_name(header.tensors)
     found = {
-        name: tensor for name, tensor in destinations.items() if name in names and name in wanted
+        name: tensor
+        for name, tensor in interruptible(destinations.items())
+        if name in names and name in wanted
     }
     reasons = {
-        name: _misfit(header, names[name], tensor, cast=cast) for name, tensor in found.items()
+        name: _misfit(header, names[name], tensor, cast=cast)
+        for name, tensor in interruptible(found.items(), 100)
     }
     misfits = {name: reason for name, reason in reasons.items() if reason is not None}
     if strict:
@@ -91,13 +96,19 @@ def match(
     missing, unexpected, unnamed = [], [], 0
     if strict:
         missing = [name for name in destinations if name in wanted and name not in names]
-        unexpected = [name for name in names if name in wanted and name not in destinations]
+        unexpected = [
+            name for name in interruptible(names) if name in wanted and name not in destinations
+        ]
         unnamed = sum(not row.names for row in header.tensors) if all_wanted else 0
     if misfits or missing or unexpected or unnamed:
         lines = [
-            *_lines("does not fit", [f"{shortened(name)}: {why}" for name, why in misfits.items()]),
-            *_lines("not in the message", map(shortened, missing)),
-            *_lines("not in the destination", map(shortened, unexpected)),
+            *_lines(
+                "does not fit",
+                len(misfits),
+                (f"{shortened(name)}: {why}" for name, why in misfits.items()),
+            ),
+            *_lines("not in the message", len(missing), map(shortened, missing)),
+            *_lines("not in the destination", len(unexpected), map(shortened, unexpected)),
         ]
         if unnamed:
             lines.append(f"{unnamed} tensors of the message have no name")
@@ -190,8 +201,8 @@ def has_memory(tensor: torch.Tensor) -> bool:
     )
 
 
-def _lines(what: str, texts: Iterable[str]) -> list[str]:
+def _lines(what: str, count: int, texts: Iterable[str]) -> list[str]:
     """A line for each of the first ones, and one for the rest."""
-    every = list(texts)
-    more = len(every) - _SHOWN
-    return [f"{what}: {text}" for text in every[:_SHOWN]] + [f"{what}: {more} more"] * (more > 0)
+    more = count - _SHOWN
+    lines = [f"{what}: {text}" for text in islice(texts, _SHOWN)]
+    return lines + [f"{what}: {more} more"] * (more > 0)

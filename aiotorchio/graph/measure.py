@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from aiotorchio.errors import ProtocolError
 from aiotorchio.graph.tags import Tag
+from aiotorchio.interrupt import check_interrupt
 
 __all__ = ["ARRAYS", "EXTENSIONS", "MAPS", "TEXTS", "container_nbytes", "measured"]
 
@@ -50,7 +51,11 @@ def measured(data: bytes) -> tuple[int, int]:
     # Items that each open array still misses.
     missing: list[int] = []
     size = len(data)
+    steps = 0
     while position < size:
+        steps += 1
+        if not steps % 4096:
+            check_interrupt()
         head = data[position]
         position += 1
         items = 0

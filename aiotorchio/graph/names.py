@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 
 from aiotorchio.errors import MismatchError, ProtocolError
 from aiotorchio.graph.dtypes import torch_dtype
+from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.wire.header import Header, TensorRow, describe
 
 __all__ = ["Placeholder", "TensorSpec", "check_names", "rows_by_name", "specs_of", "utf8", "walk"]
@@ -144,6 +146,8 @@ def rows_by_name(rows: Sequence[TensorRow]) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for index, row in enumerate(rows):
+        if not index % 1000 or len(row.names) > 1000:
+            check_interrupt()
         for name in row.names:
             if found.setdefault(name, index) != index:
                 raise MismatchError(
@@ -162,8 +166,30 @@ def specs_of(header: Header) -> dict[str, TensorSpec]:
         ProtocolError: A dtype that the installed torch does not have.
     """
     rows = header.tensors
-    names = sorted(rows_by_name(rows).items(), key=lambda item: rows[item[1]].storage)
-    return {name: TensorSpec.of_row(rows[index]) for name, index in names}
+    # Models repeat few layouts.
+    specs: dict[tuple[tuple[int, ...], str], TensorSpec] = {}
+    found: dict[str, TensorSpec] = {}
+    for name, index in interruptible(_in_order(rows_by_name(rows), header)):
+        row = rows[index]
+        layout = (row.shape, row.dtype)
+        spec = specs.get(layout)
+        if spec is None:
+            spec = specs[layout] = TensorSpec.of_row(row)
+        found[name] = spec
+    return found
+
+
+def _in_order(names: Mapping[str, int], header: Header) -> Iterable[tuple[str, int]]:
+    """Names with their rows, in the order of the storages of the rows."""
+    storages = [row.storage for row in interruptible(header.tensors)]
+    if all(one <= other for one, other in interruptible(pairwise(storages))):
+        return names.items()
+    # Not by sorting half a million of them in one call, which would hold all other threads up.
+    of_storage: list[list[tuple[str, int]] | None] = [None] * len(header.storages)
+    for item in interruptible(names.items()):
+        listed = of_storage[storages[item[1]]] = of_storage[storages[item[1]]] or []
+        listed.append(item)
+    return chain.from_iterable(filter(None, of_storage))
 
 
 class Placeholder:
@@ -192,8 +218,8 @@ class _Check:
     def __init__(self, rows: Sequence[TensorRow]) -> None:
         self._rows = rows
         # What was not met yet. In no order: members of a set have another one here.
-        self._names = [Counter(row.names) for row in rows]
-        self._lengths = [{len(name) for name in row.names} for row in rows]
+        self._names = [Counter(row.names) for row in interruptible(rows)]
+        self._lengths = [{len(name) for name in row.names} for row in interruptible(rows)]
         # A path is joined only if it is as long as a name that it can be: keys of a megabyte above
         # many tensors make no work.
         self._parts: list[str] = []
@@ -201,7 +227,7 @@ class _Check:
 
     def whole(self, obj: Any) -> None:
         self._visit(obj)
-        for index, names in enumerate(self._names):
+        for index, names in interruptible(enumerate(self._names)):
             if names:
                 raise ProtocolError(
                     "the object has this tensor in fewer places than it has names",
@@ -216,14 +242,14 @@ class _Check:
                 outer, self._parts, self._length = (self._parts, self._length), [], 0
                 self._item("_metadata", value._metadata)
                 self._parts, self._length = outer
-            for key, item in value.items():
+            for key, item in interruptible(value.items()):
                 if isinstance(item, _LOOKED_INTO):
                     self._item(str(key), item)
         elif isinstance(value, set):
             for item in value:
                 self._visit(item)
         elif isinstance(value, list | tuple):
-            for n, item in enumerate(value):
+            for n, item in interruptible(enumerate(value)):
                 if isinstance(item, _LOOKED_INTO):
                     self._item(str(n), item)
 

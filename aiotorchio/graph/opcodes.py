@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from aiotorchio.errors import LimitExceeded, ProtocolError, UnsafeObjectError
 from aiotorchio.graph._torch import BLOCKED_MODULES, python_name
+from aiotorchio.interrupt import interruptible
 
 __all__ = ["globals_of", "is_blocked", "opcodes", "path_of"]
 
@@ -121,7 +122,7 @@ def globals_of(data: bytes) -> set[str]:
         LimitExceeded: More names than any honest object needs.
     """
     found: set[str] = set()
-    for position, code, argument in opcodes(data):
+    for position, code, argument in interruptible(opcodes(data)):
         if code == _GLOBAL:
             found.add(path_of(argument))
             if len(found) > _GLOBALS_MAX:

@@ -25,6 +25,7 @@ from aiotorchio.graph._torch import WeightsOnlyUnpickler, typed_storage, untyped
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
 from aiotorchio.graph.table import Table
+from aiotorchio.interrupt import check_interrupt
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import MIXED_UNITS
 
@@ -49,6 +50,8 @@ def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int)
 
     class Pickler(pickle_module.Pickler):  # type: ignore[misc]
         def persistent_id(self, obj: Any) -> Any:
+            # Pickle asks for each object that it meets.
+            check_interrupt()
             if isinstance(obj, torch.Tensor):
                 return table.add_tensor(obj)
             if isinstance(obj, torch.TypedStorage):
@@ -99,7 +102,7 @@ def load(
 
     def read() -> Any:
         unpickler = WeightsOnlyUnpickler(
-            io.BytesIO(skeleton),
+            _file_of(skeleton),
             allowed=allowlist.globals,
             persistent_load=_resolver(tensors, storages),
             encoding=encoding,
@@ -158,6 +161,23 @@ def load_trusted(
     return _translated(read, offset)
 
 
+# A pickle of this size takes some 50 ms. To check at each opcode takes a tenth of the time.
+_AT_ONCE_NBYTES = 64 * 2**10
+
+
+class _CheckedFile(io.BytesIO):
+    """Ends an unpickler that nobody waits for any more: it reads each opcode on its own."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        check_interrupt()
+        return super().read(size)
+
+
+def _file_of(skeleton: bytes) -> io.BytesIO:
+    checked = len(skeleton) > _AT_ONCE_NBYTES
+    return _CheckedFile(skeleton) if checked else io.BytesIO(skeleton)
+
+
 def _resolver(
     tensors: Sequence[Any], storages: Sequence[torch.UntypedStorage | None]
 ) -> Callable[[Any], Any]:
@@ -196,6 +216,7 @@ def _check_shape(loaded: Any, limit: int) -> None:
     path: list[tuple[int, Iterator[Any]]] = [(0, iter([loaded]))]
     totals = [0]
     while path:
+        check_interrupt()
         key, values = path[-1]
         value = next(values, path)
         if value is path:

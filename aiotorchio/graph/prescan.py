@@ -28,6 +28,7 @@ from aiotorchio.errors import AiotorchioError, ProtocolError, UnsafeObjectError
 from aiotorchio.graph.budget import Budget, Measure
 from aiotorchio.graph.machine import Machine
 from aiotorchio.graph.opcodes import is_blocked, opcodes, path_of
+from aiotorchio.interrupt import interruptible
 
 __all__ = ["prescan"]
 
@@ -119,7 +120,7 @@ class _Scan(Machine):
         self.globals: dict[str, Measure] = {}
 
     def run(self) -> None:
-        for at, code, argument in opcodes(self.data):
+        for at, code, argument in interruptible(opcodes(self.data)):
             self.at = at
             _ACTIONS[code](self, argument)
 

@@ -16,6 +16,7 @@ from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.names import Placeholder, check_names
 from aiotorchio.graph.prescan import prescan
 from aiotorchio.graph.unpack import AT_ONCE_NBYTES, drop
+from aiotorchio.interrupt import interruptible
 from aiotorchio.wire.header import (
     CONJUGATE,
     META_LOCATION,
@@ -56,7 +57,7 @@ def build_tensors(
     given = given or {}
     blanks: Blanks = {}
     with collection_paused():
-        for index, row in enumerate(header.tensors):
+        for index, row in interruptible(enumerate(header.tensors)):
             tensor = given.get(index)
             if tensor is None:
                 storage = storages[row.storage]
@@ -101,7 +102,7 @@ def check_tree(
     """Refuse a bad skeleton of the tree codec; see ``Rebuilder.check`` and ``tree.decode``."""
     depth, wide_keys = limits.depth, limits.wide_keys
     with tree.decoder(skeleton, depth_limit=depth, wide_keys=wide_keys, offset=offset) as decoded:
-        obj = decoded([Placeholder(index) for index in range(len(rows))])
+        obj = decoded([Placeholder(index) for index in interruptible(range(len(rows)))])
         try:
             if names:
                 check_names(obj, rows)

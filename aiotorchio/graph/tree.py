@@ -23,6 +23,7 @@ from aiotorchio.graph.plain import check_hashes
 from aiotorchio.graph.table import Table
 from aiotorchio.graph.tags import Tag
 from aiotorchio.graph.unpack import drop, unpacked
+from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.wire.limits import Limits
 
 __all__ = ["NotATreeError", "decode", "decoder", "encode"]
@@ -32,6 +33,8 @@ _ENCODE_DEPTH_MAX = 100
 # As of the shape of a tensor.
 _SIZE_MAX = 4096
 _INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**64 - 1
+# Values of a container between two checks of the interrupt; even, for keys with values.
+_CHECKED_EVERY = 2000
 
 
 class NotATreeError(Exception):
@@ -108,14 +111,17 @@ class _Encoder:
 
     def sequence(self, value: Sequence[Any], tag: int, path: str, depth: int) -> Any:
         node = self.node
-        return [tag, *[node(item, f"{path}{n}", depth) for n, item in enumerate(value)]]
+        return [
+            tag,
+            *[node(item, f"{path}{n}", depth) for n, item in interruptible(enumerate(value))],
+        ]
 
     def members(self, value: set[Any], path: str, depth: int) -> Any:
         return [Tag.SET, *[self.node(item, path.removesuffix("."), depth) for item in value]]
 
     def pairs(self, value: dict[Any, Any], head: list[Any], path: str, depth: int) -> Any:
         node = self.node
-        for key, item in value.items():
+        for key, item in interruptible(value.items()):
             if type(key) is not str and (
                 type(key) is not int or not _INTEGER_MIN <= key <= _INTEGER_MAX
             ):
@@ -257,9 +263,11 @@ class _Decoder:
     def items(self, node: list[Any], depth: int) -> list[Any]:
         value, items = self.value, []
         try:
-            for n in range(1, len(node)):
-                # A comprehension would be the third frame of a level.
-                items.append(value(node[n], depth))  # noqa: PERF401
+            for start in range(1, len(node), _CHECKED_EVERY):
+                check_interrupt()
+                for n in range(start, min(start + _CHECKED_EVERY, len(node))):
+                    # A comprehension would be the third frame of a level.
+                    items.append(value(node[n], depth))  # noqa: PERF401
         except BaseException:
             # Whatever it is: freed all at once, the items would hold other threads up.
             drop(items)
@@ -278,15 +286,17 @@ class _Decoder:
             raise ProtocolError("a key without a value")
         value, wide, count = self.value, 0, (len(node) - start) // 2
         try:
-            for n in range(start, len(node), 2):
-                key = node[n]
-                if type(key) is not str:
-                    if type(key) is not int:
-                        raise ProtocolError("a key that is neither str nor int")
-                    if not 0 <= key < count:
-                        wide += 1
-                        self._find_places(2 * wide - 1)
-                into[key] = value(node[n + 1], depth)
+            for first in range(start, len(node), _CHECKED_EVERY):
+                check_interrupt()
+                for n in range(first, min(first + _CHECKED_EVERY, len(node)), 2):
+                    key = node[n]
+                    if type(key) is not str:
+                        if type(key) is not int:
+                            raise ProtocolError("a key that is neither str nor int")
+                        if not 0 <= key < count:
+                            wide += 1
+                            self._find_places(2 * wide - 1)
+                    into[key] = value(node[n + 1], depth)
             if len(into) != count:
                 raise ProtocolError("duplicate key")
         except BaseException:

@@ -17,6 +17,7 @@ import msgspec
 from aiotorchio.errors import ProtocolError
 from aiotorchio.graph.growth import SHORT_VALUE, check_growth
 from aiotorchio.graph.measure import ARRAYS, TEXTS
+from aiotorchio.interrupt import check_interrupt
 
 __all__ = ["AT_ONCE_NBYTES", "drop", "unpacked"]
 
@@ -88,6 +89,7 @@ def _unpack(skeleton: bytes, lists: list[list[Any]]) -> None:
     values: Sequence[Any] = ()
     position, taken, size = 0, 0, len(skeleton)
     while True:
+        check_interrupt()
         while not missing and outer:
             items, missing = outer.pop()
         if not missing:

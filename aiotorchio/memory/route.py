@@ -6,11 +6,12 @@ The tensor may have another layout, dtype or device. No more of it is in flight 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from aiotorchio.errors import MismatchError
+from aiotorchio.interrupt import check_interrupt
 from aiotorchio.memory.host import first_byte, view_of
 from aiotorchio.memory.staging import Copier
 from aiotorchio.strided import boxes, order_of
@@ -25,6 +26,9 @@ CARRIERS = {
     8: torch.int64,
     16: torch.complex128,
 }
+
+# A part of a copy that can be interrupted between two of them: some milliseconds.
+_PART_ELEMENTS = 2**20
 
 
 def alias(
@@ -217,10 +221,25 @@ def copy_elements(destination: torch.Tensor, source: torch.Tensor, copier: Copie
     )
     if same_numbers:
         carrier = CARRIERS[source.element_size()]
-        copier.copy(_alias_of(destination, carrier), _alias_of(source, carrier))
+        destination, numbers = _alias_of(destination, carrier), _alias_of(source, carrier)
     else:
         numbers = _like(source, _alias_of(source, source.dtype))
-        copier.copy(_alias_of(destination, destination.dtype), numbers)
+        destination = _alias_of(destination, destination.dtype)
+    for part, same_part in _in_parts(destination, numbers):
+        check_interrupt()
+        copier.copy(part, same_part)
+
+
+def _in_parts(one: torch.Tensor, two: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Two tensors of one shape, cut alike into parts that are copied in some milliseconds."""
+    if one.numel() <= _PART_ELEMENTS:
+        yield one, two
+        return
+    # Of the widest dimension, as many at a time as make a part.
+    dim = max(range(one.dim()), key=one.size)
+    width = max(_PART_ELEMENTS * one.size(dim) // one.numel(), 1)
+    for pair in zip(one.split(width, dim), two.split(width, dim), strict=True):
+        yield from _in_parts(*pair)
 
 
 def _like(view: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from aiotorchio.interrupt import interruptible
 from aiotorchio.memory.staging import bytes_of
 
 __all__ = ["swap_bytes"]
@@ -22,5 +23,5 @@ def swap_bytes(storage: torch.UntypedStorage, unit: int) -> None:
     if unit == 1:
         return
     numbers = bytes_of(storage)[: storage.nbytes() // unit * unit].view(-1, unit)
-    for part in numbers.split(_STEP // unit):
+    for part in interruptible(numbers.split(_STEP // unit), 1):
         part.copy_(part.flip(1))

@@ -16,6 +16,7 @@ import msgspec
 
 from aiotorchio.collection import collection_paused
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, printable
+from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.limits import Limits
 
@@ -75,8 +76,9 @@ class StorageRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc
     unit: Annotated[int, msgspec.Meta(ge=0, le=8)]
     location: Size
 
-    def __post_init__(self) -> None:
-        """Let other threads have their turn: decoding a million rows takes half a second."""
+    # Code in Python lets other threads run: decoding a million rows takes half a second. (A method
+    # that calls it would take twice as long, for each row.)
+    __post_init__ = check_interrupt  # type: ignore[misc]
 
 
 # gc=False, and tuples of numbers: with 10,000 rows the collector otherwise takes half of the time.
@@ -92,8 +94,7 @@ class TensorRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=
     flags: Annotated[int, msgspec.Meta(ge=0, le=15)]
     names: Annotated[list[str], msgspec.Meta(max_length=_NAMES_MAX)]
 
-    def __post_init__(self) -> None:
-        """As of a storage."""
+    __post_init__ = check_interrupt  # type: ignore[misc]
 
 
 class Header(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -200,7 +201,7 @@ class Layout:
         self.chunk_size = header.chunk_size
         self._tensors = header.tensors
         end = 0
-        for row in header.storages:
+        for row in interruptible(header.storages):
             start = -(-end // ALIGNMENT) * ALIGNMENT
             nbytes = 0 if header.locations[row.location] == META_LOCATION else row.nbytes
             self.offsets.append(start)
@@ -275,7 +276,7 @@ def _validate(header: Header, limits: Limits) -> Layout:
     keys = [key for key, _ in header.metadata]
     if len(set(keys)) != len(keys):
         raise ProtocolError("duplicate key in the metadata", entry="header")
-    for index, storage in enumerate(header.storages):
+    for index, storage in interruptible(enumerate(header.storages)):
         if storage.location >= len(header.locations):
             raise ProtocolError(
                 f"location {storage.location} of {len(header.locations)}", entry=f"storage {index}"
@@ -294,7 +295,7 @@ def _validate(header: Header, limits: Limits) -> Layout:
     # Models repeat few layouts: of one that was found valid, only its place is looked at. By its
     # bytes: a peer can find any number of tuples of numbers that have one hash.
     reaches: dict[bytes, _Reach] = {}
-    for index, row in enumerate(header.tensors):
+    for index, row in interruptible(enumerate(header.tensors)):
         key = _encoder.encode((row.dtype, row.flags, row.shape, row.stride))
         reach = reaches.get(key)
         if reach is not None and row.storage < len(storages):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from aiotorchio import LimitExceeded, MismatchError, ProtocolError
+from aiotorchio.graph import select as select_module
 from aiotorchio.graph.names import walk
 from aiotorchio.graph.select import revise, selected
 from tests import corpus
@@ -48,6 +49,38 @@ NAMES = ["", "a", "a.b", "encoder.0.weight", "encoder.10.bias", "head[0]", "x*",
 )
 def test_selected(select: Any, expected: set[str]) -> None:
     assert selected(select, NAMES) == expected
+
+
+def test_patterns_are_compared_with_names_that_begin_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The caller's patterns times the peer's names would be as long as the peer likes."""
+    names = [f"{layer}.{n}" for layer in ("abc", "abd", "x") for n in range(100)]
+    compared: list[str] = []
+
+    def noted(name: str) -> str:
+        compared.append(name)
+        return name
+
+    monkeypatch.setattr(select_module, "_comparable", noted)
+    monkeypatch.setattr(select_module, "_SORTED_AT_ONCE", 7)
+    assert selected([f"abc.{n}*" for n in range(10, 20)], names) == {
+        f"abc.{n}" for n in range(10, 20)
+    }
+    assert len(compared) == 10
+    compared.clear()
+    assert selected(names, names) == set(names)
+    assert not compared
+    # Twice the same pattern is one.
+    assert len(selected(["abd*"] * 3, names)) == len(compared) == 100
+
+
+def test_a_name_that_is_too_long_for_patterns() -> None:
+    names = ["a" * 2**16, "b" * (2**16 + 1)]
+    assert selected("a*", names) == {names[0]}
+    assert selected(names[1], names) == {names[1]}
+    with pytest.raises(LimitExceeded, match="65537 characters"):
+        selected("*b", names)
 
 
 def test_names_that_come_from_an_iterator() -> None:
