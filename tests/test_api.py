@@ -591,6 +591,8 @@ async def test_iter_bytes_of_a_sender_that_fails() -> None:
 class FailingCopier:
     """A device whose third copy fails."""
 
+    pins = False
+
     def __init__(self) -> None:
         self.copies = 0
 

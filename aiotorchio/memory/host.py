@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["first_byte", "use_huge_pages", "view_of"]
+__all__ = ["HUGE_PAGE", "first_byte", "scratch", "use_huge_pages", "view_of"]
 
 
 def first_byte(tensor: torch.Tensor) -> int:
@@ -41,6 +41,11 @@ def view_of(storage: torch.UntypedStorage) -> memoryview:
     return memoryview(array).cast("B")
 
 
+def scratch(nbytes: int) -> memoryview:
+    """Memory that takes no more room than is written to it; at least one byte."""
+    return memoryview(mmap.mmap(-1, nbytes))
+
+
 def _huge_page() -> int:
     """Bytes of a huge page that the system gives to those who ask; 0 if it gives none."""
     try:
@@ -52,8 +57,8 @@ def _huge_page() -> int:
     return size if size <= 2 * 2**20 and hasattr(mmap, "MADV_HUGEPAGE") else 0
 
 
-_HUGE_PAGE = _huge_page()
-_libc = ctypes.CDLL(None) if _HUGE_PAGE else None
+HUGE_PAGE = _huge_page()
+_libc = ctypes.CDLL(None) if HUGE_PAGE else None
 
 
 def use_huge_pages(storage: torch.UntypedStorage) -> None:
@@ -69,7 +74,7 @@ def use_huge_pages(storage: torch.UntypedStorage) -> None:
     Args:
         storage: On the CPU.
     """
-    if _libc is None or storage.nbytes() < _HUGE_PAGE:
+    if _libc is None or storage.nbytes() < HUGE_PAGE:
         return
     start = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     length = storage.data_ptr() + storage.nbytes() - start

@@ -7,6 +7,7 @@ host memory, whatever the size of the model.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +20,13 @@ __all__ = ["Copier", "DeviceCopier", "Here", "OnDevice", "Slabs", "bytes_of"]
 
 
 class Copier(Protocol):
-    """Moves bytes between a device and slabs; tests put one of their own in its place."""
+    """Moves bytes between a device and slabs; tests put one of their own in its place.
+
+    Attributes:
+        pins: Whether slabs are pinned, so that all of their memory is taken when they are made.
+    """
+
+    pins: bool
 
     def slab(self, nbytes: int) -> torch.UntypedStorage:
         """Host memory that the device copies from and to at full speed."""
@@ -30,6 +37,8 @@ class Copier(Protocol):
 
 class Here:
     """Copies on the current stream of its thread, and waits for nothing."""
+
+    pins = False
 
     def slab(self, nbytes: int) -> torch.UntypedStorage:
         """Memory of the host."""
@@ -54,6 +63,7 @@ class DeviceCopier:
     def __init__(self, *, until_now: bool = False) -> None:
         self._type, self._module = _accelerator_in_use()
         self._until_now = until_now
+        self.pins = self._module is not None
         # What the copies wait for: events, or streams.
         self._callers: dict[int, list[Any]] = {}
         self._streams: dict[int, Any] = {}
@@ -68,9 +78,7 @@ class DeviceCopier:
 
     def slab(self, nbytes: int) -> torch.UntypedStorage:
         """Host memory; pinned if an accelerator is in use."""
-        slab = torch.empty(
-            nbytes, dtype=torch.uint8, device="cpu", pin_memory=self._module is not None
-        )
+        slab = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.pins)
         return slab.untyped_storage()
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
@@ -152,22 +160,27 @@ class Slabs:
     Args:
         nbytes: Size of one slab.
         copier: Makes them.
+        incoming: A peer fills them. Where slabs are pinned, each is ordinary memory in its first
+            turn, which takes no more room than bytes arrive in it: the size of a chunk is nothing
+            but the claim of the peer until one has arrived.
     """
 
-    def __init__(self, nbytes: int, copier: Copier) -> None:
+    def __init__(self, nbytes: int, copier: Copier, *, incoming: bool = False) -> None:
         self._nbytes = nbytes
+        self._makers = [copier.slab, copier.slab]
+        if incoming and copier.pins:
+            self._makers = [torch.UntypedStorage] * 2 + self._makers
         self._copier = copier
-        self._slabs: list[tuple[torch.Tensor, memoryview]] = []
-        self._turn = 0
+        self._slabs: deque[tuple[torch.Tensor, memoryview]] = deque(maxlen=2)
 
     def take(self) -> tuple[torch.Tensor, memoryview]:
         """The slab that was taken longest ago, as a tensor of bytes and as a view of them."""
-        if len(self._slabs) < 2:
-            storage = self._copier.slab(self._nbytes)
+        if self._makers:
+            storage = self._makers.pop(0)(self._nbytes)
             self._slabs.append((bytes_of(storage), view_of(storage)))
-            return self._slabs[-1]
-        self._turn = 1 - self._turn
-        return self._slabs[1 - self._turn]
+        else:
+            self._slabs.rotate()
+        return self._slabs[-1]
 
     def stage(self, pieces: Sequence[memoryview | OnDevice]) -> list[memoryview]:
         """Views of a chunk; what is on a device is copied to the next slab first."""

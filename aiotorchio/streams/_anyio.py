@@ -15,12 +15,12 @@ from anyio.abc import ByteReceiveStream, ByteSendStream, SocketAttribute, Socket
 from aiotorchio.streams.base import (
     PIECE_SIZE,
     Buffer,
+    Cursor,
     Sink,
     Source,
     break_connection,
     coalesce,
     connection_errors,
-    copy_into,
 )
 
 __all__ = ["AnyioSink", "AnyioSource"]
@@ -37,17 +37,16 @@ class AnyioSource(Source):
         self._stream = stream
 
     async def fill(self, buffers: Sequence[memoryview]) -> int:
-        size, done = sum(map(len, buffers)), 0
-        while done < size:
+        cursor = Cursor(buffers)
+        while cursor:
             with connection_errors():
                 try:
-                    data = await self._stream.receive(min(size - done, PIECE_SIZE))
+                    data = await self._stream.receive(min(cursor.left, PIECE_SIZE))
                 except anyio.EndOfStream:
                     break
             self.moved(len(data))
-            copy_into(buffers, data, done)
-            done += len(data)
-        return done
+            cursor.write(data)
+        return cursor.done
 
     def abort(self) -> None:
         _shut(self._stream)

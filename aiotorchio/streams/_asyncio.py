@@ -23,11 +23,11 @@ from aiotorchio.errors import TruncatedError
 from aiotorchio.streams.base import (
     PIECE_SIZE,
     Buffer,
+    Cursor,
     Sink,
     Source,
     coalesce,
     connection_errors,
-    copy_into,
 )
 from aiotorchio.streams.sockets import SocketSink, SocketSource
 
@@ -104,32 +104,30 @@ class AsyncioSource(Source):
         # Of a task that is woken by bytes in every turn of the loop, anyio does not find the moment
         # to cancel it: a fast peer on uvloop would keep it going to the end.
         await anyio.lowlevel.checkpoint_if_cancelled()
-        size = sum(map(len, buffers))
-        if not self._direct and size >= _DIRECT_MIN:
+        cursor = Cursor(buffers)
+        if not self._direct and cursor.size >= _DIRECT_MIN:
             await self._step_in()
         if not self._direct:
-            return await self._fill_by_copy(buffers, size)
-        done = min(len(self._buffered), size)
-        if done:
-            self.moved(done)
-            copy_into(buffers, self._buffered[:done], 0)
-            self._buffered = self._buffered[done:]
-        if done < size:
+            return await self._fill_by_copy(cursor)
+        buffered = self._buffered[: cursor.size]
+        if buffered:
+            self.moved(len(buffered))
+            cursor.write(buffered)
+            self._buffered = self._buffered[len(buffered) :]
+        if cursor:
             self._direct.pace = self.pace
-            done += await self._direct.fill(_after(buffers, done))
-        return done
+            await self._direct.fill_on(cursor)
+        return cursor.done
 
-    async def _fill_by_copy(self, buffers: Sequence[memoryview], size: int) -> int:
-        done = 0
-        while done < size:
+    async def _fill_by_copy(self, cursor: Cursor) -> int:
+        while cursor:
             with connection_errors(OSError):
-                data = await self._reader.read(min(size - done, PIECE_SIZE))
+                data = await self._reader.read(min(cursor.left, PIECE_SIZE))
             if not data:
                 break
             self.moved(len(data))
-            copy_into(buffers, data, done)
-            done += len(data)
-        return done
+            cursor.write(data)
+        return cursor.done
 
     async def _step_in(self) -> None:
         """Stop the transport, take what the reader has, and go on with the socket."""
@@ -261,13 +259,3 @@ class AsyncioSink(Sink):
             low, high = self._limits
             self._writer.transport.set_write_buffer_limits(high=high, low=low)
         self._limits = None
-
-
-def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
-    """What is left of a sequence of buffers behind its first ``count`` bytes."""
-    rest = []
-    for buffer in buffers:
-        if count < len(buffer):
-            rest.append(buffer[count:])
-        count = max(count - len(buffer), 0)
-    return rest

@@ -18,6 +18,7 @@ from aiotorchio.streams.pace import Pace
 
 __all__ = [
     "Buffer",
+    "Cursor",
     "Driver",
     "Sink",
     "Source",
@@ -25,7 +26,6 @@ __all__ = [
     "break_connection",
     "coalesce",
     "connection_errors",
-    "copy_into",
 ]
 
 Buffer = bytes | bytearray | memoryview
@@ -33,6 +33,8 @@ Buffer = bytes | bytearray | memoryview
 # What a copying driver hands over at a time: large enough that a call costs little, small
 # enough that little is buffered.
 PIECE_SIZE, _PIECE_SIZE_MIN = 256 * 2**10, 4096
+# The most buffers that Linux and macOS take in one call (IOV_MAX).
+_BUFFERS_MAX = 1024
 
 
 class Driver:
@@ -67,10 +69,19 @@ class Source(Driver, ABC):
     """Takes bytes off a stream: exactly those that are asked for, none beyond."""
 
     async def read(self, size: int) -> bytes:
-        """The next ``size`` bytes; fewer only if the stream ended."""
-        data = bytearray(size)
-        received = await self.fill([memoryview(data)])
-        return bytes(memoryview(data)[:received])
+        """The next ``size`` bytes; fewer only if the stream ended.
+
+        Memory grows as bytes arrive: their number is nothing but the claim of a peer.
+        """
+        pieces: list[memoryview] = []
+        while size:
+            piece = memoryview(bytearray(min(size, PIECE_SIZE)))
+            received = await self.fill([piece])
+            pieces.append(piece[:received])
+            if received < len(piece):
+                break
+            size -= received
+        return b"".join(pieces)
 
     @abstractmethod
     async def fill(self, buffers: Sequence[memoryview]) -> int:
@@ -190,14 +201,61 @@ def coalesce(buffers: Sequence[Buffer], size: int = PIECE_SIZE) -> Iterator[Buff
         yield small
 
 
-def copy_into(buffers: Sequence[memoryview], data: Buffer, start: int) -> None:
-    """Copy data into a sequence of buffers, from the byte ``start`` of them all on."""
-    view, position = memoryview(data), 0
-    for buffer in buffers:
-        end = position + len(buffer)
-        if view and start < end:
-            at = start - position
-            count = min(len(view), len(buffer) - at)
-            buffer[at : at + count] = view[:count]
-            view, start = view[count:], start + count
-        position = end
+class Cursor:
+    """A sequence of buffers, and how far it has been filled or sent.
+
+    Each step costs as much as the buffers that it passes, however many there are before and after
+    them.
+
+    Attributes:
+        size: Bytes of all buffers.
+        done: Bytes that were filled or sent.
+    """
+
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
+        self._buffers = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        self.size = sum(map(len, self._buffers))
+        self._index = 0
+        self.done = 0
+
+    def __bool__(self) -> bool:
+        return self._index < len(self._buffers)
+
+    @property
+    def left(self) -> int:
+        """Bytes that are not worked off yet."""
+        return self.size - self.done
+
+    def next(self, most: int) -> list[memoryview]:
+        """The buffers that come next, with no more than ``most`` bytes."""
+        views = self._buffers[self._index : self._index + _BUFFERS_MAX]
+        for n, view in enumerate(views):
+            if len(view) >= most:
+                return [*views[:n], view[:most]]
+            most -= len(view)
+        return views
+
+    def advance(self, count: int) -> None:
+        """Note bytes that were filled or sent."""
+        self.done += count
+        while count:
+            buffer = self._buffers[self._index]
+            if count < len(buffer):
+                self._buffers[self._index] = buffer[count:]
+                return
+            count -= len(buffer)
+            self._index += 1
+
+    def write(self, data: Buffer) -> None:
+        """Copy bytes to where the next ones belong; no more than are left."""
+        view = memoryview(data)
+        self.done += len(view)
+        while view:
+            buffer = self._buffers[self._index]
+            if len(view) < len(buffer):
+                buffer[: len(view)] = view
+                self._buffers[self._index] = buffer[len(view) :]
+                return
+            buffer[:] = view[: len(buffer)]
+            view = view[len(buffer) :]
+            self._index += 1

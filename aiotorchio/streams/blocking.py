@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aiotorchio.errors import AiotorchioError
-from aiotorchio.streams.base import Buffer, Driver, coalesce, connection_errors
+from aiotorchio.streams.base import PIECE_SIZE, Buffer, Driver, coalesce, connection_errors
 
 __all__ = ["BlockingStream"]
 
@@ -38,10 +38,16 @@ class BlockingStream(Driver):
         self._into = file.readinto1 if in_parts else getattr(file, "readinto", None)
 
     def read(self, size: int) -> bytes:
-        """The next ``size`` bytes; fewer only if the file ended."""
-        data = bytearray(size)
-        received = self.fill([memoryview(data)])
-        return bytes(memoryview(data)[:received])
+        """The next ``size`` bytes, as those of a source; fewer only if the file ended."""
+        pieces: list[memoryview] = []
+        while size:
+            piece = memoryview(bytearray(min(size, PIECE_SIZE)))
+            received = self.fill([piece])
+            pieces.append(piece[:received])
+            if received < len(piece):
+                break
+            size -= received
+        return b"".join(pieces)
 
     def fill(self, buffers: Sequence[memoryview]) -> int:
         """Write the next bytes into buffers; returns how many, fewer only if the file ended."""

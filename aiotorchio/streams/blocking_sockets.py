@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from aiotorchio.streams.base import HELD_MAX, PIECE_SIZE, Buffer, coalesce
+from aiotorchio.streams.base import HELD_MAX, PIECE_SIZE, Buffer, Cursor, coalesce
 from aiotorchio.streams.blocking import BlockingStream
-from aiotorchio.streams.sockets import TURN_SIZE, Cursor
+from aiotorchio.streams.sockets import TURN_SIZE
 
 __all__ = ["is_one_way", "open_blocking_socket"]
 

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary, ref
 
 import anyio.lowlevel
 
-from aiotorchio.streams.base import Buffer, Source, connection_errors, copy_into
+from aiotorchio.streams.base import Buffer, Cursor, Source, connection_errors
 
 __all__ = ["IterableSource", "resumable"]
 
@@ -43,12 +43,10 @@ class IterableSource(Source):
     async def fill(self, buffers: Sequence[memoryview]) -> int:
         # The iterator may have all of its pieces at hand: let other tasks run all the same.
         await anyio.lowlevel.checkpoint()
-        size, done = sum(map(len, buffers)), 0
-        while done < size and await self._more():
-            count = min(len(self._piece), size - done)
-            copy_into(buffers, self._take(count), done)
-            done += count
-        return done
+        cursor = Cursor(buffers)
+        while cursor and await self._more():
+            cursor.write(self._take(cursor.left))
+        return cursor.done
 
     async def _more(self) -> bool:
         """Have a piece with bytes in it; False at the end."""

@@ -17,6 +17,7 @@ import anyio.lowlevel
 
 from aiotorchio.streams.base import (
     Buffer,
+    Cursor,
     Sink,
     Source,
     asyncio_loop,
@@ -24,44 +25,11 @@ from aiotorchio.streams.base import (
     connection_errors,
 )
 
-__all__ = ["TURN_SIZE", "Cursor", "SocketSink", "SocketSource"]
+__all__ = ["TURN_SIZE", "SocketSink", "SocketSource"]
 
-# The most buffers that Linux and macOS take in one call (IOV_MAX).
-_BUFFERS_MAX = 1024
 # What one wake-up moves before other tasks get their turn, in one system call or in several: a
 # millisecond, in memory that is warm. Half of it costs a tenth of the speed of a single connection.
 TURN_SIZE = 2 * 2**20
-
-
-class Cursor:
-    """A sequence of buffers, and how far it has been worked off."""
-
-    def __init__(self, buffers: Sequence[Buffer]) -> None:
-        self._buffers = [memoryview(buffer) for buffer in buffers if len(buffer)]
-        self._index = 0
-        self.done = 0
-
-    def __bool__(self) -> bool:
-        return self._index < len(self._buffers)
-
-    def next(self, most: int) -> list[memoryview]:
-        """The buffers that come next, with no more than ``most`` bytes."""
-        views = self._buffers[self._index : self._index + _BUFFERS_MAX]
-        for n, view in enumerate(views):
-            if len(view) >= most:
-                return [*views[:n], view[:most]]
-            most -= len(view)
-        return views
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        while count:
-            buffer = self._buffers[self._index]
-            if count < len(buffer):
-                self._buffers[self._index] = buffer[count:]
-                return
-            count -= len(buffer)
-            self._index += 1
 
 
 class SocketSource(Source):
@@ -77,6 +45,11 @@ class SocketSource(Source):
 
     async def fill(self, buffers: Sequence[memoryview]) -> int:
         cursor = Cursor(buffers)
+        await self.fill_on(cursor)
+        return cursor.done
+
+    async def fill_on(self, cursor: Cursor) -> None:
+        """Go on filling buffers, until they are full or the stream ends."""
 
         def step() -> bool:
             """Receive what the kernel has; True when the buffers are full or the stream ended."""
@@ -100,7 +73,6 @@ class SocketSource(Source):
 
         with connection_errors(OSError):
             await _repeat(self._sock, step, writing=False)
-        return cursor.done
 
     def abort(self) -> None:
         break_connection(self._sock)

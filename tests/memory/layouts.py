@@ -25,7 +25,7 @@ def filled(sizes: Sequence[int]) -> list[torch.UntypedStorage]:
     for n, size in enumerate(sizes):
         storage = torch.UntypedStorage(size)
         # Not a power of two, so that what is a chunk too early or too late is not the same.
-        view_of(storage)[:] = (bytes(range(251)) * (size // 251 + 2))[n : n + size]
+        view_of(storage)[:] = (bytes(range(251)) * (size // 251 + 2))[n % 251 :][:size]
         storages.append(storage)
     return storages
 
@@ -97,6 +97,8 @@ def bytes_at(incoming: IncomingPayload, row: int) -> bytes:
 class CopierOnCpu:
     """Stands for a device: counts its slabs, and refuses to copy from slab to slab."""
 
+    pins = False
+
     def __init__(self) -> None:
         self.slabs: list[torch.UntypedStorage] = []
         self.copied = 0
@@ -119,6 +121,8 @@ class CopierOnCpu:
 
 class CountingCopier:
     """Copies what it is given, and fails half-way in one of its copies."""
+
+    pins = False
 
     def __init__(self, fails_at: int = 0) -> None:
         self.copies = self.largest = 0

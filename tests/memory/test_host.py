@@ -50,7 +50,7 @@ def test_huge_pages_change_nothing_but_the_pages() -> None:
         assert bytes(view_of(storage)) == b"\7" * nbytes
 
 
-@pytest.mark.skipif(not host._HUGE_PAGE, reason="this system gives no huge pages of 2 MiB")
+@pytest.mark.skipif(not host.HUGE_PAGE, reason="this system gives no huge pages of 2 MiB")
 def test_huge_pages_are_asked_for_behind_a_large_storage() -> None:
     storage = torch.UntypedStorage(8 * 2**20)
     use_huge_pages(storage)

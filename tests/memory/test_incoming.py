@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiotorchio.errors import MismatchError
+from aiotorchio.memory import incoming as incoming_module
 from aiotorchio.memory.host import view_of
 from aiotorchio.memory.incoming import ARENA_MAX, IncomingPayload
 from aiotorchio.memory.outgoing import SMALL_STORAGE as SMALL
@@ -85,6 +86,39 @@ def test_an_arena_keeps_little_alive() -> None:
             spans.append([start, start])
         spans[-1][1] = start + storage.nbytes()
     assert all(end - start <= ARENA_MAX + 64 * len(sizes) for start, end in spans)
+
+
+def test_a_chunk_of_many_small_storages_has_few_buffers() -> None:
+    """However many there are: each of them would take time on the event loop."""
+    # Every second one is dropped, so that no two of those that are kept share an arena.
+    sizes = [64] * 1000 + [2 * SMALL] + [64] * 1000
+    devices = [CPU if n % 2 == 0 else None for n in range(len(sizes))]
+    storages = filled(sizes)
+    incoming = incoming_for(sizes, 2**20, devices=devices)
+    assert incoming.steps(0, 2**20) > 1000
+    views, _ = incoming.chunk(0, layout(sizes)[1])
+    # The large storage, and the slab on either side of it.
+    assert [len(view) for view in views] == [64_000, 2 * SMALL, 64_000]
+    incoming = incoming_for(sizes, 2**20, devices=devices)
+    received(incoming, joined(sizes, storages), 2**20)
+    for arrived, storage, device in zip(incoming.storages(), storages, devices, strict=True):
+        assert (arrived is None) == (device is None)
+        if arrived is not None:
+            assert bytes(view_of(arrived)) == bytes(view_of(storage))
+
+
+def test_huge_pages_are_asked_for_when_one_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a peer that sends a byte would take 2 MiB."""
+    monkeypatch.setattr(incoming_module, "HUGE_PAGE", 2**21)
+    asked: list[int] = []
+    monkeypatch.setattr(
+        incoming_module, "use_huge_pages", lambda storage: asked.append(storage.nbytes())
+    )
+    sizes = [2**23, 2**22]
+    incoming = incoming_for(sizes, 2**20)
+    for start in range(0, sum(sizes), 2**20):
+        incoming.chunk(start, 2**20)
+        assert asked == [2**23] * (start >= 2**21) + [2**22] * (start >= 2**23)
 
 
 def test_what_goes_to_meta_is_dropped() -> None:
@@ -209,10 +243,11 @@ def rows(draw: Callable[[Any], Any]) -> Row:
     st.lists(rows(), max_size=8),
     st.sampled_from([64, 4096, 100_032, 2**20]),
     st.booleans(),
+    st.sampled_from([0, 2, 256]),
     st.randoms(use_true_random=False),
 )
 def test_each_byte_goes_where_it_belongs(
-    message: list[Row], chunk: int, on_device: bool, random: Any
+    message: list[Row], chunk: int, on_device: bool, buffers_max: int, random: Any
 ) -> None:
     sizes = [row.size for row in message]
     # Thousands of chunks show no more than hundreds.
@@ -236,7 +271,9 @@ def test_each_byte_goes_where_it_belongs(
         routes=routes,
         **staging(copier),
     )
-    received(incoming, joined(sizes, storages), chunk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(incoming_module, "_BUFFERS_MAX", buffers_max)
+        received(incoming, joined(sizes, storages), chunk)
     incoming.check()
     assert all(bytes_of_storage(tensor) == there for tensor, there in expected)
     for arrived, storage, row in zip(incoming.storages(), storages, message, strict=True):

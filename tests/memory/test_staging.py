@@ -143,6 +143,22 @@ def test_slabs_take_turns() -> None:
     assert first == third != second == fourth
 
 
+def test_pinned_slabs_come_when_bytes_have_arrived() -> None:
+    """A peer claims the size of a chunk; pinned memory is taken as a whole when it is made."""
+    copier = CopierOnCpu()
+    copier.pins = True
+    slabs = Slabs(64, copier, incoming=True)
+    first, second = (slabs.take()[0].data_ptr() for _ in range(2))
+    assert not copier.slabs
+    third, fourth, fifth = (slabs.take()[0].data_ptr() for _ in range(3))
+    assert [slab.data_ptr() for slab in copier.slabs] == [third, fourth]
+    assert fifth == third
+    assert len({first, second}) == 2
+    # What is sent is there.
+    Slabs(64, copier).take()
+    assert len(copier.slabs) == 3
+
+
 def test_the_copier_of_the_library_copies_on_the_cpu() -> None:
     copier = DeviceCopier()
     slab = copier.slab(8)

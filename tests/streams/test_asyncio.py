@@ -19,7 +19,7 @@ import uvloop
 import aiotorchio
 from aiotorchio.errors import StreamPoisoned, TruncatedError
 from aiotorchio.streams import _asyncio
-from aiotorchio.streams._asyncio import AsyncioSink, AsyncioSource, _after
+from aiotorchio.streams._asyncio import AsyncioSink, AsyncioSource
 from tests.corpus import assert_same
 from tests.test_api import LARGE, SMALL, encoded
 from tests.worlds import AsyncioEnd, all_blocked, asyncio_end, both_ends, connected, soon, until
@@ -419,9 +419,3 @@ async def test_a_reader_that_is_fed_later_is_not_overtaken() -> None:
 async def test_a_sink_that_was_not_used_gives_nothing_back() -> None:
     async with both_ends("streams") as (near, _):
         AsyncioSink(near.sink).release()
-
-
-async def test_after() -> None:
-    buffers = [memoryview(b"abc"), memoryview(b""), memoryview(b"de")]
-    for count in range(6):
-        assert b"".join(_after(buffers, count)) == b"abcde"[count:]

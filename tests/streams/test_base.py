@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import ssl
 from collections.abc import Sequence
+from typing import Any
 
 import anyio
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiotorchio.errors import TransferTimeout, TruncatedError
-from aiotorchio.streams.base import Buffer, Sink, coalesce, connection_errors, copy_into
+from aiotorchio.streams.base import Buffer, Cursor, Sink, coalesce, connection_errors
 
 buffers = st.lists(
     st.one_of(
@@ -45,16 +46,35 @@ def test_coalesce_does_not_copy_what_is_large() -> None:
 
 
 @given(st.lists(st.integers(0, 20)), st.data())
-def test_copy_into_writes_data_at_its_place_and_nowhere_else(
+def test_a_cursor_writes_pieces_one_after_the_other_and_nothing_else(
     sizes: list[int], data: st.DataObject
 ) -> None:
-    total = sum(sizes)
-    start = data.draw(st.integers(0, total))
-    content = data.draw(st.binary(max_size=total - start))
     arrays = [bytearray(b"." * size) for size in sizes]
-    copy_into([memoryview(array) for array in arrays], content, start)
-    expected = b"." * start + content + b"." * (total - start - len(content))
-    assert b"".join(arrays) == expected
+    cursor = Cursor([memoryview(array) for array in arrays])
+    assert cursor.size == cursor.left == sum(sizes)
+    written = b""
+    while cursor.left and data.draw(st.booleans()):
+        piece = data.draw(st.binary(max_size=cursor.left))
+        cursor.write(piece)
+        written += piece
+        assert (cursor.done, bool(cursor)) == (len(written), cursor.left > 0)
+    assert b"".join(arrays) == written + b"." * cursor.left
+
+
+def test_a_piece_costs_as_much_as_the_buffers_that_it_fills() -> None:
+    """However many there are: a peer chooses their number, and the size of the pieces."""
+    cursor = Cursor([memoryview(bytearray(4)) for _ in range(10_000)])
+    looked_at: list[int] = []
+
+    class Watched(list):  # type: ignore[type-arg]
+        def __getitem__(self, index: Any) -> Any:
+            looked_at.append(index)
+            return super().__getitem__(index)
+
+    cursor._buffers = Watched(cursor._buffers)
+    for _ in range(10_000):
+        cursor.write(b"abcd")
+    assert len(looked_at) == 10_000
 
 
 @pytest.mark.parametrize(
