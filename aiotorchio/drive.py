@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import anyio
+import anyio.lowlevel
 
 from aiotorchio.streams.base import Buffer, Driver, Sink, Source, asyncio_loop
 from aiotorchio.streams.blocking import BlockingStream
@@ -25,11 +27,13 @@ from aiotorchio.wire.parser import HeaderReceived, MessageEnded, ReadBytes, Work
 
 __all__ = [
     "END",
+    "Checkpoint",
     "Commit",
     "Fill",
     "Next",
     "Request",
     "Send",
+    "Turns",
     "carry_out",
     "carry_out_blocking",
     "drive",
@@ -40,6 +44,10 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+# How long a task works on the event loop before others have their turn: short beside the 50 ms
+# that a loop may be held, long beside the 20 us that a turn costs.
+_TURN_SECONDS = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +98,14 @@ class Commit(Protocol):
         """Take it back, as far as it was made."""
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Says that the work that follows can wait: on an event loop, other tasks may run first."""
+
+
 END = object()
 
-Request = ReadBytes | Fill | Send | Work | Next | HeaderReceived | MessageEnded
+Request = ReadBytes | Fill | Send | Work | Next | Checkpoint | HeaderReceived | MessageEnded
 Clock = Callable[[], float]
 
 
@@ -120,11 +133,33 @@ def _clock_of_the_loop() -> Clock:
     return anyio.current_time if loop is None else loop.time
 
 
+class Turns:
+    """Gives other tasks a turn whenever a task has held the event loop for some milliseconds.
+
+    Waits that find their bytes at once do not suspend the task, and neither does work that is done
+    on the loop: many of them in a row would hold it for as long as they last together.
+    """
+
+    def __init__(self) -> None:
+        self._due = time.perf_counter() + _TURN_SECONDS
+
+    async def checkpoint(self) -> None:
+        """Let other tasks run, and take a cancellation, if it is time."""
+        if time.perf_counter() >= self._due:
+            await anyio.lowlevel.checkpoint()
+            self._due = time.perf_counter() + _TURN_SECONDS
+
+
 async def drive(message: Generator[Request, Any, T], stream: Source | Sink) -> T:
     """Carry out on an async stream what a message waits for; return what it returns."""
+    turns = Turns()
     try:
         request = next(message)
         while True:
+            # Between the last byte of a message and its end no cancellation may come: the stream
+            # would be taken for one that stands inside of the message.
+            if not isinstance(request, MessageEnded):
+                await turns.checkpoint()
             try:
                 answer = await _perform(request, stream)
             except Exception as error:
@@ -156,6 +191,8 @@ async def _perform(request: Request, stream: Any) -> Any:
             return await run_in_thread(task)
         case Next(iterator):
             return await next_item(iterator)
+        case Checkpoint():
+            pass
         case HeaderReceived():
             _header_received(stream)
         case MessageEnded():
@@ -303,6 +340,8 @@ def _perform_blocking(request: Request, stream: BlockingStream) -> Any:
         case Next(iterator):
             # Not an async one: save() has refused it.
             return next(iterator, END)  # type: ignore[arg-type]
+        case Checkpoint():
+            pass
         case HeaderReceived():
             _header_received(stream)
         case MessageEnded():

@@ -102,6 +102,7 @@ class StreamReader:
             source.pace = pace_of_load(checked)
             async with contextlib.aclosing(source):
                 await drive(incoming.open(), source)
+                await drive(incoming.describe(), source)
                 message = Message(incoming, source)
                 try:
                     yield message
@@ -109,3 +110,4 @@ class StreamReader:
                     await message.close(unread, failed=True)
                     raise
                 await message.close(unread, failed=False)
+                await drive(incoming.release(), source)

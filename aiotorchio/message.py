@@ -15,7 +15,7 @@ import torch
 
 from aiotorchio.drive import Request, carry_out, drive
 from aiotorchio.errors import StreamBusy, StreamPoisoned
-from aiotorchio.graph.names import TensorSpec, specs_of
+from aiotorchio.graph.names import TensorSpec
 from aiotorchio.options import (
     MessageKeywords,
     TensorKeywords,
@@ -97,12 +97,12 @@ class Message:
             MismatchError: Two tensors have the same name (``{"a": {"b": x}, "a.b": y}``).
             ProtocolError: A dtype that the installed torch does not have.
         """
-        return MappingProxyType(specs_of(self._incoming.header))
+        return MappingProxyType(self._incoming.specs)
 
     @property
     def unnamed(self) -> int:
         """Tensors without a name, which only ``load`` gives."""
-        return sum(not row.names for row in self._incoming.header.tensors)
+        return self._incoming.unnamed
 
     async def load(self, **options: Unpack[MessageKeywords]) -> Any:
         """Receive everything, and return the object.

@@ -38,9 +38,11 @@ from aiotorchio import (
     UnsafeObjectError,
 )
 from aiotorchio.graph.names import walk
+from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.swap import swap_bytes
 from aiotorchio.message import Unread
+from aiotorchio.transfer import receive
 from aiotorchio.wire.frames import END, FRAME_HEAD_SIZE, PREFACE_SIZE, FrameHead
 from tests.corpus import assert_same
 from tests.graph import forge
@@ -359,7 +361,15 @@ async def test_skipping_takes_the_memory_of_one_chunk(monkeypatch: pytest.Monkey
         raise AssertionError("memory for tensors that nobody wants")
 
     monkeypatch.setattr(IncomingPayload, "__init__", refuse)
+    made: list[int] = []
+
+    def noted(nbytes: int) -> memoryview:
+        made.append(nbytes)
+        return scratch(nbytes)
+
+    monkeypatch.setattr(receive, "scratch", noted)
     for by_hand in (True, False):
+        made.clear()
         tap = Tap(data, 1000)
         tracemalloc.start()
         try:
@@ -370,7 +380,8 @@ async def test_skipping_takes_the_memory_of_one_chunk(monkeypatch: pytest.Monkey
         finally:
             tracemalloc.stop()
         assert tap.taken == len(data)
-        assert 2**16 < peak < 4 * 2**16
+        assert made == [2**16]
+        assert peak < 4 * 2**16
 
 
 # ------------------------------------------------------------------------------ leaving a message

@@ -16,6 +16,7 @@ from aiotorchio.graph.into import has_memory, match
 from aiotorchio.graph.location import Destinations
 from aiotorchio.graph.names import rows_by_name
 from aiotorchio.graph.rebuild import build_tensor
+from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.route import Route, copy_elements, moved, place_of
 from aiotorchio.memory.staged import BackMemory, Exchange, Swap
@@ -98,9 +99,30 @@ class Placement:
         self._claimed: BackMemory | None = None
 
     @property
-    def rows(self) -> int:
-        """How much there is to decide."""
-        return max(len(self._header.tensors), len(self._header.storages))
+    def steps(self) -> int:
+        """How much there is to decide: rows, names and destinations, and comparisons of names."""
+        header, names = self._header, 0
+        rows = max(len(header.tensors), len(header.storages))
+        select, into = self._options.select, self._into
+        if select is not None or into is not None:
+            names = sum(len(row.names) for row in header.tensors)
+            names += len(into.tensors) if into else 0
+        patterns = len(select) if isinstance(select, tuple) else 1
+        return max(rows, names * patterns)
+
+    @property
+    def tables(self) -> list[list[Any]]:
+        """What is as long as the tables of the header."""
+        return [self._storages, self._places]
+
+    @property
+    def finish_nbytes(self) -> int:
+        """Bytes to be swapped, or copied to destinations, when all have arrived."""
+        swapped = self._layout.total if self._swapped else 0
+        copied = sum(
+            destination.numel() * destination.element_size() for _, destination, _ in self._late
+        )
+        return swapped + copied
 
     @property
     def by_name_only(self) -> bool:
@@ -144,14 +166,14 @@ class Placement:
             self.given.setdefault(self._number_of[name], tensor)
         every = [_Rows(fresh=True)] * len(self._header.storages)
         self._storages = self._all_rows() if self.by_name_only else every
-        self._places = [self._place(index) for index in range(len(self._storages))]
+        self._places = [self._place(index) for index in interruptible(range(len(self._storages)))]
         if into is not None and into.back is not None:
             into.back.claim()
             self._claimed = into.back
 
     def _all_rows(self) -> list[_Rows]:
-        storages = [_Rows(left_out=self._named_only) for _ in self._header.storages]
-        for index, row in enumerate(self._header.tensors):
+        storages = [_Rows(left_out=self._named_only) for _ in interruptible(self._header.storages)]
+        for index, row in interruptible(enumerate(self._header.tensors)):
             storage = storages[row.storage]
             if index in self.given:
                 storage.into.append(index)
@@ -203,7 +225,7 @@ class Placement:
         """Memory for what is to be made, of which nothing is made yet; sets ``commit``."""
         destinations_of_row = self._destinations()
         routes: list[Route] = []
-        for index, rows in enumerate(self._storages if destinations_of_row else ()):
+        for index, rows in interruptible(enumerate(self._storages if destinations_of_row else ())):
             pairs = [(row, tensor) for row in rows.into for tensor in destinations_of_row[row]]
             if self._places[index] is not None:
                 self._late += [(row, tensor, place_of(tensor)) for row, tensor in pairs]
@@ -249,7 +271,7 @@ class Placement:
     def put_in_order(self, storages: Sequence[torch.UntypedStorage | None]) -> None:
         """Put storages into the byte order of this machine."""
         if self._swapped:
-            for index, storage in enumerate(storages):
+            for index, storage in interruptible(enumerate(storages)):
                 self.put_one_in_order(index, storage)
 
     def put_one_in_order(self, index: int, storage: torch.UntypedStorage | None) -> None:
@@ -260,6 +282,7 @@ class Placement:
     def copy_late(self, storages: Sequence[torch.UntypedStorage | None]) -> None:
         """Copy what could not go to its destination while it arrived."""
         for index, destination, place in self._late:
+            check_interrupt()
             if place_of(destination) != place:
                 raise moved()
             row = self._header.tensors[index]
@@ -269,18 +292,15 @@ class Placement:
             with torch.no_grad():
                 copy_elements(destination, build_tensor(row, index, storage), self._copier)
 
-    def relocated(
-        self, storages: Sequence[torch.UntypedStorage | None]
-    ) -> list[torch.UntypedStorage | None]:
-        """Storages where ``map_location`` or a restorer of the caller's puts them."""
-        if self._unwritten is None and not self._devices.relocates:
-            return list(storages)
-        return [self.one_relocated(index, storage) for index, storage in enumerate(storages)]
+    @property
+    def relocates(self) -> bool:
+        """Whether storages do not stay where they were received."""
+        return self._unwritten is not None or self._devices.relocates
 
-    def one_relocated(
+    def relocated(
         self, index: int, storage: torch.UntypedStorage | None
     ) -> torch.UntypedStorage | None:
-        """One storage where ``map_location`` or a restorer of the caller's puts it."""
+        """A storage where ``map_location`` or a restorer of the caller's puts it."""
         rows = self._storages[index]
         if storage is None or (rows.into and not rows.fresh):
             return storage

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
+from aiotorchio.collection import release
 from aiotorchio.drive import Fill, Request
 from aiotorchio.errors import AiotorchioError, LimitExceeded, UnsafeObjectError
 from aiotorchio.graph.allowlist import Allowlist
+from aiotorchio.graph.names import TensorSpec, specs_of
 from aiotorchio.graph.opcodes import globals_of, is_blocked
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.graph.select import revise
+from aiotorchio.interrupt import interruptible
+from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.staged import Exchange, Swap, note_change
 from aiotorchio.threads import Task
 from aiotorchio.transfer.plan import Placement
-from aiotorchio.transfer.steps import INLINE_ROWS, INLINE_SKELETON, Progress, work
+from aiotorchio.transfer.steps import (
+    INLINE_HEADER,
+    INLINE_NBYTES,
+    INLINE_ROWS,
+    INLINE_SKELETON,
+    Progress,
+    in_turns,
+    work,
+)
 from aiotorchio.transfer.wanted import Into, TensorOptions
 from aiotorchio.wire.header import META_LOCATION, Header, Layout
 from aiotorchio.wire.limits import Limits
@@ -40,6 +52,9 @@ from aiotorchio.wire.parser import (
 __all__ = ["IncomingMessage", "LoadOptions", "Loaded", "receive_message"]
 
 Event = TypeVar("Event")
+
+# Freeing the rows of a header takes 4 ms a MiB.
+_RELEASED_NBYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +109,8 @@ class IncomingMessage:
         self.placement = placement
         self.opened: HeaderReceived
         self._skeleton: SkeletonReceived | None = None
+        self._specs: Mapping[str, TensorSpec] | AiotorchioError | None = None
+        self._unnamed = 0
         self.untouched = True
         self.skipped = self.ended = False
 
@@ -113,6 +130,42 @@ class IncomingMessage:
             self.opened = yield from self._until(HeaderReceived)
         self.chunks_left = self.layout.chunks
 
+    def release(self, *tables: list[Any]) -> Generator[Request, Any, None]:
+        """Free the rows of a large header, and other tables as long, away from the event loop."""
+        if self.opened.nbytes > _RELEASED_NBYTES:
+            header = self.header
+            yield Work(functools.partial(release, header.tensors, header.storages, *tables))
+
+    def describe(self) -> Generator[Request, Any, None]:
+        """Prepare ``specs`` for a header that is so large that this takes long."""
+        if self.opened.nbytes > INLINE_HEADER:
+            yield Work(self._describe)
+
+    def _describe(self) -> None:
+        self._unnamed = sum(not row.names for row in interruptible(self.header.tensors))
+        try:
+            self._specs = specs_of(self.header)
+        except AiotorchioError as error:
+            # For whoever asks for it: the message can be loaded all the same.
+            self._specs = error.with_traceback(None)
+
+    @property
+    def unnamed(self) -> int:
+        """How many tensors have no name."""
+        if self._specs is None:
+            self._describe()
+        return self._unnamed
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Shape and dtype of each tensor by name; raises as ``specs_of``."""
+        if self._specs is None:
+            self._describe()
+        if isinstance(self._specs, AiotorchioError):
+            raise self._specs
+        assert self._specs is not None
+        return self._specs
+
     def load(self, options: LoadOptions) -> Generator[Request, Any, Loaded]:
         """Receive everything, and rebuild the object.
 
@@ -120,12 +173,12 @@ class IncomingMessage:
         """
         with self.located():
             place = self.placement(self.header, self.layout, options, options.into)
-            inline = place.rows <= INLINE_ROWS
+            inline = self.decides_inline(place)
             try:
                 yield from work(place.decide, inline=inline)
                 rebuilder = yield from self._rebuilder(options, names=place.by_name_only)
                 payload = yield from work(place.payload, inline=inline)
-                obj = yield from self._load(options, rebuilder, place, payload)
+                obj = yield from self._load(options, rebuilder, place, payload, inline=inline)
             except BaseException:
                 place.close()
                 raise
@@ -137,30 +190,35 @@ class IncomingMessage:
         rebuilder: Rebuilder,
         place: Placement,
         payload: IncomingPayload,
+        *,
+        inline: bool,
     ) -> Generator[Request, Any, Any]:
-        if place.commit is None:
-            note_change(place.by_name.values())
+        def note() -> None:
+            if place.commit is None:
+                note_change(place.by_name.values())
+
+        yield from work(note, inline=inline)
         move: Task | None = None
         for _ in range(self.layout.chunks):
             move = yield from self.chunk(payload, options.progress, meanwhile=move)
         yield from self.end()
         if move is not None:
             yield Work(move)
-        payload.check()
-        if place.commit is None:
-            # Again: who began to read them meanwhile has old and new numbers.
-            note_change(place.by_name.values())
 
         def gather() -> list[torch.UntypedStorage | None]:
+            payload.check()
+            # Again: who began to read them meanwhile has old and new numbers.
+            note()
             storages = payload.storages()
             place.put_in_order(storages)
             place.copy_late(storages)
             return storages
 
-        inline = self._is_small(rebuilder)
-        storages = yield from work(gather, inline=inline)
-        # Not in a worker thread: a callable map_location is the caller's code.
-        storages = place.relocated(storages)
+        inline = inline and self._is_small(rebuilder)
+        storages = yield from work(gather, inline=inline and place.finish_nbytes <= INLINE_NBYTES)
+        if place.relocates:
+            # Not in a worker thread: a callable map_location is the caller's code.
+            storages = yield from in_turns(lambda item: place.relocated(*item), enumerate(storages))
 
         def build() -> Any:
             # Tensors made in inference mode could not be trained on, wherever they go.
@@ -169,13 +227,20 @@ class IncomingMessage:
                 obj = rebuilder.build(tensors, storages, place.unreliable(storages))
             return revise(obj, place.names, place.revision) if place.revises else obj
 
-        return (yield from work(build, inline=inline))
+        obj = yield from work(build, inline=inline)
+        yield from self.release(storages, *place.tables, *payload.tables)
+        return obj
+
+    def decides_inline(self, place: Placement) -> bool:
+        """Whether it is quickly decided where everything goes, so that no thread is needed."""
+        return self.opened.nbytes <= INLINE_HEADER and place.steps <= INLINE_ROWS
 
     def _is_small(self, rebuilder: Rebuilder) -> bool:
         return (
             self.header.codec == "tree"
             # The first tensor there imports what takes half a second.
             and META_LOCATION not in self.header.locations
+            and self.opened.nbytes <= INLINE_HEADER
             and max(len(self.header.tensors), len(self.header.storages)) <= INLINE_ROWS
             and rebuilder.nbytes <= INLINE_SKELETON
         )
@@ -235,7 +300,7 @@ class IncomingMessage:
             dropped: memoryview | None = None
             while self.chunks_left:
                 started = yield from self._until(ChunkStarted)
-                dropped = dropped or memoryview(bytearray(started.length))
+                dropped = dropped or scratch(started.length)
                 yield from self._until(ChunkReceived, answer=[dropped[: started.length]])
                 self.chunks_left -= 1
             if not self.ended:
@@ -246,12 +311,17 @@ class IncomingMessage:
     ) -> Generator[Request, Any, Task | None]:
         """Receive the next chunk; returns what moves it on."""
         started = yield from self._until(ChunkStarted)
+        find = functools.partial(payload.chunk, started.offset, started.length)
+        inline = payload.steps(started.offset, started.length) <= INLINE_ROWS
         try:
-            buffers, move = payload.chunk(started.offset, started.length)
+            found: tuple[list[memoryview], Task | None] = yield from work(find, inline=inline)
         except RuntimeError as error:
             # Of torch's allocator, for the slab of a chunk.
             raise MemoryError(str(error)) from error
         # The chunk before goes to its device while this one comes in.
+        buffers, move = found
+        # It would keep the memory of its buffers alive.
+        del found
         arrived = yield from self._until(ChunkReceived, answer=buffers, meanwhile=meanwhile)
         self.chunks_left -= 1
         if progress:
@@ -323,4 +393,8 @@ def receive_message(
     """A message from its first byte to its last; arguments as of ``IncomingMessage``."""
     message = IncomingMessage(limits, placement)
     yield from message.open()
-    return (yield from message.load(options))
+    try:
+        return (yield from message.load(options))
+    except Exception:
+        yield from message.release()
+        raise

@@ -11,9 +11,10 @@ import torch
 from aiotorchio.drive import Request
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.rebuild import build_tensor, check_tree
+from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.transfer.receive import IncomingMessage
-from aiotorchio.transfer.steps import INLINE_ROWS, INLINE_SKELETON, work
+from aiotorchio.transfer.steps import INLINE_NBYTES, INLINE_SKELETON, in_turns, work
 from aiotorchio.transfer.wanted import TensorOptions
 from aiotorchio.wire.parser import Work
 
@@ -36,7 +37,7 @@ class TensorStream:
         self._message = message
         self._progress = options.progress
         self._place = message.placement(message.header, message.layout, options, named_only=True)
-        self._inline = self._place.rows <= INLINE_ROWS
+        self._inline = message.decides_inline(self._place)
         self._payload: IncomingPayload
         # Byte of the payload behind each storage, its number, and the rows that show it.
         self._waiting: deque[tuple[int, int, list[int]]] = deque()
@@ -68,6 +69,7 @@ class TensorStream:
                 return (yield from self._take())
             if not message.ended:
                 yield from message.end()
+                yield from message.release(*self._place.tables, *self._payload.tables)
             return []
 
     def _begin(self) -> Generator[Request, Any, None]:
@@ -92,7 +94,7 @@ class TensorStream:
     def _prepare(self) -> None:
         self._place.decide()
         header, layout, wanted = self._message.header, self._message.layout, self._place.wanted
-        unnamed = sum(not row.names for row in header.tensors)
+        unnamed = sum(not row.names for row in interruptible(header.tensors))
         if unnamed and wanted.all:
             raise MismatchError(
                 f"{unnamed} tensors of this message have no name: load it as a whole, or select "
@@ -100,12 +102,14 @@ class TensorStream:
                 entry="header",
             )
         rows_of: dict[int, list[int]] = {}
-        for index, row in enumerate(header.tensors):
+        for index, row in interruptible(enumerate(header.tensors)):
             if any(name in wanted for name in row.names):
                 rows_of.setdefault(row.storage, []).append(index)
         # What has no bytes comes right behind what came before it.
         end = 0
-        for storage in sorted(rows_of):
+        for storage in interruptible(range(len(header.storages))):
+            if storage not in rows_of:
+                continue
             if layout.nbytes[storage]:
                 end = layout.offsets[storage] + layout.nbytes[storage]
             self._waiting.append((end, storage, rows_of[storage]))
@@ -116,37 +120,38 @@ class TensorStream:
         return bool(self._waiting) and self._waiting[0][0] <= received
 
     def _take(self) -> Generator[Request, Any, NamedTensors]:
-        ready = []
-        while self._ready():
-            ready.append(self._waiting.popleft())
         place, payload, header = self._place, self._payload, self._message.header
         wanted = place.wanted
 
-        def storages() -> list[torch.UntypedStorage | None]:
-            found = []
-            for _, index, _ in ready:
+        def gather() -> tuple[list[tuple[int, list[int]]], list[torch.UntypedStorage | None]]:
+            ready, found = [], []
+            while self._ready():
+                check_interrupt()
+                _, index, rows = self._waiting.popleft()
                 storage = payload.storage(index)
                 payload.let_go(index)
                 place.put_one_in_order(index, storage)
+                ready.append((index, rows))
                 found.append(storage)
-            return found
+            return ready, found
 
         def build() -> NamedTensors:
             tensors: NamedTensors = []
             with torch.inference_mode(False), place.building():
-                for (_, _, rows), storage in zip(ready, found, strict=True):
+                for (_, rows), storage in interruptible(zip(ready, found, strict=True), 100):
                     for row in rows:
                         tensor = build_tensor(header.tensors[row], row, storage)
                         names = dict.fromkeys(header.tensors[row].names)
                         tensors += [(name, tensor) for name in names if name in wanted]
             return tensors
 
-        inline = sum(len(rows) for _, _, rows in ready) <= INLINE_ROWS
-        found = yield from work(storages, inline=inline)
-        # Not in a worker thread: a callable map_location is the caller's code.
-        found = [
-            place.one_relocated(index, storage)
-            for (_, index, _), storage in zip(ready, found, strict=True)
-        ]
-        tensors: NamedTensors = yield from work(build, inline=inline)
+        # Swapping bytes takes long, and thousands of storages without bytes can be ready at once.
+        inline = self._inline and place.finish_nbytes <= INLINE_NBYTES
+        ready, found = yield from work(gather, inline=inline)
+        if place.relocates:
+            # Not in a worker thread: a callable map_location is the caller's code.
+            numbers = (index for index, _ in ready)
+            items = zip(numbers, found, strict=True)
+            found = yield from in_turns(lambda item: place.relocated(*item), items)
+        tensors: NamedTensors = yield from work(build, inline=self._inline)
         return tensors

@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aiotorchio.collection import release
 from aiotorchio.errors import (
     ChecksumError,
     LimitExceeded,
@@ -84,12 +85,13 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class HeaderReceived:
-    """The header is in and valid; nothing of the payload was asked for yet."""
+    """The header is in and valid; ``nbytes`` is its size. Nothing of the payload was asked for."""
 
     header: Header
     layout: Layout
     message_id: bytes
     checksum: bool
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,9 @@ class Parser:
         open_header = functools.partial(_open_header, data, self._limits, start)
         header, layout = open_header() if len(data) <= _SMALL_HEADER else (yield Work(open_header))
         end_digest = EndDigest(self._identity)
-        yield HeaderReceived(header, layout, self._identity, checksum)
+        yield HeaderReceived(header, layout, self._identity, checksum, len(data))
+        # It can have a size of 32 MiB, and is not needed any more.
+        del data, open_header
 
         head, encoded = yield from self._head(SKELETON, 0, 0)
         if head.length > self._limits.skeleton_nbytes:
@@ -318,4 +322,9 @@ class Parser:
 
 def _open_header(data: bytes, limits: Limits, offset: int) -> tuple[Header, Layout]:
     header = decode_header(data, limits, offset=offset)
-    return header, validate(header, limits, offset=offset)
+    try:
+        return header, validate(header, limits, offset=offset)
+    except BaseException:
+        # The traceback holds them, and would free them wherever it is dropped.
+        release(header.tensors, header.storages)
+        raise
