@@ -15,11 +15,11 @@ from typing import Any, Unpack
 
 import torch
 
+from aiotorchio.commit import carry_out
 from aiotorchio.drive import (
     Next,
     Request,
     Send,
-    carry_out,
     drive,
     next_item,
     pace_of_load,

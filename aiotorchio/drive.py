@@ -6,14 +6,11 @@ whatever takes time. ``drive`` answers on an async stream, ``drive_blocking`` on
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -28,14 +25,11 @@ from aiotorchio.wire.parser import HeaderReceived, MessageEnded, ReadBytes, Work
 __all__ = [
     "END",
     "Checkpoint",
-    "Commit",
     "Fill",
     "Next",
     "Request",
     "Send",
     "Turns",
-    "carry_out",
-    "carry_out_blocking",
     "drive",
     "drive_blocking",
     "next_item",
@@ -75,27 +69,6 @@ class Next:
     """Asks an iterator of the caller's, plain or async, for its next item; END behind the last."""
 
     iterator: Iterator[Any] | AsyncIterator[Any]
-
-
-class Commit(Protocol):
-    """A change of many tensors, all or none of it; see ``memory.staged``.
-
-    Attributes:
-        prepares: Whether ``prepare`` has anything to do.
-        quick: Whether ``apply`` takes so little time that an event loop calls it in its thread.
-    """
-
-    prepares: bool
-    quick: bool
-
-    def prepare(self) -> None:
-        """Do what takes long and what nobody sees; comes first."""
-
-    def apply(self) -> None:
-        """Make it."""
-
-    def undo(self) -> None:
-        """Take it back, as far as it was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,53 +228,6 @@ async def _with(task: Task | None, transfer: Callable[[], Awaitable[Any]]) -> tu
         return transferred, result
     finally:
         errors.clear()
-
-
-async def carry_out(commit: Commit, lock: AbstractAsyncContextManager[Any] | None) -> None:
-    """Change the destinations of a message: all of them, or none if this raises.
-
-    Args:
-        commit: The change.
-        lock: Held meanwhile.
-    """
-    async with contextlib.nullcontext() if lock is None else _held(lock):
-        try:
-            # To their end, even if they are cancelled: then what they did is undone.
-            if commit.prepares:
-                await run_in_thread(commit.prepare)
-            await run_in_thread(commit.apply) if not commit.quick else commit.apply()
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await run_in_thread(commit.undo) if not commit.quick else commit.undo()
-            raise
-
-
-@contextlib.asynccontextmanager
-async def _held(lock: AbstractAsyncContextManager[Any]) -> AsyncIterator[None]:
-    """Hold a lock of the caller's, whose release is not cancelled: all is done by then."""
-    async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(lock)
-        held = stack.pop_all()
-    try:
-        yield
-    except BaseException:
-        if not await held.__aexit__(*sys.exc_info()):
-            raise
-    else:
-        with anyio.CancelScope(shield=True):
-            await held.aclose()
-
-
-def carry_out_blocking(commit: Commit, lock: AbstractContextManager[Any] | None) -> None:
-    """Likewise, for the blocking twin."""
-    with contextlib.nullcontext() if lock is None else lock:
-        try:
-            if commit.prepares:
-                commit.prepare()
-            commit.apply()
-        except BaseException:
-            commit.undo()
-            raise
 
 
 def drive_blocking(message: Generator[Request, Any, T], stream: BlockingStream) -> T:

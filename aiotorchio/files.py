@@ -11,9 +11,9 @@ import time
 from collections.abc import AsyncIterable, Generator, Iterable, Iterator
 from typing import Any, Unpack
 
+from aiotorchio.commit import carry_out_blocking
 from aiotorchio.drive import (
     Request,
-    carry_out_blocking,
     drive_blocking,
     pace_of_load,
     pace_of_save,

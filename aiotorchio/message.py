@@ -13,7 +13,8 @@ import anyio.from_thread
 import anyio.lowlevel
 import torch
 
-from aiotorchio.drive import Request, carry_out, drive
+from aiotorchio.commit import carry_out
+from aiotorchio.drive import Request, drive
 from aiotorchio.errors import StreamBusy, StreamPoisoned
 from aiotorchio.graph.names import TensorSpec
 from aiotorchio.options import (

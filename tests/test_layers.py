@@ -29,6 +29,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "streams": ({"errors"}, {"anyio"}),
     "tls": (set(), set()),
     "threads": ({"interrupt", "streams"}, {"anyio"}),
+    "commit": ({"threads"}, {"anyio"}),
     "drive": ({"errors", "wire", "streams", "threads"}, {"anyio"}),
     "transfer": (
         {
@@ -40,13 +41,13 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "options": ({"errors", "wire", "graph", "memory", "drive", "transfer"}, {"torch"}),
     "message": (
-        {"errors", "graph", "streams", "drive", "transfer", "options"},
+        {"errors", "graph", "streams", "commit", "drive", "transfer", "options"},
         {"anyio", "torch"},
     ),
     "api": (
         {
             *("errors", "wire", "graph", "streams", "threads", "drive", "transfer"),
-            *("options", "message"),
+            *("commit", "options", "message"),
         },
         {"torch"},
     ),
@@ -54,7 +55,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"errors", "wire", "streams", "drive", "transfer", "options", "message", "api"},
         set(),
     ),
-    "files": ({"errors", "wire", "graph", "streams", "drive", "transfer", "options"}, set()),
+    "files": (
+        {"errors", "wire", "graph", "streams", "commit", "drive", "transfer", "options"},
+        set(),
+    ),
     "compat": ({"errors", "graph", "files"}, set()),
     "__init__": (
         {"errors", "wire", "graph", "transfer", "message", "api", "many", "files", "tls"},
