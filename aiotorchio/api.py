@@ -235,7 +235,11 @@ def load_from_stream(
             all destinations are as they were. A ``DoubleBuffer`` is always staged, and exchanges
             memory instead of bytes.
         lock: An async context manager, such as ``asyncio.Lock``, that is held while staged
-            destinations change, so that nobody sees some of them changed and others not.
+            destinations change, so that nobody sees some of them changed and others not. If its
+            release raises, or is cancelled natively (``asyncio.timeout``), the destinations are
+            put back without the lock: it may be free by then. A release that swallows errors
+            does not swallow those of this call. Cancel scopes of anyio and trio do not interrupt
+            the release after a change.
         select: Only these tensors: names, shell patterns (``"encoder.*"``), or a function of a
             name. Others are received and dropped, without memory for them. They are left out of
             dicts; elsewhere in the object they are on ``meta``. With ``into``, destinations that
@@ -306,7 +310,7 @@ async def _load(
         # Behind all that can fail: what raises must leave the destinations as they were.
         if loaded.commit is not None:
             await carry_out(loaded.commit, lock)
-    return loaded.obj
+        return loaded.obj
 
 
 # Of whom Python says that they were never awaited.

@@ -1,14 +1,16 @@
 """The last step of a staged load: the destinations change, under a lock of the caller.
 
-``carry_out`` does it for async streams, ``carry_out_blocking`` for blocking ones.
+Callers are the loads, async and blocking, when all of a message has arrived and the stream was
+given back. Either the call returns and all destinations have changed, or it raises and none has:
+whatever the change, the lock, a cancellation or an interrupt raises leads to ``Commit.undo``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from types import TracebackType
 from typing import Any, Protocol
 
 import anyio
@@ -36,51 +38,108 @@ class Commit(Protocol):
         """Make it."""
 
     def undo(self) -> None:
-        """Take it back, as far as it was made."""
+        """Take it back, as far as it was made; callable at any time, and again if it fails."""
 
 
 async def carry_out(commit: Commit, lock: AbstractAsyncContextManager[Any] | None) -> None:
     """Change the destinations of a message: all of them, or none if this raises.
 
+    An error of the lock's release, or a native cancellation during it, comes after the change:
+    then it is undone without the lock.
+
     Args:
         commit: The change.
-        lock: Held meanwhile.
+        lock: Held during the change.
     """
-    async with contextlib.nullcontext() if lock is None else _held(lock):
-        try:
-            # To their end, even if they are cancelled: then what they did is undone.
-            if commit.prepares:
-                await run_in_thread(commit.prepare)
-            await run_in_thread(commit.apply) if not commit.quick else commit.apply()
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await run_in_thread(commit.undo) if not commit.quick else commit.undo()
-            raise
-
-
-@contextlib.asynccontextmanager
-async def _held(lock: AbstractAsyncContextManager[Any]) -> AsyncIterator[None]:
-    """Hold a lock of the caller's, whose release is not cancelled: all is done by then."""
-    async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(lock)
-        held = stack.pop_all()
+    failure: BaseException | None = None
     try:
-        yield
+        async with contextlib.nullcontext() if lock is None else _Lock(lock):
+            try:
+                # Each runs to its end, even if it is cancelled: then its effects are undone.
+                if commit.prepares:
+                    await run_in_thread(commit.prepare)
+                await run_in_thread(commit.apply) if not commit.quick else commit.apply()
+            except BaseException as error:
+                failure = error
+                await _undo(commit)
+                raise
+        if failure is not None:
+            # The lock swallowed it.
+            raise failure
     except BaseException:
-        if not await held.__aexit__(*sys.exc_info()):
-            raise
-    else:
+        await _undo(commit)
+        raise
+    finally:
+        # Its traceback holds this frame, and with it the staged tensors.
+        failure = None
+
+
+class _Lock:
+    """A lock whose release no scope cancels, once the change is complete."""
+
+    def __init__(self, lock: AbstractAsyncContextManager[Any]) -> None:
+        self._lock = lock
+
+    async def __aenter__(self) -> None:
+        # As ``async with`` looks it up: in the class.
+        await type(self._lock).__aenter__(self._lock)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        leave = type(self._lock).__aexit__
+        if kind is not None:
+            return await leave(self._lock, kind, error, traceback)
         with anyio.CancelScope(shield=True):
-            await held.aclose()
+            await leave(self._lock, kind, error, traceback)
+        return None
+
+
+async def _undo(commit: Commit) -> None:
+    """Undo a change, even if this task is cancelled again; without effect if that was done."""
+    # A coroutine that is being closed must not wait.
+    if commit.quick or isinstance(sys.exception(), GeneratorExit):
+        commit.undo()
+        return
+    try:
+        with anyio.CancelScope(shield=True):
+            await run_in_thread(commit.undo)
+    finally:
+        # It has an effect only if no thread could be started.
+        commit.undo()
 
 
 def carry_out_blocking(commit: Commit, lock: AbstractContextManager[Any] | None) -> None:
-    """Likewise, for the blocking twin."""
-    with contextlib.nullcontext() if lock is None else lock:
-        try:
-            if commit.prepares:
-                commit.prepare()
-            commit.apply()
-        except BaseException:
-            commit.undo()
-            raise
+    """Change the destinations of a message, as ``carry_out`` does, for the blocking twins."""
+    failure: BaseException | None = None
+    try:
+        with contextlib.nullcontext() if lock is None else lock:
+            try:
+                if commit.prepares:
+                    commit.prepare()
+                commit.apply()
+            except BaseException as error:
+                failure = error
+                _undo_blocking(commit)
+                raise
+        if failure is not None:
+            # The lock swallowed it.
+            raise failure
+    except BaseException:
+        _undo_blocking(commit)
+        raise
+    finally:
+        # Its traceback holds this frame, and with it the staged tensors.
+        failure = None
+
+
+def _undo_blocking(commit: Commit) -> None:
+    """Undo a change, even if another interrupt comes; without effect if that was done."""
+    try:
+        commit.undo()
+    except KeyboardInterrupt:
+        _undo_blocking(commit)
+        raise

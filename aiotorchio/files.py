@@ -153,9 +153,6 @@ def load(
     message = receive_message(accepted, checked)
     lock = options.get("lock")
     check_lock(lock, blocking=True)
-    if isinstance(file, str | os.PathLike):
-        with open(file, "rb") as opened:
-            return _load(opened, message, accepted, lock)
     return _load(file, message, accepted, lock)
 
 
@@ -208,11 +205,17 @@ def get_unsafe_globals(
 
 
 def _load(file: Any, message: Generator[Request, Any, Loaded], limits: Limits, lock: Any) -> Any:
+    is_path = isinstance(file, str | os.PathLike)
     with contextlib.ExitStack() as unfinished:
-        with exclusive(file, "load", open_blocking_source) as stream:
+        with (
+            open(file, "rb") if is_path else contextlib.nullcontext(file) as opened,
+            exclusive(opened, "load", open_blocking_source) as stream,
+        ):
             stream.pace = pace_of_load(limits, time.monotonic)
             loaded = drive_blocking(message, stream)
             unfinished.callback(loaded.close)
+        # After all that can fail, such as closing the file: what raises must leave the
+        # destinations as they were.
         if loaded.commit is not None:
             carry_out_blocking(loaded.commit, lock)
-    return loaded.obj
+        return loaded.obj

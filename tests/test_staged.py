@@ -7,9 +7,11 @@ import contextlib
 import functools
 import gc
 import inspect
+import io
 import itertools
 import threading
 import types
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import Any, ClassVar
 
@@ -67,6 +69,10 @@ CHUNKED = {
 SMALL_MESSAGE = encoded(SMALL)
 MESSAGE = encoded(CHUNKED, chunk_size=2**15)
 CHUNKS = 5
+
+
+class Stopped(BaseException):
+    """As KeyboardInterrupt is: no Exception."""
 
 
 class Target:
@@ -535,6 +541,300 @@ async def test_a_destination_that_changes_while_the_lock_is_waited_for(mode: str
     assert tensors["w"].eq(1).all()
 
 
+class Released:
+    """A lock whose release does something, in each world; notes the numbers that it sees then.
+
+    Attributes:
+        seen: Whether the destinations had changed when it was released.
+    """
+
+    def __init__(self, tensor: torch.Tensor, leave: Callable[[], Any]) -> None:
+        self._tensor, self._leave = tensor, leave
+        self._before = tensor.clone()
+        self.seen: list[bool] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> Any:
+        self.seen.append(not torch.equal(self._tensor, self._before))
+        return self._leave()
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, *error: object) -> Any:
+        result = self.__exit__(*error)
+        return await result if inspect.isawaitable(result) else result
+
+
+def raising(error: type[BaseException]) -> Callable[[], Any]:
+    def leave() -> None:
+        raise error("no longer held")
+
+    return leave
+
+
+async def load_in(
+    way: str, data: bytes, lock: Any, options: dict[str, Any], tmp_path: Any = None
+) -> Any:
+    """Load in one of the ways that there are."""
+    match way:
+        case "stream":
+            return await aiotorchio.load_from_stream(Pieces(data, 1000), lock=lock, **options)
+        case "message":
+            async with aiotorchio.StreamReader(Pieces(data, 1000)).open() as message:
+                return await message.load(lock=lock, **options)
+        case "blocking":
+            return load(data, lock=lock, **options)
+        case "path":
+            (tmp_path / "message").write_bytes(data)
+            return aiotorchio.load(tmp_path / "message", lock=lock, **options)
+    raise AssertionError(way)
+
+
+ways = pytest.mark.parametrize("way", ["stream", "message", "blocking", "path"])
+
+
+@safe_modes
+@ways
+@pytest.mark.parametrize("error", [RuntimeError, Stopped, KeyboardInterrupt, GeneratorExit])
+async def test_a_release_that_fails(
+    error: type[BaseException], way: str, mode: str, tmp_path: Any
+) -> None:
+    target = Target(mode, SMALL)
+    versions = [tensor._version for tensor in target.tensors.values()]
+    for _ in range(2):
+        lock = Released(target.tensors["a"], raising(error))
+        with pytest.raises(error, match="no longer held"):
+            await load_in(way, SMALL_MESSAGE, lock, target.options, tmp_path)
+        assert lock.seen == [True]
+        target.assert_old()
+    # Autograd is told of both changes.
+    after = [tensor._version for tensor in target.tensors.values()]
+    assert all(new >= old + 4 for old, new in zip(versions, after, strict=True))
+    # The memory behind a DoubleBuffer is where it belongs.
+    for sent in (SMALL, {name: tensor + 1 for name, tensor in SMALL.items()}):
+        watched = Watched(target.tensors)
+        await load_in(way, encoded(sent), None, target.options, tmp_path)
+        watched.assert_filled(sent)
+
+
+@safe_modes
+@ways
+async def test_a_release_that_swallows_what_failed(
+    way: str, mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    target = Target(mode, SMALL)
+    fail = raising(ZeroDivisionError)
+    for kind in (staged.Exchange, staged.Swap):
+
+        def fail_at_the_end(self: Any, apply: Any = kind.apply) -> None:
+            apply(self)
+            fail()
+
+        monkeypatch.setattr(kind, "apply", fail_at_the_end)
+    lock = Released(target.tensors["a"], lambda: True)
+    with pytest.raises(ZeroDivisionError):
+        await load_in(way, SMALL_MESSAGE, lock, target.options, tmp_path)
+    # It was undone while the lock was held.
+    assert lock.seen == [False]
+    target.assert_old()
+    with pytest.raises(ZeroDivisionError):
+        suppressing: Any = contextlib.ExitStack() if way in ("blocking", "path") else None
+        suppressing = suppressing or contextlib.AsyncExitStack()
+        suppressing.push(lambda *error: True)
+        await load_in(way, SMALL_MESSAGE, suppressing, target.options, tmp_path)
+    target.assert_old()
+    monkeypatch.undo()
+    await load_in(way, SMALL_MESSAGE, lock, target.options, tmp_path)
+    target.assert_new()
+
+
+@safe_modes
+@ways
+async def test_a_swallowed_error_leaves_nothing_for_the_collector(
+    way: str, mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Its traceback reaches the staged tensors."""
+    target = Target(mode, SMALL)
+    lock = Released(target.tensors["a"], raising(ZeroDivisionError))
+    made: list[weakref.ref[Any]] = []
+    apply = {kind: kind.apply for kind in (staged.Exchange, staged.Swap)}
+    for kind in apply:
+
+        def note(self: Any, kind: Any = kind) -> None:
+            made.append(weakref.ref(self))
+            apply[kind](self)
+
+        monkeypatch.setattr(kind, "apply", note)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(ZeroDivisionError):
+            await load_in(way, SMALL_MESSAGE, lock, target.options, tmp_path)
+        assert made and made[0]() is None
+    finally:
+        gc.enable()
+
+
+async def test_a_release_that_swallows_a_cancellation() -> None:
+    target, held = Target("staged", SMALL), False
+
+    class Swallowing:
+        async def __aenter__(self) -> None:
+            nonlocal held
+            held = True
+            # The change waits for its thread, and is cancelled there.
+            scope.cancel()
+
+        async def __aexit__(self, *error: object) -> bool:
+            nonlocal held
+            held = False
+            return True
+
+    stream = Pieces(SMALL_MESSAGE, 1000)
+    with anyio.CancelScope() as scope:
+        await aiotorchio.load_from_stream(stream, lock=Swallowing(), **target.options)
+        raise AssertionError("a cancelled load returned")
+    assert scope.cancelled_caught and not held
+    target.assert_old()
+
+
+@in_one_loop
+@safe_modes
+async def test_a_scope_that_is_cancelled_during_the_release(kind: str, mode: str) -> None:
+    """Nothing raises: the release goes on, and so does the change."""
+    target, going, free = Target(mode, SMALL), anyio.Event(), anyio.Event()
+
+    async def leave() -> None:
+        going.set()
+        await free.wait()
+
+    async def cancel() -> None:
+        await going.wait()
+        scope.cancel()
+        await some_time()
+        free.set()
+
+    lock = Released(target.tensors["a"], leave)
+    returned = False
+    async with both_ends(kind) as (near, far), anyio.create_task_group() as group:
+        await near.save(SMALL)
+        group.start_soon(cancel)
+        with anyio.CancelScope() as scope:
+            await far.load(lock=lock, **target.options)
+            returned = True
+        assert returned and not scope.cancelled_caught
+    target.assert_new()
+
+
+@on_asyncio
+@safe_modes
+@pytest.mark.parametrize("how", ["cancel", "timeout", "wait_for", "twice"])
+@pytest.mark.parametrize("way", ["stream", "message"])
+async def test_a_native_cancellation_during_the_release(way: str, how: str, mode: str) -> None:
+    target, going = Target(mode, SMALL), asyncio.Event()
+
+    async def leave() -> None:
+        going.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            if how == "twice":
+                going.clear()
+                going.set()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()
+
+    lock = Released(target.tensors["a"], leave)
+
+    async def attempt() -> None:
+        call = load_in(way, SMALL_MESSAGE, lock, target.options)
+        match how:
+            case "timeout":
+                async with asyncio.timeout(None) as timeout:
+                    watch = asyncio.ensure_future(going.wait())
+                    watch.add_done_callback(lambda _: timeout.reschedule(0))
+                    await call
+            case "wait_for":
+                inner = asyncio.ensure_future(call)
+                watch = asyncio.ensure_future(going.wait())
+                watch.add_done_callback(lambda _: inner.cancel())
+                await asyncio.wait_for(inner, None)
+            case _:
+                await call
+
+    task = asyncio.ensure_future(attempt())
+    await going.wait()
+    if how in ("cancel", "twice"):
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+    await asyncio.wait([task])
+    assert task.cancelled() or isinstance(task.exception(), TimeoutError)
+    assert lock.seen == [True]
+    target.assert_old()
+    await load_in(way, SMALL_MESSAGE, None, target.options)
+    target.assert_new()
+
+
+@on_asyncio
+@pytest.mark.parametrize("way", ["stream", "message"])
+async def test_an_undo_goes_on_without_a_thread(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the interpreter is shutting down, or has no memory for one."""
+    target = Target("staged", SMALL)
+
+    def leave() -> None:
+        monkeypatch.setattr("aiotorchio.commit.run_in_thread", no_thread)
+        raise ZeroDivisionError
+
+    async def no_thread(task: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    lock = Released(target.tensors["a"], leave)
+    with pytest.raises(RuntimeError, match="new thread") as caught:
+        await load_in(way, SMALL_MESSAGE, lock, target.options)
+    assert isinstance(caught.value.__context__, ZeroDivisionError)
+    target.assert_old()
+
+
+@safe_modes
+def test_interrupts_while_it_is_undone(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes again, and again."""
+    target = Target(mode, SMALL)
+    left = [2]
+    for kind in (staged.Exchange, staged.Swap):
+
+        def undo(self: Any, undo: Any = kind.undo) -> None:
+            if left[0]:
+                left[0] -= 1
+                raise KeyboardInterrupt
+            undo(self)
+
+        monkeypatch.setattr(kind, "undo", undo)
+    lock = Released(target.tensors["a"], raising(ZeroDivisionError))
+    with pytest.raises(KeyboardInterrupt):
+        load(SMALL_MESSAGE, lock=lock, **target.options)
+    assert left == [0]
+    target.assert_old()
+
+
+def test_a_file_that_cannot_be_closed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is closed before the change: what raises has changed nothing."""
+    (tmp_path / "message").write_bytes(SMALL_MESSAGE)
+    target = Target("staged", SMALL)
+
+    class Failing(io.BytesIO):
+        def close(self) -> None:
+            raise OSError("not closed")
+
+    monkeypatch.setattr("builtins.open", lambda path, mode: Failing(SMALL_MESSAGE))
+    with pytest.raises(OSError, match="not closed"):
+        aiotorchio.load(tmp_path / "message", **target.options)
+    target.assert_old()
+
+
 VERSIONS = 25
 
 
@@ -607,10 +907,6 @@ async def test_the_lock_is_held_while_half_is_changed(monkeypatch: pytest.Monkey
 
 
 # ------------------------------------------------------------------------------ failing changes
-
-
-class Stopped(BaseException):
-    """As KeyboardInterrupt is: no Exception."""
 
 
 class FailingCopy:

@@ -87,12 +87,19 @@ class Exchange:
             self._half = None
 
     def undo(self) -> None:
-        """Put the bytes back that were there, which are in the shadows now."""
+        """Put the bytes back that were there, which are in the shadows now.
+
+        Without effect if nothing was exchanged. If it is interrupted, it can be called again.
+        """
+        if self._half is None and not self._done:
+            return
         copy = self._copier.copy
         if self._half is not None:
             copy(*self._half)
         for destination, shadow in reversed(self._done):
             copy(destination, shadow)
+        # The new bytes may have been read since the release of the lock.
+        note_change(self._tensors)
         self._done, self._half = [], None
 
 
@@ -260,11 +267,14 @@ class Swap:
         return [(other, front) for front, other in self._pairs]
 
     def undo(self) -> None:
-        """Let each tensor show the memory again that it had."""
+        """Let each tensor show the memory again that it had.
+
+        Without effect if nothing was swapped. If it is interrupted, it can be called again.
+        """
         if self._changing:
-            self._changing = False
             self._show(self._before)
             self._note(self._pairs)
+            self._changing = False
 
     def _show(self, memory: list[Callable[[], None]]) -> None:
         for show in memory:
