@@ -19,6 +19,8 @@ MutateBytes = Callable[[bytes, int], bytes]
 
 # Beyond this, memory is a flood: the floor that any skeleton may take is 64 MiB.
 _FLOOD = 192 * 2**20
+# Texts of errors are cut at 10,000 characters, and none of ours is that long.
+_SHOWN_MAX = 9_000
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -36,6 +38,8 @@ def check_refusal(error: AiotorchioError, start: int, size: int) -> None:
     """
     if error.entry is None or error.offset is None:
         raise Find(f"an error without a place: {error!r}") from error
+    if len(error.message) > _SHOWN_MAX:
+        raise Find(f"an error shows what it is about at any length: {error.message[:1000]}")
     if not start <= error.offset <= start + size:
         raise Find(f"an error at byte {error.offset} of {size}: {error!r}") from error
 

@@ -69,9 +69,9 @@ def _skeletons() -> Iterator[bytes]:
 
 def _trees() -> Iterator[bytes]:
     yield from _skeletons()
-    for key, (skeleton, _) in hostile.trees().items():
+    for key, case in hostile.trees().items():
         if not key.startswith("cut_"):
-            yield skeleton
+            yield case.skeleton
     for obj in _objects():
         try:
             yield tree.encode(obj, Table())
@@ -80,9 +80,9 @@ def _trees() -> Iterator[bytes]:
 
 
 def _pickles() -> Iterator[bytes]:
-    for key, (skeleton, _) in hostile.pickles().items():
+    for key, case in hostile.pickles().items():
         if not key.startswith("cut_"):
-            yield skeleton
+            yield case.skeleton
     for obj in _objects():
         yield pickled.dump(obj, Table(), pickle_module=pickle, pickle_protocol=2)
     # In the rows of the table that the harness has, honest ones of the kinds that have none.

@@ -10,22 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aiotorchio.errors import LimitExceeded
+from aiotorchio.wire import bounds
 
 __all__ = ["Budget", "Measure", "too_wide"]
 
-# Memory that any pickle may take, and what each of its bytes may take beyond. Honest state
+# Memory that each byte of a pickle may take, beyond what any pickle may take. Honest state
 # takes about ten times its pickle: a dict of three tensors is 232 bytes, pickled about 25.
-_MEMORY_FLOOR = 64 * 2**20
 _MEMORY_PER_BYTE = 16
-# Steps of hashing, and of comparing keys whose hashes may be equal: each bound takes about half a
-# second.
-_HASH_STEPS_MAX = 10**7
-_COMPARE_STEPS_MAX = 4 * 10**7
-# hash(n) of an int is n modulo 2**61 - 1: the sender chooses it, and so that of a tuple of ints.
-_EQUAL_HASHES_MAX = 64
-# Keys whose hash the scan does not know: complex numbers, frozensets, instances. If all of them
-# collide, that takes a second.
-_UNKNOWN_HASHES_MAX = 4096
 
 
 @dataclass(slots=True)
@@ -76,12 +67,13 @@ class Budget:
     """
 
     def __init__(self, nbytes: int, depth_limit: int, wide_keys: int) -> None:
+        self._bounds = bounds.BOUNDS
         self._wide_keys = wide_keys
         self._probes_left = wide_keys**2
-        self._memory_left = _MEMORY_FLOOR + _MEMORY_PER_BYTE * nbytes
-        self._hash_steps_left = _HASH_STEPS_MAX + nbytes
-        self._compare_steps_left = _COMPARE_STEPS_MAX + nbytes
-        self._unknown_hashes_left = _UNKNOWN_HASHES_MAX
+        self._memory_left = self._bounds.memory_floor + _MEMORY_PER_BYTE * nbytes
+        self._hash_steps_left = self._bounds.hash_steps + nbytes
+        self._compare_steps_left = self._bounds.compare_steps + nbytes
+        self._unknown_hashes_left = self._bounds.unknown_hashes
         self._depth_limit = depth_limit
 
     def charge(self, memory: int) -> None:
@@ -89,7 +81,7 @@ class Budget:
         self._memory_left -= memory
         if self._memory_left < 0:
             raise LimitExceeded(
-                f"the objects take more than {_MEMORY_FLOOR} bytes of memory and "
+                f"the objects take more than {self._bounds.memory_floor} bytes of memory and "
                 f"{_MEMORY_PER_BYTE} for each byte of the skeleton"
             )
 
@@ -97,7 +89,7 @@ class Budget:
         """Take the time to hash an object once."""
         self._hash_steps_left -= key.hash_steps
         if self._hash_steps_left < 0:
-            raise LimitExceeded(f"hashing the keys takes more than {_HASH_STEPS_MAX} steps")
+            raise LimitExceeded(f"hashing the keys takes more than {self._bounds.hash_steps} steps")
 
     def find_places(self, wide: int, found: int = 0) -> None:
         """Take the time to find places for keys, in a table that has some already."""
@@ -109,12 +101,14 @@ class Budget:
         """Take the time to compare keys that may have equal hashes, and equal parts."""
         self._compare_steps_left -= steps
         if self._compare_steps_left < 0:
-            raise LimitExceeded(f"comparing the keys takes more than {_COMPARE_STEPS_MAX} steps")
+            raise LimitExceeded(
+                f"comparing the keys takes more than {self._bounds.compare_steps} steps"
+            )
 
     def compare_members(self, items: Measure) -> None:
         """Take the time to make a set of a list: as many have one hash as a set may have."""
         if items.most_steps > 1:
-            self.compare(items.hash_steps * _EQUAL_HASHES_MAX // 2)
+            self.compare(items.hash_steps * self._bounds.equal_hashes // 2)
 
     def nest(self, items: Sequence[Measure]) -> int:
         """The depth of what holds these items; there must be one."""
@@ -124,7 +118,10 @@ class Budget:
         return depth
 
     def collide(self, key: Measure, container: Measure) -> None:
-        """Count a key among those with its hash."""
+        """Count a key among those with its hash.
+
+        hash(n) of an int is known to all: the sender chooses it, and so that of a tuple of ints.
+        """
         if key.hash is None:
             self._unknown_hashes_left -= 1
             container.unknown += 1
@@ -133,8 +130,12 @@ class Budget:
             hashes = container.hashes = {} if container.hashes is None else container.hashes
             self.charge(96)
             hashes[key.hash] = hashes.get(key.hash, 0) + 1
-            if hashes[key.hash] > _EQUAL_HASHES_MAX:
-                raise LimitExceeded(f"more than {_EQUAL_HASHES_MAX} keys with the same hash")
+            if hashes[key.hash] > self._bounds.equal_hashes:
+                raise LimitExceeded(
+                    f"more than {self._bounds.equal_hashes} keys with the same hash"
+                )
             self.compare(hashes[key.hash] * key.hash_steps)
         if self._unknown_hashes_left < 0:
-            raise LimitExceeded(f"more than {_UNKNOWN_HASHES_MAX} keys that are not plain values")
+            raise LimitExceeded(
+                f"more than {self._bounds.unknown_hashes} keys that are not plain values"
+            )

@@ -14,12 +14,12 @@ import re
 from aiotorchio.errors import LimitExceeded, ProtocolError
 from aiotorchio.graph.measure import ARRAYS, EXTENSIONS, MAPS, TEXTS, container_nbytes, measured
 from aiotorchio.interrupt import check_interrupt
+from aiotorchio.wire import bounds
 
 __all__ = ["SHORT_VALUE", "check_growth"]
 
-# What any skeleton may take, decoded and built, and what each of its bytes may take beyond. Nothing
-# but arrays takes more for each byte of its own.
-_MEMORY_FLOOR = 64 * 2**20
+# What each byte of a skeleton may take, decoded and built, beyond what any skeleton may take.
+# Nothing but arrays takes more for each byte of its own.
 _MEMORY_PER_BYTE = 48
 
 _TENSOR = b"\x92\x05"
@@ -51,12 +51,13 @@ def check_growth(skeleton: bytes, depth_limit: int) -> int:
         LimitExceeded: It would take more memory than any honest one, or too much of the stack.
         ProtocolError: A map or an extension, or it ends inside a value.
     """
-    allowed = _MEMORY_FLOOR + _MEMORY_PER_BYTE * len(skeleton)
+    floor = bounds.BOUNDS.memory_floor
+    allowed = floor + _MEMORY_PER_BYTE * len(skeleton)
     arrays, nbytes = _containers(skeleton, allowed)
     of_tensors = skeleton.count(_TENSOR)
     # An ordered dict has an array for its metadata, which is no level.
     depth_max = 2 * depth_limit + 1
-    if arrays <= depth_max and nbytes <= _MEMORY_FLOOR:
+    if arrays <= depth_max and nbytes <= floor:
         return arrays + of_tensors
     memory, depth = measured(skeleton)
     if memory > allowed:
@@ -68,7 +69,7 @@ def check_growth(skeleton: bytes, depth_limit: int) -> int:
 
 def _too_large() -> LimitExceeded:
     return LimitExceeded(
-        f"the values take more than {_MEMORY_FLOOR} bytes of memory and "
+        f"the values take more than {bounds.BOUNDS.memory_floor} bytes of memory and "
         f"{_MEMORY_PER_BYTE} for each byte of the skeleton"
     )
 

@@ -80,8 +80,8 @@ def utf8(path: str) -> str:
 def key_text(key: object) -> str:
     """A key of a dict as a part of a path.
 
-    A peer chooses the keys, too: a tuple that is doubled in itself 20 times has a text of
-    gigabytes, and that of a tensor shows its numbers.
+    A peer chooses the keys, too: the text of a small key can be far longer than its pickle, and
+    that of a tensor shows its numbers.
     """
     if isinstance(key, str) or _is_short(key):
         return str(key)

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from aiotorchio.errors import LimitExceeded, ProtocolError, UnsafeObjectError
 from aiotorchio.graph._torch import BLOCKED_MODULES, python_name
 from aiotorchio.interrupt import interruptible
+from aiotorchio.wire import bounds
 
 __all__ = ["globals_of", "is_blocked", "opcodes", "path_of"]
-
-_GLOBALS_MAX = 10_000
 
 # How the argument of each is laid out: so many bytes; or "2 lines", or as many bytes as a count
 # of 1 or 4 bytes says.
@@ -73,10 +72,6 @@ def opcodes(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         )
 
 
-# The longest names that there are have a tenth of it.
-_GLOBAL_NBYTES_MAX = 2000
-
-
 def _argument(data: bytes, layout: int | str, start: int) -> tuple[int, int]:
     """Where an argument begins and ends."""
     if isinstance(layout, int):
@@ -86,10 +81,9 @@ def _argument(data: bytes, layout: int | str, start: int) -> tuple[int, int]:
         end = data.find(b"\n", first + 1) + 1 if first >= 0 else 0
         if not end:
             raise ProtocolError("the pickle ends inside the name of a global")
-        if end - start > _GLOBAL_NBYTES_MAX:
-            raise UnsafeObjectError(
-                f"a global whose name has {end - start} bytes, {_GLOBAL_NBYTES_MAX} allowed"
-            )
+        most = bounds.BOUNDS.global_nbytes
+        if end - start > most:
+            raise UnsafeObjectError(f"a global whose name has {end - start} bytes, {most} allowed")
     else:
         width = 1 if layout == "count1" else 4
         size = data[start : start + width]
@@ -125,8 +119,8 @@ def globals_of(data: bytes) -> set[str]:
     for position, code, argument in interruptible(opcodes(data)):
         if code == _GLOBAL:
             found.add(path_of(argument))
-            if len(found) > _GLOBALS_MAX:
-                raise LimitExceeded(f"more than {_GLOBALS_MAX} globals", offset=position)
+            if len(found) > bounds.BOUNDS.globals:
+                raise LimitExceeded(f"more than {bounds.BOUNDS.globals} globals", offset=position)
     return found
 
 

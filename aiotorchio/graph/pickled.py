@@ -26,13 +26,11 @@ from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
 from aiotorchio.graph.table import Table
 from aiotorchio.interrupt import check_interrupt
+from aiotorchio.wire import bounds
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import MIXED_UNITS
 
 __all__ = ["dump", "load", "load_trusted"]
-
-# To show, compare or walk over more takes minutes: a list of two of a list of two of ... is small.
-_VALUES_MAX = 10**8
 
 
 def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int) -> bytes:
@@ -214,7 +212,7 @@ def _check_shape(loaded: Any, limit: int) -> None:
     # Of each container that was gone through: its values, each as often as it occurs.
     sizes: dict[int, int] = {}
     path: list[tuple[int, Iterator[Any]]] = [(0, iter([loaded]))]
-    totals = [0]
+    totals, most = [0], bounds.BOUNDS.values
     while path:
         check_interrupt()
         key, values = path[-1]
@@ -222,8 +220,8 @@ def _check_shape(loaded: Any, limit: int) -> None:
         if value is path:
             path.pop()
             total = sizes[key] = totals.pop()
-            if total > _VALUES_MAX:
-                raise LimitExceeded(f"more than {_VALUES_MAX} values, counted wherever they occur")
+            if total > most:
+                raise LimitExceeded(f"more than {most} values, counted wherever they occur")
             if totals:
                 totals[-1] += total
         elif not isinstance(value, dict | list | tuple):

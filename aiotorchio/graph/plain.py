@@ -1,7 +1,8 @@
 """Checked counterparts of the builtins that a pickle calls to make plain objects.
 
-Each takes what pickle itself passes to it, and nothing else: ``bytearray(2**31)`` takes memory,
-``set(bytearray(10**9))`` time, and so does what other codecs than latin-1 decode.
+Each takes what pickle itself passes to it, and nothing else: the builtins take sizes, and anything
+that can be walked over, at a cost that the size of the pickle does not bound. So do other codecs
+than latin-1.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, UnsafeObjectError
 from aiotorchio.graph._torch import get_layout
+from aiotorchio.wire import bounds
 
 __all__ = [
     "OrderedDicts",
@@ -27,9 +29,6 @@ __all__ = [
     "make_set",
     "make_size",
 ]
-
-# Two equal hashes are rare, and 20 integers of up to 64 bits can have the same at most.
-_EQUAL_HASHES_MAX = 64
 
 
 class OrderedDicts:
@@ -69,12 +68,13 @@ def is_dunder(name: str) -> bool:
 
 
 def check_hashes(items: Collection[Any]) -> None:
-    """Refuse items with the same hash: a set of 50,000 of them takes half a minute to make."""
-    if len(items) - len(set(map(hash, items))) < _EQUAL_HASHES_MAX:
+    """Refuse many items with the same hash: a set of them takes the square of their number."""
+    most = bounds.BOUNDS.equal_hashes
+    if len(items) - len(set(map(hash, items))) < most:
         return
     # Counting takes more memory, and is needed for what is hardly ever honest.
-    if max(Counter(map(hash, items)).values()) > _EQUAL_HASHES_MAX:
-        raise LimitExceeded(f"more than {_EQUAL_HASHES_MAX} items with the same hash")
+    if max(Counter(map(hash, items)).values()) > most:
+        raise LimitExceeded(f"more than {most} items with the same hash")
 
 
 def make_set(items: Any = ()) -> set[Any]:

@@ -8,10 +8,10 @@ opcodes over a stack of *measures* instead of objects and refuses what grows too
 - every global is allowed, only globals are called and only classes instantiated, only lists and
   dicts get items (a tensor would be written to), and only objects that take a state get one;
 - depth of nesting is bounded: hashing or freeing a deep tuple overflows the C stack;
-- memory of the objects is bounded by the size of the pickle (an empty set is one byte here and
-  216 in memory);
-- work of hashing is bounded: a tuple doubled through the memo 60 times is small in memory, and
-  hashing it takes 2**60 steps; and so is the number of keys of a dict with the same hash.
+- memory of the objects is bounded by the size of the pickle, in which an empty container is
+  hundreds of times smaller;
+- work of hashing is bounded, since an object that is used in many places is small in memory and
+  hashed once for each of them; and so is the number of keys of a dict with the same hash.
 
 A list can be filled after a tuple was made around it, so what is known of a tuple with a list in
 it may be too little. Such a tuple cannot be hashed; where it holds arguments, the measures of

@@ -17,6 +17,7 @@ import msgspec
 from aiotorchio.collection import collection_paused
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, printable
 from aiotorchio.interrupt import check_interrupt, interruptible
+from aiotorchio.wire import bounds
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.limits import Limits
 
@@ -56,7 +57,7 @@ _NAME_SHOWN = 200
 _DIMS_MAX, _NAMES_MAX, _TEXTS_MAX = 4096, 2**18, 2**16
 # A text of three letters takes 64 bytes. Others, numbers and rows take up to 17 times what they are
 # in a message, and honest headers 10 times; few of their bytes look like the heads of such texts.
-_TEXT_NBYTES, _TEXTS_FLOOR, _TEXTS_PER_BYTE = 64, 16 * 2**20, 8
+_TEXT_NBYTES, _TEXTS_PER_BYTE = 64, 8
 # More than any model has; a peer may send a million.
 _REACHES_MAX = 1000
 
@@ -152,9 +153,10 @@ def decode_header(data: bytes, limits: Limits, *, offset: int = 0) -> Header:
         LimitExceeded: A table of more entries than ``limits`` allow, or so many texts of so few
             letters that they take more than any honest header.
     """
-    if _short_texts(data) * _TEXT_NBYTES > _TEXTS_FLOOR + _TEXTS_PER_BYTE * len(data):
+    floor = bounds.BOUNDS.texts_floor
+    if _short_texts(data) * _TEXT_NBYTES > floor + _TEXTS_PER_BYTE * len(data):
         raise LimitExceeded(
-            f"short texts that take more than {_TEXTS_FLOOR} bytes of memory and "
+            f"short texts that take more than {floor} bytes of memory and "
             f"{_TEXTS_PER_BYTE} for each byte of the header",
             entry="header",
             offset=offset,

@@ -24,7 +24,9 @@ class Case:
         messages: What the peer sends; if there are several, each over a connection of its own.
         play: How it sends them; see ``sender``.
         scenario: What is done at the other end; see ``receiver``.
+        reason: Words of the last error, a regular expression; empty: any.
         limits: What the receiver accepts, if not the default.
+        bounds: Bounds of its checks, if not those of ``Bounds``.
         options: Of the load.
         honest: Which object it is about; see ``corpus.HONEST``.
         after: What may become of the stream: ``"ended"`` (it is poisoned, and the peer is
@@ -44,7 +46,9 @@ class Case:
     _: dataclasses.KW_ONLY
     play: str = "whole"
     scenario: str = "load"
+    reason: str = ""
     limits: dict[str, Any] = field(default_factory=dict)
+    bounds: dict[str, int] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     honest: str = ""
     after: tuple[str, ...] = ("ended", "clean")

@@ -34,6 +34,7 @@ from tests.attacks.cases import Case, read_cases
 from tests.attacks.corpus import AUTHORITY_FILE, HONEST, WARM_UP
 from tests.attacks.meter import LAG_MAX, STALL_MAX, Meter, Outcome, surroundings
 from tests.attacks.scenarios import HONEST_OBJECTS, PATIENCE, SCENARIOS, Sender, Visit, caught
+from tests.graph.lowered import lowered
 from tests.worlds import ANYIO_BACKENDS, BlockingEnd, End, World, run_blocking
 
 __all__ = ["WANTED_FILE", "WAYS"]
@@ -88,10 +89,11 @@ class Runner:
         sys.setrecursionlimit(case.recursion_limit or recursion_limit)
         self._sender.begin(case)
         try:
-            if len(case.messages) > 1:
-                await self._load_each(case, outcome)
-            else:
-                await self._visit(case, outcome)
+            with lowered(case.bounds):
+                if len(case.messages) > 1:
+                    await self._load_each(case, outcome)
+                else:
+                    await self._visit(case, outcome)
         except Exception as error:
             # An outcome like others: the test says what is wrong with it.
             outcome.errors[f"{type(error).__name__} in the test"] = 1

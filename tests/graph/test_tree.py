@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 import aiotorchio
 from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError
-from aiotorchio.graph import growth, measure, tree
+from aiotorchio.graph import measure, tree
 from aiotorchio.graph.growth import check_growth
 from aiotorchio.graph.table import Table
+from aiotorchio.wire import bounds
+from aiotorchio.wire.bounds import Bounds
 from tests import corpus
 
 
@@ -157,7 +159,7 @@ def test_growth_walks_over_every_kind_of_value(monkeypatch: pytest.MonkeyPatch) 
     )
     # Heads of texts are counted above, and -1 is one of the numbers that Python keeps.
     assert abs(measure.measured(data)[0] - expected) < 300
-    monkeypatch.setattr(growth, "_MEMORY_FLOOR", 0)
+    monkeypatch.setattr(bounds, "BOUNDS", Bounds(memory_floor=0))
     check_growth(b"\xc6\x00\x00\x10\x00" + b"\x90" * 4096, 256)
     with pytest.raises(LimitExceeded):
         check_growth(b"\xdc\x10\x00" + b"\x90" * 4096, 256)

@@ -82,7 +82,7 @@ def _loads() -> list[Load]:
         ),
         Load(_sparse_with([[0, 3]]), error=aiotorchio.InvalidObjectError),
         Load(_sparse_with([[0, -1]]), error=aiotorchio.InvalidObjectError),
-        Load(_sparse_with([[0, 9]]), {"weights_only": False}, error=aiotorchio.InvalidObjectError),
+        Load(_sparse_with([[0, 3]]), {"weights_only": False}, error=aiotorchio.InvalidObjectError),
         Load(thing, error=aiotorchio.UnsafeObjectError),
         Load(thing, {"safe_globals": [Thing]}, check=_is(Thing)),
         Load(thing, {"safe_globals": [(Other, PATH)]}, check=_is(Other)),

@@ -618,7 +618,7 @@ print(*({{"torch", "numpy", "anyio", "trio", "asyncio", "socket", "ssl"}} & set(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == ""
-    assert len(modules) == 7
+    assert len(modules) == 8
 
 
 def test_a_head_that_is_decoded_is_not_trusted() -> None:
