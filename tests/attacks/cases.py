@@ -35,9 +35,11 @@ class Case:
         located: Whether the error says where it was found.
         recursion_limit: Of the interpreter meanwhile, if not the default.
         ways: Parts of the names of the ways it is for; empty: all.
-        deadline: Seconds until it must be over, but for 2 seconds of grace.
+        deadline: Seconds until it must be over, but for 2 seconds of grace; more on a machine that
+            is slow or busy.
         earliest: Seconds before which it must not be over.
         memory: Bytes that memory may grow by, beside those that are received.
+        family: Which cases it belongs to.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Case:
     deadline: float = 20
     earliest: float = 0
     memory: int = 64 * MIB
+    family: str = ""
 
     def is_for(self, way: str) -> bool:
         """Whether it runs over a way."""

@@ -542,12 +542,21 @@ def long_skeletons() -> Iterator[Case]:
 # ------------------------------------------------------------------------------ all of them
 
 
+def family_of(case: Case, function: str) -> str:
+    """The function that makes a case; of the many skeletons, their codec, too."""
+    return case.name.split("-")[0] if function == "skeletons" else function
+
+
 def all_cases() -> list[Case]:
     families = (
         *(truncated, protocol, rows, limited, damaged, skeletons),
         *(slow, deaf, misused, honest, long_skeletons),
     )
-    cases = [case for family in families for case in family()]
+    cases = [
+        dataclasses.replace(case, family=family_of(case, family.__name__))
+        for family in families
+        for case in family()
+    ]
     names = {case.name for case in cases}
     assert len(names) == len(cases)
     return cases

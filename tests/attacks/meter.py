@@ -12,6 +12,7 @@ from typing import Any
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import torch
 import trio
 from torch import _utils
@@ -21,9 +22,10 @@ from aiotorchio.streams import guard
 from aiotorchio.streams.base import asyncio_loop
 from tests.worlds import descriptors
 
-__all__ = ["LAG_MAX", "STALL_MAX", "Meter", "Outcome", "surroundings"]
+__all__ = ["BUSY_MAX", "HELD_MAX", "STALL_MAX", "Meter", "Outcome", "surroundings"]
 
-LAG_MAX, STALL_MAX = 0.05, 1.0
+# Seconds; the last two are multiplied by ``Outcome.slowness``.
+HELD_MAX, BUSY_MAX, STALL_MAX = 0.05, 0.05, 1.0
 
 
 @dataclass
@@ -37,9 +39,12 @@ class Outcome:
         after: See ``Case.after``.
         seconds: The longest that a call took.
         grown: Bytes that the peak of memory lies above what was taken before.
-        lag: Seconds of processor time for which the event loop did not turn.
-        stall: Seconds on the clock for which it did not.
+        held: Seconds of processor time that the event loop's thread took between two turns.
+        busy: Seconds of processor time that all threads took between two turns: one of them did
+            not let the loop have the interpreter, or the machine not a processor.
+        stall: Seconds on the clock between two turns.
         left: What the case left behind.
+        slowness: Of the machine meanwhile; see ``speed``.
     """
 
     name: str = ""
@@ -49,9 +54,20 @@ class Outcome:
     after: str = ""
     seconds: float = 0
     grown: int = 0
-    lag: float = 0
+    held: float = 0
+    busy: float = 0
     stall: float = 0
     left: str = ""
+    slowness: float = 1
+
+    @property
+    def turns(self) -> bool:
+        """Whether the event loop turned as often as it must."""
+        return (
+            self.held <= HELD_MAX
+            and self.busy <= BUSY_MAX * self.slowness
+            and self.stall <= STALL_MAX * self.slowness
+        )
 
     def note(self, error: Exception | None, nbytes: int) -> None:
         name = type(error).__name__ if error else ""
@@ -81,13 +97,17 @@ def reset_peak() -> int:
     return peak_nbytes()
 
 
-class Meter:
-    """Time, memory and lag of what runs inside of its block.
+def _clocks() -> tuple[float, float, float]:
+    return time.thread_time(), time.process_time(), time.monotonic()
 
-    The lag is processor time of this process between two beats of a task that sleeps for a
-    millisecond: what a call of ours or of torch that does not let go of the interpreter takes.
-    Time on the wall is that of whoever else uses the machine, too; a call that waits on the loop
-    for the peer takes more of it than they do.
+
+class Meter:
+    """Time, memory and turns of the event loop for what runs inside of its block.
+
+    A task beats on each turn of the loop. Between two beats, the processor time of its own thread
+    is what the loop was held by: it does not depend on who else uses the machine. That of all
+    threads shows calls in worker threads that keep the interpreter to themselves; time on the
+    clock shows calls that wait on the loop for the peer.
     """
 
     def __init__(self, outcome: Outcome, *, beats: bool) -> None:
@@ -95,22 +115,24 @@ class Meter:
         self._beats = beats
 
     async def beat(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
-        self._beat_at = time.process_time(), time.monotonic()
+        self._beat_at = _clocks()
         task_status.started()
         while True:
-            await anyio.sleep(0.001)
+            await anyio.lowlevel.checkpoint()
             self._note_beat()
 
     def _note_beat(self) -> None:
-        now = time.process_time(), time.monotonic()
-        self._outcome.lag = max(self._outcome.lag, now[0] - self._beat_at[0])
-        self._outcome.stall = max(self._outcome.stall, now[1] - self._beat_at[1])
+        now, outcome = _clocks(), self._outcome
+        held, busy, stall = (end - start for start, end in zip(self._beat_at, now, strict=True))
+        outcome.held = max(outcome.held, held)
+        outcome.busy = max(outcome.busy, busy)
+        outcome.stall = max(outcome.stall, stall)
         self._beat_at = now
 
     def __enter__(self) -> None:
         self._peak = reset_peak()
         self._started = time.monotonic()
-        self._beat_at = time.process_time(), time.monotonic()
+        self._beat_at = _clocks()
 
     def __exit__(self, *_: object) -> None:
         seconds = time.monotonic() - self._started

@@ -26,7 +26,7 @@ from tests.worlds import BlockingEnd, End, all_blocked, run_blocking
 __all__ = ["HONEST_OBJECTS", "PATIENCE", "SCENARIOS", "Sender", "Visit", "caught"]
 
 # In seconds; until a connection is torn down, and for what follows a case.
-PATIENCE = 2.0
+PATIENCE = 20.0
 # More than the kernel holds between two sockets.
 LARGE_NBYTES = 32 * MIB
 

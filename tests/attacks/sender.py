@@ -27,8 +27,8 @@ __all__ = ["HONEST_FILE", "TLS_FILE"]
 HONEST_FILE = "honest.message"
 TLS_FILE = "server.pem"
 # In seconds: within this time a receiver that gave up must have ended its connection, and whoever
-# reads must have read.
-PATIENCE = 2
+# reads must have read. Far longer than either takes: only what has failed waits for it.
+PATIENCE = 20
 BYTE_EVERY = 0.05
 HEAD_SIZE, PREFACE_SIZE = 32, 16
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)

@@ -111,7 +111,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "argument 'stride'": "huge_stride_of_one",
             "dimensions and 1 strides": "dims",
             "storage 8 of 7 bytes": "odd_storage storage_of_odd_size",
-            "must be$": """
+            "where .* must be": """
                 tensor_as_storage requires_grad_int meta_dtype quantized_scale coo_coalesced
                 doubled_device doubled_offset doubled_cast sparse_list parameter_of_none
             """,
