@@ -106,8 +106,10 @@ class StreamReader:
                 message = Message(incoming, source)
                 try:
                     yield message
-                except BaseException:
+                except BaseException as error:
                     await message.close(unread, failed=True)
+                    if isinstance(error, Exception):
+                        await drive(incoming.release(), source)
                     raise
                 await message.close(unread, failed=False)
                 await drive(incoming.release(), source)

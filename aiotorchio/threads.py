@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context, copy_context
@@ -16,6 +17,7 @@ import anyio.lowlevel
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
+from aiotorchio.errors import AiotorchioError
 from aiotorchio.interrupt import Interrupt
 from aiotorchio.streams.base import asyncio_loop
 
@@ -46,14 +48,13 @@ async def run_in_thread(task: Task, *, to_its_end: bool = False) -> Any:
     loop = asyncio_loop()
     interrupt = Interrupt()
     if loop is None:
-        with anyio.CancelScope(shield=to_its_end):
-            return await _run_on_trio(interrupt, task)
+        return await _run_on_trio(interrupt, task, to_its_end=to_its_end)
     executor = _of_this_run(_executor, lambda: ThreadPoolExecutor(_THREADS, "aiotorchio"))
     # A future, and no task: whoever cancels all tasks, as asyncio.run does at its end, would
     # cancel it, too. Not run_in_executor: its future keeps what the task returned until the
     # next garbage collection.
     future = loop.create_future()
-    executor.submit(_work, loop, future, copy_context(), interrupt, task)
+    executor.submit(_work, loop, future, copy_context(), interrupt, [task])
     try:
         await asyncio.wait([future])
         return future.result()
@@ -70,18 +71,36 @@ async def run_in_thread(task: Task, *, to_its_end: bool = False) -> Any:
         del future
 
 
-async def _run_on_trio(interrupt: Interrupt, task: Task) -> Any:
+def _run(interrupt: Interrupt, task: Task) -> Any:
+    try:
+        return interrupt.run(task)
+    except AiotorchioError as error:
+        # What a peer sent may be held by its frames, and would be freed wherever it is dropped.
+        _clear_frames(error)
+        raise
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+async def _run_on_trio(interrupt: Interrupt, task: Task, *, to_its_end: bool) -> Any:
     ended = threading.Event()
 
     def run() -> Any:
         try:
-            return interrupt.run(task)
+            return _run(interrupt, task)
         finally:
             ended.set()
 
     limiter = _of_this_run(_limiter, lambda: anyio.CapacityLimiter(_THREADS))
+    scope = anyio.CancelScope(shield=to_its_end)
     try:
-        return await anyio.to_thread.run_sync(run, limiter=limiter, abandon_on_cancel=True)
+        with scope:
+            result = await anyio.to_thread.run_sync(run, limiter=limiter, abandon_on_cancel=True)
+        return result
     except anyio.get_cancelled_exc_class():
         if interrupt.request():
             with anyio.CancelScope(shield=True):
@@ -94,22 +113,31 @@ def _work(
     future: asyncio.Future[Any],
     context: Context,
     interrupt: Interrupt,
-    task: Task,
+    tasks: list[Task],
 ) -> None:
+    """Run the one task of a list, and report to a future what came of it.
+
+    When the future is done, nothing in this thread refers to the task, its result or its error any
+    more, so that the caller decides how long they live.
+    """
+    outcome: list[Any] = []
+    report: Callable[[Any], None] = future.set_result
     try:
-        loop.call_soon_threadsafe(future.set_result, context.run(interrupt.run, task))
+        outcome.append(context.run(_run, interrupt, tasks.pop()))
     except StopIteration as error:
         # A future refuses it, and would never be done: a generator would turn it into this, too.
-        refused = RuntimeError("a task raised StopIteration")
-        refused.__cause__ = error
-        loop.call_soon_threadsafe(future.set_exception, refused)
-        del refused
+        outcome.append(RuntimeError("a task raised StopIteration"))
+        outcome[0].__cause__ = error
+        report = future.set_exception
     except BaseException as error:
         # Whatever it is, for whoever waits: nobody else would see it in this thread.
-        loop.call_soon_threadsafe(future.set_exception, error)
-    finally:
-        # See run_in_thread.
-        del future, task
+        outcome.append(error)
+        report = future.set_exception
+    loop.call_soon_threadsafe(_report, report, outcome)
+
+
+def _report(report: Callable[[Any], None], outcome: list[Any]) -> None:
+    report(outcome.pop())
 
 
 def _of_this_run(variable: RunVar[T], make: Callable[[], T]) -> T:

@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "memory": ({"errors", "strided", "collection", "interrupt"}, {"torch"}),
     "streams": ({"errors"}, {"anyio"}),
     "tls": (set(), set()),
-    "threads": ({"interrupt", "streams"}, {"anyio"}),
+    "threads": ({"errors", "interrupt", "streams"}, {"anyio"}),
     "commit": ({"threads"}, {"anyio"}),
     "drive": ({"errors", "wire", "streams", "threads"}, {"anyio"}),
     "transfer": (

@@ -95,6 +95,7 @@ class Placement:
         self._incoming = incoming
         self._swapped = header.byteorder != sys.byteorder
         self._late: list[tuple[int, torch.Tensor, object]] = []
+        self._number_of, self._storages, self._places = {}, [], []
         self.commit: Exchange | Swap | None = None
         self._claimed: BackMemory | None = None
 
@@ -111,9 +112,9 @@ class Placement:
         return max(rows, names * patterns)
 
     @property
-    def tables(self) -> list[list[Any]]:
-        """What is as long as the tables of the header."""
-        return [self._storages, self._places]
+    def tables(self) -> list[list[Any] | dict[Any, Any]]:
+        """What is as long as the tables of the header, as far as it was decided."""
+        return [self._number_of, self._storages, self._places]
 
     @property
     def finish_nbytes(self) -> int:

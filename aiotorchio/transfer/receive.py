@@ -130,11 +130,15 @@ class IncomingMessage:
             self.opened = yield from self._until(HeaderReceived)
         self.chunks_left = self.layout.chunks
 
-    def release(self, *tables: list[Any]) -> Generator[Request, Any, None]:
+    def release(self, *tables: list[Any] | dict[Any, Any]) -> Generator[Request, Any, None]:
         """Free the rows of a large header, and other tables as long, away from the event loop."""
         if self.opened.nbytes > _RELEASED_NBYTES:
-            header = self.header
-            yield Work(functools.partial(release, header.tensors, header.storages, *tables))
+            yield Work(functools.partial(self._release, *tables))
+
+    def _release(self, *tables: list[Any] | dict[Any, Any]) -> None:
+        rows = self.header.tensors
+        release(*tables)
+        release(*[row.names for row in rows if len(row.names) > 1000], rows, self.header.storages)
 
     def describe(self) -> Generator[Request, Any, None]:
         """Prepare ``specs`` for a header that is so large that this takes long."""
@@ -179,8 +183,10 @@ class IncomingMessage:
                 rebuilder = yield from self._rebuilder(options, names=place.by_name_only)
                 payload = yield from work(place.payload, inline=inline)
                 obj = yield from self._load(options, rebuilder, place, payload, inline=inline)
-            except BaseException:
+            except BaseException as error:
                 place.close()
+                if isinstance(error, Exception) and self.opened.nbytes > _RELEASED_NBYTES:
+                    yield Work(functools.partial(release, *place.tables))
                 raise
             return Loaded(obj, place.commit, place.close)
 
