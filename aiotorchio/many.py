@@ -94,7 +94,7 @@ class StreamReader:
             ...             if int(message.metadata["version"]) > version:
             ...                 await message.load(into=model, staged=True)
         """
-        if unread not in get_args(Unread):
+        if not isinstance(unread, str) or unread not in get_args(Unread):
             raise ValueError(f"unread is 'skip' or 'abort', not {unread!r}")
         checked = checked_limits(limits)
         incoming = IncomingMessage(checked)

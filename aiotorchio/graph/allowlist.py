@@ -137,7 +137,7 @@ class Allowlist:
             # It may be the caller's, who has not asked for attributes.
             tensor = tensor.detach()
         if type(tensor) is not named:
-            if JaggedTensor in (type(tensor), named):
+            if type(tensor) is JaggedTensor or named is JaggedTensor:
                 raise UnsafeObjectError(f"a {type(tensor).__name__} as a {named.__name__}")
             tensor = tensor.as_subclass(named)
         if named is JaggedTensor:

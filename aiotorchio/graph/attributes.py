@@ -47,7 +47,7 @@ def set_attributes(tensor: torch.Tensor, state: Any) -> None:
 
 def _is_free(tensor: torch.Tensor, key: str) -> bool:
     kind = type(tensor)
-    if key == PARAMETER_MARK and kind in (torch.Tensor, torch.nn.Parameter):
+    if key == PARAMETER_MARK and (kind is torch.Tensor or kind is torch.nn.Parameter):
         return False
     # Those of the jagged layout were checked when it was made.
     if key in JAGGED_PARTS and isinstance(tensor, JaggedTensor):
@@ -65,7 +65,7 @@ def _is_free(tensor: torch.Tensor, key: str) -> bool:
     return any(
         key in vars(base).get("__slots__", ()) or key in inspect.get_annotations(base)
         for base in type(tensor).__mro__
-        if base not in torch.nn.Parameter.__mro__
+        if not any(base is other for other in torch.nn.Parameter.__mro__)
     )
 
 

@@ -79,7 +79,8 @@ def check_hashes(items: Collection[Any]) -> None:
 
 def make_set(items: Any = ()) -> set[Any]:
     """A set from the list that pickle makes of it."""
-    if type(items) is not list and items != ():
+    is_empty_tuple = type(items) is tuple and not items
+    if type(items) is not list and not is_empty_tuple:
         raise UnsafeObjectError(f"a set from {type(items).__name__}")
     check_hashes(items)
     return set(items)
@@ -134,9 +135,10 @@ def make_bytes(*args: Any) -> bytes:
 
 def encode(*args: Any) -> bytes:
     """Bytes, as protocol 2 has them: the characters of a str."""
-    if len(args) != 2 or type(args[0]) is not str or args[1] not in ("latin1", "latin-1"):
+    if [type(each) for each in args] != [str, str] or args[1] not in ("latin1", "latin-1"):
         raise UnsafeObjectError("bytes made of anything but a str in latin-1")
-    return args[0].encode("latin-1")
+    text: str = args[0]
+    return text.encode("latin-1")
 
 
 def make_bytearray(*args: Any) -> bytearray:

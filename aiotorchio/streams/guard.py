@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 from aiotorchio.errors import StreamBusy, StreamPoisoned
 from aiotorchio.streams.base import Sink, Source
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.blocking_sockets import is_one_way
+from aiotorchio.streams.identity import IdentityTable
 
 __all__ = ["exclusive"]
 
@@ -33,7 +34,7 @@ class _State:
 
 
 _INTERRUPTED = "it was interrupted"
-_states: WeakKeyDictionary[Any, dict[Direction, _State]] = WeakKeyDictionary()
+_states: IdentityTable[dict[Direction, _State]] = IdentityTable()
 
 
 def _state(stream: Any, direction: Direction) -> _State:
@@ -41,7 +42,7 @@ def _state(stream: Any, direction: Direction) -> _State:
         direction = "load"
     try:
         states = _states.setdefault(stream, {})
-    except TypeError:  # streams that cannot be hashed or weakly referenced are not watched
+    except TypeError:  # streams that cannot be weakly referenced are not watched
         return _State()
     return states.setdefault(direction, _State())
 

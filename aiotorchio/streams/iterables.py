@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import anyio.lowlevel
 
 from aiotorchio.streams.base import Buffer, Cursor, Source, connection_errors
+from aiotorchio.streams.identity import IdentityTable
 
 __all__ = ["IterableSource", "resumable"]
 
 # An iterator can't take back the end of a piece that belongs to the next message, so it waits
 # here. Iterables that start anew each time have no next message.
-_left_over: WeakKeyDictionary[Any, bytes | memoryview] = WeakKeyDictionary()
+_left_over: IdentityTable[bytes | memoryview] = IdentityTable()
 
 _NOTHING = memoryview(b"")
 
@@ -85,7 +86,7 @@ def resumable(iterable: AsyncIterable[Buffer]) -> AsyncIterator[Buffer]:
 
 
 class _Resumable:
-    """Stands for an iterator that can't be the key of what it has left over."""
+    """Stands for an iterator that can't be weakly referenced, to keep what it has left over."""
 
     def __init__(self, iterator: AsyncIterator[Buffer]) -> None:
         self._iterator = iterator
@@ -98,10 +99,9 @@ class _Resumable:
 
 
 def _can_wait(iterator: Any) -> bool:
-    """Whether it can be hashed and weakly referenced."""
+    """Whether it can be weakly referenced, so that the table of left-overs forgets it in time."""
     try:
         ref(iterator)
-        hash(iterator)
     except TypeError:
         return False
     return True

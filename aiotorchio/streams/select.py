@@ -103,5 +103,8 @@ def _has(file: Any, *methods: str) -> bool:
         return False
     # Those of sockets only count for sockets.
     names = methods[:1] if isinstance(file, socket.socket) else methods[1:]
-    found = [getattr(file, name) for name in names if hasattr(file, name)]
-    return bool(found) and not any(map(inspect.iscoroutinefunction, found))
+    found = [getattr(file, name, None) for name in names]
+    found = [method for method in found if method is not None]
+    return bool(found) and all(
+        callable(method) and not inspect.iscoroutinefunction(method) for method in found
+    )

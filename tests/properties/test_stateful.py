@@ -164,7 +164,7 @@ class Writer(ByteSendStream):
 
 def is_poisoned(stream: Any, direction: Direction) -> bool:
     """Whether a stream says so; asking it by another call would be a rule of its own."""
-    return guard._states[stream][direction].poison is not None
+    return guard._states.setdefault(stream, {})[direction].poison is not None
 
 
 class Streams(RuleBasedStateMachine):
