@@ -1,7 +1,9 @@
-"""Fixtures that every test can use."""
+"""Fixtures that every test can use, and what holds for the whole run."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -9,20 +11,56 @@ import torch
 import uvloop
 from hypothesis import HealthCheck, settings
 
-# The same examples each time, however slow the machine is; new ones are looked for by fuzz/.
-settings.register_profile(
-    "tests",
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-settings.load_profile("tests")
+from tests import tiers
+from tests.first_error import keep_first_error
 
 ASYNC_WORLDS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
     pytest.param(("asyncio", {"loop_factory": uvloop.new_event_loop}), id="uvloop"),
     pytest.param(("trio", {}), id="trio"),
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose how many random inputs there are, before tests are imported."""
+    tiers.set_tier(config.option.markexpr)
+    # The same examples each time, however slow the machine is; new ones are looked for by fuzz/.
+    settings.register_profile(
+        "tests",
+        max_examples=tiers.examples(100),
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    settings.load_profile("tests")
+
+
+# Before pytest deselects by marks.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases of the full tier."""
+    tiers.mark_tiers(items)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector away from what is there to stay, thousands of tests among it.
+
+    Tests that look for what is left behind collect some thousand times: 0.2 s each, otherwise.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[Any],
+) -> Generator[None, object, object]:
+    """Have a shared fixture that breaks reported once."""
+    try:
+        return (yield)
+    except Exception as error:
+        keep_first_error(fixturedef, error)
+        raise
 
 
 @pytest.fixture(params=ASYNC_WORLDS)

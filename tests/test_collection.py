@@ -15,6 +15,7 @@ import torch
 
 import aiotorchio
 from aiotorchio.collection import collection_paused
+from tests.speed import patience
 
 
 def paused() -> bool:
@@ -82,7 +83,7 @@ with collection_paused():
         os._exit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=patience(60))
 
 
 def test_blocks_that_overlap_do_not_hold_it_up_for_good() -> None:

@@ -16,6 +16,7 @@ pytest.importorskip("resource", reason="peaks of memory are asked for as Unix ha
 
 from fuzz import mutate, parser, pickled, tree
 from fuzz.seed import seeds
+from tests.tiers import examples
 
 # What torch says about kinds of tensors that are new, or rare.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -24,7 +25,7 @@ HARNESSES: dict[str, Any] = {"parser": parser, "tree": tree, "pickled": pickled}
 FINDS = Path(mutate.__file__).parent / "finds"
 SMALL = mutate.small()
 # Inputs in each test; the programs have millions.
-COUNT = 2000
+COUNT = examples(2000)
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,6 @@ def as_before() -> tuple[Any, ...]:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        threading.active_count(),
         descriptors(),
     )
 
@@ -76,10 +75,13 @@ def as_before() -> tuple[Any, ...]:
 def every_line(attempt: Callable[[], str], error: type[BaseException], first: int) -> set[str]:
     """Interrupt an attempt at every so many lines until it is through; what came of it."""
     outcomes, expected = set(), as_before()
+    # Those of other tests may end at any time.
+    threads = set(threading.enumerate())
     for after in range(first, 10**6, STEP):
         with interrupted(after, error) as where:
             outcome = attempt()
         assert as_before() == expected, where
+        assert threads.issuperset(threading.enumerate()), where
         outcomes.add(outcome)
         if not where:
             return outcomes

@@ -46,6 +46,7 @@ from aiotorchio.transfer import receive
 from aiotorchio.wire.frames import END, FRAME_HEAD_SIZE, PREFACE_SIZE, FrameHead
 from tests.corpus import assert_same
 from tests.graph import forge
+from tests.speed import patience
 from tests.test_api import CHUNKED, LARGE, PICKLED, SMALL, cancellable, encoded, failing
 from tests.wire.helpers import frame, parse
 from tests.worlds import (
@@ -889,7 +890,7 @@ async def anything_is_kept(data: bytes) -> bool:
 
 async def lives_on(memory: ref[torch.UntypedStorage]) -> bool:
     # A worker thread, or trio itself, may take another turn to let go of what it has returned.
-    with anyio.move_on_after(1):
+    with anyio.move_on_after(patience(1)):
         await until(lambda: memory() is None)
     return memory() is not None
 

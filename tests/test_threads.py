@@ -9,6 +9,7 @@ import anyio.to_thread
 import pytest
 
 from aiotorchio.threads import run_in_thread
+from tests.speed import patience
 
 
 async def wait_in_a_thread(done: threading.Event) -> None:
@@ -23,12 +24,12 @@ async def test_messages_go_on_while_all_threads_of_anyio_wait_for_them() -> None
         for _ in range(int(limiter.total_tokens)):
             group.start_soon(wait_in_a_thread, done)
         await anyio.wait_all_tasks_blocked()
-        with anyio.fail_after(60):
+        with anyio.fail_after(patience(60)):
             await run_in_thread(done.set)
 
 
 @pytest.mark.anyio
 async def test_a_task_that_raises_stop_iteration() -> None:
     """A predicate of the caller's may, and a future of asyncio cannot carry it."""
-    with anyio.fail_after(60), pytest.raises((RuntimeError, StopIteration)):
+    with anyio.fail_after(patience(60)), pytest.raises((RuntimeError, StopIteration)):
         await run_in_thread(lambda: next(iter(())))

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from aiotorchio.compat import streaming_load, streaming_save
+from tests.speed import patience
 
 CHUNKS = (0, 3)
 STEP = 7
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=patience(60))
 
 loads: list[None] = []
 

@@ -31,12 +31,13 @@ from anyio.streams.tls import TLSStream
 
 import aiotorchio
 from aiotorchio import Summary
+from tests.speed import patience, slowdown
 
 T = TypeVar("T")
 Script = Callable[["End"], Coroutine[Any, Any, T]]
 
 # Nothing takes that long, unless it hangs.
-PATIENCE = 30
+PATIENCE = patience(30)
 
 
 class End(ABC):
@@ -436,7 +437,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def soon(condition: Callable[[], bool]) -> bool:
     """Whether something is so before anybody's clock can matter: TCP probes after 200 ms."""
     # Turns of the loop alone would be too few where worker threads wait for a busy machine.
-    turns, deadline = 0, anyio.current_time() + 0.15
+    turns, deadline = 0, anyio.current_time() + 0.15 * slowdown()
     while turns < 1000 or anyio.current_time() < deadline:
         if condition():
             return True

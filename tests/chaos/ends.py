@@ -18,10 +18,11 @@ import anyio
 import anyio.abc
 from anyio.streams.tls import TLSStream
 
+from tests.speed import patience
 from tests.worlds import PATIENCE, AnyioEnd, AsyncioEnd, BlockingEnd, End, World
 
 # Seconds for a peer to answer, who may be cut off.
-_FAREWELL = 5
+_FAREWELL = patience(2)
 # What a farewell meets where the connection is gone.
 _BROKEN = (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError)
 

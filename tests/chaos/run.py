@@ -31,12 +31,13 @@ from aiotorchio import AiotorchioError
 from aiotorchio.streams import guard
 from tests.chaos.proxy import Link
 from tests.chaos.transfers import Progress, Transfer, Transfers
+from tests.speed import patience
 from tests.worlds import ANYIO_BACKENDS, End, Script, World, descriptors, run_blocking
 
 __all__ = ["Outcome", "Report", "run"]
 
 # What takes longer hangs.
-DEADLINE = 20.0
+DEADLINE = patience(20)
 _AT_ONCE = 12
 _MEMORY_MAX = 64 * 2**20
 

@@ -13,9 +13,10 @@ import pytest
 from tests.chaos.proxy import ENDINGS, Fault, Mangler
 from tests.chaos.run import Report, run
 from tests.chaos.transfers import HARMLESS, KINDS, Transfers
+from tests.tiers import examples
 from tests.worlds import WORLDS
 
-TRANSFERS = 2000
+TRANSFERS = examples(2000)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_every_world_took_part(report: Report) -> None:
 
 def test_wrong_objects_would_be_noticed() -> None:
     """Without checksums, changed bytes are others."""
-    transfers = Transfers(400, seed=0, reckless=True)
+    transfers = Transfers(examples(400), seed=0, reckless=True)
     changed = [n for n, each in enumerate(transfers) if each.kind in ("corrupt", "swap")]
     report = run(transfers, changed)
     assert sum("AssertionError" in failure for failure in report.failures) > len(changed) / 10

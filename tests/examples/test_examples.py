@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.speed import patience
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # With what they run here.
@@ -29,14 +32,26 @@ Run = Callable[[str], subprocess.CompletedProcess[str]]
 
 def run_example(name: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLES / name), *ARGUMENTS[name].split()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=patience(120))
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    """What came of an example; they run beside each other, which takes half as long."""
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    """What came of an example; they run beside each other, which takes half as long.
+
+    Only those of which a test asks, the slow ones of them in the full tier.
+    """
+    sources = [
+        inspect.getsource(item.function)
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.path == Path(__file__)
+    ]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        runs = {name: pool.submit(run_example, name) for name in ARGUMENTS}
+        runs = {
+            name: pool.submit(run_example, name)
+            for name in ARGUMENTS
+            if any(f'run("{name}")' in source for source in sources)
+        }
         yield lambda name: runs[name].result()
 
 

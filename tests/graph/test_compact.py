@@ -23,6 +23,7 @@ from aiotorchio.wire.header import validate
 from tests.corpus import assert_same
 from tests.graph import forge
 from tests.memory.layouts import raw
+from tests.tiers import examples
 
 DTYPES = [
     *(torch.uint8, torch.bool, torch.int16, torch.bfloat16, torch.float32, torch.int64),
@@ -148,7 +149,7 @@ def flagged(draw: Callable[[Any], Any], tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(data=st.data(), sizes=st.lists(st.integers(0, 300), min_size=1, max_size=3))
 def test_any_views_of_any_storages(data: st.DataObject, sizes: list[int]) -> None:
     storages = [torch.randint(2, (size,), dtype=torch.uint8).untyped_storage() for size in sizes]
@@ -189,7 +190,7 @@ def can_widen(t: torch.Tensor) -> bool:
     )
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(
     shape=st.lists(st.integers(1, 6), min_size=1, max_size=3),
     chains=st.lists(
@@ -212,7 +213,7 @@ def test_views_of_one_tensor(shape: list[int], chains: list[list[tuple[str, int,
     check(tensors)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     rows=st.integers(1, 300),
     columns=st.integers(1, 60),

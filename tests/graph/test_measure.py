@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from aiotorchio.errors import ProtocolError
 from aiotorchio.graph import tree
 from aiotorchio.graph.measure import measured
+from tests.speed import patience
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text()
@@ -97,7 +98,7 @@ def test_python_s_own_limit_is_not_what_refuses_deep_nesting(recursion: int, sta
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience(120),
     )
     tree, header = run.stdout.splitlines()
     assert tree.startswith("LimitExceeded: nested deeper than 256 levels"), run.stderr

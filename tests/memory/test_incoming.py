@@ -39,6 +39,7 @@ from tests.memory.layouts import (
     storages_made,
     with_elements_of,
 )
+from tests.tiers import examples
 
 
 def present(storage: torch.UntypedStorage | None) -> torch.UntypedStorage:
@@ -238,7 +239,7 @@ def rows(draw: Callable[[Any], Any]) -> Row:
     return Row(size, goes, tuple(pairs))
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(
     st.lists(rows(), max_size=8),
     st.sampled_from([64, 4096, 100_032, 2**20]),

@@ -21,6 +21,7 @@ from tests.memory.layouts import (
     received,
     staging,
 )
+from tests.tiers import examples
 
 
 def sent(outgoing: OutgoingPayload, end: int, chunk: int) -> bytes:
@@ -32,7 +33,7 @@ def sent(outgoing: OutgoingPayload, end: int, chunk: int) -> bytes:
     return b"".join(pieces)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     sizes=st.lists(
         st.one_of(

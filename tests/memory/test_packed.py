@@ -16,6 +16,7 @@ from aiotorchio.memory.packed import Packed
 from aiotorchio.memory.staging import Here, bytes_of
 from aiotorchio.strided import Part, order_of
 from tests.memory.layouts import CopierOnCpu, View, raw, shapes, staging, views
+from tests.tiers import examples
 
 DTYPES = [torch.uint8, torch.int16, torch.float32, torch.int64, torch.complex128]
 
@@ -34,7 +35,7 @@ def contiguous(tensor: torch.Tensor) -> bytes:
     return bytes(raw(moved).flatten().tolist())
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(
     data=st.data(),
     view=shapes.flatmap(lambda shape: views(shape)),
@@ -84,7 +85,7 @@ def sent(payload: OutgoingPayload, end: int, chunk: int) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     rows=st.sampled_from([1, 2, 7, 100, 1000]),
     blocks=st.lists(st.integers(1, 70), min_size=1, max_size=4),

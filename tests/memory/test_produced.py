@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from aiotorchio.memory.produced import ProducedPayload
 from aiotorchio.memory.staging import bytes_of
 from tests.memory.layouts import CopierOnCpu, CountingCopier, filled, joined, layout, staging
+from tests.tiers import examples
 
 
 class Producer:
@@ -65,7 +66,7 @@ sizes_of_tensors = st.lists(
 chunk_sizes = st.sampled_from([64, 192, 4096, 20_032, 2**16])
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(sizes_of_tensors, chunk_sizes, st.booleans())
 def test_any_tensors_are_sent_one_at_a_time(sizes: list[int], chunk: int, on_device: bool) -> None:
     offsets, end = layout(sizes)
@@ -80,7 +81,7 @@ def test_any_tensors_are_sent_one_at_a_time(sizes: list[int], chunk: int, on_dev
     assert copier.copied == on_device * sum(sizes)
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(sizes_of_tensors, chunk_sizes)
 def test_a_chunk_holds_while_the_next_one_is_made(sizes: list[int], chunk: int) -> None:
     offsets, end = layout(sizes)

@@ -26,6 +26,7 @@ from tests.memory.layouts import (
     views,
     with_elements_of,
 )
+from tests.tiers import examples
 
 # Quantized tensors are taken apart before they are sent.
 DTYPES = [dtype for name, dtype in TORCH_DTYPES.items() if not name.startswith("q")]
@@ -77,7 +78,7 @@ def with_numbers(view: View, dtype: torch.dtype) -> torch.Tensor:
     return view.over(numbers.to(dtype).untyped_storage(), dtype)
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(shapes, st.sampled_from(DTYPES), starts, chunks, copiers, st.data())
 def test_any_layout_is_taken_into_any_other(
     shape: tuple[int, ...],
@@ -94,7 +95,7 @@ def test_any_layout_is_taken_into_any_other(
     assert bytes_of_storage(tensor) == expected
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(shapes, st.sampled_from(DTYPES), starts, chunks, copiers, st.data())
 def test_the_same_layout_is_taken_as_it_lies(
     shape: tuple[int, ...],
@@ -115,7 +116,7 @@ def test_the_same_layout_is_taken_as_it_lies(
     assert bytes_of_storage(tensor) == expected
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(
     shapes,
     st.sampled_from([(COUNTS, COUNTS), (COUNTS, REAL), (REAL, REAL), (REAL + COUNTS, COMPLEX)]),
@@ -141,7 +142,7 @@ def test_numbers_are_converted_as_torch_does(
     assert bytes_of_storage(tensor) == bytes_of_storage(expected)
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(
     shapes,
     st.sampled_from(COMPLEX),
@@ -253,7 +254,7 @@ def test_an_alias_does_not_let_a_storage_grow() -> None:
 # Without a route, when all has arrived
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(shapes, st.sampled_from(DTYPES), st.data())
 def test_elements_are_copied_as_they_are(
     shape: tuple[int, ...], dtype: torch.dtype, data: st.DataObject

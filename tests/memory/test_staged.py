@@ -30,6 +30,7 @@ from tests.memory.layouts import (
     views,
     with_elements_of,
 )
+from tests.tiers import examples
 
 COPIER = CountingCopier()
 NUMBERS = [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.bool]
@@ -73,7 +74,7 @@ def destinations_of_each_kind() -> list[torch.Tensor]:
 # Exchange
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.lists(destinations(), max_size=4), st.sampled_from([64, 2**22]))
 def test_bytes_are_exchanged_and_come_back(tensors: list[torch.Tensor], step: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -292,7 +293,7 @@ def test_a_copy_that_fails_leaves_all_as_it_was() -> None:
         swapped(memory, [base])
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30), st.sampled_from([1, 2, 3]))))
 def test_what_a_message_does_not_have_is_there_after_it(lines: list[tuple[int, int, int]]) -> None:
     """Other tensors of the same storage, and bytes that no tensor shows."""

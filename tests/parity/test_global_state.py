@@ -18,6 +18,7 @@ import aiotorchio
 from tests import corpus
 from tests.graph import forge
 from tests.parity.twins import our_file
+from tests.speed import patience
 
 LOADS = 200
 
@@ -158,10 +159,10 @@ def loads() -> list[Load]:
 def test_in_threads(loads: list[Load], untouched: None) -> None:
     results: list[Any] = [None] * LOADS
     states: list[Any] = [None] * LOADS
-    together = threading.Barrier(LOADS)
+    together = threading.Barrier(LOADS, timeout=patience(30))
 
     def work(n: int) -> None:
-        together.wait(30)
+        together.wait()
         try:
             results[n] = aiotorchio.load(io.BytesIO(loads[n].data), **loads[n].options)
         except Exception as error:

@@ -31,6 +31,7 @@ from tests.corpus import Tagged, assert_same, of_dtype
 from tests.graph import forge
 from tests.parity import tensor_kinds as kinds
 from tests.parity.twins import by_stream, by_torch, by_us, our_file, torch_file
+from tests.speed import patience
 
 pytestmark = pytest.mark.filterwarnings(
     # What torch says of its own functions that the tests use.
@@ -955,7 +956,7 @@ def test_tensors_in_shared_memory() -> None:
 
 ROOT = Path(__file__).parents[2]
 RANKS = 3
-DEADLINE = 120
+DEADLINE = patience(120)
 
 
 def test_dtensors_of_several_ranks(tmp_path: Path) -> None:

@@ -25,11 +25,12 @@ from tests.test_api import encoded
 pytest.importorskip("resource", reason="fuzz asks for peaks of memory as Unix has them")
 from fuzz import mutate
 from fuzz.objects import LIMITS
+from tests.tiers import examples
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 frequent = settings(
-    max_examples=60,
+    max_examples=examples(60),
 )
 SAMPLES = [*mutate.larger().values(), *mutate.small().values()]
 BEHIND = b"not of this message"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import aiotorchio
 from tests.corpus import assert_same
 from tests.properties.objects import graphs
+from tests.tiers import examples
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -22,7 +23,7 @@ OPTIONS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
 
 
 @settings(
-    max_examples=400,
+    max_examples=examples(400),
 )
 @given(graphs(), OPTIONS)
 def test_objects_arrive_as_they_left(obj: Any, options: dict[str, Any]) -> None:

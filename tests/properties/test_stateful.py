@@ -35,6 +35,7 @@ from aiotorchio import (
 from aiotorchio.streams import guard
 from aiotorchio.streams.guard import Direction
 from tests.corpus import assert_same
+from tests.tiers import examples
 from tests.worlds import run_blocking
 
 PATIENCE = 10.0
@@ -385,5 +386,5 @@ class Streams(RuleBasedStateMachine):
         self.inline.stop()
 
 
-Streams.TestCase.settings = settings(max_examples=70, stateful_step_count=40)
+Streams.TestCase.settings = settings(max_examples=examples(70), stateful_step_count=40)
 TestStreams = Streams.TestCase

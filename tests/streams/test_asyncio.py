@@ -21,6 +21,7 @@ from aiotorchio.errors import StreamPoisoned, TruncatedError
 from aiotorchio.streams import _asyncio
 from aiotorchio.streams._asyncio import AsyncioSink, AsyncioSource
 from tests.corpus import assert_same
+from tests.speed import patience
 from tests.test_api import LARGE, SMALL, encoded
 from tests.worlds import AsyncioEnd, all_blocked, asyncio_end, both_ends, connected, soon, until
 
@@ -168,7 +169,10 @@ async def main():
 asyncio.run(main())
 """
     run = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-O", "-c", program], capture_output=True, timeout=60
+        subprocess.run,
+        [sys.executable, "-O", "-c", program],
+        capture_output=True,
+        timeout=patience(60),
     )
     assert run.stdout.split() == [b"44999850000", b"144491500", b"b''"], run.stderr
 

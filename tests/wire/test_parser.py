@@ -38,6 +38,7 @@ from aiotorchio.wire.parser import (
     ReadBytes,
     SkeletonReceived,
 )
+from tests.speed import patience
 from tests.wire.helpers import (
     CHUNK_SIZE,
     EMPTY_DICT,
@@ -615,7 +616,11 @@ for name in {modules!r}:
 print(*({{"torch", "numpy", "anyio", "trio", "asyncio", "socket", "ssl"}} & set(sys.modules)))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=patience(60),
     )
     assert done.stdout.strip() == ""
     assert len(modules) == 8
