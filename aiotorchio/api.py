@@ -20,6 +20,7 @@ from aiotorchio.drive import (
     Next,
     Request,
     Send,
+    Turns,
     drive,
     next_item,
     pace_of_load,
@@ -329,7 +330,8 @@ def iter_bytes(
     Returns:
         Gives pieces of up to 256 KiB. Those of tensors on the CPU are read-only views of the
         tensors themselves, not copies: use them before the tensors change, or pass
-        ``snapshot=True``.
+        ``snapshot=True``. At least once in 4 MiB other tasks have their turn, and a cancellation is
+        taken, even if the consumer never waits.
 
     Raises:
         Exception: What ``save_to_stream`` raises before it sends.
@@ -349,8 +351,11 @@ async def _pieces(
     message: Generator[Request, Any, Summary],
 ) -> AsyncGenerator[bytes | memoryview, None]:
     with contextlib.closing(message), contextlib.suppress(StopIteration):
+        # A consumer with room for everything never waits: else nobody could stop it.
+        turns = Turns()
         request = next(message)
         while True:
+            await turns.item()
             task: Task | None = None
             match request:
                 case Send(buffers, task, passing):
@@ -359,6 +364,7 @@ async def _pieces(
                             yield piece.toreadonly()
                         else:
                             yield bytes(piece)
+                        await turns.item(len(piece))
                     # A tensor of the caller's iterator is free when the next is asked for.
                     buffers, piece = (), b""
                 case Work(task):

@@ -42,6 +42,8 @@ T = TypeVar("T")
 # How long a task works on the event loop before others have their turn: short beside the 50 ms
 # that a loop may be held, long beside the 20 us that a turn costs.
 _TURN_SECONDS = 0.005
+# How much it hands out until then, with no clock: in bytes, and in bytes that stand for an item.
+_TURN_NBYTES, _ITEM_NBYTES = 2**22, 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +117,23 @@ class Turns:
 
     def __init__(self) -> None:
         self._due = time.perf_counter() + _TURN_SECONDS
+        self._nbytes = 0
+
+    async def item(self, nbytes: int = 0) -> None:
+        """Count an item that a consumer has taken; it may not wait for anything itself."""
+        self._nbytes += nbytes + _ITEM_NBYTES
+        if self._nbytes >= _TURN_NBYTES:
+            self._due = 0.0
+        await self.checkpoint()
 
     async def checkpoint(self) -> None:
         """Let other tasks run, and take a cancellation, if it is time."""
         if time.perf_counter() >= self._due:
-            await anyio.lowlevel.checkpoint()
-            self._due = time.perf_counter() + _TURN_SECONDS
+            try:
+                await anyio.lowlevel.checkpoint()
+            finally:
+                # After a cancellation, too: whoever goes on from there gets further.
+                self._due, self._nbytes = time.perf_counter() + _TURN_SECONDS, 0
 
 
 async def drive(message: Generator[Request, Any, T], stream: Source | Sink) -> T:

@@ -14,7 +14,7 @@ import anyio.lowlevel
 import torch
 
 from aiotorchio.commit import carry_out
-from aiotorchio.drive import Request, drive
+from aiotorchio.drive import Request, Turns, drive
 from aiotorchio.errors import StreamBusy, StreamPoisoned
 from aiotorchio.graph.names import TensorSpec
 from aiotorchio.options import (
@@ -303,11 +303,14 @@ class _Tensors:
         self._options = options
         self._stream: TensorStream | None = None
         self._ready: deque[tuple[str, torch.Tensor]] = deque()
+        self._turns = Turns()
 
     def __aiter__(self) -> _Tensors:
         return self
 
     async def __anext__(self) -> tuple[str, torch.Tensor]:
+        # Before a tensor is taken out: a cancellation loses none.
+        await self._turns.item()
         if not self._ready:
             self._message.check(untouched=self._stream is None)
             if self._stream is None:

@@ -18,6 +18,8 @@ __all__ = ["IterableSource", "resumable"]
 _left_over: IdentityTable[bytes | memoryview] = IdentityTable()
 
 _NOTHING = memoryview(b"")
+# How many pieces, which may be small or empty, are taken before other tasks have their turn.
+_TURN_PIECES = 64
 
 
 class IterableSource(Source):
@@ -31,7 +33,7 @@ class IterableSource(Source):
         self._iterator = aiter(iterable)
         self._owned = self._iterator is not iterable
         self._resumes = not self._owned and _can_wait(iterable)
-        self._piece = _NOTHING
+        self._piece, self._pieces = _NOTHING, 0
         if self._resumes:
             self._piece = memoryview(_left_over.pop(iterable, b""))
 
@@ -54,6 +56,9 @@ class IterableSource(Source):
         while not self._piece:
             # A view, even of nothing, would keep a bytearray from changing its size.
             self._piece = _NOTHING
+            self._pieces += 1
+            if self._pieces % _TURN_PIECES == 0:
+                await anyio.lowlevel.checkpoint()
             with connection_errors():
                 try:
                     piece = await anext(self._iterator)
