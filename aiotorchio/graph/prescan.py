@@ -187,14 +187,18 @@ class _Scan(Machine):
     def global_(self, argument: bytes) -> None:
         path = path_of(argument)
         if is_blocked(path):
-            raise UnsafeObjectError(f"global {path!r} is never allowed with weights_only=True")
+            raise UnsafeObjectError(
+                f"{path!r} is not an allowed global, and its module is blocked: only "
+                "weights_only=False loads it, if you trust the sender"
+            )
         if path not in self.allowed:
             needed = next((_NEEDS[part] for part in _NEEDS if path.startswith(part)), None)
             hint = f"'import {needed}' allows it; " if needed else ""
             raise UnsafeObjectError(
-                f"global {path!r} is not allowed; {hint}if you trust it, "
-                "pass it in safe_globals or to torch.serialization.add_safe_globals, or "
-                "weights_only=False if you trust the sender"
+                # The words that users of torch, and its own tests, match.
+                f"{path!r} was not an allowed global by default; {hint}if you trust it, pass it in "
+                "safe_globals or to torch.serialization.add_safe_globals; if you trust the sender, "
+                "pass weights_only=False"
             )
         if path not in self.globals:
             ours = getattr(self.allowed[path], "__module__", "").startswith(_PACKAGE)

@@ -8,8 +8,8 @@ __all__ = ["LOW", "REASONS"]
 REASONS: dict[str, dict[str, dict[str, str]]] = {
     "pickle": {
         "UnsafeObjectError": {
-            "never allowed": "os posix sys named_only",
-            "global '.*allowed": """
+            "module is blocked": "os posix sys named_only",
+            "was not an allowed global by default": """
                 builtins builtins_of_python_2 eval getattr import io pickle torch_function
                 torch.hub copyreg subprocess class dotted numpy numpy_1 FloatTensor
                 FloatTensor_new FloatStorage UntypedStorage UntypedStorage_new TypedStorage

@@ -24,6 +24,7 @@ import torch
 from torch.utils import serialization
 
 import aiotorchio
+from aiotorchio import compat
 from tests import corpus
 from tests.graph import forge
 from tests.parity.twins import (
@@ -1032,8 +1033,13 @@ def test_weights_only_of_another_type_runs_nothing(weights_only: Any) -> None:
 def test_the_error_names_what_is_not_allowed() -> None:
     path = f"{Thing.__module__}.Thing"
     for load in (by_torch, by_us):
-        with pytest.raises(pickle.UnpicklingError, match=path):
+        with pytest.raises(pickle.UnpicklingError, match=f"{path}.* was not an allowed global"):
             load(Thing())
+    file = io.BytesIO()
+    compat.streaming_save(Thing(), file)
+    file.seek(0)
+    with pytest.raises(pickle.UnpicklingError, match=f"{path}.* was not an allowed global"):
+        compat.streaming_load(file)
 
 
 @pytest.fixture
