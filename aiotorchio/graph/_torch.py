@@ -17,6 +17,8 @@ from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 from torch.nested._internal.nested_tensor import NestedTensor as JaggedTensor
 from torch.utils.hooks import warn_if_has_hooks
 
+from aiotorchio.graph.indices import check_coo_indices
+
 __all__ = [
     "BLOCKED_MODULES",
     "JAGGED_PARTS",
@@ -167,11 +169,26 @@ def make_coo(
 ) -> torch.Tensor:
     """A sparse COO tensor of parts that fit together; a RuntimeError if they don't."""
     if _has_numbers(indices):
-        torch._validate_sparse_coo_tensor_args(indices, values, size, is_coalesced)
+        if _is_usual(indices, values, size):
+            distinct = bool(is_coalesced) and values.numel() > 1
+            check_coo_indices(indices, size, distinct=distinct)
+        else:
+            torch._validate_sparse_coo_tensor_args(indices, values, size, is_coalesced)
     tensor: torch.Tensor = torch.ops.aten._sparse_coo_tensor_unsafe(
         indices, values, size, is_coalesced=is_coalesced
     )
     return tensor
+
+
+def _is_usual(indices: torch.Tensor, values: torch.Tensor, size: Any) -> bool:
+    """Whether only the numbers of the indices are left to be checked, and are in reach."""
+    return (
+        indices.device.type == values.device.type == "cpu"
+        and indices.dim() == 2
+        and indices.dtype == torch.int64
+        and len(size) == len(indices) + max(values.dim(), 1) - 1
+        and indices.is_pinned() == values.is_pinned()
+    )
 
 
 def make_compressed(
