@@ -8,7 +8,15 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["HUGE_PAGE", "first_byte", "scratch", "use_huge_pages", "view_of"]
+__all__ = [
+    "HUGE_PAGE",
+    "copy_bytes",
+    "copy_small",
+    "first_byte",
+    "scratch",
+    "use_huge_pages",
+    "view_of",
+]
 
 
 def first_byte(tensor: torch.Tensor) -> int:
@@ -39,6 +47,20 @@ def view_of(storage: torch.UntypedStorage) -> memoryview:
     # through its array it keeps the storage alive.
     array.storage = storage  # type: ignore[attr-defined]
     return memoryview(array).cast("B")
+
+
+_COPIED_AT_ONCE = 2**18
+# It keeps the interpreter's lock; ctypes.memmove gives it up, and a thread that copies thousands of
+# small pieces then waits 5 ms for each while another one computes.
+copy_small = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+)
+
+
+def copy_bytes(destination: int, source: int, nbytes: int) -> None:
+    """Copy memory from one address to another; large pieces let other threads run meanwhile."""
+    move = ctypes.memmove if nbytes > _COPIED_AT_ONCE else copy_small
+    move(destination, source, nbytes)
 
 
 def scratch(nbytes: int) -> memoryview:

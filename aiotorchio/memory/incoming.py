@@ -7,7 +7,6 @@ of many small storages goes through a slab as a whole: the number of its buffers
 
 from __future__ import annotations
 
-import ctypes
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 
 from aiotorchio.collection import collection_paused
 from aiotorchio.interrupt import check_interrupt, interruptible
-from aiotorchio.memory.host import HUGE_PAGE, scratch, use_huge_pages, view_of
+from aiotorchio.memory.host import HUGE_PAGE, copy_small, scratch, use_huge_pages, view_of
 from aiotorchio.memory.outgoing import (
     SMALL_STORAGE,
     NeedsStaging,
@@ -273,7 +272,7 @@ class IncomingPayload:
             self._copier.copy(bytes_of(storage)[within], slab[at])
         else:
             # Two slices and a copy_() would take ten times as long for a storage of 4 KiB.
-            ctypes.memmove(
+            copy_small(
                 storage.data_ptr() + start - region.start,
                 slab.data_ptr() + start - slab_start,
                 stop - start,

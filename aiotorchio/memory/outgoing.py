@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 
-from aiotorchio.memory.host import view_of
+from aiotorchio.memory.host import copy_small, view_of
 from aiotorchio.memory.packed import Packed
 from aiotorchio.memory.staging import Copier, DeviceCopier, Here, OnDevice, Slabs, bytes_of
 from aiotorchio.strided import Part
@@ -48,6 +47,7 @@ class OutgoingPayload:
     Attributes:
         has_staged: Whether any storage is on a device.
         has_packed: Whether elements have to be gathered, which takes microseconds a piece.
+        small: How many storages and parts are small, so that they are gathered.
         borrows: Whether the chunk that was taken last shows the memory of storages on the host.
     """
 
@@ -94,6 +94,7 @@ class OutgoingPayload:
             self._small[n] = False
         self.has_staged = any(self._staged)
         self.has_packed = bool(self._packed)
+        self.small = sum(self._small)
         self.borrows = False
         # Without a device there is nothing but views to stage.
         self._slabs = Slabs(chunk_size, copier or DeviceCopier()) if self.has_staged else None
@@ -181,7 +182,7 @@ class OutgoingPayload:
         view, address = view_of(gathered), gathered.data_ptr()
         position = start
         # Looked up once: a chunk of small storages takes thousands of turns.
-        starts, ends, firsts, memmove = self._starts, self._ends, self._firsts, ctypes.memmove
+        starts, ends, firsts = self._starts, self._ends, self._firsts
         for n in range(index, stop):
             first, last = starts[n], ends[n]
             source = self._checked(n).data_ptr() + firsts[n]
@@ -191,5 +192,5 @@ class OutgoingPayload:
             elif position < first:
                 view[position - start : first - start] = _PADDING[: first - position]
             position = last if last < end else end
-            memmove(address + first - start, source, position - first)
+            copy_small(address + first - start, source, position - first)
         return view

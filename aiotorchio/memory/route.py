@@ -5,14 +5,13 @@ The tensor may have another layout, dtype or device. No more of it is in flight 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from aiotorchio.errors import MismatchError
 from aiotorchio.interrupt import check_interrupt
-from aiotorchio.memory.host import first_byte, view_of
+from aiotorchio.memory.host import copy_bytes, first_byte, view_of
 from aiotorchio.memory.staging import Copier
 from aiotorchio.strided import boxes, order_of
 
@@ -176,7 +175,7 @@ class Route:
             self._take_elements(slab, slab_start, start, end, copier)
         elif copier is None:
             # Two slices and a copy_() would take ten times as long for a tensor of 4 KiB.
-            ctypes.memmove(
+            copy_bytes(
                 self._storage.data_ptr() + self._first_byte + start - self.start,
                 slab.data_ptr() + start - slab_start,
                 end - start,

@@ -35,10 +35,12 @@ class Snapshot:
     Attributes:
         has_staged: As of the payload.
         has_packed: Not any more.
+        small: None: they were gathered when they were copied.
         borrows: Never: nobody changes what is sent.
     """
 
     borrows = has_packed = False
+    small = 0
 
     def __init__(
         self,

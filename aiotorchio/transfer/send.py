@@ -170,7 +170,7 @@ def send_message(
         return _size(buffers)
 
     frame: list[Buffer] = []
-    away = payload.has_staged or payload.has_packed
+    away = payload.has_staged or payload.has_packed or payload.small > INLINE_ROWS
     if layout.chunks:
         frame = yield from work(functools.partial(compose, 0), inline=not away)
     nbytes, ended = 0, False

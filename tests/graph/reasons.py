@@ -132,10 +132,10 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "a part of a tensor of layout": "quantized_sparse",
             "that is expanded": "quantized_expanded coo_expanded",
             "a part of a tensor that is a": "quantized_none nested_not_tensors",
-            "size is inconsistent with indices": "coo_index coo_size",
-            "overflow": "coo_overflow",
+            "a sparse tensor has index .*, whose size is": "coo_index coo_size",
+            "too many elements": "coo_overflow",
             "same nnz": "coo_values",
-            "uncoalesced": "coo_uncoalesced",
+            "not sorted and distinct": "coo_uncoalesced",
             "backend of indices": "coo_meta",
             "sparse_dim x nnz": "coo_floats",
             "other parts than its layout has": """
