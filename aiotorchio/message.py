@@ -264,8 +264,8 @@ class Message:
                 result = await drive(message, self._source)
                 self._broken = False
                 return result
-        except Exception:
-            # Nothing was read by one that was refused before.
+        except BaseException:
+            # Nothing was read by one that was refused, or cancelled, before.
             self._broken = not self._incoming.untouched
             raise
         finally:

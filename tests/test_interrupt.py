@@ -343,3 +343,33 @@ async def test_a_load_that_is_cancelled_at_its_longest_work() -> None:
             await anyio.to_thread.run_sync(begun.wait)
             group.cancel_scope.cancel()
     assert len(gave_up) == 1
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("way", ["load", "iterate"])
+async def test_a_message_that_was_cancelled_before_it_was_read_can_still_be_read(way: str) -> None:
+    begun = threading.Event()
+
+    def predicate(name: str) -> bool:
+        begun.set()
+        while True:
+            check_interrupt()
+
+    state = {name: torch.full((1,), float(n)) for n, name in enumerate(NAMES[:1000])}
+    pieces = Pieces([forge.compose(forge.flattened(state))])
+
+    async def read() -> None:
+        if way == "load":
+            await message.load(select=predicate)
+        else:
+            async for _ in message.iterate(select=predicate):
+                pass
+
+    with anyio.fail_after(60):
+        async with aiotorchio.StreamReader(pieces).open() as message:
+            async with anyio.create_task_group() as group:
+                group.start_soon(read)
+                await anyio.to_thread.run_sync(begun.wait)
+                group.cancel_scope.cancel()
+            loaded = await message.load()
+    assert [float(tensor) for tensor in loaded.values()] == list(map(float, range(1000)))

@@ -166,7 +166,8 @@ class IncomingMessage:
         if self._specs is None:
             self._describe()
         if isinstance(self._specs, AiotorchioError):
-            raise self._specs
+            # Not with the frames of whoever asked before.
+            raise self._specs.with_traceback(None)
         assert self._specs is not None
         return self._specs
 

@@ -93,6 +93,8 @@ class TensorStream:
 
     def _prepare(self) -> None:
         self._place.decide()
+        # An earlier attempt may have been cancelled in the middle.
+        self._waiting.clear()
         header, layout, wanted = self._message.header, self._message.layout, self._place.wanted
         unnamed = sum(not row.names for row in interruptible(header.tensors))
         if unnamed and wanted.all:
