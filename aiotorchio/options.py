@@ -298,7 +298,8 @@ def load_options(
     weights_only = weights_only or _weights_only_is_forced()
     if weights_only and pickle_module is not None:
         raise ValueError(
-            "pickle_module has no meaning with weights_only=True: nothing would use it"
+            "Can not safely load weights when explicit pickle_module is specified: "
+            "weights_only=True would not use it"
         )
     if into is None and (not strict or staged or cast or lock is not None):
         raise ValueError("strict, cast, staged and lock have no meaning without into")

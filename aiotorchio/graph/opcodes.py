@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from aiotorchio.errors import LimitExceeded, ProtocolError, UnsafeObjectError
 from aiotorchio.graph._torch import BLOCKED_MODULES, python_name
+from aiotorchio.graph.refusals import opcode_refused, protocol_refused
 from aiotorchio.interrupt import interruptible
 from aiotorchio.wire import bounds
 
@@ -51,17 +52,14 @@ def opcodes(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         code = data[position]
         layout = _LAYOUT_OF.get(code)
         if layout is None:
-            raise UnsafeObjectError(f"opcode {_name(code)} is not allowed", offset=position)
+            raise opcode_refused(code, _name(code), position)
         try:
             start, end = _argument(data, layout, position + 1)
         except ProtocolError as error:
             error.offset = position
             raise
         if code == _PROTO and data[start] != 2:
-            raise UnsafeObjectError(
-                f"pickle protocol {data[start]}: with weights_only=True only 2 is loaded",
-                offset=position,
-            )
+            raise protocol_refused(data[start], position)
         yield position, code, data[start:end]
         position = end
         if code == _STOP:

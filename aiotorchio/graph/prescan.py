@@ -25,6 +25,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 
 from aiotorchio.collection import collection_paused
 from aiotorchio.errors import AiotorchioError, ProtocolError, UnsafeObjectError
+from aiotorchio.graph import refusals
 from aiotorchio.graph.budget import Budget, Measure
 from aiotorchio.graph.machine import Machine
 from aiotorchio.graph.opcodes import is_blocked, opcodes, path_of
@@ -38,14 +39,6 @@ _SETS = ("builtins.set", "builtins.frozenset")
 # How many times the memory of the list or dict that it is made from something can take.
 _COPIES = {**dict.fromkeys(_SETS, 8), "collections.Counter": 4}
 _DICTS = ("collections.OrderedDict", "collections.Counter")
-
-# What torch trusts once a module of it is imported.
-_NEEDS = {
-    "torch.nested.": "torch._dynamo",
-    "torch._dynamo.": "torch._dynamo",
-    "torch.distributed.tensor.": "torch.distributed.tensor",
-    "torch.distributed.device_mesh.": "torch.distributed.tensor",
-}
 
 # What stands for objects that are all alike. Tensors and storages are hashed by their addresses,
 # which the sender does not choose.
@@ -187,19 +180,9 @@ class _Scan(Machine):
     def global_(self, argument: bytes) -> None:
         path = path_of(argument)
         if is_blocked(path):
-            raise UnsafeObjectError(
-                f"{path!r} is not an allowed global, and its module is blocked: only "
-                "weights_only=False loads it, if you trust the sender"
-            )
+            raise refusals.blocked_global(path)
         if path not in self.allowed:
-            needed = next((_NEEDS[part] for part in _NEEDS if path.startswith(part)), None)
-            hint = f"'import {needed}' allows it; " if needed else ""
-            raise UnsafeObjectError(
-                # The words that users of torch, and its own tests, match.
-                f"{path!r} was not an allowed global by default; {hint}if you trust it, pass it in "
-                "safe_globals or to torch.serialization.add_safe_globals; if you trust the sender, "
-                "pass weights_only=False"
-            )
+            raise refusals.unknown_global(path)
         if path not in self.globals:
             ours = getattr(self.allowed[path], "__module__", "").startswith(_PACKAGE)
             stand_in = path if ours else None
@@ -209,8 +192,8 @@ class _Scan(Machine):
     def instantiate(self, argument: bytes) -> None:
         function, arguments = self.pop_several(2)
         name = function.name
-        if name is not None and not isinstance(self.allowed[name], type):
-            raise UnsafeObjectError(f"an instance of {name!r}, which is not a class here")
+        if name is None or not isinstance(self.allowed[name], type):
+            raise refusals.instance_of_no_class(name)
         self.make(function, arguments)
 
     def call(self, _: bytes) -> None:
@@ -218,7 +201,7 @@ class _Scan(Machine):
 
     def make(self, function: Measure, arguments: Measure) -> None:
         if function.name is None:
-            raise UnsafeObjectError("a call of something that is not a global")
+            raise refusals.call_of_no_global()
         items = arguments.items
         if items is None:
             raise ProtocolError("a call whose arguments are no tuple")
@@ -251,7 +234,7 @@ class _Scan(Machine):
         # A state given to a tensor would point it anywhere: torch passes it on to Tensor.set_.
         maker = self.top().made_by
         if maker is None or maker not in self.stateful:
-            raise UnsafeObjectError(f"a state for an object of {maker or 'torch'}: it takes none")
+            raise refusals.state_refused(maker)
         if self.top().has_state:
             raise UnsafeObjectError(f"a second state for an object of {maker}")
         attributes = _is_attributes(state)
@@ -273,17 +256,14 @@ class _Scan(Machine):
         )
 
     def append(self, _: bytes) -> None:
-        self.extend([self.pop()])
+        self.extend([self.pop()], "APPEND")
 
     def appends(self, _: bytes) -> None:
-        self.extend(self.pop_mark())
+        self.extend(self.pop_mark(), "APPENDS")
 
-    def extend(self, items: Sequence[Measure]) -> None:
+    def extend(self, items: Sequence[Measure], opcode: str) -> None:
         if self.top().kind != "list":
-            raise UnsafeObjectError(
-                f"items for {self.top().made_by or 'something'}, which is not a list: only "
-                "weights_only=False gives it any"
-            )
+            raise refusals.items_of_no_list(opcode, self.top().made_by)
         # A set may be made of it.
         self.count(items)
         self.adopt(items)
@@ -301,21 +281,18 @@ class _Scan(Machine):
 
     def set_item(self, _: bytes) -> None:
         value, key = self.pop(), self.pop()
-        self.put_items([key, value])
+        self.put_items([key, value], "SETITEM")
 
     def set_items(self, _: bytes) -> None:
         items = self.pop_mark()
         if len(items) % 2:
             raise ProtocolError("a key without a value")
-        self.put_items(items)
+        self.put_items(items, "SETITEMS")
 
-    def put_items(self, items: list[Measure]) -> None:
+    def put_items(self, items: list[Measure], opcode: str) -> None:
         container = self.top()
         if container.kind != "dict" and container.made_by not in _DICTS:
-            raise UnsafeObjectError(
-                f"keys and values for {container.made_by or 'something'}, which is not a dict: "
-                "only weights_only=False gives it any"
-            )
+            raise refusals.items_of_no_dict(opcode, container.made_by)
         for key in items[::2]:
             self.budget.hash(key)
             if key.forgeable or (key.hash is None and key.kind != "reference"):

@@ -8,7 +8,7 @@ __all__ = ["LOW", "REASONS"]
 REASONS: dict[str, dict[str, dict[str, str]]] = {
     "pickle": {
         "UnsafeObjectError": {
-            "module is blocked": "os posix sys named_only",
+            "is blocked": "os posix sys named_only",
             "was not an allowed global by default": """
                 builtins builtins_of_python_2 eval getattr import io pickle torch_function
                 torch.hub copyreg subprocess class dotted numpy numpy_1 FloatTensor
@@ -17,7 +17,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "a global whose name has": "long_name",
             "may be named, not called": "Tensor Parameter",
             "which is not a class here": """
-                Tensor_new Parameter_new new_of_function new_of_checked
+                Tensor_new Parameter_new new_of_function new_of_checked new_of_int
             """,
             "anything but a str in latin-1": """
                 bytearray bytearray_of_list set_of_bytearray hex punycode idna utf-16
@@ -31,8 +31,8 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             r"OrderedDict\(\) with arguments": "ordered_dict_of_items",
             "a Counter from": "counter_of_list counter_of_counter",
             "a device tensor of torch.float64 from": "cast",
-            "a call of something that is not a global": """
-                call_of_int call_of_made call_of_tensor new_of_int
+            "Trying to call reduce for unrecognized function": """
+                call_of_int call_of_made call_of_tensor
             """,
             "it takes none": """
                 state_of_tensor state_of_rebuilt state_of_parameter state_of_list

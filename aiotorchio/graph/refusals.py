@@ -1,0 +1,114 @@
+"""What a pickle may not do, in the words of torch's weights-only unpickler.
+
+Its users, and its own tests, match parts of its sentences: each error here has those words, where
+it refuses the same, and says what else can be done.
+"""
+
+from __future__ import annotations
+
+from aiotorchio.errors import UnsafeObjectError
+
+__all__ = [
+    "blocked_global",
+    "call_of_no_global",
+    "instance_of_no_class",
+    "items_of_no_dict",
+    "items_of_no_list",
+    "opcode_refused",
+    "protocol_refused",
+    "state_refused",
+    "unknown_global",
+]
+
+# What torch trusts once a module of it is imported: how a path begins, the module, and for what.
+_NEEDS = {
+    "torch.nested.": ("torch._dynamo", "nested jagged tensors (NJTs)"),
+    "torch._dynamo.": ("torch._dynamo", "nested jagged tensors (NJTs)"),
+    "torch.distributed.tensor.": ("torch.distributed.tensor", "DTensors"),
+    "torch.distributed.device_mesh.": ("torch.distributed.tensor", "DTensors"),
+}
+
+
+def blocked_global(path: str) -> UnsafeObjectError:
+    """A global that torch lets no pickle use."""
+    shown = _shown(path)
+    return UnsafeObjectError(
+        f"Trying to load unsupported GLOBAL {shown} whose module {shown.partition('.')[0]} is "
+        "blocked; it is not an allowed global, even in safe_globals: only weights_only=False loads "
+        "it, if you trust the sender"
+    )
+
+
+def unknown_global(path: str) -> UnsafeObjectError:
+    """A global that nobody trusts."""
+    needed = next((_NEEDS[part] for part in _NEEDS if path.startswith(part)), None)
+    hint = f"``{needed[0]}`` must be imported to load {needed[1]}; " if needed else ""
+    return UnsafeObjectError(
+        f"Unsupported global: GLOBAL {_shown(path)} was not an allowed global by default; {hint}"
+        "if you trust it, pass it in safe_globals or to torch.serialization.add_safe_globals; if "
+        "you trust the sender, pass weights_only=False"
+    )
+
+
+def instance_of_no_class(path: str | None) -> UnsafeObjectError:
+    """NEWOBJ with a function, a class of tensors, or what the pickle has made itself."""
+    return UnsafeObjectError(
+        "Can only create new object for classes allowlisted via `add_safe_globals` or "
+        f"safe_globals, but got {_shown(path or 'something')}, which is not a class here"
+    )
+
+
+def call_of_no_global() -> UnsafeObjectError:
+    """REDUCE with what the pickle has made itself."""
+    return UnsafeObjectError(
+        "Trying to call reduce for unrecognized function: the pickle calls something that is not a "
+        "global"
+    )
+
+
+def state_refused(maker: str | None) -> UnsafeObjectError:
+    """BUILD of what may be given no state."""
+    return UnsafeObjectError(
+        "Can only build OrderedDict or types allowlisted via `add_safe_globals` or safe_globals, "
+        f"but got a state for what {maker or 'the pickle or torch'} makes: it takes none"
+    )
+
+
+def items_of_no_list(opcode: str, maker: str | None) -> UnsafeObjectError:
+    """APPEND or APPENDS to something else than a list."""
+    what = "append to" if opcode == "APPEND" else "extend"
+    return UnsafeObjectError(
+        f"Can only {what} lists, but got {maker or 'something'}, which is not a list: if you trust "
+        "the sender, weights_only=False gives it items"
+    )
+
+
+def items_of_no_dict(opcode: str, maker: str | None) -> UnsafeObjectError:
+    """SETITEM or SETITEMS of something else than a dict."""
+    return UnsafeObjectError(
+        f"Can only {opcode} for dict, collections.OrderedDict, collections.Counter, but got "
+        f"{maker or 'something'}, which is not a dict: if you trust the sender, weights_only=False "
+        "gives it items"
+    )
+
+
+def opcode_refused(code: int, name: str, offset: int) -> UnsafeObjectError:
+    """An opcode that torch does not know."""
+    return UnsafeObjectError(
+        f"Unsupported operand {code}: opcode {name} is not allowed with weights_only=True",
+        offset=offset,
+    )
+
+
+def protocol_refused(protocol: int, offset: int) -> UnsafeObjectError:
+    """Another protocol than that of torch; torch warns, and fails at the first new opcode."""
+    return UnsafeObjectError(
+        f"Detected pickle protocol {protocol}: with weights_only=True only 2 is loaded, which is "
+        "the default pickle protocol of torch",
+        offset=offset,
+    )
+
+
+def _shown(path: str) -> str:
+    """A path as torch writes it, without quotes, but with nothing that a terminal obeys."""
+    return repr(path)[1:-1]
