@@ -55,7 +55,7 @@ async def carry_out(commit: Commit, lock: AbstractAsyncContextManager[Any] | Non
     try:
         async with contextlib.nullcontext() if lock is None else _Lock(lock):
             try:
-                # Each runs to its end, even if it is cancelled: then its effects are undone.
+                # If they are interrupted, what they have changed by then is undone.
                 if commit.prepares:
                     await run_in_thread(commit.prepare)
                 await run_in_thread(commit.apply) if not commit.quick else commit.apply()
@@ -105,8 +105,7 @@ async def _undo(commit: Commit) -> None:
         commit.undo()
         return
     try:
-        with anyio.CancelScope(shield=True):
-            await run_in_thread(commit.undo)
+        await run_in_thread(commit.undo, to_its_end=True)
     finally:
         # It has an effect only if no thread could be started.
         commit.undo()

@@ -142,9 +142,7 @@ async def drive(message: Generator[Request, Any, T], stream: Source | Sink) -> T
     try:
         request = next(message)
         while True:
-            # Between the last byte of a message and its end no cancellation may come: the stream
-            # would be taken for one that stands inside of the message.
-            if not isinstance(request, MessageEnded):
+            if not _uncancellable(request):
                 await turns.checkpoint()
             try:
                 answer = await _perform(request, stream)
@@ -161,6 +159,12 @@ async def drive(message: Generator[Request, Any, T], stream: Source | Sink) -> T
         message.close()
 
 
+def _uncancellable(request: Request) -> bool:
+    # Between the last byte of a message and its end no cancellation may come: the stream would be
+    # taken for one that stands inside of the message.
+    return isinstance(request, MessageEnded) or (isinstance(request, Work) and request.to_its_end)
+
+
 async def _perform(request: Request, stream: Any) -> Any:
     match request:
         case ReadBytes(size):
@@ -173,8 +177,8 @@ async def _perform(request: Request, stream: Any) -> Any:
             send = functools.partial(_paced, stream, stream.send, buffers)
             _, result = await _with(meanwhile, send)
             return result
-        case Work(task):
-            return await run_in_thread(task)
+        case Work(task, to_its_end):
+            return await run_in_thread(task, to_its_end=to_its_end)
         case Next(iterator):
             return await next_item(iterator)
         case Checkpoint():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import os
 import threading
@@ -36,39 +37,59 @@ async def run_in_thread(task: Task, *, to_its_end: bool = False) -> Any:
 
     Not in one of anyio's threads: if all of them wait for messages, as handlers of web servers may,
     no message could go on. A cancellation interrupts the task (see ``interrupt``) and waits for its
-    end: it may be writing to memory that the caller uses again as soon as this has raised.
+    end: it may be writing to memory that the caller uses again as soon as this has raised. So does
+    closing the coroutine, which cannot be awaited: then the thread is waited for right here. A task
+    that has not begun, because all threads are busy, never will.
 
     Args:
         task: What to run.
-        to_its_end: Whether the task is run, and not interrupted, whatever is cancelled after this
-            was called.
+        to_its_end: Whether the task is run, and not interrupted, whatever is cancelled. No scope
+            ends the wait then; a native cancellation of asyncio is raised when the task has ended.
     """
-    if not to_its_end:
-        await anyio.lowlevel.checkpoint_if_cancelled()
-    loop = asyncio_loop()
+    if to_its_end:
+        with anyio.CancelScope(shield=True):
+            result = await _in_thread(task, to_its_end=True)
+        return result
+    await anyio.lowlevel.checkpoint_if_cancelled()
+    return await _in_thread(task, to_its_end=False)
+
+
+async def _in_thread(task: Task, *, to_its_end: bool) -> Any:
     interrupt = Interrupt()
+    loop = asyncio_loop()
     if loop is None:
-        return await _run_on_trio(interrupt, task, to_its_end=to_its_end)
+        return await _on_trio(interrupt, task)
+    return await _on_asyncio(interrupt, task, loop, to_its_end=to_its_end)
+
+
+async def _on_asyncio(
+    interrupt: Interrupt, task: Task, loop: asyncio.AbstractEventLoop, *, to_its_end: bool
+) -> Any:
     executor = _of_this_run(_executor, lambda: ThreadPoolExecutor(_THREADS, "aiotorchio"))
     # A future, and no task: whoever cancels all tasks, as asyncio.run does at its end, would
     # cancel it, too. Not run_in_executor: its future keeps what the task returned until the
     # next garbage collection.
     future = loop.create_future()
-    executor.submit(_work, loop, future, copy_context(), interrupt, [task])
+    # The error of a task whose result is dropped matters no more, and must not be logged.
+    future.add_done_callback(_retrieve)
+    job = executor.submit(_work, loop, future, copy_context(), interrupt, [task])
     try:
-        await asyncio.wait([future])
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError:
+            if to_its_end or interrupt.request():
+                await _outlast(future)
+            raise
+        except BaseException:
+            # The coroutine is being closed, or Ctrl-C was pressed: there is no waiting by await.
+            if interrupt.request():
+                concurrent.futures.wait([job])
+            raise
         return future.result()
-    except asyncio.CancelledError:
-        if not to_its_end:
-            interrupt.request()
-        # anyio shields from its own scopes only; the rest of them is outlasted.
-        with anyio.CancelScope(shield=True):
-            await _outlast(future)
-        raise
     finally:
         # An error that is raised here holds this frame, which must not hold the error: what its
         # traceback reaches, such as staged tensors, would stay until the next garbage collection.
-        del future
+        del future, job
 
 
 def _run(interrupt: Interrupt, task: Task) -> Any:
@@ -86,7 +107,7 @@ def _clear_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-async def _run_on_trio(interrupt: Interrupt, task: Task, *, to_its_end: bool) -> Any:
+async def _on_trio(interrupt: Interrupt, task: Task) -> Any:
     ended = threading.Event()
 
     def run() -> Any:
@@ -96,15 +117,16 @@ async def _run_on_trio(interrupt: Interrupt, task: Task, *, to_its_end: bool) ->
             ended.set()
 
     limiter = _of_this_run(_limiter, lambda: anyio.CapacityLimiter(_THREADS))
-    scope = anyio.CancelScope(shield=to_its_end)
     try:
-        with scope:
-            result = await anyio.to_thread.run_sync(run, limiter=limiter, abandon_on_cancel=True)
-        return result
+        return await anyio.to_thread.run_sync(run, limiter=limiter, abandon_on_cancel=True)
     except anyio.get_cancelled_exc_class():
         if interrupt.request():
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(ended.wait, limiter=anyio.CapacityLimiter(1))
+        raise
+    except (GeneratorExit, KeyboardInterrupt):
+        if interrupt.request():
+            ended.wait()
         raise
 
 
@@ -151,8 +173,12 @@ def _of_this_run(variable: RunVar[T], make: Callable[[], T]) -> T:
 
 async def _outlast(future: asyncio.Future[Any]) -> None:
     """Wait for a future of asyncio, whatever else is cancelled meanwhile."""
-    while not future.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([future])
-    # The error of a task whose result is dropped matters no more, and must not be logged.
+    # anyio shields from its own scopes only; the rest of them is outlasted.
+    with anyio.CancelScope(shield=True):
+        while not future.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([future])
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
     future.exception()

@@ -37,6 +37,7 @@ from aiotorchio import (
     TruncatedError,
     UnsafeObjectError,
 )
+from aiotorchio.collection import release
 from aiotorchio.graph.names import walk
 from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
@@ -523,6 +524,51 @@ async def test_an_error_in_the_block_poisons_and_waits_for_nothing(unread: Any, 
     assert not tap.stalled.is_set()
     with pytest.raises(StreamPoisoned, match="ZeroDivisionError: why"):
         await reader.load()
+
+
+class CancelledWhileFreed:
+    """A scope that is cancelled when the rows of a header are about to be freed, in a thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.scope = anyio.CancelScope()
+        self._token = anyio.lowlevel.current_token()
+        monkeypatch.setattr(receive, "release", self._cancel)
+        monkeypatch.setattr(receive, "_RELEASED_NBYTES", 0)
+
+    def _cancel(self, *tables: Any) -> None:
+        anyio.from_thread.run_sync(self.scope.cancel, token=self._token)
+        release(*tables)
+
+
+async def test_an_error_in_the_block_is_not_lost_to_a_cancellation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    freed, caught = CancelledWhileFreed(monkeypatch), None
+    with freed.scope:
+        try:
+            async with opened(encoded(SMALL)):
+                raise ZeroDivisionError
+        except ZeroDivisionError as error:
+            caught = error
+    assert caught is not None and freed.scope.cancel_called
+
+
+@pytest.mark.parametrize("way", ["at once", "opened"])
+async def test_what_is_wrong_with_a_message_is_not_lost_to_a_cancellation(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed, caught = CancelledWhileFreed(monkeypatch), None
+    into = {"no such tensor": torch.zeros(3)}
+    with freed.scope:
+        try:
+            if way == "at once":
+                await aiotorchio.load_from_stream(Tap(encoded(SMALL), 1000), into=into)
+            else:
+                async with opened(encoded(SMALL)) as message:
+                    await message.load(into=into)
+        except MismatchError as error:
+            caught = error
+    assert caught is not None and freed.scope.cancel_called
 
 
 async def test_an_error_behind_the_end_of_the_message_poisons_nothing() -> None:

@@ -34,6 +34,7 @@ from aiotorchio import (
     StreamPoisoned,
     TruncatedError,
 )
+from aiotorchio.interrupt import check_interrupt
 from aiotorchio.memory import staged
 from aiotorchio.memory.route import Route
 from aiotorchio.memory.staging import DeviceCopier
@@ -789,7 +790,7 @@ async def test_an_undo_goes_on_without_a_thread(way: str, monkeypatch: pytest.Mo
         monkeypatch.setattr("aiotorchio.commit.run_in_thread", no_thread)
         raise ZeroDivisionError
 
-    async def no_thread(task: object) -> None:
+    async def no_thread(task: object, **_: Any) -> None:
         raise RuntimeError("can't start new thread")
 
     lock = Released(target.tensors["a"], leave)
@@ -1161,6 +1162,52 @@ async def test_a_plain_load_that_is_cancelled_leaves_no_thread_that_writes(
     monkeypatch.setattr(Route, "take", gate.hold(Route.take))
     call = aiotorchio.load_from_stream(Pieces(MESSAGE, 2**16), into=places_for(CHUNKED))
     await cancelled_in_its_thread(call, gate, cancel)
+
+
+class ClosedWhen:
+    """Runs a coroutine until an event is set, and closes it then, as a loop that is dropped does.
+
+    To be awaited on asyncio.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], event: threading.Event) -> None:
+        self._coroutine, self._event = coroutine, event
+
+    def __await__(self) -> Generator[None, None, None]:
+        awaited = self._coroutine.send(None)
+        while not self._event.is_set():
+            if awaited is None or awaited.done():
+                awaited = self._coroutine.send(None)
+            yield
+        self._coroutine.close()
+
+
+@on_asyncio
+@pytest.mark.parametrize("fails_at", [1, 2, 3, 8])
+async def test_a_change_whose_coroutine_is_closed_is_undone_behind_its_thread(
+    fails_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, entered, done = Target("staged", CHUNKED), threading.Event(), threading.Event()
+    calls = itertools.count(1)
+
+    def copy(self: DeviceCopier, destination: torch.Tensor, source: torch.Tensor) -> None:
+        if next(calls) != fails_at:
+            destination.copy_(source)
+            return
+        destination.zero_()
+        entered.set()
+        try:
+            while True:
+                check_interrupt()
+        finally:
+            done.set()
+
+    monkeypatch.setattr(DeviceCopier, "copy", copy)
+    lock = asyncio.Lock()
+    call = aiotorchio.load_from_stream(Pieces(MESSAGE, 2**16), lock=lock, **target.options)
+    await ClosedWhen(call, entered)
+    assert done.is_set() and not lock.locked()
+    target.assert_old()
 
 
 async def test_a_change_in_a_scope_that_is_cancelled_is_undone(

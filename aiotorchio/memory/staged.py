@@ -13,6 +13,7 @@ from threading import Lock
 
 import torch
 
+from aiotorchio.interrupt import check_interrupt
 from aiotorchio.memory.host import first_byte
 from aiotorchio.memory.route import CARRIERS, alias, copy_elements, moved, place_of
 from aiotorchio.memory.staging import Copier, bytes_of
@@ -78,6 +79,7 @@ class Exchange:
         note_change(self._tensors)
         copy = self._copier.copy
         for destination, shadow in (piece for pair in self._pairs for piece in _pieces(*pair)):
+            check_interrupt()
             before = torch.empty_like(destination)
             copy(before, destination)
             self._half = (destination, before)
@@ -252,6 +254,7 @@ class Swap:
         """Complete the memory behind the tensors with what the message does not have."""
         self._places.check()
         for destination, source in self._rest:
+            check_interrupt()
             self._copier.copy(destination, source)
         for destination, source in self._scattered:
             copy_elements(destination, source, self._copier)

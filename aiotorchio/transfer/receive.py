@@ -133,7 +133,7 @@ class IncomingMessage:
     def release(self, *tables: list[Any] | dict[Any, Any]) -> Generator[Request, Any, None]:
         """Free the rows of a large header, and other tables as long, away from the event loop."""
         if self.opened.nbytes > _RELEASED_NBYTES:
-            yield Work(functools.partial(self._release, *tables))
+            yield Work(functools.partial(self._release, *tables), to_its_end=True)
 
     def _release(self, *tables: list[Any] | dict[Any, Any]) -> None:
         rows = self.header.tensors
@@ -187,7 +187,7 @@ class IncomingMessage:
             except BaseException as error:
                 place.close()
                 if isinstance(error, Exception) and self.opened.nbytes > _RELEASED_NBYTES:
-                    yield Work(functools.partial(release, *place.tables))
+                    yield Work(functools.partial(release, *place.tables), to_its_end=True)
                 raise
             return Loaded(obj, place.commit, place.close)
 

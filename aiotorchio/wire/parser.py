@@ -78,9 +78,16 @@ class FillBuffers:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Asks to run a task away from the event loop."""
+    """Asks to run a task away from the event loop.
+
+    Attributes:
+        task: What to run.
+        to_its_end: Whether a cancellation waits until it has run. It must not take the place of an
+            error that the task cleans up behind.
+    """
 
     task: Callable[[], Any]
+    to_its_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)
