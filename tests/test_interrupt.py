@@ -18,8 +18,11 @@ import aiotorchio
 from aiotorchio import Limits, MismatchError, threads
 from aiotorchio.graph import pickled, tree
 from aiotorchio.graph.allowlist import Allowlist
+from aiotorchio.graph.arguments import Checks
+from aiotorchio.graph.indices import check_compressed_indices, check_coo_indices
 from aiotorchio.graph.into import match
 from aiotorchio.graph.names import Placeholder, check_names, rows_by_name, specs_of
+from aiotorchio.graph.nested import NestedMaker
 from aiotorchio.graph.opcodes import globals_of
 from aiotorchio.graph.prescan import prescan
 from aiotorchio.graph.rebuild import build_tensors, check_tree
@@ -136,6 +139,10 @@ def match_nothing() -> None:
 
 NAMES_SET = set(NAMES)
 STORAGE = torch.UntypedStorage(4)
+COUNT_OF_MANY = 200_000
+MANY = torch.arange(COUNT_OF_MANY)
+ONES = torch.ones(2000, 1, dtype=torch.int64)
+NESTED = NestedMaker(Checks(Limits(total_nbytes=2**50)))
 LONG_WORK: dict[str, Callable[[], Any]] = {
     "decode_header": lambda: decode_header(ENCODED, Limits()),
     "validate": lambda: validate(HEADER, Limits()),
@@ -160,6 +167,19 @@ LONG_WORK: dict[str, Callable[[], Any]] = {
     "revise": lambda: revise(
         {name: STORAGE for name in NAMES}, NAMES_SET, lambda name, tensor: tensor
     ),
+    "coo indices": lambda: check_coo_indices(MANY[None], (2 * COUNT_OF_MANY,), distinct=True),
+    "compressed indices": lambda: check_compressed_indices(
+        MANY, MANY[:-1], MANY[:-1], (COUNT_OF_MANY - 1,) * 2, torch.sparse_csr
+    ),
+    "batches of indices": lambda: check_compressed_indices(
+        torch.zeros_like(MANY)[:, None],
+        MANY[:, None][:, :0],
+        MANY[:, None][:, :0],
+        (COUNT_OF_MANY, 0, 1),
+        torch.sparse_csr,
+    ),
+    "jagged offsets": lambda: NESTED.jagged({"values": MANY, "offsets": MANY}),
+    "nested parts": lambda: NESTED.strided(MANY, ONES, ONES, ONES[:, 0].contiguous()),
     "encode": lambda: tree.encode(dict.fromkeys(NAMES, 1), Table()),
     "dump": lambda: pickled.dump(
         [(n, str(n)) for n in range(COUNT)], Table(), pickle_module=pickle, pickle_protocol=2

@@ -17,7 +17,7 @@ from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 from torch.nested._internal.nested_tensor import NestedTensor as JaggedTensor
 from torch.utils.hooks import warn_if_has_hooks
 
-from aiotorchio.graph.indices import check_coo_indices
+from aiotorchio.graph.indices import check_compressed_indices, check_coo_indices
 
 __all__ = [
     "BLOCKED_MODULES",
@@ -194,11 +194,10 @@ def _is_usual(indices: torch.Tensor, values: torch.Tensor, size: Any) -> bool:
 def make_compressed(
     compressed: torch.Tensor, plain: torch.Tensor, values: torch.Tensor, size: Any, layout: Any
 ) -> torch.Tensor:
-    """Likewise of the layouts CSR, CSC, BSR and BSC."""
+    """A tensor of the layout CSR, CSC, BSR or BSC; a RuntimeError if its parts do not fit."""
     if is_fake(compressed):
         raise RuntimeError("FakeTensorMode has no compressed sparse tensors")
-    if _has_numbers(compressed):
-        torch._validate_sparse_compressed_tensor_args(compressed, plain, values, size, layout)
+    check_compressed_indices(compressed, plain, values, size, layout)
     tensor: torch.Tensor = torch.ops.aten._sparse_compressed_tensor_unsafe(
         compressed, plain, values, size, dtype=values.dtype, layout=layout, device=values.device
     )

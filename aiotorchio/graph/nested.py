@@ -6,6 +6,7 @@ torch takes them from a pickle as they are. See ``tensors``.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from aiotorchio.errors import InvalidObjectError, LimitExceeded
 from aiotorchio.graph import _torch
 from aiotorchio.graph.arguments import Checks, boolean, expect, part
+from aiotorchio.graph.indices import IN_PYTHON, steps
 
 __all__ = ["NestedMaker"]
 
@@ -47,15 +49,17 @@ class NestedMaker:
         ):
             raise InvalidObjectError("a nested tensor whose parts do not fit together")
         # Each part of it is looked at in Python.
-        self._checks.charge_work(offsets.numel() * _PART_WORK)
+        self._checks.charge_work(len(offsets) * _PART_WORK)
         elements = 0
-        for offset, size, stride in zip(
-            offsets.tolist(), sizes.tolist(), strides.tolist(), strict=True
-        ):
-            span = self._checks.span(buffer.dtype, size, stride)
-            if offset < 0 or offset + span > len(buffer):
-                raise InvalidObjectError("a nested tensor beyond its buffer")
-            elements += math.prod(size)
+        # Fewer at once than of what is not looked at in Python.
+        for each in steps(len(offsets), width=64 * max(sizes.shape[1], 1)):
+            for offset, size, stride in zip(
+                *(numbers[each].tolist() for numbers in (offsets, sizes, strides)), strict=True
+            ):
+                span = self._checks.span(buffer.dtype, size, stride)
+                if offset < 0 or offset + span > len(buffer):
+                    raise InvalidObjectError("a nested tensor beyond its buffer")
+                elements += math.prod(size)
         if elements * buffer.dtype.itemsize > self._checks.limits.dense_nbytes:
             raise LimitExceeded(f"a nested tensor of {elements} elements")
         return _torch.nested_view(buffer, sizes, strides, offsets)
@@ -99,19 +103,10 @@ class NestedMaker:
         cache: dict[Any, Any],
     ) -> None:
         """Refuse a jagged tensor whose parts, or what is noted of them, lie beyond its values."""
-        most, offsets = values.shape[dim], offsets.long()
-        sizes = offsets.diff() if lengths is None else lengths.long()
-        # In this order, no sum or difference can overflow unnoticed.
-        if (
-            any(bool(((each < 0) | (each > most)).any()) for each in (offsets, sizes))
-            or bool((offsets.diff() < 0).any())
-            or bool((offsets[:-1] + sizes > most).any())
-        ):
-            raise InvalidObjectError("a jagged tensor beyond its values")
-        count, width = len(sizes), math.prod([*values.shape[:dim], *values.shape[dim + 1 :]])
+        total, shortest, longest = _lengths_within(offsets, lengths, values.shape[dim])
+        count, width = len(offsets) - 1, math.prod([*values.shape[:dim], *values.shape[dim + 1 :]])
         # Parts with lengths may overlap.
-        elements = int(sizes.double().sum()) * width
-        shortest, longest = (int(sizes.min()), int(sizes.max())) if count else (0, 0)
+        elements = total * width
         noted = {name: _noted_length(value) for name, value in cache.items()}
         if not noted.keys() <= {"min_seqlen", "max_seqlen"}:
             raise InvalidObjectError("a jagged tensor with notes that torch does not make")
@@ -123,6 +118,64 @@ class NestedMaker:
             elements = max(elements, count * highest * width)
         if elements * values.element_size() > self._checks.limits.dense_nbytes:
             raise LimitExceeded(f"a jagged tensor of {elements} elements")
+
+
+def _lengths_within(
+    offsets: torch.Tensor, lengths: torch.Tensor | None, most: int
+) -> tuple[int, int, int]:
+    """Refuse parts that lie beyond ``most`` values.
+
+    Returns:
+        The sum of the lengths of all parts, the least and the greatest of them; 0 without parts.
+    """
+    if len(offsets) <= IN_PYTHON:
+        begins = offsets.tolist()
+        sizes = [end - begin for begin, end in pairwise(begins)]
+        rising = all(size >= 0 for size in sizes)
+        if lengths is not None:
+            sizes = lengths.tolist()
+        if (
+            not rising
+            or min(begins) < 0
+            or max(begins) > most
+            or any(
+                not 0 <= size <= most - begin for begin, size in zip(begins, sizes, strict=False)
+            )
+        ):
+            raise InvalidObjectError("a jagged tensor beyond its values")
+        return sum(sizes), min(sizes, default=0), max(sizes, default=0)
+    # In steps, as the indices of sparse tensors, so that torch starts no threads.
+    found = [
+        _step_within(
+            offsets[each].cpu().long(),
+            None if lengths is None else lengths[each.start : each.stop - 1].cpu().long(),
+            most,
+        )
+        for each in steps(len(offsets), 1)
+    ]
+    totals, shortest, longest = zip(*found, strict=True)
+    return sum(totals), min(shortest), max(longest)
+
+
+def _step_within(
+    begins: torch.Tensor, sizes: torch.Tensor | None, most: int
+) -> tuple[int, int, int]:
+    """What ``_lengths_within`` does, of a few parts, and in as many operations for any number."""
+    low, high = map(int, torch.aminmax(begins))
+    # In this order, no difference can overflow unnoticed.
+    if low >= 0 and high <= most:
+        between = begins.diff()
+        sizes = between if sizes is None else sizes
+        if not len(sizes):
+            return 0, 0, 0
+        shortest, longest = map(int, torch.aminmax(sizes))
+        if (
+            shortest >= 0
+            and bool((between >= 0).all())
+            and bool((sizes <= most - begins[:-1]).all())
+        ):
+            return int(sizes.double().sum()), shortest, longest
+    raise InvalidObjectError("a jagged tensor beyond its values")
 
 
 def _noted_length(value: Any) -> int:

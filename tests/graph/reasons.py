@@ -141,8 +141,10 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "other parts than its layout has": """
                 coo_parts csr_parts sparse_layout doubled_layout
             """,
-            "< ncols": "csr_index bsr_index",
-            "contiguous tensor per batch": "csr_crow",
+            "has plain index 4, but each must be at least 0 and less than 4": """
+                csr_index bsr_index
+            """,
+            "contiguous in each batch": "csr_crow",
             "beyond its buffer": "nested_beyond",
             "parts do not fit together": """
                 nested_offset nested_expanded nested_float_sizes nested_meta
