@@ -32,6 +32,7 @@ class Checks:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._work_left = limits.total_nbytes
+        self._sparse_nnz = 0
         self._distrusted: set[int] = set()
 
     def distrust(self, storages: Iterable[torch.UntypedStorage | None]) -> None:
@@ -59,6 +60,16 @@ class Checks:
         self._work_left -= nbytes
         if self._work_left < 0:
             raise LimitExceeded(f"tensors are made from more than {self.limits.total_nbytes} bytes")
+
+    def charge_sparse(self, count: int) -> None:
+        """Count indices of a sparse tensor, or parts of a nested one, before they are checked."""
+        # A tensor without any takes time, too.
+        self._sparse_nnz += max(count, 1)
+        if self._sparse_nnz > self.limits.sparse_nnz:
+            raise LimitExceeded(
+                f"sparse and nested tensors of {self._sparse_nnz} indices and parts, "
+                f"{self.limits.sparse_nnz} allowed (Limits.sparse_nnz)"
+            )
 
     def check_shape(self, shape: Any) -> None:
         """Refuse what is no shape, or no stride."""

@@ -48,6 +48,7 @@ class NestedMaker:
             or any(each.device.type != "cpu" for each in (sizes, strides, offsets))
         ):
             raise InvalidObjectError("a nested tensor whose parts do not fit together")
+        self._checks.charge_sparse(len(offsets))
         # Each part of it is looked at in Python.
         self._checks.charge_work(len(offsets) * _PART_WORK)
         elements = 0
@@ -83,6 +84,7 @@ class NestedMaker:
         count = len(offsets) - 1
         if count < 0 or (lengths is not None and len(lengths) != count):
             raise InvalidObjectError("a jagged tensor without an offset and a length for each part")
+        self._checks.charge_sparse(count)
         # On meta there are no numbers, and nothing is read by them.
         if offsets.device.type != "meta" and not _torch.is_fake(offsets):
             self._check_parts(values, ragged - 1, offsets, lengths, cache)

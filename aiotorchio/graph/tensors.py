@@ -153,6 +153,7 @@ class TensorMaker:
             indices, values, size = data[:3]
             self._checks.check_shape(size)
             self._checks.charge(indices)
+            self._checks.charge_sparse(indices.shape[-1] if indices.dim() else 0)
             part(values)
             coalesced = boolean(data[3]) if len(data) == 4 else None
             return _torch.make_coo(indices, values, size, coalesced)
@@ -161,6 +162,7 @@ class TensorMaker:
             self._checks.check_shape(size)
             self._checks.charge(compressed)
             self._checks.charge(plain)
+            self._checks.charge_sparse(compressed.numel() + plain.numel())
             part(values)
             return _torch.make_compressed(compressed, plain, values, size, layout)
         raise InvalidObjectError(f"a sparse tensor of other parts than its layout has: {len(data)}")

@@ -68,6 +68,10 @@ class Limits:
             A sender can choose them so that finding a place for each takes as many steps as there
             are; of several containers, the squares add up. In a pickle, those count that are not
             below the number of keys so far.
+        sparse_nnz: What must be checked number by number, of all tensors of one load together: the
+            nnz of sparse COO tensors, compressed and plain indices of the layouts CSR, CSC, BSR and
+            BSC, parts of nested tensors; at least 1 for each tensor. A pickle can make a tensor
+            many times of the same bytes: it counts each time.
         start_timeout: Seconds until the first byte of a message. None, the default, waits as long
             as it takes: the next weights may take an hour. Whoever serves strangers sets it.
         handshake_timeout: Seconds from the first byte of a message until its header, the table of
@@ -97,6 +101,7 @@ class Limits:
     depth: int = 256
     dims: int = 64
     wide_keys: int = 30_000
+    sparse_nnz: int = 100_000_000
     start_timeout: float | None = None
     handshake_timeout: float | None = 60.0
     idle_timeout: float | None = 60.0

@@ -349,6 +349,32 @@ def limits() -> dict[str, bytes]:
             *(storage(QUANTA, "qint8"), 0, (100,), (0,)),
             *((name("torch", "per_tensor_affine"), 1.0, 0), False, ordered_dict()),
         ),
+        "coo_often": [sparse("sparse_coo", tensor(INDICES), tensor(FLOATS), (4,))] * 3,
+        "coo_of_none_often": [
+            sparse(
+                "sparse_coo",
+                strided(INDICES, "int64", 0, (1, 0), (1, 1)),
+                strided(FLOATS, "float32", 0, (0,), (1,)),
+                (4,),
+            )
+        ]
+        * 12,
+        "csr_often": [
+            sparse(
+                "sparse_csr",
+                *(tensor(ROWS), strided(INDICES, "int64", 0, (4,), (1,)), tensor(FLOATS), (1, 4)),
+            )
+        ]
+        * 2,
+        "nested_often": [nested(FLOATS, WIDE, WIDE, SHORT)] * 12,
+        "jagged_often": [
+            call(
+                "torch.nested._internal.nested_tensor",
+                "_rebuild_njt",
+                {"values": tensor(FLOATS), "offsets": tensor(ROWS)},
+            )
+        ]
+        * 12,
     }
     return {key: pickled(value) for key, value in cases.items()}
 

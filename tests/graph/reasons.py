@@ -99,6 +99,9 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             r"Limits\.expanded_nbytes": "expanded quantized_huge",
             r"dimensions, \d+ allowed": "many_dims",
             "bytes when contiguous": "meta",
+            r"sparse and nested tensors of \d+ indices and parts, 10 allowed": """
+                coo_often coo_of_none_often csr_often nested_often jagged_often
+            """,
         },
         "InvalidObjectError": {
             "reaches byte": "size stride offset other_dtype untyped_v3 quantized_size",
@@ -242,6 +245,14 @@ LOW: list[tuple[dict[str, int], dict[str, int], str]] = [
     ),
     ({"expanded_nbytes": 64}, {}, "pickle-expanded pickle-quantized_huge"),
     ({"dims": 4}, {}, "pickle-many_dims"),
+    (
+        {"sparse_nnz": 10},
+        {},
+        """
+            pickle-coo_often pickle-coo_of_none_often pickle-csr_often pickle-nested_often
+            pickle-jagged_often
+        """,
+    ),
     (
         {},
         {"memory_floor": 1000},

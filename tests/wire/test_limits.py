@@ -20,6 +20,7 @@ def test_defaults_are_those_of_the_specification() -> None:
     assert limits.entries == 500_000
     assert limits.depth == 256
     assert limits.dims == 64
+    assert limits.sparse_nnz == 100_000_000
     assert 0 < limits.total_nbytes < 2**63
 
 
@@ -95,7 +96,13 @@ def test_timeouts_are_numbers(value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("dims", -1), ("least_rate", -1), ("idle_timeout", -0.5), ("write_timeout", float("nan"))],
+    [
+        ("dims", -1),
+        ("sparse_nnz", -1),
+        ("least_rate", -1),
+        ("idle_timeout", -0.5),
+        ("write_timeout", float("nan")),
+    ],
 )
 def test_limits_are_not_negative(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}: it must not be negative"):
