@@ -6,6 +6,9 @@ list in every process: nobody has to trust anything for a sender to use them.
 
 from __future__ import annotations
 
+import itertools
+import operator
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +17,14 @@ import torch
 import torch._dynamo  # allows what torch hangs on the lengths that it has noted
 
 from aiotorchio import InvalidObjectError, LimitExceeded, Limits, UnsafeObjectError
+from aiotorchio.graph import _torch, nested
+from aiotorchio.graph import indices as indices_module
 from aiotorchio.graph.arguments import Checks
 from aiotorchio.graph.nested import NestedMaker
 from tests.corpus import assert_same
 from tests.graph import forge
 from tests.graph.forge import Code, call, get, name, new, put, rebuild, subclassed, tensor
+from tests.tiers import examples
 
 MODULE = "torch.nested._internal.nested_tensor"
 REBUILD, KIND = name(MODULE, "_rebuild_njt"), name(MODULE, "NestedTensor")
@@ -152,18 +158,101 @@ def test_no_jagged_tensor(change: dict[str, Any]) -> None:
     [
         (8, integers(0, 2**63 - 1, -(2**63)), None),
         (8, integers(0, 3, 8), integers(3, 2**63 - 1)),
+        (2**63 - 1, integers(0, 2**62 + 1, 2**62 + 1), integers(3, 2**62)),
         # Each of 32 bits, their sum is not.
         (2**31, integers(2**31 - 1, 2**31 - 1).int(), integers(2**31 - 1).int()),
     ],
-    ids=["difference", "sum", "32_bits"],
+    ids=["difference", "sum", "sum_of_two", "32_bits"],
 )
 def test_sums_that_overflow(
-    count: int, offsets: torch.Tensor, lengths: torch.Tensor | None
+    monkeypatch: pytest.MonkeyPatch, count: int, offsets: torch.Tensor, lengths: torch.Tensor | None
 ) -> None:
     """By the check itself: no message has such numbers here, which other readers would follow."""
-    shown = torch.empty(count, device="meta")
-    with pytest.raises(InvalidObjectError, match="beyond its values"):
-        NestedMaker(Checks(Limits()))._check_parts(shown, 0, offsets, lengths, {})
+    shown = torch.empty(count, 0, device="meta")
+    for in_python in (512, 0):
+        monkeypatch.setattr(nested, "IN_PYTHON", in_python)
+        with pytest.raises(InvalidObjectError, match="beyond its values"):
+            NestedMaker(Checks(Limits()))._check_parts(shown, 0, offsets, lengths, {})
+
+
+def test_parts_of_the_strided_layout_lie_in_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the elements of each part are, one by one; torch is given none of these."""
+    monkeypatch.setattr(_torch, "nested_view", lambda *parts: "made")
+    monkeypatch.setattr(indices_module, "STEP", 64)
+    draw, verdicts, limit = random.Random(1), {True: 0, False: 0}, 6
+    for _ in range(examples(5000)):
+        dims, count = draw.randrange(3), draw.randrange(4)
+        low = draw.choice([0, 0, 0, -1])
+        sizes, strides = (
+            [[draw.randrange(low, 3) for _ in range(dims)] for _ in range(count)] for _ in range(2)
+        )
+        offsets = [draw.randrange(low, limit + 2) for _ in range(count)]
+        right = all(
+            min([offset, *size, *stride]) >= 0
+            and offset <= limit
+            and all(
+                offset + sum(map(operator.mul, place, stride)) < limit
+                for place in itertools.product(*map(range, size))
+            )
+            for offset, size, stride in zip(offsets, sizes, strides, strict=True)
+        )
+        verdicts[right] += 1
+        numbers = (
+            torch.tensor(each, dtype=torch.int64).reshape(shape)
+            for each, shape in (
+                (sizes, (count, dims)),
+                (strides, (count, dims)),
+                (offsets, (count,)),
+            )
+        )
+        maker = NestedMaker(Checks(Limits()))
+        if right:
+            assert maker.strided(torch.ones(limit), *numbers) == "made"
+        else:
+            with pytest.raises(InvalidObjectError):
+                maker.strided(torch.ones(limit), *numbers)
+    assert min(verdicts.values()) > 100, verdicts
+
+
+@pytest.mark.parametrize("key", ["dims", "expanded_nbytes"])
+def test_limits_of_the_strided_layout(key: str) -> None:
+    sizes = torch.ones(2, 3, dtype=torch.int64)
+    parts = (torch.ones(6), sizes, sizes, integers(0, 1))
+    least = {"dims": 3, "expanded_nbytes": 8}[key]
+    NestedMaker(Checks(Limits(**{key: least}))).strided(*parts)
+    with pytest.raises(LimitExceeded):
+        NestedMaker(Checks(Limits(**{key: least - 1}))).strided(*parts)
+
+
+@pytest.mark.parametrize(("in_python", "step"), [(512, 16_384), (0, 16_384), (0, 2)])
+def test_parts_of_the_jagged_layout_lie_in_the_values(
+    monkeypatch: pytest.MonkeyPatch, in_python: int, step: int
+) -> None:
+    monkeypatch.setattr(nested, "IN_PYTHON", in_python)
+    monkeypatch.setattr(indices_module, "STEP", step)
+    draw, verdicts, limit = random.Random(2), {True: 0, False: 0}, 5
+    for _ in range(examples(5000)):
+        count, low = draw.randrange(6), draw.choice([0, 0, 0, -1])
+        begins = [draw.randrange(low, limit + 1 - low) for _ in range(count + 1)]
+        if draw.random() < 0.8:
+            begins.sort()
+        lengths = [draw.randrange(low, 3) for _ in range(count)] if draw.random() < 0.5 else None
+        sizes = lengths or [end - begin for begin, end in itertools.pairwise(begins)]
+        right = (
+            begins == sorted(begins)
+            and 0 <= begins[0] <= begins[-1] <= limit
+            and all(n >= 0 and begin + n <= limit for begin, n in zip(begins, sizes, strict=False))
+        )
+        verdicts[right] += 1
+        given = torch.tensor(begins, dtype=draw.choice([torch.int32, torch.int64]))
+        other = None if lengths is None else torch.tensor(lengths, dtype=torch.int64)
+        if right:
+            wanted = (sum(sizes), min(sizes, default=0), max(sizes, default=0))
+            assert nested._lengths_within(given, other, limit) == wanted
+        else:
+            with pytest.raises(InvalidObjectError, match="beyond its values"):
+                nested._lengths_within(given, other, limit)
+    assert min(verdicts.values()) > 100, verdicts
 
 
 def noted(length: int) -> Code:
