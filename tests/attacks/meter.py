@@ -12,7 +12,6 @@ from typing import Any
 
 import anyio
 import anyio.abc
-import anyio.lowlevel
 import torch
 import trio
 from torch import _utils
@@ -26,6 +25,9 @@ __all__ = ["BUSY_MAX", "HELD_MAX", "STALL_MAX", "Meter", "Outcome", "surrounding
 
 # Seconds; the last two are multiplied by ``Outcome.slowness``.
 HELD_MAX, BUSY_MAX, STALL_MAX = 0.05, 0.05, 1.0
+# Seconds between two beats: a task that never waited would have worker threads wait for the
+# interpreter's lock at each turn.
+_BEAT_EVERY = 0.001
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Outcome:
             not let the loop have the interpreter, or the machine not a processor.
         stall: Seconds on the clock between two turns.
         left: What the case left behind.
-        slowness: Of the machine meanwhile; see ``speed``.
+        slowness: Of the machine meanwhile; see ``tests.speed``.
     """
 
     name: str = ""
@@ -104,8 +106,9 @@ def _clocks() -> tuple[float, float, float]:
 class Meter:
     """Time, memory and turns of the event loop for what runs inside of its block.
 
-    A task beats on each turn of the loop. Between two beats, the processor time of its own thread
-    is what the loop was held by: it does not depend on who else uses the machine. That of all
+    A task beats at the first turn of the loop in each millisecond. Between two beats, the processor
+    time of its own thread is what the loop was held by, and at most a millisecond of turns before:
+    it does not depend on who else uses the machine. That of all
     threads shows calls in worker threads that keep the interpreter to themselves; time on the
     clock shows calls that wait on the loop for the peer.
     """
@@ -118,7 +121,7 @@ class Meter:
         self._beat_at = _clocks()
         task_status.started()
         while True:
-            await anyio.lowlevel.checkpoint()
+            await anyio.sleep(_BEAT_EVERY)
             self._note_beat()
 
     def _note_beat(self) -> None:

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,8 +34,8 @@ from tests.attacks.cases import Case, read_cases
 from tests.attacks.corpus import AUTHORITY_FILE, HONEST, WARM_UP
 from tests.attacks.meter import Meter, Outcome, surroundings
 from tests.attacks.scenarios import HONEST_OBJECTS, PATIENCE, SCENARIOS, Sender, Visit, caught
-from tests.attacks.speed import slowness
 from tests.graph.lowered import lowered
+from tests.speed import patience, slowdown
 from tests.worlds import ANYIO_BACKENDS, BlockingEnd, End, World, run_blocking
 
 __all__ = ["WANTED_FILE", "WAYS"]
@@ -48,9 +48,9 @@ ROOM = 6 * 2**30
 # Worker threads live with as little on some systems.
 STACK_SIZE = 256 * 2**10
 ATTEMPTS = 3
-# In seconds, of one case with all that is done around it: processor time of the process; and time
-# on the clock of a machine that is fast and free, for what waits in vain.
-HANGS_AFTER, WAITS_AT_MOST = 90, 90
+# In seconds, of one attempt at a case with all that is done around it: processor time of the
+# process; and time on the clock, for what waits in vain. Both on a machine that is fast and free.
+HANGS_AFTER, WAITS_AT_MOST = 90, 25
 
 
 @contextlib.asynccontextmanager
@@ -71,14 +71,14 @@ class Runner:
     def __init__(self, way: World, sender: Sender) -> None:
         self._way = way
         self._sender = sender
-        self.slowness = slowness()
+        self.slowness = slowdown()
 
     async def run(self, case: Case) -> Outcome:
         outcome = await self._attempt(case)
         for _ in range(ATTEMPTS - 1):
             if outcome.turns and outcome.seconds <= case.deadline + 1:
                 break
-            self.slowness = max(self.slowness, slowness())
+            self.slowness = max(self.slowness, slowdown(again=True))
             # What the machine adds, it does not always add; what the case takes, it always takes.
             again = await self._attempt(case)
             for name in ("held", "busy", "stall"):
@@ -86,9 +86,23 @@ class Runner:
             outcome = again
         return outcome
 
+    async def warm_up(self, case: Case) -> None:
+        """Run a case only to make what is made once: modules, threads, buffers."""
+        before = surroundings(self._way.loop)
+        # uvloop keeps a descriptor of its own.
+        del before["descriptors"]
+        await self._play(case, Outcome(case.name))
+        await self._left(before)
+
     async def _attempt(self, case: Case) -> Outcome:
         outcome = Outcome(case.name, slowness=self.slowness)
         before = surroundings(self._way.loop)
+        with time_limited(self.slowness):
+            await self._play(case, outcome)
+            outcome.left = await self._left(before)
+        return outcome
+
+    async def _play(self, case: Case, outcome: Outcome) -> None:
         recursion_limit = sys.getrecursionlimit()
         sys.setrecursionlimit(case.recursion_limit or recursion_limit)
         self._sender.begin(case)
@@ -104,8 +118,6 @@ class Runner:
             outcome.text = "".join(traceback.format_exception(error))[-1000:]
             self._sender.finish()
         sys.setrecursionlimit(recursion_limit)
-        outcome.left = await self._left(before)
-        return outcome
 
     async def _visit(self, case: Case, outcome: Outcome) -> None:
         async with self._way.opener(self._sender.connect(), False) as end:
@@ -140,7 +152,8 @@ class Runner:
         end = time.monotonic() + PATIENCE
         while True:
             gc.collect()
-            after = surroundings(self._way.loop)
+            now = surroundings(self._way.loop)
+            after = {key: now[key] for key in before}
             if after == before or time.monotonic() > end:
                 break
             if self._way.loop != "none":
@@ -230,16 +243,26 @@ def run_way(way: World, cases: list[Case], directory: Path, file: TextIO) -> Non
 
 async def run_all(cases: list[Case], way: World, sender: Sender, file: TextIO) -> None:
     runner = Runner(way, sender)
-    # It makes what is made only once: modules, threads, buffers.
-    await runner.run(cases.pop(0))
+    await runner.warm_up(cases.pop(0))
     for case in cases:
-        # Whatever holds the process up then, this ends it.
-        signal.setitimer(signal.ITIMER_PROF, HANGS_AFTER)
-        signal.alarm(int(WAITS_AT_MOST * runner.slowness))
         tell(file, case.name)
         tell(file, asdict(await runner.run(case)))
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    signal.alarm(0)
+
+
+@contextlib.contextmanager
+def time_limited(slowness: float) -> Iterator[None]:
+    """End this process if it computes or waits for too long within the block.
+
+    Signals do it, with their default action: whatever holds the process up, no code of it has to
+    run for that.
+    """
+    signal.setitimer(signal.ITIMER_PROF, HANGS_AFTER * slowness)
+    signal.setitimer(signal.ITIMER_REAL, patience(WAITS_AT_MOST))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def tell(file: TextIO, value: Any) -> None:

@@ -21,12 +21,13 @@ from tests.attacks.cases import MIB, Case
 from tests.attacks.corpus import behind
 from tests.attacks.meter import Meter, Outcome
 from tests.corpus import assert_same
+from tests.speed import patience
 from tests.worlds import BlockingEnd, End, all_blocked, run_blocking
 
 __all__ = ["HONEST_OBJECTS", "PATIENCE", "SCENARIOS", "Sender", "Visit", "caught"]
 
 # In seconds; until a connection is torn down, and for what follows a case.
-PATIENCE = 20.0
+PATIENCE = patience(2.5)
 # More than the kernel holds between two sockets.
 LARGE_NBYTES = 32 * MIB
 

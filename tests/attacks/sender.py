@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.attacks.cases import Case, read_cases
+from tests.speed import patience
 
 __all__ = ["HONEST_FILE", "TLS_FILE"]
 
@@ -28,7 +29,7 @@ HONEST_FILE = "honest.message"
 TLS_FILE = "server.pem"
 # In seconds: within this time a receiver that gave up must have ended its connection, and whoever
 # reads must have read. Far longer than either takes: only what has failed waits for it.
-PATIENCE = 20
+PATIENCE = patience(2.5)
 BYTE_EVERY = 0.05
 HEAD_SIZE, PREFACE_SIZE = 32, 16
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
