@@ -120,12 +120,13 @@ ENCODED = encode_header(HEADER)
 TREE = tree.encode([n % 2 == 0 for n in range(COUNT)], Table())
 TENSORS = tree.encode({name: n for n, name in enumerate(NAMES)}, Table())
 LISTS = tree.encode([[n] for n in range(COUNT)], Table())
+CALLS = forge.pickled([forge.ordered_dict()] * 200)
 PICKLE = pickle.dumps([(n, str(n)) for n in range(COUNT)], 2)
 MATRIX = torch.zeros(3000, 2000)
 
 
-def load_pickled() -> Any:
-    return pickled.load(PICKLE, [], [], allowlist=ALLOWLIST, encoding="utf-8", depth_limit=256)
+def load_pickled(skeleton: bytes) -> Any:
+    return pickled.load(skeleton, [], [], allowlist=ALLOWLIST, encoding="utf-8", depth_limit=256)
 
 
 def load_tree(skeleton: bytes) -> Callable[[], Any]:
@@ -162,7 +163,8 @@ LONG_WORK: dict[str, Callable[[], Any]] = {
     "nested lists": load_tree(LISTS),
     "prescan": lambda: prescan(PICKLE, ALLOWLIST.globals, (), depth_limit=256, wide_keys=10**6),
     "globals_of": lambda: globals_of(PICKLE),
-    "unpickler": load_pickled,
+    "unpickler": lambda: load_pickled(PICKLE),
+    "unpickler, calls": lambda: load_pickled(CALLS),
     "build_tensors": lambda: build_tensors(HEADER, [STORAGE]),
     "revise": lambda: revise(
         {name: STORAGE for name in NAMES}, NAMES_SET, lambda name, tensor: tensor
