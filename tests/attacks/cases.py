@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MIB", "Case", "files_of", "read_cases", "write_cases"]
+__all__ = ["MIB", "Case", "Cases", "files_of", "row_name", "write_cases"]
 
 MIB = 2**20
 
@@ -22,12 +22,17 @@ class Case:
         name: Of the case.
         wanted: The one class of error; empty if there must be none.
         messages: What the peer sends; if there are several, each over a connection of its own.
-        play: How it sends them; see ``sender``.
-        scenario: What is done at the other end; see ``receiver``.
+        maker: Makes the one message, if it takes long: all who know the cases need not.
+        connections: How many connections the scenario opens; 0: one for each message, one after
+            the other. On each comes the next message, or the last one again.
+        play: How the peer sends the messages; see ``sender``.
+        scenario: What is done at the other end; see ``scenarios``.
+        loader: Which call takes the message; see ``loaders``.
+        dress: What the stream looks like to the library; see ``loaders``.
         reason: Words of the last error, a regular expression; empty: any.
         limits: What the receiver accepts, if not the default.
         bounds: Bounds of its checks, if not those of ``Bounds``.
-        options: Of the load.
+        options: Of the loader.
         honest: Which object it is about; see ``corpus.HONEST``.
         after: What may become of the stream: ``"ended"`` (it is poisoned, and the peer is
             stopped), ``"clean"`` (the next message on it arrives), or the class of error that the
@@ -35,10 +40,12 @@ class Case:
         located: Whether the error says where it was found.
         recursion_limit: Of the interpreter meanwhile, if not the default.
         ways: Parts of the names of the ways it is for; empty: all.
+        full: Whether it runs in the full tier only.
         deadline: Seconds until it must be over, but for 2 seconds of grace; more on a machine that
             is slow or busy.
         earliest: Seconds before which it must not be over.
-        memory: Bytes that memory may grow by, beside those that are received.
+        memory: Bytes that memory may grow by, beside those that are received, of all connections
+            together.
         family: Which cases it belongs to.
     """
 
@@ -46,8 +53,12 @@ class Case:
     wanted: str
     messages: tuple[bytes, ...] = ()
     _: dataclasses.KW_ONLY
+    maker: Callable[[], bytes] | None = None
+    connections: int = 0
     play: str = "whole"
     scenario: str = "load"
+    loader: str = "load"
+    dress: str = ""
     reason: str = ""
     limits: dict[str, Any] = field(default_factory=dict)
     bounds: dict[str, int] = field(default_factory=dict)
@@ -57,6 +68,7 @@ class Case:
     located: bool = True
     recursion_limit: int = 0
     ways: tuple[str, ...] = ()
+    full: bool = False
     deadline: float = 20
     earliest: float = 0
     memory: int = 64 * MIB
@@ -67,32 +79,77 @@ class Case:
         return not self.ways or any(part in way for part in self.ways)
 
     @property
+    def contents(self) -> tuple[bytes, ...]:
+        """The messages, made."""
+        return self.messages if self.maker is None else (self.maker(),)
+
+    @property
     def nbytes(self) -> int:
         """The most that is sent over one connection."""
-        return max(map(len, self.messages), default=0)
+        return max(map(len, self.contents), default=0)
+
+    @property
+    def sent(self) -> tuple[bytes, ...]:
+        """What is sent over each connection in turn."""
+        messages = self.contents or (b"",)
+        return messages + messages[-1:] * (self.connections - len(messages))
+
+
+def row_name(row: int) -> str:
+    """The name of the tensor of a row in messages of many rows; half of them begin with an x."""
+    return f"{'xy'[row % 2]}{row:05}"
 
 
 def files_of(case: Case) -> Iterator[tuple[str, bytes]]:
     """Names of files, and what is in them."""
-    for number, message in enumerate(case.messages):
-        yield (case.name if len(case.messages) == 1 else f"{case.name}.{number}"), message
+    contents = case.contents
+    for number, message in enumerate(contents):
+        yield (case.name if len(contents) == 1 else f"{case.name}.{number}"), message
 
 
 def write_cases(cases: Iterable[Case], directory: Path) -> None:
-    """For ``read_cases`` of other processes."""
+    """For ``Cases`` of other processes."""
     entries = []
+    # Many cases send the same.
+    files: dict[bytes, str] = {}
     for case in cases:
-        entry = vars(case) | {"messages": [name for name, _ in files_of(case)]}
-        entries.append(entry)
+        names = []
         for name, message in files_of(case):
-            (directory / name).write_bytes(message)
+            if message not in files:
+                files[message] = name
+                (directory / name).write_bytes(message)
+            names.append(files[message])
+        entries.append(vars(case) | {"messages": names, "maker": None})
     (directory / "cases.json").write_text(json.dumps(entries))
 
 
-def read_cases(directory: Path) -> list[Case]:
-    """The same cases, with their messages."""
-    entries = json.loads((directory / "cases.json").read_text())
-    for entry in entries:
-        entry["messages"] = tuple((directory / name).read_bytes() for name in entry["messages"])
-        entry |= {name: tuple(entry[name]) for name in ("after", "ways")}
-    return [Case(**entry) for entry in entries]
+class Cases(Mapping[str, Case]):
+    """The same cases by name; what they send is read from their files each time one is looked up.
+
+    Args:
+        directory: Has the files.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        entries = json.loads((directory / "cases.json").read_text())
+        self._entries = {entry["name"]: entry for entry in entries}
+
+    @property
+    def objects(self) -> set[str]:
+        """Names of the objects that the receiver makes."""
+        entries = self._entries.values()
+        return {entry["honest"] or entry["options"].get("object", "") for entry in entries}
+
+    def __getitem__(self, name: str) -> Case:
+        entry = dict(self._entries[name])
+        files = [self._directory / file for file in entry["messages"]]
+        entry["messages"] = tuple(file.read_bytes() for file in files)
+        entry |= {field: tuple(entry[field]) for field in ("after", "ways")}
+        return Case(**entry)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)

@@ -1,12 +1,13 @@
 """Every bad input, with the one class of error that it gets, and honest objects that get none.
 
-``python -m tests.attacks.corpus DIRECTORY`` writes what is sent in all of them, a file each: seeds
-for whoever mutates messages.
+``python -m tests.attacks.corpus DIRECTORY`` writes what is sent in all of them but the long ones, a
+file each: seeds for whoever mutates messages.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import struct
 import sys
@@ -20,6 +21,7 @@ import torch
 import aiotorchio
 from aiotorchio.wire.frames import CHUNK, HEADER, SKELETON
 from tests import corpus as objects
+from tests.attacks import costs
 from tests.attacks.cases import MIB, Case, files_of
 from tests.graph import forge, hostile
 from tests.wire import test_header, test_parser
@@ -37,6 +39,7 @@ __all__ = ["AUTHORITY_FILE", "HONEST", "WARM_UP", "all_cases", "behind", "behind
 
 AUTHORITY_FILE = "authority.pem"
 WARM_UP = "honest-warm_up"
+SEED_NBYTES = 2**16
 GIB = 2**30
 # As small as is told apart from a busy machine.
 SOON = 0.2
@@ -483,8 +486,8 @@ def behind_message() -> bytes:
 
 
 def many_tensors() -> object:
-    whole = torch.arange(20_000 * 4.0)
-    return {f"layers.{n}.weight": whole[4 * n : 4 * n + 4].clone() for n in range(20_000)}
+    whole = torch.arange(10_000 * 4.0)
+    return {f"layers.{n}.weight": whole[4 * n : 4 * n + 4].clone() for n in range(10_000)}
 
 
 def nested_to_the_limit() -> object:
@@ -527,16 +530,31 @@ def honest() -> Iterator[Case]:
 
 def long_skeletons() -> Iterator[Case]:
     """What is allowed, and takes long: other tasks have their turn meanwhile."""
-    lists: dict[str, tuple[list[Any], tuple[str, ...]]] = {
-        "empty_lists": ([[0]] * 520_000, ("streams-asyncio-tcp",)),
-        "numbers": ([1] * 3_000_000, ("anyio-trio-tcp",)),
-        "sets": ([[4]] * 180_000, ("socket-trio-unix",)),
-        "texts": (["abc"] * 1_000_000, ("streams-uvloop-tcp",)),
+    lists: dict[str, tuple[Any, int, tuple[str, ...]]] = {
+        "empty_lists": ([0], 520_000, ("streams-asyncio-tcp",)),
+        "numbers": (1, 3_000_000, ("anyio-trio-tcp",)),
+        "sets": ([4], 180_000, ("socket-trio-unix",)),
+        "texts": ("abc", 1_000_000, ("streams-uvloop-tcp",)),
     }
-    for name, (items, ways) in lists.items():
-        message = forge.message(msgspec.msgpack.encode([0, *items]), "tree")
-        memory = 64 * MIB + 48 * len(message)
-        yield Case(f"long-{name}", "", (message,), after=("clean",), ways=ways, memory=memory)
+    for name, (item, count, ways) in lists.items():
+        nbytes = len(msgspec.msgpack.encode(item)) * count
+        # As long as the limits allow, and a part of it that takes a second.
+        for part, parts in (("", 1), ("-part", 8)):
+            yield Case(
+                f"long-{name}{part}",
+                "",
+                maker=functools.partial(long_list, item, count // parts),
+                after=("clean",),
+                ways=ways,
+                full=not part,
+                memory=64 * MIB + 48 * nbytes // parts,
+            )
+
+
+def long_list(item: Any, count: int) -> bytes:
+    """A message of the tree codec: a list of so many equal values."""
+    node = msgspec.msgpack.encode(item)
+    return forge.message(b"\xdd" + struct.pack(">I", count + 1) + b"\x00" + node * count, "tree")
 
 
 # ------------------------------------------------------------------------------ all of them
@@ -550,7 +568,7 @@ def family_of(case: Case, function: str) -> str:
 def all_cases() -> list[Case]:
     families = (
         *(truncated, protocol, rows, limited, damaged, skeletons),
-        *(slow, deaf, misused, honest, long_skeletons),
+        *(slow, deaf, misused, honest, long_skeletons, *costs.FAMILIES),
     )
     cases = [
         dataclasses.replace(case, family=family_of(case, family.__name__))
@@ -566,8 +584,11 @@ def main() -> None:
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
     for case in all_cases():
+        if case.maker is not None:
+            continue
         for name, message in files_of(case):
-            (directory / name).write_bytes(message)
+            if len(message) <= SEED_NBYTES:
+                (directory / name).write_bytes(message)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,18 @@ from aiotorchio.streams import guard
 from aiotorchio.streams.base import asyncio_loop
 from tests.worlds import descriptors
 
-__all__ = ["BUSY_MAX", "HELD_MAX", "STALL_MAX", "Meter", "Outcome", "surroundings"]
+__all__ = [
+    "BUSY_MAX",
+    "ENDING_MAX",
+    "HELD_MAX",
+    "STALL_MAX",
+    "Meter",
+    "Outcome",
+    "surroundings",
+]
 
-# Seconds; the last two are multiplied by ``Outcome.slowness``.
-HELD_MAX, BUSY_MAX, STALL_MAX = 0.05, 0.05, 1.0
+# Seconds; all but the first are multiplied by ``Outcome.slowness``.
+HELD_MAX, BUSY_MAX, STALL_MAX, ENDING_MAX = 0.05, 0.05, 1.0, 0.1
 # Seconds between two beats: a task that never waited would have worker threads wait for the
 # interpreter's lock at each turn.
 _BEAT_EVERY = 0.001
@@ -45,6 +53,9 @@ class Outcome:
         busy: Seconds of processor time that all threads took between two turns: one of them did
             not let the loop have the interpreter, or the machine not a processor.
         stall: Seconds on the clock between two turns.
+        ending: Seconds of processor time that all threads took from a cancellation to the end of
+            the call.
+        ending_stall: Seconds on the clock of the same.
         left: What the case left behind.
         slowness: Of the machine meanwhile; see ``tests.speed``.
     """
@@ -59,16 +70,20 @@ class Outcome:
     held: float = 0
     busy: float = 0
     stall: float = 0
+    ending: float = 0
+    ending_stall: float = 0
     left: str = ""
     slowness: float = 1
 
     @property
     def turns(self) -> bool:
-        """Whether the event loop turned as often as it must."""
+        """Whether the event loop turned, and calls ended, as soon as they must."""
         return (
             self.held <= HELD_MAX
             and self.busy <= BUSY_MAX * self.slowness
             and self.stall <= STALL_MAX * self.slowness
+            and self.ending <= ENDING_MAX * self.slowness
+            and self.ending_stall <= STALL_MAX * self.slowness
         )
 
     def note(self, error: Exception | None, nbytes: int) -> None:
@@ -131,6 +146,19 @@ class Meter:
         outcome.busy = max(outcome.busy, busy)
         outcome.stall = max(outcome.stall, stall)
         self._beat_at = now
+
+    def cancelled(self) -> None:
+        """A call was cancelled now."""
+        self._cancelled_at = _clocks()
+
+    def ended(self) -> None:
+        """The call that was cancelled has ended now."""
+        outcome = self._outcome
+        _, busy, stall = (
+            end - start for start, end in zip(self._cancelled_at, _clocks(), strict=True)
+        )
+        outcome.ending = max(outcome.ending, busy)
+        outcome.ending_stall = max(outcome.ending_stall, stall)
 
     def __enter__(self) -> None:
         self._peak = reset_peak()

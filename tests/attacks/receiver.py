@@ -10,6 +10,7 @@ case it died in; then it is replaced by another one, for the cases that are left
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -28,9 +29,10 @@ from typing import Any, TextIO
 import anyio
 import anyio.abc
 import torch
+import torch._dynamo  # what jagged tensors need
 
 from tests import worlds
-from tests.attacks.cases import Case, read_cases
+from tests.attacks.cases import Case, Cases
 from tests.attacks.corpus import AUTHORITY_FILE, HONEST, WARM_UP
 from tests.attacks.meter import Meter, Outcome, surroundings
 from tests.attacks.scenarios import HONEST_OBJECTS, PATIENCE, SCENARIOS, Sender, Visit, caught
@@ -81,7 +83,7 @@ class Runner:
             self.slowness = max(self.slowness, slowdown(again=True))
             # What the machine adds, it does not always add; what the case takes, it always takes.
             again = await self._attempt(case)
-            for name in ("held", "busy", "stall"):
+            for name in ("held", "busy", "stall", "ending", "ending_stall"):
                 setattr(again, name, min(getattr(again, name), getattr(outcome, name)))
             outcome = again
         return outcome
@@ -91,8 +93,9 @@ class Runner:
         before = surroundings(self._way.loop)
         # uvloop keeps a descriptor of its own.
         del before["descriptors"]
-        await self._play(case, Outcome(case.name))
-        await self._left(before)
+        with time_limited(self.slowness):
+            await self._play(case, Outcome(case.name))
+            await self._left(before)
 
     async def _attempt(self, case: Case) -> Outcome:
         outcome = Outcome(case.name, slowness=self.slowness)
@@ -108,7 +111,7 @@ class Runner:
         self._sender.begin(case)
         try:
             with lowered(case.bounds):
-                if len(case.messages) > 1:
+                if len(case.messages) > 1 and not case.connections:
                     await self._load_each(case, outcome)
                 else:
                     await self._visit(case, outcome)
@@ -120,18 +123,23 @@ class Runner:
         sys.setrecursionlimit(recursion_limit)
 
     async def _visit(self, case: Case, outcome: Outcome) -> None:
-        async with self._way.opener(self._sender.connect(), False) as end:
-            await SCENARIOS[case.scenario](Visit(case, end, self._sender, outcome))
+        async with self._visits(case, outcome) as visit:
+            await SCENARIOS[case.scenario](visit)
             self._sender.finish()
+
+    @contextlib.asynccontextmanager
+    async def _visits(self, case: Case, outcome: Outcome) -> AsyncIterator[Visit]:
+        async with self._way.opener(self._sender.connect(), False) as end:
+            another = functools.partial(self._visits, case, outcome)
+            yield Visit(case, end, self._sender, outcome, another)
 
     async def _load_each(self, case: Case, outcome: Outcome) -> None:
         """All messages of a case, each over a connection of its own, under one meter."""
 
         async def each() -> None:
             for message in case.messages:
-                async with self._way.opener(self._sender.connect(), False) as end:
-                    call = Visit(case, end, self._sender, outcome).load
-                    outcome.note((await caught(call))[0], len(message))
+                async with self._visits(case, outcome) as visit:
+                    outcome.note((await caught(visit.load))[0], len(message))
 
         waits = self._way.loop != "none"
         meter = Meter(outcome, beats=waits)
@@ -174,19 +182,24 @@ class Supervisor:
     def __init__(self, directory: Path, wanted: dict[str, list[str]]) -> None:
         self._directory = directory
         self._wanted = wanted
-        self._cases = {case.name: case for case in read_cases(directory)}
+        self._cases = Cases(directory)
         self._running: dict[int, str] = {}
         self._waiting = list(wanted)
 
     def run(self) -> None:
-        while self._waiting or self._running:
-            # More than there are cores: some cases wait for a clock.
-            while self._waiting and len(self._running) <= (os.cpu_count() or 1):
-                self._start(self._waiting.pop(0))
-            process, status = os.wait()
-            way = self._running.pop(process)
-            if status:
-                self._blame(way, os.waitstatus_to_exitcode(status))
+        try:
+            while self._waiting or self._running:
+                # More than there are cores: some cases wait for a clock.
+                while self._waiting and len(self._running) <= (os.cpu_count() or 1):
+                    self._start(self._waiting.pop(0))
+                process, status = os.wait()
+                way = self._running.pop(process)
+                if status:
+                    self._blame(way, os.waitstatus_to_exitcode(status))
+        finally:
+            # If this breaks, all of it ends.
+            for process in self._running:
+                os.kill(process, signal.SIGKILL)
 
     def _start(self, way: str) -> None:
         first = len(self._lines(way)) // 2
@@ -197,9 +210,8 @@ class Supervisor:
         code = 1
         try:
             with self._path(way).open("a") as file:
-                names = [WARM_UP, *self._wanted[way][first:]]
-                cases = [self._cases[name] for name in names]
-                run_way(WAYS[way], cases, self._directory, file)
+                names = self._wanted[way][first:]
+                run_way(WAYS[way], names, self._cases, self._directory, file)
             code = 0
         except BaseException:
             # Nothing may go on into the copy of the parent's stack.
@@ -223,13 +235,13 @@ class Supervisor:
         self._waiting.append(way)
 
 
-def run_way(way: World, cases: list[Case], directory: Path, file: TextIO) -> None:
-    """Run cases in this process, with bounds to its memory and time; the first is a warm-up."""
+def run_way(way: World, names: list[str], cases: Cases, directory: Path, file: TextIO) -> None:
+    """Run cases in this process, with bounds to its memory and time."""
     threading.stack_size(STACK_SIZE)
     limit_memory()
     sender = Sender(directory, way.link)
     if way.loop == "none":
-        script = run_all(cases, way, sender, file)
+        script = run_all(names, cases, way, sender, file)
         done: list[None] = []
         thread = threading.Thread(target=lambda: done.append(run_blocking(script)))
         thread.start()
@@ -237,16 +249,17 @@ def run_way(way: World, cases: list[Case], directory: Path, file: TextIO) -> Non
         assert done
     else:
         backend, options = ANYIO_BACKENDS[way.loop]
-        anyio.run(run_all, cases, way, sender, file, backend=backend, backend_options=options)
+        run = functools.partial(run_all, names, cases, way, sender, file)
+        anyio.run(run, backend=backend, backend_options=options)
     sender.close()
 
 
-async def run_all(cases: list[Case], way: World, sender: Sender, file: TextIO) -> None:
+async def run_all(names: list[str], cases: Cases, way: World, sender: Sender, file: TextIO) -> None:
     runner = Runner(way, sender)
-    await runner.warm_up(cases.pop(0))
-    for case in cases:
-        tell(file, case.name)
-        tell(file, asdict(await runner.run(case)))
+    await runner.warm_up(cases[WARM_UP])
+    for name in names:
+        tell(file, name)
+        tell(file, asdict(await runner.run(cases[name])))
 
 
 @contextlib.contextmanager
@@ -282,7 +295,8 @@ def main() -> None:
     supervisor = Supervisor(directory, json.loads((directory / WANTED_FILE).read_text()))
     worlds.CLIENT_TLS.load_verify_locations(directory / AUTHORITY_FILE)
     torch.set_num_threads(1)
-    HONEST_OBJECTS.update((name, make()) for name, make in HONEST.items())
+    needed = Cases(directory).objects
+    HONEST_OBJECTS.update((name, make()) for name, make in HONEST.items() if name in needed)
     gc.collect()
     # What is there now is not looked through again and again.
     gc.freeze()

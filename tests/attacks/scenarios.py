@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ import anyio
 import torch
 
 import aiotorchio
-from aiotorchio import Limits
+from aiotorchio import Limits, TensorSpec
 from tests.attacks.cases import MIB, Case
 from tests.attacks.corpus import behind
+from tests.attacks.loaders import LOADERS, dressed
 from tests.attacks.meter import Meter, Outcome
 from tests.corpus import assert_same
 from tests.speed import patience
 from tests.worlds import BlockingEnd, End, all_blocked, run_blocking
 
-__all__ = ["HONEST_OBJECTS", "PATIENCE", "SCENARIOS", "Sender", "Visit", "caught"]
+__all__ = ["HONEST_OBJECTS", "PATIENCE", "PRODUCED", "SCENARIOS", "Sender", "Visit", "caught"]
 
 # In seconds; until a connection is torn down, and for what follows a case.
 PATIENCE = patience(2.5)
@@ -94,36 +96,98 @@ class Sender:
 
 
 class Visit:
-    """One connection to the sender."""
+    """One connection to the sender.
 
-    def __init__(self, case: Case, end: End, sender: Sender, outcome: Outcome) -> None:
+    Attributes:
+        load: Takes what the case says off the stream, in the way that it says.
+        another: Opens another connection.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        end: End,
+        sender: Sender,
+        outcome: Outcome,
+        another: Callable[[], AbstractAsyncContextManager[Visit]],
+    ) -> None:
         self.case = case
-        self.end = end
+        self.end = dressed(end, case.dress)
         self.sender = sender
         self.outcome = outcome
+        self.another = another
         self.waits = not isinstance(end, BlockingEnd)
         self.limits = Limits(**case.limits)
+        self.load = LOADERS[case.loader](self.end, self.limits, dict(case.options))
 
     async def watched(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """Run a call under the eyes of a meter; what it returned, if it did."""
+        return (await self.all_watched([call]))[0]
+
+    async def all_watched(self, calls: list[Callable[[], Awaitable[Any]]]) -> list[Any]:
+        """Likewise with several calls at once."""
         meter = Meter(self.outcome, beats=self.waits)
         if not self.waits:
             with meter:
-                return await self._noted(call)
+                return self._noted_in_threads(calls)
+        results: list[Any] = [None] * len(calls)
+
+        async def run(number: int) -> None:
+            results[number] = await self._noted(calls[number])
+
         async with anyio.create_task_group() as group:
             await group.start(meter.beat)
             with meter:
-                result = await self._noted(call)
+                async with anyio.create_task_group() as running:
+                    for number in range(len(calls)):
+                        running.start_soon(run, number)
+                        # The first steps of all of them are not one turn of the loop.
+                        await anyio.sleep(_BETWEEN)
             group.cancel_scope.cancel()
-        return result
+        return results
+
+    def _noted_in_threads(self, calls: list[Callable[[], Awaitable[Any]]]) -> list[Any]:
+        """Run blocking calls, of which the first is in this thread."""
+        results: list[Any] = [None] * len(calls)
+
+        def run(number: int) -> None:
+            results[number] = run_blocking(self._noted(calls[number]))
+
+        threads = [threading.Thread(target=run, args=[n]) for n in range(1, len(calls))]
+        for thread in threads:
+            thread.start()
+        run(0)
+        for thread in threads:
+            thread.join()
+        return results
+
+    async def watched_until(self, seconds: float, call: Callable[[], Awaitable[Any]]) -> None:
+        """Cancel a call after some time, if it takes that long, under the eyes of a meter."""
+        meter = Meter(self.outcome, beats=True)
+        # What it returns in time is freed when nobody watches.
+        results: list[Any] = []
+
+        async def run() -> None:
+            results.append(await caught(call))
+
+        async with anyio.create_task_group() as group:
+            await group.start(meter.beat)
+            with meter:
+                async with anyio.create_task_group() as running:
+                    running.start_soon(run)
+                    await anyio.sleep(seconds)
+                    meter.cancelled()
+                    running.cancel_scope.cancel()
+                meter.ended()
+            group.cancel_scope.cancel()
+        for error, _ in results:
+            # It may have ended before it was cancelled.
+            self.outcome.note(error, self.case.nbytes)
 
     async def _noted(self, call: Callable[[], Awaitable[Any]]) -> Any:
         error, result = await caught(call)
         self.outcome.note(error, self.case.nbytes)
         return result
-
-    async def load(self) -> Any:
-        return await self.end.load(limits=self.limits, **self.case.options)
 
     async def load_next(self) -> Any:
         # Whatever comes: it is there already, or never will be.
@@ -181,15 +245,47 @@ async def caught(call: Callable[[], Awaitable[Any]]) -> tuple[Exception | None, 
         return error.with_traceback(None), None
 
 
+# Seconds between the beginnings of two loads.
+_BETWEEN = 0.002
 # Made before any process is forked off: autograd does not work in one that was.
 HONEST_OBJECTS: dict[str, object] = {}
 _large = torch.zeros(LARGE_NBYTES, dtype=torch.uint8)
+
+# Bytes that a generator may make after it was cancelled.
+PRODUCED_AT_MOST = 6 * MIB
+_SPECS = {f"t{n}": TensorSpec((n % 2, 512), torch.float32) for n in range(2000)}
+
+
+def made() -> Iterator[tuple[str, torch.Tensor]]:
+    one = torch.zeros(1, 512)
+    return ((name, one[: spec.shape[0]]) for name, spec in _SPECS.items())
+
+
+async def made_async() -> AsyncIterator[tuple[str, torch.Tensor]]:
+    for item in made():
+        yield item
+
+
+# Objects with the options to make bytes of them.
+PRODUCED: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+    "large": lambda: (_large, {}),
+    "no_checksum": lambda: (_large, {"checksum": False}),
+    "small_chunks": lambda: (_large[: 8 * MIB], {"chunk_size": 4096}),
+    "many_tensors": lambda: (HONEST_OBJECTS["many_tensors"], {}),
+    "made": lambda: (made(), {"specs": _SPECS}),
+    "made_async": lambda: (made_async(), {"specs": _SPECS}),
+}
 
 
 async def load(visit: Visit) -> None:
     """Load what the peer sends."""
     await visit.watched(visit.load)
     await visit.see_after(visit.load_next)
+
+
+async def load_once(visit: Visit) -> None:
+    """Load what the peer sends, and nothing more."""
+    await visit.watched(visit.load)
 
 
 async def load_when_open(visit: Visit) -> None:
@@ -208,7 +304,7 @@ async def load_late(visit: Visit) -> None:
 async def load_cancelled(visit: Visit) -> None:
     """A load that is cancelled before a byte has come does no harm."""
     async with anyio.create_task_group() as group:
-        group.start_soon(visit.load)
+        group.start_soon(visit.end.load)
         await all_blocked()
         group.cancel_scope.cancel()
     visit.sender.send("now")
@@ -251,6 +347,66 @@ async def load_after_cancel(visit: Visit) -> None:
     await visit.see_after(visit.load_next)
 
 
+async def load_at_once(visit: Visit) -> None:
+    """Load over all connections of the case, none of which may hold the others up."""
+    async with AsyncExitStack() as opened:
+        others = range(visit.case.connections - 1)
+        visits = [visit, *[await opened.enter_async_context(visit.another()) for _ in others]]
+        await visit.all_watched([each.load for each in visits])
+
+
+async def load_and_cancel(visit: Visit) -> None:
+    """Load over the first connection, and cancel that at other times over the others."""
+    await visit.watched(visit.load)
+    took, count = visit.outcome.seconds, visit.case.connections
+    for number in range(1, count):
+        async with visit.another() as other:
+            await other.watched_until(took * number / count, other.load)
+
+
+async def load_beside_broken(visit: Visit) -> None:
+    """Load from a stream that equals another one, which has broken before."""
+    async with visit.another() as other:
+        await visit.watched(visit.load)
+        error, _ = await caught(other.load)
+        visit.outcome.after = type(error).__name__ if error else "clean"
+
+
+async def load_in_turns(visit: Visit) -> None:
+    """Load from streams that equal each other, and have more than one message at hand."""
+    async with visit.another() as other:
+        for each in (visit, other):
+            await each.watched(each.load)
+        # The streams came in this order; what follows the message on each is the same.
+        for each in (visit, other):
+            error, result = await caught(each.load_next)
+            if error is not None:
+                visit.outcome.after = type(error).__name__
+                return
+            assert_same(result, behind())
+        visit.outcome.after = "clean"
+
+
+async def produce(visit: Visit) -> None:
+    """Make the bytes of a message for a consumer that has room for all of them."""
+    made: list[int] = []
+
+    async def run(scope: anyio.CancelScope | None = None) -> None:
+        made.clear()
+        obj, options = PRODUCED[visit.case.options["object"]]()
+        async for piece in aiotorchio.iter_bytes(obj, **options):
+            made.append(len(piece))
+            if scope is not None:
+                scope.cancel()
+
+    await visit.watched(run)
+    with anyio.CancelScope() as scope:
+        await run(scope)
+    visit.outcome.after = (
+        "stopped" if sum(made) <= PRODUCED_AT_MOST else f"{sum(made)} bytes after a cancellation"
+    )
+
+
 async def save(visit: Visit) -> None:
     """Save to a peer that does not take it."""
     await visit.watched(visit.save)
@@ -290,8 +446,9 @@ async def echo(visit: Visit) -> None:
 SCENARIOS: dict[str, Callable[[Visit], Awaitable[None]]] = {
     scenario.__name__: scenario
     for scenario in (
-        *(load, load_when_open, load_late, load_cancelled, load_http),
+        *(load, load_once, load_when_open, load_late, load_cancelled, load_http),
         *(load_twice, load_after_error, load_after_cancel),
+        *(load_at_once, load_and_cancel, load_beside_broken, load_in_turns, produce),
         *(save, save_twice, save_after_error, save_after_cancel, echo),
     )
 }

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.attacks.cases import Case, read_cases
+from tests.attacks.cases import Case, Cases
 from tests.speed import patience
 
 __all__ = ["HONEST_FILE", "TLS_FILE"]
@@ -31,6 +31,7 @@ TLS_FILE = "server.pem"
 # reads must have read. Far longer than either takes: only what has failed waits for it.
 PATIENCE = patience(2.5)
 BYTE_EVERY = 0.05
+CRUMB_SIZE = 200
 HEAD_SIZE, PREFACE_SIZE = 32, 16
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -136,6 +137,13 @@ def cut(peer: Peer, data: bytes) -> None:
     peer.ended = True
 
 
+def crumbs(peer: Peer, data: bytes) -> None:
+    """The message in small pieces, each in a record of its own if there is TLS."""
+    for start in range(0, len(data), CRUMB_SIZE):
+        peer.send(data[start : start + CRUMB_SIZE])
+    peer.send(peer.honest)
+
+
 def reset(peer: Peer, data: bytes) -> None:
     """The message, when it can be received, and the connection breaks."""
     peer.told()
@@ -216,7 +224,7 @@ def answer(peer: Peer, data: bytes) -> None:
 PLAYS: dict[str, Callable[[Peer, bytes], None]] = {
     play.__name__: play
     for play in (
-        *(whole, silent, finish, cut, reset, drip, steady, late),
+        *(whole, crumbs, silent, finish, cut, reset, drip, steady, late),
         *(deaf, sip, taste, leave, echo, answer),
     )
 }
@@ -227,7 +235,7 @@ class Host:
 
     def __init__(self, control: Control, link: str, directory: Path) -> None:
         self._control = control
-        self._cases = {case.name: case for case in read_cases(directory)}
+        self._cases = Cases(directory)
         self._honest = (directory / HONEST_FILE).read_bytes()
         self._context: ssl.SSLContext | None = None
         if link == "tls":
@@ -247,21 +255,26 @@ class Host:
             self._play(self._cases[request])
 
     def _play(self, case: Case) -> None:
-        for message in case.messages or (b"",):
-            peer = self._accept()
-            if peer is None:
-                continue
-            with contextlib.suppress(OSError, EOFError):
-                PLAYS[case.play](peer, message)
-            if len(case.messages) > 1:
+        peer: Peer | None = None
+        with contextlib.ExitStack() as opened:
+            for message in case.sent:
+                # The receiver may have no more to ask, if something is wrong.
+                ready, _, _ = select.select([self._server.fileno(), self._control.fileno()], [], [])
+                if self._server.fileno() not in ready:
+                    break
+                peer = self._accept()
+                if peer is None:
+                    continue
+                opened.callback(peer.sock.close)
+                with contextlib.suppress(OSError, EOFError):
+                    PLAYS[case.play](peer, message)
+                if len(case.contents) > 1 and not case.connections:
+                    peer.look(PATIENCE)
+                    peer.sock.close()
+            # The receiver asks, or has no more to ask.
+            if self._control.receive() == "ended?" and peer is not None:
                 peer.look(PATIENCE)
-                peer.sock.close()
-        # The receiver asks, or has no more to ask.
-        if self._control.receive() == "ended?" and peer is not None:
-            peer.look(PATIENCE)
-            self._control.send(peer.ended)
-        if peer is not None:
-            peer.sock.close()
+                self._control.send(peer.ended)
 
     def _accept(self) -> Peer | None:
         sock, _ = self._server.accept()
