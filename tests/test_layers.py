@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "streams": ({"errors"}, {"anyio"}),
     "tls": (set(), set()),
     "threads": ({"errors", "interrupt", "streams"}, {"anyio"}),
-    "commit": ({"threads"}, {"anyio"}),
+    "commit": ({"collection", "threads"}, {"anyio"}),
     "drive": ({"errors", "wire", "streams", "threads"}, {"anyio"}),
     "transfer": (
         {

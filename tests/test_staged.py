@@ -12,6 +12,7 @@ import itertools
 import threading
 import types
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import Any, ClassVar
 
@@ -33,6 +34,7 @@ from aiotorchio import (
     RemoteAbort,
     StreamPoisoned,
     TruncatedError,
+    collection,
 )
 from aiotorchio.interrupt import check_interrupt
 from aiotorchio.memory import staged
@@ -1208,6 +1210,51 @@ async def test_a_change_whose_coroutine_is_closed_is_undone_behind_its_thread(
     await ClosedWhen(call, entered)
     assert done.is_set() and not lock.locked()
     target.assert_old()
+
+
+@safe_modes
+@pytest.mark.parametrize("end", ["whole", "cut", "lock"])
+async def test_what_is_left_of_a_large_load_is_freed_in_a_thread(
+    mode: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty thousand shadows took a tenth of a second on the event loop."""
+    monkeypatch.setattr("aiotorchio.commit._FREED_AT_ONCE", 0)
+    monkeypatch.setattr("aiotorchio.transfer.receive._RELEASED_ROWS", 0)
+    target, freed = Target(mode, CHUNKED), Counter[bool]()
+    here = threading.current_thread()
+
+    def release(*tables: Any) -> None:
+        freed[threading.current_thread() is here] += sum(map(len, tables))
+        collection.release(*tables)
+
+    monkeypatch.setattr("aiotorchio.commit.release", release)
+    monkeypatch.setattr("aiotorchio.transfer.receive.release", release)
+    swaps: list[Any] = []
+    for kind in (staged.Exchange, staged.Swap):
+        made = kind.__init__
+
+        def init(self: Any, *args: Any, made: Any = made) -> None:
+            swaps.append(self)
+            made(self, *args)
+
+        monkeypatch.setattr(kind, "__init__", init)
+    data = MESSAGE[:-40] if end == "cut" else MESSAGE
+    lock = Released(target.tensors["a"], fail) if end == "lock" else None
+    call = aiotorchio.load_from_stream(Pieces(data, 2**16), lock=lock, **target.options)
+    if end == "whole":
+        await call
+        target.assert_new()
+    else:
+        with pytest.raises((TruncatedError, ZeroDivisionError)):
+            await call
+        target.assert_old()
+    assert freed[False] and not freed[True]
+    (change,) = swaps
+    assert not any(change.tables)
+
+
+def fail() -> None:
+    raise ZeroDivisionError
 
 
 async def test_a_change_in_a_scope_that_is_cancelled_is_undone(

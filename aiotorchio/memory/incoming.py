@@ -90,6 +90,8 @@ class IncomingPayload:
         self._begun = 0
         # Routes with bytes in the chunk that comes next, and maybe behind it.
         self._under_way: list[Route] = []
+        # What the chunk that was taken last is moved by, which is never done if no other follows.
+        self._moving: list[list[Any]] = []
         own = list(self._plan())
         self._region_of: list[_Region | None] = [None] * len(offsets)
         for region in interruptible(own):
@@ -178,7 +180,14 @@ class IncomingPayload:
     @property
     def tables(self) -> list[list[Any]]:
         """What may be as long as the tables of the header; nothing else holds what is in them."""
-        return [self._regions, self._starts, self._region_of, self._all_routes, self._upcoming]
+        rows: list[list[Any]] = [
+            self._regions,
+            self._starts,
+            self._region_of,
+            self._all_routes,
+            self._upcoming,
+        ]
+        return [*rows, self._under_way, *self._moving]
 
     def steps(self, start: int, length: int) -> int:
         """How many storages, arenas and routes ``chunk`` has to look at."""
@@ -235,6 +244,7 @@ class IncomingPayload:
         if slab is None:
             return views, None
         filled = slab[0][:length]
+        self._moving = [moves, scattered, routes]
 
         def move() -> None:
             for destination, source in moves:

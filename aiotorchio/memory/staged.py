@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Lock
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ class _Places:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
-        self.each = [place_of(tensor) for tensor in tensors]
+        self.each: list[Any] = [place_of(tensor) for tensor in tensors]
 
     def check(self) -> None:
         if [place_of(tensor) for tensor in self._tensors] != self.each:
@@ -69,6 +70,11 @@ class Exchange:
         # What was exchanged, and what is on its way with the bytes that were there before.
         self._done: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._half: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def tables(self) -> list[list[Any]]:
+        """What is as long as the destinations are many, and of no use behind the change."""
+        return [self.shadows, self._pairs, self._done, self._places.each]
 
     def prepare(self) -> None:
         """There is nothing to prepare."""
@@ -249,6 +255,18 @@ class Swap:
         self.prepares = bool(self._rest or self._scattered)
         self._note, self._copier = note, copier
         self._changing = False
+
+    @property
+    def tables(self) -> list[list[Any]]:
+        """What is as long as the destinations are many, and of no use behind the change."""
+        lists: list[list[Any]] = [
+            self.shadows,
+            self._before,
+            self._after,
+            self._rest,
+            self._scattered,
+        ]
+        return [*lists, self._pairs, self._places.each]
 
     def prepare(self) -> None:
         """Complete the memory behind the tensors with what the message does not have."""

@@ -54,7 +54,7 @@ __all__ = ["IncomingMessage", "LoadOptions", "Loaded", "receive_message"]
 Event = TypeVar("Event")
 
 # Freeing the rows of a header takes 4 ms a MiB.
-_RELEASED_NBYTES = 2**20
+_RELEASED_NBYTES, _RELEASED_ROWS = 2**20, 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +132,14 @@ class IncomingMessage:
 
     def release(self, *tables: list[Any] | dict[Any, Any]) -> Generator[Request, Any, None]:
         """Free the rows of a large header, and other tables as long, away from the event loop."""
-        if self.opened.nbytes > _RELEASED_NBYTES:
+        if self.is_large:
             yield Work(functools.partial(self._release, *tables), to_its_end=True)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether freeing what is as long as the tables of the header would hold an event loop."""
+        rows = max(len(self.header.tensors), len(self.header.storages))
+        return self.opened.nbytes > _RELEASED_NBYTES or rows > _RELEASED_ROWS
 
     def _release(self, *tables: list[Any] | dict[Any, Any]) -> None:
         rows = self.header.tensors
@@ -179,6 +185,7 @@ class IncomingMessage:
         with self.located():
             place = self.placement(self.header, self.layout, options, options.into)
             inline = self.decides_inline(place)
+            payload: IncomingPayload | None = None
             try:
                 yield from work(place.decide, inline=inline)
                 rebuilder = yield from self._rebuilder(options, names=place.by_name_only)
@@ -186,8 +193,11 @@ class IncomingMessage:
                 obj = yield from self._load(options, rebuilder, place, payload, inline=inline)
             except BaseException as error:
                 place.close()
-                if isinstance(error, Exception) and self.opened.nbytes > _RELEASED_NBYTES:
-                    yield Work(functools.partial(release, *place.tables), to_its_end=True)
+                if isinstance(error, Exception) and self.is_large:
+                    staged = [] if place.commit is None else place.commit.tables
+                    arrived = [] if payload is None else payload.tables
+                    free = functools.partial(release, *place.tables, *staged, *arrived)
+                    yield Work(free, to_its_end=True)
                 raise
             return Loaded(obj, place.commit, place.close)
 

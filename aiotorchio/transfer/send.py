@@ -265,7 +265,10 @@ def send_produced(
     layout = Layout(header)
     composer = Composer(header, layout, checksum=checksum)
     payload = produced(layout.offsets, layout.nbytes, layout.chunk_size, copier=copier)
-    tensors = _Produced(pairs, header)
+    # Half a millisecond for a hundred.
+    tensors: _Produced = yield from work(
+        functools.partial(_Produced, pairs, header), inline=len(header.tensors) <= INLINE_ROWS
+    )
     # At once: the receiver can prepare while the first tensor is made.
     opening = composer.opening(flattened.skeleton)
     yield Send(opening)
