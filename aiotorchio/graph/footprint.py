@@ -1,0 +1,141 @@
+"""Where tensors are in memory, as numbers: their extents, and which of them meet."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+
+from aiotorchio.interrupt import interruptible
+from aiotorchio.strided import order_of
+
+__all__ = [
+    "Extents",
+    "Footprint",
+    "Origin",
+    "extents_of",
+    "footprint",
+    "runs_of",
+]
+
+T = TypeVar("T")
+
+
+class Footprint(NamedTuple):
+    """Memory of a tensor whose elements each have an address of their own (``Order.distinct``).
+
+    ``start`` is the address of the first byte, ``end`` the one after the last.
+    """
+
+    start: int
+    end: int
+    itemsize: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class Origin(NamedTuple):
+    """What the elements of a tensor are copied from.
+
+    Attributes:
+        kind: Equal for elements that are copied from one storage in one way.
+        offset: Position of the first element, in elements; None if only ``kind`` matters.
+        stride: From one position to the next, in each dimension.
+    """
+
+    kind: int
+    offset: int | None = None
+    stride: tuple[int, ...] = ()
+
+
+def footprint(tensor: torch.Tensor) -> Footprint:
+    """The memory of a plain strided tensor."""
+    shape, stride, itemsize = tensor.shape, tensor.stride(), tensor.element_size()
+    start = tensor.data_ptr()
+    return Footprint(start, start + extent_of(tensor), itemsize, shape, stride)
+
+
+def extent_of(tensor: torch.Tensor) -> int:
+    """Bytes from the first element of a strided tensor to the last one, with both of them."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    return order_of(tensor.shape, tensor.stride()).extent * tensor.element_size()
+
+
+class Extents(Generic[T]):
+    """Ranges of memory of one device, in the order of their addresses.
+
+    Args:
+        spans: First address, the one after the last, and whose they are.
+    """
+
+    def __init__(self, spans: Iterable[tuple[int, int, T]]) -> None:
+        ordered = sorted(spans, key=_ends)
+        self._starts = [start for start, _, _ in ordered]
+        self._ends = [end for _, end, _ in ordered]
+        self._keys = [key for _, _, key in ordered]
+        # The furthest end so far. Numbers alone: the garbage collector has nothing to look at.
+        self._reached = list(accumulate(self._ends, max))
+
+    def __iter__(self) -> Iterator[tuple[int, int, T]]:
+        return zip(self._starts, self._ends, self._keys, strict=True)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def _clusters(self) -> Iterator[tuple[int, int]]:
+        first = 0
+        for n, reached in interruptible(enumerate(self._reached, 1)):
+            if n == len(self._starts) or self._starts[n] >= reached:
+                yield first, n
+                first = n
+
+    def together(self) -> Iterator[list[T]]:
+        """Those whose extents meet, directly or through others; not those that are alone."""
+        for first, last in self._clusters():
+            if last - first > 1:
+                yield self._keys[first:last]
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """What they cover, in order: first address of each range, and the one after the last."""
+        for first, last in self._clusters():
+            yield self._starts[first], self._reached[last - 1]
+
+    def meeting(self, start: int, end: int) -> Iterator[T]:
+        """Those that have an address in a range, from the last to the first."""
+        n = bisect_left(self._starts, end)
+        while n and self._reached[n - 1] > start:
+            n -= 1
+            if self._ends[n] > start:
+                yield self._keys[n]
+
+
+def _ends(span: tuple[int, int, object]) -> tuple[int, int]:
+    return span[:2]
+
+
+def extents_of(tensors: Mapping[str, torch.Tensor]) -> dict[torch.device, Extents[str]]:
+    """The extents of plain strided tensors; without those that have no elements."""
+    spans: dict[torch.device, list[tuple[int, int, str]]] = {}
+    for name, tensor in interruptible(tensors.items()):
+        nbytes = extent_of(tensor)
+        if nbytes:
+            start = tensor.data_ptr()
+            spans.setdefault(tensor.device, []).append((start, start + nbytes, name))
+    return {device: Extents(found) for device, found in spans.items()}
+
+
+def runs_of(each: Footprint) -> tuple[tuple[int, int], ...]:
+    """Count and step, in bytes, of each dimension from the widest; the last one has step 1."""
+    order = order_of(each.shape, each.stride)
+    found = [(each.itemsize, 1)]
+    for size, step in zip(reversed(order.shape), reversed(order.stride), strict=True):
+        count, width = found[-1]
+        if step * each.itemsize == count * width:
+            found[-1] = (size * count, width)
+        else:
+            found.append((size, step * each.itemsize))
+    return tuple(reversed(found))

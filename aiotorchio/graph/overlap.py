@@ -1,0 +1,178 @@
+"""Which of many strided tensors share bytes of memory: to fill them differently, or in common.
+
+Exactly, and most of it from numbers alone: columns, rows and blocks of one matrix are told apart by
+arithmetic, however many they are. The rest is drawn (see ``strip``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+from aiotorchio.graph.footprint import Extents, Footprint, Origin, runs_of
+from aiotorchio.graph.strip import drawn_conflict, drawn_filled
+from aiotorchio.interrupt import check_interrupt, interruptible
+
+__all__ = ["conflict", "filled"]
+
+Key = TypeVar("Key", bound=Hashable)
+
+# Tensors that the arithmetic looks at, each time that it cuts a dimension off; more are drawn.
+_STEPS_MAX = 100_000
+
+
+def conflict(
+    footprints: Mapping[Key, Footprint], origins: Mapping[Key, Origin]
+) -> tuple[Key, Key] | None:
+    """Two tensors of one device that share a byte, for which they have different origins.
+
+    Args:
+        footprints: By key; of the two in a conflict, the one that comes first here is first.
+        origins: By the same keys.
+    """
+    groups: dict[object, int] = {}
+    members = []
+    for n, (key, each) in interruptible(enumerate(footprints.items()), 100):
+        group = groups.setdefault(_copy_of(each, origins[key]), len(groups))
+        members.append(_Member(each.start, runs_of(each), group, n))
+    if len(groups) < 2:
+        return None
+    keys = list(footprints)
+    suspects = [keys[n] for n in sorted(set(_suspects(members, [_STEPS_MAX])))]
+    if not suspects:
+        return None
+    return drawn_conflict([(key, footprints[key], origins[key]) for key in suspects])
+
+
+def filled(targets: Mapping[Key, Footprint], others: Sequence[Footprint]) -> set[Key]:
+    """Tensors of which each byte is also one of others; all are on one device, and have bytes."""
+    whole = Extents((each.start, each.end, None) for each in others if len(runs_of(each)) == 1)
+    ranges = Extents((start, end, (start, end)) for start, end in whole.ranges())
+    found, waiting = set(), {}
+    for key, each in interruptible(targets.items(), 100):
+        if any(
+            start <= each.start and each.end <= end
+            for start, end in ranges.meeting(each.start, each.end)
+        ):
+            found.add(key)
+        else:
+            waiting[key] = each
+    keys = list(waiting)
+    both = [*waiting.values(), *others]
+    members = [
+        _Member(each.start, runs_of(each), int(n >= len(keys)), n)
+        for n, each in interruptible(enumerate(both), 100)
+    ]
+    suspects = set(_suspects(members, [_STEPS_MAX]))
+    waiting = {key: waiting[key] for n, key in enumerate(keys) if n in suspects}
+    if waiting:
+        near = [each for n, each in enumerate(others, len(keys)) if n in suspects]
+        found |= drawn_filled(waiting, near)
+    return found
+
+
+def _copy_of(each: Footprint, origin: Origin) -> object:
+    """The same for tensors that are parts of one copy: each byte of one origin, wherever it is."""
+    if origin.offset is None:
+        return origin
+    moved = any(
+        size > 1 and step != its
+        for size, step, its in zip(each.shape, each.stride, origin.stride, strict=True)
+    )
+    if moved:
+        return origin, each
+    return origin.kind, origin.offset * each.itemsize - each.start
+
+
+class _Member(NamedTuple):
+    """Runs of bytes, evenly spaced in some dimensions.
+
+    Attributes:
+        start: Address of the first.
+        runs: Count and step, in bytes, of each dimension, from the widest; the last has step 1.
+        group: Members of one group do not disturb each other.
+        number: Which tensor it is, or is a part of.
+    """
+
+    start: int
+    runs: tuple[tuple[int, int], ...]
+    group: int
+    number: int
+
+    @property
+    def span(self) -> tuple[int, int, _Member]:
+        """From its first byte to its last one."""
+        end = self.start + 1 + sum((count - 1) * step for count, step in self.runs)
+        return self.start, end, self
+
+
+def _meeting(members: Iterable[_Member]) -> Iterator[list[_Member]]:
+    """Members of several groups whose extents meet."""
+    for found in Extents(member.span for member in members).together():
+        if len({member.group for member in found}) > 1:
+            yield found
+
+
+def _suspects(members: Iterable[_Member], steps: list[int]) -> Iterator[int]:
+    """Numbers of those that may share a byte with one of another group."""
+    for found in _meeting(members):
+        yield from _suspects_among(found, steps)
+
+
+def _suspects_among(members: Sequence[_Member], steps: list[int]) -> Iterator[int]:
+    """Cut the widest dimension off: blocks share a byte if they do in the rest, and a row of it."""
+    check_interrupt()
+    steps[0] -= len(members)
+    blocks = _without_widest(members) if steps[0] > 0 else None
+    if blocks is None:
+        yield from (member.number for member in members)
+        return
+    rows = {id(inner): (first, last) for first, last, inner in blocks}
+    for found in _meeting(inner for _, _, inner in blocks):
+        ranges = [rows[id(inner)] for inner in found]
+        if max(first for first, _ in ranges) < min(last for _, last in ranges):
+            yield from _suspects_among(found, steps)
+            continue
+        edges = sorted({edge for each in ranges for edge in each})
+        for edge in interruptible(edges, 10):
+            active = [
+                inner
+                for inner, (first, last) in zip(found, ranges, strict=True)
+                if first <= edge < last
+            ]
+            steps[0] -= len(found)
+            yield from _suspects(active, steps)
+
+
+def _without_widest(members: Sequence[_Member]) -> list[tuple[int, int, _Member]] | None:
+    """Members as blocks of rows: the first one, the one after the last, and what is in each row.
+
+    None if they are no blocks in rows of one length.
+    """
+    width = max((member.runs[0][1] for member in members if len(member.runs) > 1), default=0)
+    if not width:
+        return None
+    rows: list[tuple[int, int, int, _Member]] = []
+    for member in members:
+        cut = len(member.runs) > 1 and member.runs[0][1] == width
+        count, runs = (member.runs[0][0], member.runs[1:]) if cut else (1, member.runs)
+        inner = member._replace(start=member.start % width, runs=runs)
+        start, end, _ = inner.span
+        if end - start > width:
+            return None
+        rows.append((start, end, count, member._replace(runs=runs)))
+    # Where a row can begin without cutting any of them.
+    rows.sort(key=lambda row: row[:2])
+    begin, reached = None, max(end for _, end, _, _ in rows) - width
+    for start, end, _, _ in rows:
+        if start >= reached:
+            begin = start
+            break
+        reached = max(reached, end)
+    if begin is None:
+        return None
+    blocks = []
+    for _, _, count, member in rows:
+        row, start = divmod(member.start - begin, width)
+        blocks.append((row, row + count, member._replace(start=start)))
+    return blocks
