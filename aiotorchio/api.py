@@ -228,8 +228,13 @@ def load_from_stream(
             they belong if dtype and layout are the sender's, else through a chunk of scratch. The
             tensors must not be resized, nor used by others, until this returns; if it fails,
             they are partly overwritten, unless ``staged``.
+            Several tensors of the message for one destination (tied weights) are compared as they
+            arrive. Destinations that share memory in another way need a message whose tensors
+            share it in the same way. Another load into the same memory is refused until this one
+            ends, staged or not.
         strict: As in ``load_state_dict``: whether the names must be the same on both sides. If
-            not, what has no destination arrives in memory of its own.
+            not, what has no destination arrives in memory of its own. A destination whose memory
+            other names of the message fill is not missing.
         cast: Convert to the dtype of the destination, as far as ``torch.can_cast`` allows.
         staged: Receive and verify everything in memory of its own, as much as the destinations
             have, and then exchange the bytes. If this call raises anything, a cancellation too,
@@ -240,7 +245,8 @@ def load_from_stream(
             release raises, or is cancelled natively (``asyncio.timeout``), the destinations are
             put back without the lock: it may be free by then. A release that swallows errors
             does not swallow those of this call. Cancel scopes of anyio and trio do not interrupt
-            the release after a change.
+            the release after a change. It is not held while a message arrives, so it does not make
+            room for two loads at once.
         select: Only these tensors: names, shell patterns (``"encoder.*"``), or a function of a
             name. Others are received and dropped, without memory for them. They are left out of
             dicts; elsewhere in the object they are on ``meta``. With ``into``, destinations that
@@ -257,8 +263,11 @@ def load_from_stream(
         ValueError: A blocking socket, or an option that would have no effect.
         MismatchError: ``into`` or ``select`` does not fit the message; with all that does not.
             Nothing was written, but the message is not read either: ``StreamReader.open`` is for
-            those who want to go on. Later it says that a destination was resized meanwhile, or
-            that a pickled object has the storage of such a tensor itself.
+            those who want to go on. Later it says that a destination was resized meanwhile, that
+            tied weights differ in the message, or that a pickled object has the storage of such a
+            tensor itself.
+        RuntimeError: Another load is receiving into the same memory, or using the
+            ``DoubleBuffer``; nothing was read but the header.
         ProtocolError: The bytes are not a message.
         TruncatedError: The stream ended or broke; also an ``EOFError``. Its ``offset`` is 0 if
             the stream ended before a message began.

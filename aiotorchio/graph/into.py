@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.dtypes import torch_dtype
+from aiotorchio.graph.footprint import Extents
 from aiotorchio.graph.names import rows_by_name, walk
+from aiotorchio.graph.sharing import VIEW_BITS, filled_by_others, shared
 from aiotorchio.interrupt import interruptible
 from aiotorchio.strided import order_of
 from aiotorchio.wire.header import CONJUGATE, META_LOCATION, NEGATIVE, Header, shortened
 
-__all__ = ["destinations_of", "has_memory", "match"]
+__all__ = ["Match", "destinations_of", "has_memory", "match"]
 
 # Of each kind of misfit, as many as a person reads.
 _SHOWN = 20
-_BITS = CONJUGATE | NEGATIVE
 
 
 def destinations_of(into: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a destination by name.
+    """The tensors of a destination by name; tied ones under each of their names.
 
     Args:
         into: A module, whose parameters and persistent buffers count, or a mapping from names to
@@ -58,6 +59,21 @@ def _opened(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) and not isinstance(value, dict) else value
 
 
+class Match(NamedTuple):
+    """Destinations for which a message has something.
+
+    Attributes:
+        tensors: By name.
+        ties: Names of one destination, for which the message has several tensors: their numbers
+            must be the same.
+        extents: Where they are, by device.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    ties: list[list[str]]
+    extents: Mapping[torch.device, Extents[str]]
+
+
 def match(
     header: Header,
     destinations: Mapping[str, torch.Tensor],
@@ -66,7 +82,7 @@ def match(
     all_wanted: bool,
     strict: bool,
     cast: bool,
-) -> dict[str, torch.Tensor]:
+) -> Match:
     """The tensors that are received into, by their names in the message.
 
     Args:
@@ -91,11 +107,18 @@ def match(
         for name, tensor in interruptible(found.items(), 100)
     }
     misfits = {name: reason for name, reason in reasons.items() if reason is not None}
-    if strict:
-        misfits |= _tied_only_here(header, names, found)
+    fitting = {name: each for name, each in found.items() if name not in misfits}
+    sharing = shared(header, names, fitting)
+    misfits |= sharing.misfits
     missing, unexpected, unnamed = [], [], 0
     if strict:
         missing = [name for name in destinations if name in wanted and name not in names]
+        if missing:
+            others = {
+                name: destinations[name] for name in missing if _has_places(destinations[name])
+            }
+            filled = filled_by_others(others, fitting)
+            missing = [name for name in missing if name not in filled]
         unexpected = [
             name for name in interruptible(names) if name in wanted and name not in destinations
         ]
@@ -119,28 +142,12 @@ def match(
             unexpected=unexpected,
             misfits=misfits,
         )
-    return found
+    return Match(found, sharing.ties, sharing.extents)
 
 
-def _tied_only_here(
-    header: Header, names: Mapping[str, int], found: Mapping[str, torch.Tensor]
-) -> dict[str, str]:
-    """Destinations that are one tensor, for which the message has several."""
-    first: dict[object, str] = {}
-    misfits = {}
-    for name, tensor in found.items():
-        if not has_memory(tensor) or not tensor.data_ptr():
-            continue
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        other = first.setdefault(place, name)
-        if _view(header, names[other]) != _view(header, names[name]):
-            misfits[name] = f"tied to {shortened(other)} in the destination, not in the message"
-    return misfits
-
-
-def _view(header: Header, index: int) -> object:
-    row = header.tensors[index]
-    return row.storage, row.offset, row.shape, row.stride, row.dtype, row.flags & _BITS
+def _has_places(tensor: torch.Tensor) -> bool:
+    """Whether all elements of a destination could be filled."""
+    return has_memory(tensor) and not tensor.is_meta and _no_place(tensor) is None
 
 
 def _misfit(header: Header, index: int, tensor: torch.Tensor, *, cast: bool) -> str | None:
@@ -156,14 +163,11 @@ def _misfit(header: Header, index: int, tensor: torch.Tensor, *, cast: bool) -> 
         return f"shape {list(row.shape)} in the message, {list(tensor.shape)} in the destination"
     if tensor.is_conj() or tensor.is_neg():
         return "the destination is a conjugate or negative view: resolve it first"
-    order = order_of(tensor.shape, tensor.stride())
-    end = int(tensor.storage_offset()) + order.extent
-    if order.count and end * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return "the memory of the destination was freed"
-    if order.expanded or not order.distinct:
-        return "elements of the destination overlap"
+    reason = _no_place(tensor)
+    if reason is not None:
+        return reason
     dtype = torch_dtype(row.dtype)
-    flags = row.flags & _BITS
+    flags = row.flags & VIEW_BITS
     if dtype != tensor.dtype and not (cast and torch.can_cast(dtype, tensor.dtype)):
         possible = torch.can_cast(dtype, tensor.dtype)
         hint = " (cast=True converts)" if possible else " (torch.can_cast says no)" if cast else ""
@@ -171,6 +175,17 @@ def _misfit(header: Header, index: int, tensor: torch.Tensor, *, cast: bool) -> 
     if (dtype != tensor.dtype or flags) and not _converts(dtype, flags, tensor.dtype):
         kind = "conjugate or negative views of " if flags else ""
         return f"torch cannot convert {kind}{dtype} to {tensor.dtype}"
+    return None
+
+
+def _no_place(tensor: torch.Tensor) -> str | None:
+    """Why the elements of a strided tensor are no places for so many numbers."""
+    order = order_of(tensor.shape, tensor.stride())
+    end = int(tensor.storage_offset()) + order.extent
+    if order.count and end * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "the memory of the destination was freed"
+    if order.expanded or not order.distinct:
+        return "elements of the destination overlap"
     return None
 
 

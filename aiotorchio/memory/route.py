@@ -5,7 +5,8 @@ The tensor may have another layout, dtype or device. No more of it is in flight 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -15,7 +16,17 @@ from aiotorchio.memory.host import copy_bytes, first_byte, view_of
 from aiotorchio.memory.staging import Copier
 from aiotorchio.strided import boxes, order_of
 
-__all__ = ["CARRIERS", "Route", "alias", "copy_elements", "moved", "place_of"]
+__all__ = [
+    "CARRIERS",
+    "Comparison",
+    "Route",
+    "alias",
+    "copy_elements",
+    "memory_of",
+    "moved",
+    "place_of",
+    "same_elements",
+]
 
 # What copies numbers of each size as they are. Not all dtypes can be copied as themselves.
 CARRIERS = {
@@ -52,11 +63,16 @@ def alias(
         return tensor.set_(storage, offset, shape, stride)
 
 
-def place_of(tensor: torch.Tensor) -> tuple[object, ...]:
+def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """All that must stay the same while others write to the memory of a tensor."""
     storage = tensor.untyped_storage()
     memory = (storage.data_ptr(), storage.nbytes(), tensor.storage_offset())
     return (*memory, tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+
+
+def memory_of(tensor: torch.Tensor) -> object:
+    """Equal for tensors that are one: the same numbers in the same memory, under two names."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def moved() -> MismatchError:
@@ -75,6 +91,7 @@ class Route:
             with an address of its own (see ``Order.distinct``).
         tensor: Of the same shape, neither a conjugate nor a negative view, of elements that do
             not overlap.
+        by_elements: Take them from a slab one by one, wherever they could be copied as they lie.
 
     Attributes:
         start: First byte of the payload that the view shows.
@@ -100,7 +117,14 @@ class Route:
         "start",
     )
 
-    def __init__(self, storage_start: int, source: torch.Tensor, tensor: torch.Tensor) -> None:
+    def __init__(
+        self,
+        storage_start: int,
+        source: torch.Tensor,
+        tensor: torch.Tensor,
+        *,
+        by_elements: bool = False,
+    ) -> None:
         self._order = order = order_of(source.shape, source.stride())
         self._source = source
         self._itemsize = source.element_size()
@@ -112,6 +136,7 @@ class Route:
         same_numbers = source.dtype == tensor.dtype and not source.is_conj() and not source.is_neg()
         self.plain = (
             same_numbers
+            and not by_elements
             and order.dense
             and [tensor.stride(dim) for dim in order.dims] == order.stride
         )
@@ -206,27 +231,107 @@ class Route:
                 [part.stop - part.start for part in box] + expanded,
                 order.stride + [0] * len(expanded),
             )
-            source = _like(self._source, source)
-            if copier is None:
-                self._destination[box].copy_(source)
-            else:
-                copier.copy(self._destination[box], source)
+            self._put(self._destination[box], _like(self._source, source), copier)
+
+    def _put(self, destination: torch.Tensor, source: torch.Tensor, copier: Copier | None) -> None:
+        _copy(destination, source, copier)
+
+
+class Comparison(Route):
+    """Compares elements with those that an earlier route has put into the same tensor.
+
+    It copies nothing, and takes no memory, but for other dtypes and devices: then that of the
+    elements of one chunk in the dtype of the tensor.
+
+    Args:
+        storage_start: As of a ``Route``.
+        source: Likewise. It begins after the end of that of the earlier route.
+        tensor: As of a ``Route``.
+        differ: Makes the error for other elements.
+    """
+
+    __slots__ = ("_differ",)
+
+    def __init__(
+        self,
+        storage_start: int,
+        source: torch.Tensor,
+        tensor: torch.Tensor,
+        differ: Callable[[], Exception],
+    ) -> None:
+        super().__init__(storage_start, source, tensor, by_elements=True)
+        self._differ = differ
+
+    def _put(self, destination: torch.Tensor, source: torch.Tensor, copier: Copier | None) -> None:
+        if not _is_same(destination, source, copier):
+            raise self._differ()
+
+
+def _copy(destination: torch.Tensor, source: torch.Tensor, copier: Copier | None) -> None:
+    if copier is None:
+        destination.copy_(source)
+    else:
+        copier.copy(destination, source)
+
+
+def _is_same(destination: torch.Tensor, source: torch.Tensor, copier: Copier | None) -> bool:
+    """Whether a copy of the source would change no bit of the destination."""
+    converted = source.dtype != destination.dtype or source.is_conj() or source.is_neg()
+    if converted or source.device != destination.device:
+        # As the copy would do it: torch converts in more than one way.
+        copied = torch.empty(destination.shape, dtype=destination.dtype, device=destination.device)
+        _copy(copied, source, copier)
+        source = copied
+    if torch.equal(_bits(destination), _bits(source)):
+        return True
+    if not converted or not (destination.is_floating_point() or destination.is_complex()):
+        return False
+    # Where a conversion meets NaN, its bits depend on what lies next to it.
+    one, two = (
+        torch.view_as_real(each)
+        if each.is_complex()
+        else each.to(torch.promote_types(each.dtype, torch.float32))
+        for each in (destination, source)
+    )
+    return torch.allclose(one, two, rtol=0, atol=0, equal_nan=True)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as integers, which are equal if their bits are."""
+    storage, offset = tensor.untyped_storage(), int(tensor.storage_offset())
+    carrier = CARRIERS[tensor.element_size()]
+    if not carrier.is_complex:
+        return alias(storage, carrier, offset, tensor.shape, tensor.stride())
+    halves = [2 * step for step in tensor.stride()]
+    return alias(storage, torch.int64, 2 * offset, (*tensor.shape, 2), (*halves, 1))
 
 
 def copy_elements(destination: torch.Tensor, source: torch.Tensor, copier: Copier) -> None:
     """Copy into a tensor of the caller's, which may be a parameter, or of inference mode."""
+    for part, same_part in _in_parts(*_carried(destination, source)):
+        check_interrupt()
+        copier.copy(part, same_part)
+
+
+def same_elements(destination: torch.Tensor, source: torch.Tensor, copier: Copier) -> bool:
+    """Whether ``copy_elements`` would change no bit."""
+    for part, same_part in _in_parts(*_carried(destination, source)):
+        check_interrupt()
+        if not _is_same(part, same_part, copier):
+            return False
+    return True
+
+
+def _carried(destination: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both without history, and as numbers that can be copied as they are, if they stay so."""
     same_numbers = (
         source.dtype == destination.dtype and not source.is_conj() and not source.is_neg()
     )
     if same_numbers:
         carrier = CARRIERS[source.element_size()]
-        destination, numbers = _alias_of(destination, carrier), _alias_of(source, carrier)
-    else:
-        numbers = _like(source, _alias_of(source, source.dtype))
-        destination = _alias_of(destination, destination.dtype)
-    for part, same_part in _in_parts(destination, numbers):
-        check_interrupt()
-        copier.copy(part, same_part)
+        return _alias_of(destination, carrier), _alias_of(source, carrier)
+    numbers = _like(source, _alias_of(source, source.dtype))
+    return _alias_of(destination, destination.dtype), numbers
 
 
 def _in_parts(one: torch.Tensor, two: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

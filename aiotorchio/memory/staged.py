@@ -8,15 +8,15 @@ take the bytes until then: one for each destination, tied ones in common.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from threading import Lock
 from typing import Any
 
 import torch
 
 from aiotorchio.interrupt import check_interrupt
 from aiotorchio.memory.host import first_byte
-from aiotorchio.memory.route import CARRIERS, alias, copy_elements, moved, place_of
+from aiotorchio.memory.route import CARRIERS, alias, copy_elements, memory_of, moved, place_of
 from aiotorchio.memory.staging import Copier, bytes_of
 from aiotorchio.strided import boxes, order_of
 
@@ -62,11 +62,12 @@ class Exchange:
         made: dict[object, torch.Tensor] = {}
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.shadows = []
-        for tensor, place in zip(tensors, self._places.each, strict=True):
-            if place not in made:
-                made[place] = _like(tensor)
-                self._pairs.append((tensor, made[place]))
-            self.shadows.append(made[place])
+        for tensor in tensors:
+            memory = memory_of(tensor)
+            if memory not in made:
+                made[memory] = _like(tensor)
+                self._pairs.append((tensor, made[memory]))
+            self.shadows.append(made[memory])
         # What was exchanged, and what is on its way with the bytes that were there before.
         self._done: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._half: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -150,7 +151,8 @@ class BackMemory:
     """
 
     def __init__(self) -> None:
-        self._busy = Lock()
+        # The load that uses it, by process: in one that was forked meanwhile, none does.
+        self._users: dict[int, object] = {}
         # Where the storage of a tensor is -> the storage that will take its place.
         self._behind: dict[object, torch.UntypedStorage] = {}
 
@@ -160,12 +162,13 @@ class BackMemory:
         Raises:
             RuntimeError: Another message is using this memory.
         """
-        if not self._busy.acquire(blocking=False):
+        user = object()
+        if self._users.setdefault(os.getpid(), user) is not user:
             raise RuntimeError("another load is using this DoubleBuffer")
 
     def release(self) -> None:
         """The end of a message."""
-        self._busy.release()
+        self._users.pop(os.getpid(), None)
 
     def swap(
         self, tensors: Sequence[torch.Tensor], received: Sequence[torch.Tensor], copier: Copier
@@ -237,14 +240,16 @@ class Swap:
         self.shadows = []
         # What leaves gaps in its storage waits elsewhere, until the gaps are filled around it.
         gaps = {_key(each.untyped_storage()) for each in received if not _range(each)}
-        self._scattered: list[tuple[torch.Tensor, torch.Tensor]] = []
+        scattered: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
         for each in received:
-            key = _key(each.untyped_storage())
+            key, memory = _key(each.untyped_storage()), memory_of(each)
             view = _over(each, behind[key])
             if key in gaps:
-                self._scattered.append((view, _like(each)))
-                view = self._scattered[-1][1]
+                # One for tied tensors, where the last of them is.
+                pair = scattered.pop(memory) if memory in scattered else (view, _like(each))
+                scattered[memory], view = pair, pair[1]
             self.shadows.append(view)
+        self._scattered = list(scattered.values())
         # What the message does not have: copied when it is whole, because its owner may change it
         # until then.
         self._rest = [

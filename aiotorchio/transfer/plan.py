@@ -6,23 +6,34 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from aiotorchio.errors import InvalidObjectError
 from aiotorchio.graph._torch import real_tensors
-from aiotorchio.graph.into import has_memory, match
+from aiotorchio.graph.into import Match, has_memory, match
 from aiotorchio.graph.location import Destinations
 from aiotorchio.graph.names import rows_by_name
 from aiotorchio.graph.rebuild import build_tensor
 from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.memory.incoming import IncomingPayload
-from aiotorchio.memory.route import Route, copy_elements, moved, place_of
+from aiotorchio.memory.route import (
+    Comparison,
+    Route,
+    copy_elements,
+    memory_of,
+    moved,
+    place_of,
+    same_elements,
+)
 from aiotorchio.memory.staged import BackMemory, Exchange, Swap
 from aiotorchio.memory.staging import Copier, DeviceCopier
 from aiotorchio.memory.swap import swap_bytes
 from aiotorchio.strided import order_of
+from aiotorchio.transfer.claims import Claim, has_neighbours, memory_at
+from aiotorchio.transfer.ties import Ties, differ
 from aiotorchio.transfer.wanted import Into, TensorOptions, Wanted
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import META_LOCATION, MIXED_UNITS, Header, Layout
@@ -67,7 +78,8 @@ class Placement:
     by_name: dict[str, torch.Tensor]
     given: dict[int, torch.Tensor]
     _number_of: dict[str, int]
-    _found_at: list[object]
+    _found_at: dict[str, tuple[Any, ...]]
+    _ties: Ties
     _storages: list[_Rows]
     _places: list[torch.device | None]
 
@@ -94,10 +106,11 @@ class Placement:
         self._copier = copier or DeviceCopier()
         self._incoming = incoming
         self._swapped = header.byteorder != sys.byteorder
-        self._late: list[tuple[int, torch.Tensor, object]] = []
+        # Row, destination, where that was, and the error if it is compared, not copied.
+        self._late: list[tuple[int, torch.Tensor, object, Callable[[], Exception] | None]] = []
         self._number_of, self._storages, self._places = {}, [], []
         self.commit: Exchange | Swap | None = None
-        self._claimed: BackMemory | None = None
+        self._claims: list[BackMemory | Claim] = []
 
     @property
     def steps(self) -> int:
@@ -121,7 +134,7 @@ class Placement:
         """Bytes to be swapped, or copied to destinations, when all have arrived."""
         swapped = self._layout.total if self._swapped else 0
         copied = sum(
-            destination.numel() * destination.element_size() for _, destination, _ in self._late
+            destination.numel() * destination.element_size() for _, destination, _, _ in self._late
         )
         return swapped + copied
 
@@ -136,7 +149,7 @@ class Placement:
         Raises:
             InvalidObjectError: A location or a byte order that can't be had here.
             MismatchError: The message does not fit ``into`` or ``select``.
-            RuntimeError: Another message is using the ``DoubleBuffer``.
+            RuntimeError: Another load is using the ``DoubleBuffer``, or receiving into a tensor.
         """
         rows = self._header.tensors
         if self._swapped and any(row.unit == MIXED_UNITS for row in self._header.storages):
@@ -151,9 +164,9 @@ class Placement:
         else:
             self._number_of = rows_by_name(rows)
         self.wanted = Wanted(select, [*self._number_of, *(into.tensors if into else ())])
-        self.by_name = {}
+        matched = Match({}, [], {})
         if into is not None:
-            self.by_name = match(
+            matched = match(
                 self._header,
                 into.tensors,
                 wanted=self.wanted,
@@ -161,16 +174,43 @@ class Placement:
                 strict=into.strict,
                 cast=into.cast,
             )
+        self.by_name = matched.tensors
+        self._ties = Ties(self._header, self._layout, matched.ties, self._number_of)
         self.given = {}
-        self._found_at = [place_of(tensor) for tensor in self.by_name.values()]
+        self._found_at = {name: place_of(tensor) for name, tensor in self.by_name.items()}
         for name, tensor in self.by_name.items():
             self.given.setdefault(self._number_of[name], tensor)
         every = [_Rows(fresh=True)] * len(self._header.storages)
         self._storages = self._all_rows() if self.by_name_only else every
         self._places = [self._place(index) for index in interruptible(range(len(self._storages)))]
-        if into is not None and into.back is not None:
+        if matched.ties:
+            self._ties.choose({n for n, place in enumerate(self._places) if place is not None})
+        if into is not None:
+            self._claim(into, matched)
+
+    def _claim(self, into: Into, matched: Match) -> None:
+        """Keep other loads away from the destinations until ``close``."""
+        places = self._found_at
+        if into.back is not None:
             into.back.claim()
-            self._claimed = into.back
+            self._claims.append(into.back)
+            # Whole storages are swapped.
+            claim = Claim.of_storages(places)
+        else:
+            claim = Claim(matched.extents, lambda name: memory_at(places[name]))
+        self._claims.append(claim)
+        claim.make()
+
+    @property
+    def has_neighbours(self) -> bool:
+        """Whether destinations may share memory, with each other or with those of another load.
+
+        To find out exactly can take long.
+        """
+        if self._into is None:
+            return False
+        tensors = self._into.tensors.items()
+        return has_neighbours({name: each for name, each in tensors if has_memory(each)})
 
     def _all_rows(self) -> list[_Rows]:
         storages = [_Rows(left_out=self._named_only) for _ in interruptible(self._header.storages)]
@@ -190,9 +230,8 @@ class Placement:
 
     def close(self) -> None:
         """The end of the message, with or without a commit."""
-        claimed, self._claimed = self._claimed, None
-        if claimed is not None:
-            claimed.release()
+        while self._claims:
+            self._claims.pop().release()
 
     def _place(self, index: int) -> torch.device | None:
         """Where a storage goes; None: it is not made."""
@@ -218,23 +257,30 @@ class Placement:
         # over the same way.
         return (
             not self._swapped
+            and index not in self._ties.mixed
             and ways <= _SPREAD_MAX * self._header.storages[index].nbytes
             and all(o.distinct and o.extent <= _SPREAD_MAX * o.count for o in orders)
         )
 
     def payload(self) -> IncomingPayload:
         """Memory for what is to be made, of which nothing is made yet; sets ``commit``."""
-        destinations_of_row = self._destinations()
+        filled = self._destinations()
+        names_of_row: dict[int, list[str]] = {}
+        for name in filled:
+            names_of_row.setdefault(self._number_of[name], []).append(name)
         routes: list[Route] = []
-        for index, rows in interruptible(enumerate(self._storages if destinations_of_row else ())):
-            pairs = [(row, tensor) for row in rows.into for tensor in destinations_of_row[row]]
-            if self._places[index] is not None:
-                self._late += [(row, tensor, place_of(tensor)) for row, tensor in pairs]
-                continue
+        for index, rows in interruptible(enumerate(self._storages if filled else ())):
             start = self._layout.offsets[index]
-            routes += [
-                Route(start, self._on_meta(row), tensor) for row, tensor in pairs if tensor.numel()
-            ]
+            for row, name in ((n, name) for n in rows.into for name in names_of_row[n]):
+                tensor, error = filled[name], self._error_if_other(name, filled)
+                if self._places[index] is not None:
+                    self._late.append((row, tensor, place_of(tensor), error))
+                elif tensor.numel() and error is None:
+                    routes.append(Route(start, self._on_meta(row), tensor))
+                elif tensor.numel() and error is not None:
+                    routes.append(Comparison(start, self._on_meta(row), tensor, error))
+        # What is compared, with what was copied.
+        self._late.sort(key=lambda late: late[-1] is not None)
         return self._incoming(
             self._layout.offsets,
             self._layout.nbytes,
@@ -245,24 +291,29 @@ class Placement:
             copier=self._copier,
         )
 
-    def _destinations(self) -> dict[int, list[torch.Tensor]]:
-        """What each row is received into: its destinations, or what waits for them."""
+    def _destinations(self) -> dict[str, torch.Tensor]:
+        """What is received into: the destinations by name, or what waits for them."""
         if self._into is None:
             return {}
-        tensors = filled = list(self.by_name.values())
-        if [place_of(tensor) for tensor in tensors] != self._found_at:
+        tensors = list(self.by_name.values())
+        if [place_of(tensor) for tensor in tensors] != list(self._found_at.values()):
             raise moved()
         if self._into.back is not None:
             everything = [each for each in self._into.tensors.values() if has_memory(each)]
             self.commit = self._into.back.swap(everything, tensors, self._copier)
         elif self._into.staged:
             self.commit = Exchange(tensors, self._copier)
-        if self.commit is not None:
-            filled = self.commit.shadows
-        found: dict[int, list[torch.Tensor]] = {}
-        for name, tensor in zip(self.by_name, filled, strict=True):
-            found.setdefault(self._number_of[name], []).append(tensor)
-        return found
+        filled = tensors if self.commit is None else self.commit.shadows
+        return dict(zip(self.by_name, filled, strict=True))
+
+    def _error_if_other(
+        self, name: str, filled: dict[str, torch.Tensor]
+    ) -> Callable[[], Exception] | None:
+        """For a tensor that is compared with another one, and not copied: the error."""
+        copied = self._ties.compared_with(name)
+        if copied is None or memory_of(filled[copied]) != memory_of(filled[name]):
+            return None
+        return partial(differ, name, copied, staged=self.commit is not None)
 
     def _on_meta(self, index: int) -> torch.Tensor:
         row = self._header.tensors[index]
@@ -282,7 +333,7 @@ class Placement:
 
     def copy_late(self, storages: Sequence[torch.UntypedStorage | None]) -> None:
         """Copy what could not go to its destination while it arrived."""
-        for index, destination, place in self._late:
+        for index, destination, place, error in self._late:
             check_interrupt()
             if place_of(destination) != place:
                 raise moved()
@@ -290,8 +341,12 @@ class Placement:
             storage = storages[row.storage]
             if storage is None:
                 raise AssertionError("a destination without a source")
+            source = build_tensor(row, index, storage)
             with torch.no_grad():
-                copy_elements(destination, build_tensor(row, index, storage), self._copier)
+                if error is None:
+                    copy_elements(destination, source, self._copier)
+                elif not same_elements(destination, source, self._copier):
+                    raise error()
 
     @property
     def relocates(self) -> bool:

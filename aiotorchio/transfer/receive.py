@@ -250,7 +250,8 @@ class IncomingMessage:
 
     def decides_inline(self, place: Placement) -> bool:
         """Whether it is quickly decided where everything goes, so that no thread is needed."""
-        return self.opened.nbytes <= INLINE_HEADER and place.steps <= INLINE_ROWS
+        small = self.opened.nbytes <= INLINE_HEADER and place.steps <= INLINE_ROWS
+        return small and not place.has_neighbours
 
     def _is_small(self, rebuilder: Rebuilder) -> bool:
         return (

@@ -41,7 +41,7 @@ def matched(
         all_wanted=wanted is None,
         strict=strict,
         cast=cast,
-    )
+    ).tensors
 
 
 def misfits(obj: object, into: Any, **options: Any) -> dict[str, str]:
@@ -416,7 +416,7 @@ def test_tensors_without_a_name() -> None:
 
 
 def test_only_what_is_wanted_counts() -> None:
-    obj, into = {"a": A, "b": B, "new": C}, {"a": A, "b": C, "old": A}
+    obj, into = {"a": A, "b": B, "new": C}, {"a": A, "b": C, "old": torch.zeros(1)}
     assert matched(obj, into, wanted={"a"}) == {"a": A}
     assert matched(obj, into, wanted=set()) == {}
     with pytest.raises(MismatchError) as caught:

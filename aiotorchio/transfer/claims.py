@@ -1,0 +1,158 @@
+"""Memory that loads of this process receive into: by one load at a time.
+
+A load claims the memory of its destinations before its first payload byte, and releases it when the
+message and its commit are over. What counts are addresses, whatever objects name them, and each
+byte: loads into disjoint parts of one storage do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from aiotorchio.graph.footprint import Extents, Footprint, Origin, extents_of, footprint
+from aiotorchio.graph.overlap import conflict
+from aiotorchio.interrupt import interruptible
+from aiotorchio.strided import order_of
+from aiotorchio.wire.header import shortened
+
+__all__ = ["Claim", "claims", "has_neighbours", "memory_at"]
+
+# In the order in which they were made. A dict is changed atomically: no lock is needed, which a
+# process that is forked could find held for ever. What an interrupt keeps from being released is
+# gone when nothing refers to its load any more.
+claims: dict[object, weakref.ref[Claim]] = {}
+
+# Tensors that are looked for among those of other loads, once for each of these, as a hint: 1 us.
+_COMPARED_MAX = 2000
+
+
+class Claim:
+    """The memory of one load.
+
+    Args:
+        extents: Of its destinations, by device.
+        footprint: The memory of each, by name, as it was when the load began.
+    """
+
+    def __init__(
+        self,
+        extents: Mapping[torch.device, Extents[str]],
+        footprint: Callable[[str], Footprint],
+    ) -> None:
+        self._extents = extents
+        self._footprint = footprint
+        self._key = object()
+
+    @classmethod
+    def of_storages(cls, places: Mapping[str, Sequence[Any]]) -> Claim:
+        """A claim of the whole storages of tensors, by their ``memory.route.place_of``."""
+        spans: dict[torch.device, list[tuple[int, int, str]]] = {}
+        names = {place[:2]: name for name, place in places.items()}
+        for name in names.values():
+            address, nbytes, _, device = places[name][:4]
+            if nbytes:
+                spans.setdefault(device, []).append((address, address + nbytes, name))
+        extents = {device: Extents(found) for device, found in spans.items()}
+        return cls(extents, lambda name: _storage_at(places[name]))
+
+    def make(self) -> None:
+        """Begin to receive.
+
+        Raises:
+            RuntimeError: Another load is receiving into the same memory.
+        """
+        claims[self._key] = weakref.ref(self)
+        try:
+            for other in interruptible(self._others(earlier=True), 1):
+                name = self._conflict(other)
+                if name is not None:
+                    raise RuntimeError(
+                        f"another load is receiving into {shortened(name)!r}: wait until it ends"
+                    )
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """The end of the load; without effect if there is no claim any more."""
+        claims.pop(self._key, None)
+
+    def _others(self, *, earlier: bool = False) -> Iterator[Claim]:
+        """Other claims; or only earlier ones: so that of two at once, one sees the other."""
+        for key, reference in list(claims.items()):
+            other = reference()
+            if key is self._key:
+                if earlier:
+                    return
+            elif other is None:
+                claims.pop(key, None)
+            else:
+                yield other
+
+    def is_near_another(self) -> bool:
+        """Whether another load receives into memory between the first and last byte of a tensor."""
+        return any(
+            self._meets(other, device) for other in self._others() for device in self._extents
+        )
+
+    def _meets(self, other: Claim, device: torch.device) -> bool:
+        if device not in other._extents:
+            return False
+        few, many = sorted((self._extents[device], other._extents[device]), key=len)
+        return any(True for start, end, _ in interruptible(few) for _ in many.meeting(start, end))
+
+    def _conflict(self, other: Claim) -> str | None:
+        """A tensor that shares a byte with one of another load."""
+        for device, extents in self._extents.items():
+            if not self._meets(other, device):
+                continue
+            both = Extents(
+                (start, end, (claim, name))
+                for claim, each in ((self, extents), (other, other._extents[device]))
+                for start, end, name in each
+            )
+            for keys in both.together():
+                pair = conflict(
+                    {key: key[0]._footprint(key[1]) for key in keys},
+                    {key: Origin(int(key[0] is self)) for key in keys},
+                )
+                if pair is not None:
+                    return next(name for claim, name in pair if claim is self)
+        return None
+
+
+def has_neighbours(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether tensors may share memory, with each other or with those of another load.
+
+    To find out exactly can take long, and so can other loads, if they are many.
+    """
+    if len(claims) * len(tensors) > _COMPARED_MAX:
+        return True
+    plain = {name: each for name, each in tensors.items() if not each.is_meta}
+    extents = extents_of(plain)
+    if any(True for each in extents.values() for _ in each.together()):
+        return True
+    return Claim(extents, lambda name: footprint(plain[name])).is_near_another()
+
+
+def memory_at(place: Sequence[Any]) -> Footprint:
+    """The memory of a tensor, from its ``memory.route.place_of``."""
+    address, _, offset, _, dtype, shape, stride = place
+    start = address + offset * dtype.itemsize
+    end = start + order_of(shape, stride).extent * dtype.itemsize
+    return Footprint(start, end, dtype.itemsize, shape, stride)
+
+
+def _storage_at(place: Sequence[Any]) -> Footprint:
+    """The memory of the whole storage of a tensor."""
+    address, nbytes = place[:2]
+    return Footprint(address, address + nbytes, 1, (nbytes,), (1,))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=claims.clear)

@@ -1,0 +1,93 @@
+"""Several tensors of a message for one destination, as a gathered copy of a tied model has them.
+
+One of them is copied, as soon as its bytes arrive. The others are compared with it, bit by bit, and
+take no memory: chunk by chunk, since they come later. Only of a storage in which they lie among
+each other, or that is kept for another reason, the comparison comes when the message is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from aiotorchio.errors import MismatchError
+from aiotorchio.graph.footprint import Extents
+from aiotorchio.graph.sharing import view_of_row
+from aiotorchio.interrupt import interruptible
+from aiotorchio.strided import order_of
+from aiotorchio.wire.dtypes import DTYPES
+from aiotorchio.wire.header import Header, Layout, TensorRow, shortened
+
+__all__ = ["Ties", "differ"]
+
+
+class Ties:
+    """Which tensors are copied, and which are compared.
+
+    Args:
+        header: Of the message.
+        layout: Of the header.
+        ties: The names of each destination for which the message has several tensors.
+        number_of: The row of each name.
+
+    Attributes:
+        mixed: Storages in which such tensors lie among each other.
+    """
+
+    def __init__(
+        self,
+        header: Header,
+        layout: Layout,
+        ties: Sequence[Sequence[str]],
+        number_of: Mapping[str, int],
+    ) -> None:
+        self._header, self._layout = header, layout
+        self._ties, self._number_of = ties, number_of
+        self._copied: dict[str, str] = {}
+        self.mixed: set[int] = set()
+        for names in interruptible(ties, 100):
+            views = {view_of_row(self._row(name)): name for name in names}
+            spans = Extents((*self._span(name), name) for name in views.values())
+            self.mixed |= {
+                self._row(name).storage for together in spans.together() for name in together
+            }
+
+    def choose(self, kept: Collection[int]) -> None:
+        """Choose which tensors are copied: the first that arrive.
+
+        Args:
+            kept: Storages that are received whole, so that tensors are copied when all is there.
+        """
+        for names in interruptible(self._ties, 100):
+            first = min(names, key=lambda name: (self._row(name).storage in kept, self._span(name)))
+            copied = view_of_row(self._row(first))
+            for name in names:
+                if view_of_row(self._row(name)) != copied:
+                    self._copied[name] = first
+
+    def compared_with(self, name: str) -> str | None:
+        """The name of the tensor that is copied, if this one is compared with it."""
+        return self._copied.get(name)
+
+    def _row(self, name: str) -> TensorRow:
+        return self._header.tensors[self._number_of[name]]
+
+    def _span(self, name: str) -> tuple[int, int]:
+        """Bytes of the payload."""
+        row = self._row(name)
+        itemsize = DTYPES[row.dtype].itemsize
+        start = self._layout.offsets[row.storage] + row.offset * itemsize
+        return start, start + order_of(row.shape, row.stride).extent * itemsize
+
+
+def differ(name: str, copied: str, *, staged: bool) -> MismatchError:
+    """The error for two tensors of a message that cannot both be in their one destination."""
+    one, other = shortened(copied), shortened(name)
+    return MismatchError(
+        f"{other} and {one} are one tensor in the destination, but differ in the message: "
+        + (
+            "nothing was changed"
+            if staged
+            else "the destination was written to (with staged=True, it would be as it was)"
+        ),
+        misfits={name: f"tied to {one} in the destination, but with other numbers in the message"},
+    )
