@@ -222,9 +222,10 @@ def load_from_stream(
             those of ``torch.serialization.add_safe_globals``; or pairs of one and its path.
         limits: What to accept; the default is ``Limits()``.
         into: Tensors to receive into, so that none are made: a mapping from names (see
-            ``Message.tensors``) to tensors, which may be nested like a state dict; or a
-            ``torch.nn.Module``, of which parameters and persistent buffers count; or a
-            ``DoubleBuffer``. All is compared before a byte is written. Bytes go straight to where
+            ``Message.tensors``) to tensors and modules, which may be nested like a state dict; or a
+            ``torch.nn.Module``, which is filled as by its ``load_state_dict``, hooks and extra
+            state included (docs/receiving.md); or a ``DoubleBuffer``. Names, shapes and dtypes
+            are compared before a byte is written. Bytes go straight to where
             they belong if dtype and layout are the sender's, else through a chunk of scratch. The
             tensors must not be resized, nor used by others, until this returns; if it fails,
             they are partly overwritten, unless ``staged``.
@@ -260,12 +261,14 @@ def load_from_stream(
 
     Raises:
         TypeError: Not a stream that can be loaded from, or an option of another type.
-        ValueError: A blocking socket, or an option that would have no effect.
+        ValueError: A blocking socket, an option that would have no effect, or ``into`` with an
+            FSDP1 module or two tensors of one name.
         MismatchError: ``into`` or ``select`` does not fit the message; with all that does not.
             Nothing was written, but the message is not read either: ``StreamReader.open`` is for
             those who want to go on. Later it says that a destination was resized meanwhile, that
-            tied weights differ in the message, or that a pickled object has the storage of such a
-            tensor itself.
+            tied weights differ in the message, that a pickled object has the storage of such a
+            tensor itself, or that a module did not load what it was given: what it had is loaded
+            back.
         RuntimeError: Another load is receiving into the same memory, or using the
             ``DoubleBuffer``; nothing was read but the header.
         ProtocolError: The bytes are not a message.

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol
 
 import anyio
+import anyio.lowlevel
 
 from aiotorchio.collection import release
 from aiotorchio.threads import run_in_thread
@@ -45,6 +47,9 @@ class Commit(Protocol):
     def apply(self) -> None:
         """Make it."""
 
+    def finish(self) -> Iterator[None]:
+        """Do what is left, which is the caller's code: in the caller's thread, step by step."""
+
     def undo(self) -> None:
         """Take it back, as far as it was made; callable at any time, and again if it fails."""
 
@@ -67,6 +72,8 @@ async def carry_out(commit: Commit, lock: AbstractAsyncContextManager[Any] | Non
                 if commit.prepares:
                     await run_in_thread(commit.prepare)
                 await run_in_thread(commit.apply) if not commit.quick else commit.apply()
+                for _ in commit.finish():
+                    await anyio.lowlevel.checkpoint()
             except BaseException as error:
                 failure = error
                 await _undo(commit)
@@ -87,7 +94,7 @@ async def carry_out(commit: Commit, lock: AbstractAsyncContextManager[Any] | Non
 
 async def _free(commit: Commit) -> None:
     """Free what is left of a change: twenty thousand tensors take a tenth of a second."""
-    if max(map(len, commit.tables)) > _FREED_AT_ONCE:
+    if max(map(len, commit.tables), default=0) > _FREED_AT_ONCE:
         await run_in_thread(lambda: release(*commit.tables), to_its_end=True)
 
 
@@ -137,6 +144,8 @@ def carry_out_blocking(commit: Commit, lock: AbstractContextManager[Any] | None)
                 if commit.prepares:
                     commit.prepare()
                 commit.apply()
+                for _ in commit.finish():
+                    pass
             except BaseException as error:
                 failure = error
                 _undo_blocking(commit)

@@ -15,7 +15,7 @@ import torch
 from aiotorchio.drive import Request
 from aiotorchio.graph._torch import real_tensors, skipped_data
 from aiotorchio.graph.flatten import announce, flatten, is_small
-from aiotorchio.graph.into import destinations_of
+from aiotorchio.graph.into import examined
 from aiotorchio.graph.location import MapLocation
 from aiotorchio.graph.names import TensorSpec
 from aiotorchio.graph.select import Select
@@ -353,7 +353,8 @@ def checked_limits(limits: Limits | None) -> Limits:
 def _into(into: Destination, *, strict: bool, cast: bool, staged: bool) -> Into:
     back = into.memory if isinstance(into, DoubleBuffer) else None
     destination = into.destination if isinstance(into, DoubleBuffer) else into
-    return Into(destinations_of(destination), strict, cast, staged, back)
+    tensors, modules = examined(destination)
+    return Into(tensors, modules, strict, cast, staged, back)
 
 
 def _reusable(select: Select | None) -> Select | None:

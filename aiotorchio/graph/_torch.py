@@ -36,7 +36,11 @@ __all__ = [
     "get_layout",
     "has_names",
     "is_fake",
+    "is_fsdp1",
+    "is_norm",
     "known_location",
+    "load_from_state_dict",
+    "loads_in_its_own_way",
     "location_tags",
     "make_compressed",
     "make_coo",
@@ -44,11 +48,15 @@ __all__ = [
     "make_wrapper_subclass",
     "nested_view",
     "over_storage",
+    "persistent_tensors",
     "python_name",
     "real_tensors",
+    "renames",
+    "run_load_post_hooks",
     "set_view_bits",
     "skipped_data",
     "storage_key",
+    "takes_extra_state",
     "typed_storage",
     "untyped_storage_of",
     "versions_of",
@@ -330,3 +338,55 @@ class WeightsOnlyUnpickler(unpickler_module.Unpickler):
     def load(self) -> Any:
         """Return the object."""
         return self._load(self)
+
+
+def is_fsdp1(module: torch.nn.Module) -> bool:
+    """Whether the module shards its parameters as FullyShardedDataParallel does."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def is_norm(module: torch.nn.Module) -> bool:
+    """Whether it is one of those that may count batches."""
+    return isinstance(module, torch.nn.modules.batchnorm._NormBase)
+
+
+def persistent_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a module itself keeps in its state dict."""
+    buffers = {
+        name: buffer
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    return {k: p for k, p in module._parameters.items() if p is not None} | buffers
+
+
+def renames(module: torch.nn.Module) -> bool:
+    """Whether code that is not torch's looks at what the module is to load."""
+    by_torch = type(module)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
+    return not by_torch or bool(module._load_state_dict_pre_hooks)
+
+
+def takes_extra_state(module: torch.nn.Module) -> bool:
+    """Whether a module has more to keep than tensors."""
+    return type(module).set_extra_state is not torch.nn.Module.set_extra_state
+
+
+def loads_in_its_own_way(module: torch.nn.Module) -> bool:
+    """Whether more happens to a module in load_state_dict than that its tensors are copied."""
+    hooks = bool(module._load_state_dict_post_hooks)
+    return hooks or renames(module) or takes_extra_state(module)
+
+
+def load_from_state_dict(
+    module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *found: list[str]
+) -> None:
+    """What load_state_dict does with one module; ``found`` are missing, unexpected, errors."""
+    module._load_from_state_dict(state, prefix, metadata, True, *found)
+
+
+def run_load_post_hooks(module: torch.nn.Module, *found: list[str]) -> None:
+    """What load_state_dict does when all below a module are loaded; as above, without errors."""
+    keys = torch.nn.modules.module._IncompatibleKeys(*found)
+    for hook in module._load_state_dict_post_hooks.values():
+        hook(module, keys)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
@@ -12,51 +12,57 @@ import torch
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.footprint import Extents
+from aiotorchio.graph.modules import ModuleDestination, has_memory
 from aiotorchio.graph.names import rows_by_name, walk
 from aiotorchio.graph.sharing import VIEW_BITS, filled_by_others, shared
 from aiotorchio.interrupt import interruptible
 from aiotorchio.strided import order_of
 from aiotorchio.wire.header import CONJUGATE, META_LOCATION, NEGATIVE, Header, shortened
 
-__all__ = ["Match", "destinations_of", "has_memory", "match"]
+__all__ = ["Match", "destinations_of", "examined", "match"]
 
 # Of each kind of misfit, as many as a person reads.
 _SHOWN = 20
 
 
 def destinations_of(into: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a destination by name; tied ones under each of their names.
+    """The tensors of a destination that are received into, by name; see ``examined``."""
+    return examined(into)[0]
+
+
+def examined(into: Any) -> tuple[dict[str, torch.Tensor], list[ModuleDestination]]:
+    """What a destination is made of: its tensors by name, tied ones under each, and its modules.
 
     Args:
-        into: A module, whose parameters and persistent buffers count, or a mapping from names to
-            tensors and modules, which may be nested; what is neither does not count.
+        into: A module, or a mapping from names to tensors and modules, which may be nested; what
+            is neither does not count.
+
+    Returns:
+        The tensors to be received into, those of the modules (see there) among them, and the
+        modules.
 
     Raises:
         TypeError: Neither of them.
-        ValueError: Two tensors with the same name.
+        ValueError: Two tensors with the same name, or a module that can't be received into.
     """
     if not isinstance(into, Mapping | torch.nn.Module):
         raise TypeError(
             "into is a mapping from names to tensors, a torch.nn.Module or a DoubleBuffer, not "
             f"{type(into).__name__}"
         )
+    modules: list[ModuleDestination] = []
+
+    def opened(path: str, value: Any) -> Any:
+        if isinstance(value, torch.nn.Module):
+            modules.append(ModuleDestination(path, value))
+            return modules[-1].tensors
+        return dict(value) if isinstance(value, Mapping) and not isinstance(value, dict) else value
+
     found: dict[str, torch.Tensor] = {}
-    for name, tensor in walk(into, _opened):
+    for name, tensor in walk(into, opened):
         if found.setdefault(name, tensor) is not tensor:
             raise ValueError(f"into has two tensors named {name!r}")
-    return found
-
-
-def _opened(value: Any) -> Any:
-    """Modules as their state, mappings as dicts."""
-    if isinstance(value, torch.nn.Module):
-        return {
-            name: item
-            for name, item in value.state_dict(keep_vars=True).items()
-            # What get_extra_state() returned is made anew each time: nobody would see a change.
-            if name.rpartition(".")[2] != "_extra_state"
-        }
-    return dict(value) if isinstance(value, Mapping) and not isinstance(value, dict) else value
+    return found, modules
 
 
 class Match(NamedTuple):
@@ -67,16 +73,19 @@ class Match(NamedTuple):
         ties: Names of one destination, for which the message has several tensors: their numbers
             must be the same.
         extents: Where they are, by device.
+        filled: Names of destinations that the message lacks, all of whose bytes others fill.
     """
 
     tensors: dict[str, torch.Tensor]
     ties: list[list[str]]
     extents: Mapping[torch.device, Extents[str]]
+    filled: set[str]
 
 
 def match(
     header: Header,
     destinations: Mapping[str, torch.Tensor],
+    modules: Sequence[ModuleDestination] = (),
     *,
     wanted: Container[str],
     all_wanted: bool,
@@ -88,6 +97,8 @@ def match(
     Args:
         header: Of a message.
         destinations: By name.
+        modules: Which may have more to do with the message than those of their tensors that are
+            among the destinations.
         wanted: Whether a name counts, at either side.
         all_wanted: Whether tensors without a name count, too.
         strict: Whether both sides must have the same names.
@@ -107,22 +118,29 @@ def match(
         for name, tensor in interruptible(found.items(), 100)
     }
     misfits = {name: reason for name, reason in reasons.items() if reason is not None}
+    misfits |= _refusals(names, modules, wanted)
     fitting = {name: each for name, each in found.items() if name not in misfits}
     sharing = shared(header, names, fitting)
     misfits |= sharing.misfits
     missing, unexpected, unnamed = [], [], 0
+    filled: set[str] = set()
     if strict:
         missing = [name for name in destinations if name in wanted and name not in names]
         if missing:
             others = {
                 name: destinations[name] for name in missing if _has_places(destinations[name])
             }
-            filled = filled_by_others(others, fitting)
-            missing = [name for name in missing if name not in filled]
+            filled = set(filled_by_others(others, fitting))
+        known = _Known(modules)
+        missing = [name for name in missing if name not in filled and not known.judges(name)]
         unexpected = [
-            name for name in interruptible(names) if name in wanted and name not in destinations
+            name
+            for name in interruptible(names)
+            if name in wanted and name not in destinations and not known.takes(name)
         ]
-        unnamed = sum(not row.names for row in header.tensors) if all_wanted else 0
+        # A module may have tensors that have no name, too: it compares them by their entries.
+        if all_wanted and not any(module.others for module in modules):
+            unnamed = sum(not row.names for row in header.tensors)
     if misfits or missing or unexpected or unnamed:
         lines = [
             *_lines(
@@ -142,12 +160,51 @@ def match(
             unexpected=unexpected,
             misfits=misfits,
         )
-    return Match(found, sharing.ties, sharing.extents)
+    return Match(found, sharing.ties, sharing.extents, filled)
 
 
 def _has_places(tensor: torch.Tensor) -> bool:
     """Whether all elements of a destination could be filled."""
     return has_memory(tensor) and not tensor.is_meta and _no_place(tensor) is None
+
+
+class _Known:
+    """What modules know that one of both sides lacks."""
+
+    def __init__(self, modules: Sequence[ModuleDestination]) -> None:
+        self._modules = {module.prefix: module for module in modules}
+        # Not one after the other: there can be thousands, and half a million names.
+        self._lengths = sorted({len(prefix) for prefix in self._modules}, reverse=True)
+
+    def judges(self, name: str) -> bool:
+        """Whether a module may do without a tensor of this name, or take it for another."""
+        return any(module.judges(key) for module, key in self._of(name))
+
+    def takes(self, name: str) -> bool:
+        """Whether a module loads a tensor that is none of its own."""
+        return any(
+            module.entry(key) is not None or module.judges(key) for module, key in self._of(name)
+        )
+
+    def _of(self, name: str) -> Iterator[tuple[ModuleDestination, str]]:
+        for length in self._lengths:
+            module = self._modules.get(name[:length])
+            if module is not None:
+                yield module, name[length:]
+
+
+def _refusals(
+    names: Container[str], modules: Iterable[ModuleDestination], wanted: Container[str]
+) -> dict[str, str]:
+    """Entries of state dicts that are there on both sides, and that nobody would load."""
+    refused = {}
+    for module in modules:
+        for entry in module.others:
+            name = module.prefix + entry
+            reason = module.refusal(entry) if name in wanted and name in names else None
+            if reason is not None:
+                refused[name] = reason
+    return refused
 
 
 def _misfit(header: Header, index: int, tensor: torch.Tensor, *, cast: bool) -> str | None:
@@ -201,19 +258,6 @@ def _converts(dtype: torch.dtype, flags: int, into: torch.dtype) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether it is a view of a storage, and nothing else.
-
-    Subclasses without ``__torch_dispatch__`` are: parameters with attributes, for example.
-    """
-    return (
-        type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-        and not torch.nn.parameter.is_lazy(tensor)
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-    )
 
 
 def _lines(what: str, count: int, texts: Iterable[str]) -> list[str]:

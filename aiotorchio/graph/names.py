@@ -105,13 +105,14 @@ _ITEMS_SHOWN, _LENGTH_SHOWN = 16, 1024
 
 
 def walk(
-    obj: object, opened: Callable[[Any], Any] | None = None
+    obj: object, opened: Callable[[str, Any], Any] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of an object, each with its path; containers that recur only once.
 
     Args:
         obj: Of dicts, lists and tuples; what is in anything else is not seen.
-        opened: What makes a container of something else, and leaves all others as they are.
+        opened: Gets a path and what is there: makes a container of something else, and leaves all
+            others as they are.
     """
     seen: set[int] = set()
     waiting = [("", obj)]
@@ -122,7 +123,7 @@ def walk(
         if isinstance(value, torch.Tensor):
             yield utf8(path), value
             continue
-        container = value if opened is None else opened(value)
+        container = value if opened is None else opened(path, value)
         # A module has no state of its own that could recur, but makes one each time.
         recurs = id(value) in seen and not isinstance(value, torch.nn.Module)
         if isinstance(container, dict | list | tuple) and not recurs:

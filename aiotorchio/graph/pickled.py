@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from aiotorchio.errors import (
 from aiotorchio.graph._torch import WeightsOnlyUnpickler, typed_storage, untyped_storage_of
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
+from aiotorchio.graph.metadata import without_mark
 from aiotorchio.graph.table import Table
 from aiotorchio.interrupt import check_interrupt
 from aiotorchio.wire import bounds
@@ -60,6 +62,14 @@ def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int)
                 # torch names the dtype of the numbers elsewhere, or nowhere.
                 return ("storage", table.add_storage(obj, MIXED_UNITS), None)
             return None
+
+        def reducer_override(self, obj: Any) -> Any:
+            if type(obj) is OrderedDict and "_metadata" in vars(obj):
+                reduced: Any = obj.__reduce_ex__(2)
+                make, args, state, *items = reduced
+                return make, args, state | {"_metadata": without_mark(state["_metadata"])}, *items
+            override = getattr(super(), "reducer_override", None)
+            return NotImplemented if override is None else override(obj)
 
     file = io.BytesIO()
     # In protocol 0 persistent ids are lines of text: 1 has the same opcodes, and objects as ids.

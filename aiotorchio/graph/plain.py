@@ -15,6 +15,7 @@ import torch
 
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, UnsafeObjectError
 from aiotorchio.graph._torch import get_layout
+from aiotorchio.graph.metadata import drop_mark
 from aiotorchio.wire import bounds
 
 __all__ = [
@@ -53,6 +54,7 @@ class OrderedDicts:
                     raise InvalidObjectError(f"an attribute named by {type(key).__name__}")
                 if hasattr(OrderedDict, key) or is_dunder(key):
                     raise InvalidObjectError(f"attribute {key!r} of an OrderedDict")
+            drop_mark(vars(made).get("_metadata"))
 
 
 def make_counter(items: Any = None) -> Counter[Any]:

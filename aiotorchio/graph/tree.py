@@ -19,6 +19,7 @@ from aiotorchio.collection import collection_paused
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, ProtocolError
 from aiotorchio.graph.budget import too_wide
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
+from aiotorchio.graph.metadata import drop_mark, without_mark
 from aiotorchio.graph.plain import check_hashes
 from aiotorchio.graph.table import Table
 from aiotorchio.graph.tags import Tag
@@ -74,6 +75,8 @@ class _Encoder:
         self._table = table
         # Containers are told apart by id(): the caller's object keeps them alive.
         self._seen: set[int] = set()
+        # So are copies.
+        self._copies: list[Any] = []
 
     def node(self, value: Any, path: str, depth: int) -> Any:
         kind = type(value)
@@ -136,7 +139,11 @@ class _Encoder:
         if attributes.keys() - {"_metadata"}:
             raise NotATreeError("an OrderedDict with attributes", path)
         has = "_metadata" in attributes
-        metadata = [self.node(attributes["_metadata"], "_metadata", depth)] if has else []
+        metadata = []
+        if has:
+            versions = without_mark(attributes["_metadata"])
+            self._copies.append(versions)
+            metadata = [self.node(versions, "_metadata", depth)]
         return self.pairs(value, [Tag.ORDERED_DICT, metadata], path, depth)
 
 
@@ -311,6 +318,7 @@ class _Decoder:
         ordered = self.pairs(node, 2, OrderedDict(), depth)
         if node[1]:
             ordered._metadata = self.value(node[1][0], depth)
+            drop_mark(ordered._metadata)
         return ordered
 
     def members(self, node: list[Any], depth: int) -> set[Any]:

@@ -95,6 +95,10 @@ class Exchange:
             self._done.append((destination, shadow))
             self._half = None
 
+    def finish(self) -> Iterator[None]:
+        """There is nothing more to do."""
+        return iter(())
+
     def undo(self) -> None:
         """Put the bytes back that were there, which are in the shadows now.
 
@@ -291,6 +295,10 @@ class Swap:
 
     def _pairs_now(self) -> list[tuple[torch.UntypedStorage, torch.UntypedStorage]]:
         return [(other, front) for front, other in self._pairs]
+
+    def finish(self) -> Iterator[None]:
+        """There is nothing more to do."""
+        return iter(())
 
     def undo(self) -> None:
         """Let each tensor show the memory again that it had.

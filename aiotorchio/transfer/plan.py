@@ -13,8 +13,9 @@ import torch
 
 from aiotorchio.errors import InvalidObjectError
 from aiotorchio.graph._torch import real_tensors
-from aiotorchio.graph.into import Match, has_memory, match
+from aiotorchio.graph.into import Match, match
 from aiotorchio.graph.location import Destinations
+from aiotorchio.graph.modules import has_memory
 from aiotorchio.graph.names import rows_by_name
 from aiotorchio.graph.rebuild import build_tensor
 from aiotorchio.interrupt import check_interrupt, interruptible
@@ -33,6 +34,7 @@ from aiotorchio.memory.staging import Copier, DeviceCopier
 from aiotorchio.memory.swap import swap_bytes
 from aiotorchio.strided import order_of
 from aiotorchio.transfer.claims import Claim, has_neighbours, memory_at
+from aiotorchio.transfer.modules import WithModules, with_modules
 from aiotorchio.transfer.ties import Ties, differ
 from aiotorchio.transfer.wanted import Into, TensorOptions, Wanted
 from aiotorchio.wire.dtypes import DTYPES
@@ -109,7 +111,7 @@ class Placement:
         # Row, destination, where that was, and the error if it is compared, not copied.
         self._late: list[tuple[int, torch.Tensor, object, Callable[[], Exception] | None]] = []
         self._number_of, self._storages, self._places = {}, [], []
-        self.commit: Exchange | Swap | None = None
+        self.commit: Exchange | Swap | WithModules | None = None
         self._claims: list[BackMemory | Claim] = []
 
     @property
@@ -163,18 +165,19 @@ class Placement:
             self._number_of = {}
         else:
             self._number_of = rows_by_name(rows)
-        self.wanted = Wanted(select, [*self._number_of, *(into.tensors if into else ())])
-        matched = Match({}, [], {})
+        self.wanted = Wanted(select, [*self._number_of, *(into.names if into else ())])
+        matched = Match({}, [], {}, set())
         if into is not None:
             matched = match(
                 self._header,
                 into.tensors,
+                into.modules,
                 wanted=self.wanted,
                 all_wanted=self.wanted.all,
                 strict=into.strict,
                 cast=into.cast,
             )
-        self.by_name = matched.tensors
+        self.by_name, self._filled = matched.tensors, matched.filled
         self._ties = Ties(self._header, self._layout, matched.ties, self._number_of)
         self.given = {}
         self._found_at = {name: place_of(tensor) for name, tensor in self.by_name.items()}
@@ -314,6 +317,12 @@ class Placement:
         if copied is None or memory_of(filled[copied]) != memory_of(filled[name]):
             return None
         return partial(differ, name, copied, staged=self.commit is not None)
+
+    def complete(self, obj: Any) -> None:
+        """Let the commit give modules what else the object has for them."""
+        if self._into is not None and not isinstance(self.commit, WithModules):
+            names = [*self._number_of, *self._filled]
+            self.commit = with_modules(self.commit, self._into, obj, names, self.wanted)
 
     def _on_meta(self, index: int) -> torch.Tensor:
         row = self._header.tensors[index]

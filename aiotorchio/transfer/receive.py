@@ -23,6 +23,7 @@ from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.staged import Exchange, Swap, note_change
 from aiotorchio.threads import Task
+from aiotorchio.transfer.modules import WithModules
 from aiotorchio.transfer.plan import Placement
 from aiotorchio.transfer.steps import (
     INLINE_HEADER,
@@ -81,7 +82,7 @@ class Loaded:
     """
 
     obj: Any
-    commit: Exchange | Swap | None
+    commit: Exchange | Swap | WithModules | None
     close: Callable[[], None]
 
 
@@ -245,6 +246,7 @@ class IncomingMessage:
             return revise(obj, place.names, place.revision) if place.revises else obj
 
         obj = yield from work(build, inline=inline)
+        yield from work(functools.partial(place.complete, obj), inline=inline)
         yield from self.release(storages, *place.tables, *payload.tables)
         return obj
 

@@ -14,7 +14,7 @@ from aiotorchio.drive import END, Next, Request, Send
 from aiotorchio.errors import AiotorchioError
 from aiotorchio.graph._torch import real_tensors
 from aiotorchio.graph.flatten import Flattened
-from aiotorchio.graph.into import has_memory
+from aiotorchio.graph.modules import has_memory
 from aiotorchio.graph.names import TensorSpec
 from aiotorchio.graph.versions import Versions
 from aiotorchio.memory.outgoing import OutgoingPayload

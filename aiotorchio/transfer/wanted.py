@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from aiotorchio.graph.into import destinations_of
 from aiotorchio.graph.location import MapLocation
+from aiotorchio.graph.modules import ModuleDestination
 from aiotorchio.graph.select import Select, selected
 from aiotorchio.graph.unwritten import Unwritten
 from aiotorchio.memory.staged import BackMemory
@@ -73,6 +74,7 @@ class Into:
 
     Attributes:
         tensors: By name.
+        modules: Those that some of the tensors are of.
         strict: Whether the message must have the same names.
         cast: Whether dtypes may differ.
         staged: Whether they change only when the message is whole.
@@ -80,10 +82,19 @@ class Into:
     """
 
     tensors: dict[str, torch.Tensor]
+    modules: list[ModuleDestination]
     strict: bool
     cast: bool
     staged: bool
     back: BackMemory | None
+
+    @property
+    def names(self) -> Iterator[str]:
+        """All that can be received into it."""
+        yield from self.tensors
+        for module in self.modules:
+            for name in module.others:
+                yield module.prefix + name
 
 
 class Wanted:

@@ -1,0 +1,159 @@
+"""Modules as destinations: which of their tensors a message can be received into.
+
+In: a module of the caller's. What its ``state_dict()`` shows of its own parameters and persistent
+buffers is received into their memory. All else there (made for the occasion, gathered, packed,
+extra state) is received as part of the object, and loaded by the submodule that it belongs to (see
+``module_load``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from aiotorchio.graph import _torch
+
+__all__ = ["EXTRA_STATE", "ModuleDestination", "beginnings", "has_memory"]
+
+EXTRA_STATE = "_extra_state"
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether it is a view of a storage, and nothing else.
+
+    Subclasses without ``__torch_dispatch__`` are: parameters with attributes, for example.
+    """
+    return (
+        type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and not torch.nn.parameter.is_lazy(tensor)
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
+
+
+class ModuleDestination:
+    """A module somewhere in a destination.
+
+    Args:
+        path: Where it is; empty if it is the destination itself.
+        module: To be looked through.
+
+    Attributes:
+        module: As given.
+        prefix: The path, with a dot behind it if it is not empty.
+        tensors: Parameters and persistent buffers by their name in ``state_dict()``: to be
+            received into.
+        others: The names of all else in ``state_dict()``, each with the path of its submodule.
+        active: Paths of the submodules that have more to do in a load.
+        only_tensors: No load has more to do than to fill ``tensors``.
+
+    Raises:
+        ValueError: An FSDP1 module, with what to do instead.
+    """
+
+    def __init__(self, path: str, module: torch.nn.Module) -> None:
+        self.module = module
+        self.prefix = path + "." if path else ""
+        self._submodules: dict[str, torch.nn.Module] = dict(
+            module.named_modules(remove_duplicate=False)
+        )
+        for below, submodule in self._submodules.items():
+            if _torch.is_fsdp1(submodule):
+                raise ValueError(
+                    f"into has an FSDP1 module at {self.prefix + below!r}, whose state_dict() "
+                    "gathers shards: receive a dict and give it to torch.distributed.checkpoint."
+                    "state_dict.set_model_state_dict, or use fully_shard (FSDP2)"
+                )
+        own = {
+            id(tensor): tensor
+            for submodule in self._submodules.values()
+            for tensor in _torch.persistent_tensors(submodule).values()
+        }
+        self.tensors: dict[str, torch.Tensor] = {}
+        others: list[str] = []
+        places: set[object] | None = None
+        for name, value in module.state_dict(keep_vars=True).items():
+            is_own = isinstance(value, torch.Tensor) and has_memory(value)
+            if is_own and id(value) not in own:
+                # Some wrap each tensor anew, as ScriptModules do.
+                if places is None:
+                    places = {_place(tensor) for tensor in own.values() if has_memory(tensor)}
+                is_own = value.data_ptr() != 0 and _place(value) in places
+            if is_own:
+                self.tensors[name] = value
+            else:
+                others.append(name)
+        # A peer chooses the names that are looked up: of any length, with any number of dots.
+        self._lengths = sorted(set(map(len, self._submodules)), reverse=True)
+        self.others = {name: self.owner(name) for name in others}
+        self._lengths_of_others = sorted(set(map(len, self.others)))
+        self.active = set(self.others.values()) | {
+            below
+            for below, submodule in self._submodules.items()
+            if _torch.loads_in_its_own_way(submodule)
+        }
+        self._renames = any(map(_torch.renames, self._submodules.values()))
+        self.only_tensors = not self.active and not any(
+            map(_torch.is_norm, self._submodules.values())
+        )
+
+    def submodule(self, path: str) -> torch.nn.Module:
+        """By its path in the module."""
+        return self._submodules[path]
+
+    def owner(self, name: str) -> str:
+        """The path of the submodule that an entry belongs to, going by its name."""
+        return next(
+            path
+            for path in beginnings(name, self._lengths)
+            if path in self._submodules and path != name
+        )
+
+    def entry(self, name: str) -> str | None:
+        """The entry of ``others`` that a tensor of the message is, or is a part of."""
+        found = (each for each in beginnings(name, self._lengths_of_others) if each in self.others)
+        return next(found, None)
+
+    def judges(self, name: str) -> bool:
+        """Whether a submodule has code of its own for an entry that one side lacks.
+
+        An old name, for example, which a hook renames.
+        """
+        # torch has not always counted the batches of a BatchNorm.
+        counts = name.endswith("num_batches_tracked")
+        if not counts and not self._renames:
+            return False
+        path = self.owner(name)
+        if counts and _torch.is_norm(self._submodules[path]):
+            return True
+        while not _torch.renames(self._submodules[path]):
+            if not path:
+                return False
+            path = self.owner(path)
+        return True
+
+    def refusal(self, name: str) -> str | None:
+        """Why an entry of ``others`` cannot be given to its submodule; None if it can."""
+        path = self.others[name]
+        submodule = self._submodules[path]
+        key = name.removeprefix(path + "." if path else "")
+        if key in _torch.persistent_tensors(submodule) or self.judges(name):
+            return None
+        if key == EXTRA_STATE and _torch.takes_extra_state(submodule):
+            return None
+        return (
+            f"state_dict() of {type(submodule).__name__} makes it, and nothing there loads it; "
+            "leave it out with select, or receive a dict"
+        )
+
+
+def beginnings(name: str, lengths: Iterable[int]) -> Iterator[str]:
+    """Beginnings of a name that end at a dot or its end, of these lengths."""
+    for length in lengths:
+        if not length or length == len(name) or name[length : length + 1] == ".":
+            yield name[:length]
+
+
+def _place(tensor: torch.Tensor) -> object:
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

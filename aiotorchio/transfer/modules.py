@@ -1,0 +1,84 @@
+"""The commit of a destination with modules that have more to load than tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import Any
+
+from aiotorchio.graph.module_load import ModuleLoad
+from aiotorchio.interrupt import interruptible
+from aiotorchio.memory.staged import Exchange, Swap
+from aiotorchio.transfer.wanted import Into
+
+__all__ = ["WithModules", "with_modules"]
+
+
+class WithModules:
+    """A change of tensors, if they wait for one, and what their modules do behind it.
+
+    Args:
+        tensors: Changes those that were not received in place.
+        loads: One for each module that has something to load.
+    """
+
+    def __init__(self, tensors: Exchange | Swap | None, loads: Sequence[ModuleLoad]) -> None:
+        self._tensors, self._loads = tensors, loads
+        self.prepares = tensors is not None and tensors.prepares
+        self.quick = tensors is None or tensors.quick
+        self.shadows = [] if tensors is None else tensors.shadows
+
+    @property
+    def tables(self) -> list[list[Any]]:
+        """As of the change of the tensors."""
+        return [] if self._tensors is None else self._tensors.tables
+
+    def prepare(self) -> None:
+        """As of the change of the tensors."""
+        if self._tensors is not None:
+            self._tensors.prepare()
+
+    def apply(self) -> None:
+        """Change the tensors."""
+        if self._tensors is not None:
+            self._tensors.apply()
+
+    def finish(self) -> Iterator[None]:
+        """Let the modules load what is left."""
+        for load in self._loads:
+            yield from load.steps()
+
+    def undo(self) -> None:
+        """Change the tensors back, and let the modules load what they had."""
+        if self._tensors is not None:
+            self._tensors.undo()
+        for load in reversed(self._loads):
+            load.undo()
+
+
+def with_modules(
+    tensors: Exchange | Swap | None,
+    into: Into,
+    received: Any,
+    names: Iterable[str],
+    wanted: Container[str],
+) -> Exchange | Swap | WithModules | None:
+    """A change of tensors, together with what their modules have to load, if they have.
+
+    Args:
+        tensors: The change, if the tensors wait for one.
+        into: The destination.
+        received: The object.
+        names: Of tensors that have their numbers: those of the message, and destinations that
+            others of them fill.
+        wanted: Whether a name counts.
+    """
+    modules = [module for module in into.modules if not module.only_tensors]
+    if not modules:
+        return tensors
+    staged, strict = tensors is not None, into.strict
+    names = [name for name in interruptible(names) if name in wanted]
+    loads = [
+        ModuleLoad(each, received, names, wanted, strict=strict, staged=staged) for each in modules
+    ]
+    loads = [load for load in loads if load.has_steps]
+    return WithModules(tensors, loads) if loads else tensors

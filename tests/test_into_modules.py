@@ -1,0 +1,562 @@
+"""Loads into modules do what ``load_state_dict`` does, in place, or say why they do not."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+import types
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import aiotorchio
+from aiotorchio import MismatchError
+from tests.places import Pieces, all_modes, encoded, into_options, load
+
+pytestmark = pytest.mark.anyio
+
+
+# ------------------------------------------------------------------------------ modules
+
+
+def before_load(module: nn.Module, hook: Callable[..., None]) -> None:
+    module.register_load_state_dict_pre_hook(hook)
+
+
+class Copies(nn.Module):
+    """Shows a copy of a tensor that is no buffer, as metrics do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.total = torch.randn(3)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "total"] = self.total.clone()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self.total = state_dict.pop(prefix + "total")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Packed(nn.Module):
+    """Shows a number as a tensor, as quantized layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+        self.scale = float(torch.randn(()))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "scale"] = torch.tensor([self.scale])
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self.scale = float(state_dict.pop(prefix + "scale"))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Gathers(nn.Module):
+    """Shows one tensor for two shards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves = list(torch.randn(4).chunk(2))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = torch.cat(self.halves)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self.halves = list(state_dict.pop(prefix + "weight").chunk(2))
+
+
+class Extra(nn.Module):
+    """Has extra state, as Transformer Engine's modules do."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.state = make()
+
+    def get_extra_state(self) -> Any:
+        return self.state
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+
+class OldName(nn.Module):
+    """Was saved under another name once."""
+
+    def __init__(self, *, old: bool = False) -> None:
+        super().__init__()
+        self.register_parameter("w" if old else "weight", nn.Parameter(torch.randn(3)))
+        if not old:
+            before_load(self, self._rename)
+
+    @staticmethod
+    def _rename(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        if prefix + "w" in state_dict:
+            state_dict[prefix + "weight"] = state_dict.pop(prefix + "w")
+
+
+class RenamesBelow(nn.Module):
+    """The name of a child was another one, and the child has no code for it."""
+
+    def __init__(self, *, old: bool = False) -> None:
+        super().__init__()
+        self.add_module("fc" if old else "linear", nn.Linear(2, 3))
+        if not old:
+            before_load(self, self._rename)
+
+    @staticmethod
+    def _rename(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix + "fc.")]:
+            state_dict[prefix + "linear." + key[len(prefix) + 3 :]] = state_dict.pop(key)
+
+
+class Quantized(nn.Module):
+    """As bitsandbytes' 4-bit layers: what belongs to the weight is shown, and nothing loads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randint(255, (8,), dtype=torch.uint8), False)
+        self.absmax = torch.randn(2)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight.absmax"] = self.absmax
+
+
+def extra_tensors() -> dict[str, Any]:
+    return {"stats": torch.randn(2), "steps": 3, "more": [torch.randn(1)]}
+
+
+def spectral() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.spectral_norm(nn.Linear(3, 3))
+
+
+def weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(nn.Linear(3, 3))
+
+
+def batch_norm() -> nn.Module:
+    module = nn.BatchNorm1d(3)
+    module(torch.randn(4, 3))
+    return module
+
+
+def lazily() -> nn.Module:
+    module = nn.LazyLinear(3)
+    module(torch.zeros(1, 2))
+    return module
+
+
+def quantized() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = torch.ao.nn.quantized.dynamic.Linear(3, 4)
+    return module
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+
+
+def compiled() -> Any:
+    return torch.compile(nn.Linear(2, 3), backend="eager")
+
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "copies": Copies,
+    "packed": Packed,
+    "gathers": Gathers,
+    "extra bytes": lambda: Extra(lambda: torch.randn(3).numpy().tobytes()),
+    "extra tensor": lambda: Extra(lambda: torch.randn(3)),
+    "extra dict of tensors": lambda: Extra(extra_tensors),
+    "hook": OldName,
+    "batch norm": batch_norm,
+    "spectral norm": spectral,
+    "weight norm": weight_norm,
+    "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)),
+    "orthogonal": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)),
+    "was lazy": lazily,
+    "compiled": compiled,
+    "data parallel": lambda: nn.DataParallel(nn.Linear(2, 3)),
+    "scripted": scripted,
+    "rows": lambda: nn.ModuleDict({"a": Copies(), "b": nn.ModuleList([Packed(), Packed()])}),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def model(kind: str) -> nn.Module:
+    """A module between others that are nothing special."""
+    return nn.Sequential(nn.Linear(2, 2), KINDS[kind](), nn.LayerNorm(2))
+
+
+def plainly(value: Any) -> Any:
+    """What can be compared with ==, bit for bit."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.tolist()
+    if isinstance(value, dict):
+        return {key: plainly(item) for key, item in value.items()}
+    return [plainly(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def state(module: nn.Module) -> Any:
+    """As it is now; the state that a module shows may change with it."""
+    return plainly(module.state_dict())
+
+
+async def load_in(way: str, data: bytes, **options: Any) -> Any:
+    if way == "blocking":
+        return load(data, **options)
+    return await aiotorchio.load_from_stream(Pieces(data, 1000), **options)
+
+
+both_ways = pytest.mark.parametrize("way", ["stream", "blocking"])
+
+
+# ------------------------------------------------------------------------------ what arrives
+
+
+@kinds
+@all_modes
+@both_ways
+async def test_a_module_is_as_after_load_state_dict(kind: str, mode: str, way: str) -> None:
+    sent, module, expected = model(kind), model(kind), model(kind)
+    expected.load_state_dict(sent.state_dict())
+    places = {id(each) for each in module.parameters()}
+    await load_in(way, encoded(sent.state_dict()), **into_options(mode, module))
+    assert state(module) == state(expected) == state(sent)
+    assert {id(each) for each in module.parameters()} == places
+
+
+@all_modes
+async def test_modules_in_a_destination_with_other_things(mode: str) -> None:
+    sent: Any = {"a": {"model": model("copies")}, "b": model("extra dict of tensors")}
+    into: Any = {
+        "a": {"model": model("copies")},
+        "b": model("extra dict of tensors"),
+        "x": torch.zeros(3),
+    }
+    message = {
+        "a": {"model": sent["a"]["model"].state_dict()},
+        "b": sent["b"].state_dict(),
+        "x": torch.ones(3),
+    }
+    await load_in("stream", encoded(message), **into_options(mode, into))
+    assert state(into["a"]["model"]) == state(sent["a"]["model"])
+    assert state(into["b"]) == state(sent["b"])
+    assert into["x"].eq(1).all()
+
+
+@pytest.mark.parametrize(
+    "kind", ["batch norm", "compiled", "orthogonal", "parametrized", "spectral norm", "weight norm"]
+)
+@all_modes
+def test_a_module_computes_as_its_sender(kind: str, mode: str) -> None:
+    sent, module = KINDS[kind]().eval(), KINDS[kind]().eval()
+    x = torch.randn(4, 3 if kind != "compiled" else 2)
+    module(x)
+    load(encoded(sent.state_dict()), **into_options(mode, module))
+    assert torch.equal(module(x), sent(x))
+
+
+def test_a_lazy_module() -> None:
+    sent, module = lazily(), nn.LazyLinear(3)
+    load(encoded(sent.state_dict()), into=module)
+    assert state(module) == state(sent)
+
+
+def test_a_layer_that_torch_quantizes() -> None:
+    sent: Any = nn.Sequential(quantized())
+    module = nn.Sequential(quantized())
+    weight = torch.quantize_per_tensor(torch.randn(4, 3), 0.1, 0, torch.qint8)
+    sent[0].set_weight_bias(weight, torch.randn(4))
+    load(encoded(sent.state_dict()), into=module)
+    x = torch.randn(2, 3)
+    assert torch.equal(module(x), sent(x))
+
+
+@pytest.mark.parametrize("kind", [OldName, RenamesBelow])
+@all_modes
+def test_a_hook_that_knows_old_names(kind: Any, mode: str) -> None:
+    sent, module = nn.Sequential(kind(old=True)), nn.Sequential(kind())
+    load(encoded(sent.state_dict()), **into_options(mode, module))
+    assert list(state(module).values()) == list(state(sent).values())
+
+
+def test_a_name_that_no_hook_knows() -> None:
+    state = nn.Sequential(OldName()).state_dict()
+    state["0.other"] = torch.ones(1)
+    with pytest.raises(MismatchError, match=r"not in the destination: 0\.other") as caught:
+        load(encoded(state), into=nn.Sequential(OldName()))
+    assert caught.value.unexpected == ("0.other",)
+    load(encoded(state), into=nn.Sequential(OldName()), strict=False)
+
+
+@all_modes
+def test_a_batch_norm_that_did_not_count_batches_yet(mode: str) -> None:
+    sent, module = nn.Sequential(batch_norm()), nn.Sequential(batch_norm())
+    old = OrderedDict(sent.state_dict())
+    del old["0.num_batches_tracked"]
+    load(encoded(old), **into_options(mode, module))
+    old["0.num_batches_tracked"] = torch.tensor(1)
+    assert state(module) == plainly(old)
+
+
+def test_a_batch_norm_of_today_counts_batches() -> None:
+    sent = nn.Sequential(batch_norm()).state_dict()
+    del sent["0.num_batches_tracked"]
+    with pytest.raises(MismatchError, match=r"not in the message: 0\.num_batches_tracked"):
+        load(encoded(sent), into=nn.Sequential(batch_norm()))
+
+
+def test_nothing_else_may_be_missing_of_a_batch_norm() -> None:
+    sent, module = nn.Sequential(batch_norm()).state_dict(), nn.Sequential(batch_norm())
+    before = state(module)
+    del sent["0.running_mean"]
+    with pytest.raises(MismatchError, match=r"not in the message: 0\.running_mean"):
+        load(encoded(sent), into=module)
+    assert state(module) == before
+
+
+def test_hooks_run_as_in_load_state_dict() -> None:
+    seen: list[str] = []
+    module: Any = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+
+    def before(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+        seen.append(f"before {prefix} {len(state_dict)}")
+
+    def after(module: nn.Module, keys: Any) -> None:
+        seen.append(f"after {type(module).__name__} {keys.missing_keys} {keys.unexpected_keys}")
+
+    before_load(module, before)
+    before_load(module[1], before)
+    module[1][0].register_load_state_dict_post_hook(after)
+    module.register_load_state_dict_post_hook(after)
+    message = copy.deepcopy(module).state_dict()
+    module.load_state_dict(message)
+    expected, seen[:] = list(seen), []
+    load(encoded(message), into=module)
+    assert seen == expected and len(seen) == 4
+
+
+# ------------------------------------------------------------------------------ in part
+
+
+def test_a_selection_of_entries() -> None:
+    sent, module = model("copies"), model("copies")
+    before = state(module)
+    load(encoded(sent.state_dict()), into=module, select="1.total")
+    assert state(module) == before | {"1.total": state(sent)["1.total"]}
+
+
+def test_what_is_not_selected_is_not_loaded() -> None:
+    sent, module = model("extra bytes"), model("extra bytes")
+    before = state(module)
+    load(encoded(sent.state_dict()), into=module, select="0.*")
+    assert state(module) == before | {k: v for k, v in state(sent).items() if k[0] == "0"}
+
+
+def test_extra_state_that_is_missing() -> None:
+    message = model("extra bytes").state_dict()
+    del message["1._extra_state"]
+    with pytest.raises(MismatchError, match=r"not in the message: 1\._extra_state") as caught:
+        load(encoded(message), into=model("extra bytes"))
+    assert caught.value.missing == ("1._extra_state",)
+    load(encoded(message), into=model("extra bytes"), strict=False)
+
+
+def test_extra_state_that_nobody_takes() -> None:
+    message = nn.Sequential(nn.Linear(2, 2)).state_dict()
+    message["0._extra_state"] = torch.ones(1)
+    module: Any = nn.Sequential(nn.Linear(2, 2))
+    module.register_load_state_dict_post_hook(lambda module, keys: None)
+    with pytest.raises(MismatchError, match=r"not in the destination: 0\._extra_state"):
+        load(encoded(message), into=module)
+
+
+# ------------------------------------------------------------------------------ refusals
+
+
+@all_modes
+def test_an_entry_that_nothing_loads(mode: str) -> None:
+    """It would end half new, half old."""
+    sent, module = nn.Sequential(Quantized()), nn.Sequential(Quantized())
+    before = state(module)
+    with pytest.raises(MismatchError) as caught:
+        load(encoded(sent.state_dict()), **into_options(mode, module))
+    assert caught.value.misfits.keys() == {"0.weight.absmax"}
+    assert "Quantized makes it, and nothing there loads it" in str(caught.value)
+    assert state(module) == before
+    load(encoded(sent.state_dict()), **into_options(mode, module), select="0.weight")
+    assert state(module)["0.weight"] == state(sent)["0.weight"]
+
+
+def test_fsdp1_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sharded(nn.Module):
+        def state_dict(self, *args: Any, **options: Any) -> Any:
+            raise AssertionError("every rank would have to take part")
+
+    fsdp = types.SimpleNamespace(FullyShardedDataParallel=Sharded)
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", fsdp)
+    for into in (Sharded(), {"model": nn.Sequential(Sharded())}):
+        with pytest.raises(ValueError, match=r"FSDP1 module .*set_model_state_dict"):
+            load(encoded({}), into=into)
+
+
+# ------------------------------------------------------------------------------ errors
+
+
+class Refuses(Extra):
+    """Refuses one state, after it took a part of it."""
+
+    refused: Any = None
+
+    def __init__(self, state: bytes) -> None:
+        super().__init__(lambda: state)
+        self.taken: bytes = state
+
+    def set_extra_state(self, state: Any) -> None:
+        self.taken = state
+        if state == self.refused:
+            raise ZeroDivisionError("no such scale")
+        self.state = state
+
+
+@all_modes
+@both_ways
+async def test_a_module_that_raises(mode: str, way: str) -> None:
+    sent = nn.Sequential(Copies(), Refuses(b"new")).state_dict()
+    first, second = Copies(), Refuses(b"old")
+    module = nn.Sequential(first, second)
+    second.refused = b"new"
+    before, total = state(module), first.total.clone()
+    with pytest.raises(MismatchError, match=r"1 \(Refuses\).*: ZeroDivisionError: no") as caught:
+        await load_in(way, encoded(sent), **into_options(mode, module))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    # What was loaded is loaded back, in both.
+    assert torch.equal(first.total, total) and second.taken == second.state == b"old"
+    if mode != "plain":
+        assert state(module) == before
+        assert "written" not in str(caught.value)
+    else:
+        assert "its tensors are written to" in str(caught.value)
+    second.refused = None
+    await load_in(way, encoded(sent), **into_options(mode, module))
+    assert state(module) == plainly(sent)
+
+
+@all_modes
+@both_ways
+async def test_a_module_that_does_not_take_back_what_it_had(mode: str, way: str) -> None:
+    class Stuck(Refuses):
+        def set_extra_state(self, state: Any) -> None:
+            raise ZeroDivisionError
+
+    sent = nn.Sequential(nn.Linear(2, 2), Refuses(b"new")).state_dict()
+    module = nn.Sequential(nn.Linear(2, 2), Stuck(b"old"))
+    with pytest.raises(MismatchError, match=r"half applied.*\n +1: ") as caught:
+        await load_in(way, encoded(sent), **into_options(mode, module))
+    assert isinstance(caught.value.__context__, MismatchError)
+
+
+class Released:
+    """A lock whose release fails."""
+
+    def __init__(self, module: Copies) -> None:
+        self._module, self.total = module, module.total
+
+    def __enter__(self) -> None:
+        assert self._module.total is self.total
+
+    def __exit__(self, *_: object) -> None:
+        assert self._module.total is not self.total
+        raise ZeroDivisionError
+
+    async def __aenter__(self) -> None:
+        self.__enter__()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.__exit__()
+
+
+@pytest.mark.parametrize("mode", ["staged", "double"])
+@both_ways
+async def test_modules_load_under_the_lock_and_a_failed_release_undoes_it(
+    mode: str, way: str
+) -> None:
+    module = Copies()
+    before = state(module)
+    with pytest.raises(ZeroDivisionError):
+        await load_in(
+            way,
+            encoded(Copies().state_dict()),
+            lock=Released(module),
+            **into_options(mode, module),
+        )
+    assert state(module) == before
+
+
+# ------------------------------------------------------------------------------ versions
+
+
+@pytest.mark.parametrize("codec", ["tree", "pickle"])
+def test_the_mark_of_assign_does_not_travel(codec: str) -> None:
+    """Else every later load of the state would let models share its memory."""
+    source = nn.Linear(2, 2)
+    message: Any = source.state_dict()
+    nn.Linear(2, 2).load_state_dict(message, assign=True)
+    marked = copy.deepcopy(message._metadata)
+    assert marked[""]["assign_to_params_buffers"]
+    obj = {"a": message} if codec == "tree" else {"a": message, "b": {1.5: 2}}
+    file = io.BytesIO()
+    assert aiotorchio.save(obj, file).codec == codec
+    received = load(file.getvalue())["a"]
+    assert received._metadata == OrderedDict({"": {"version": 1}})
+    assert message._metadata == marked, "the sender's own is left alone"
+    loaded = nn.Linear(2, 2)
+    loaded.load_state_dict(received)
+    assert loaded.weight.data_ptr() != received["weight"].data_ptr()
+
+
+@pytest.mark.parametrize("codec", ["tree", "pickle"])
+def test_a_mark_that_was_sent_does_not_count(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in ("tree", "pickled"):
+        monkeypatch.setattr(f"aiotorchio.graph.{room}.without_mark", lambda metadata: metadata)
+    message: Any = nn.Linear(2, 2).state_dict()
+    nn.Linear(2, 2).load_state_dict(message, assign=True)
+    obj = {"a": message} if codec == "tree" else {"a": message, "b": {1.5: 2}}
+    assert load(encoded(obj))["a"]._metadata == OrderedDict({"": {"version": 1}})
+
+
+@all_modes
+def test_a_tied_module_from_a_message_with_one_name(mode: str) -> None:
+    """What another name fills is not missing, for hooks either."""
+
+    def tied() -> nn.Sequential:
+        module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), Copies())
+        module[1].weight = module[0].weight
+        return module
+
+    sent, module = tied(), tied()
+    message = dict(sent.state_dict())
+    del message["1.weight"]
+    module[1].register_load_state_dict_post_hook(lambda module, keys: None)
+    load(encoded(message), **into_options(mode, module))
+    assert state(module) == state(sent)
