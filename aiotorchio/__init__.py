@@ -3,7 +3,8 @@
 ``save_to_stream`` and ``load_from_stream`` carry one object over an async stream;
 ``StreamWriter`` and ``StreamReader`` carry many, of which ``StreamReader.open`` shows the header
 first, as a ``Message`` with a ``TensorSpec`` for each tensor; ``iter_bytes`` gives a message to an
-HTTP library; ``save`` and ``load`` are the blocking twins. ``Limits`` says what a load accepts,
+HTTP library; ``save`` and ``load`` are the blocking twins. ``snapshot`` copies a state once, to be
+sent to many receivers, as a ``Snapshot``. ``Limits`` says what a load accepts,
 ``DoubleBuffer`` is to load into, ``Summary`` says what a save has sent, and every error is an
 ``AiotorchioError``. ``aiotorchio.tls`` has contexts for connections between machines.
 """
@@ -31,6 +32,7 @@ from aiotorchio.graph.names import TensorSpec
 from aiotorchio.many import StreamReader, StreamWriter
 from aiotorchio.message import Message
 from aiotorchio.transfer.send import Summary
+from aiotorchio.transfer.snapshot import Snapshot, snapshot
 from aiotorchio.transfer.wanted import DoubleBuffer
 from aiotorchio.wire.limits import Limits
 
@@ -47,6 +49,7 @@ __all__ = [
     "MismatchError",
     "ProtocolError",
     "RemoteAbort",
+    "Snapshot",
     "StreamBusy",
     "StreamPoisoned",
     "StreamReader",
@@ -63,5 +66,6 @@ __all__ = [
     "load_from_stream",
     "save",
     "save_to_stream",
+    "snapshot",
     "tls",
 ]

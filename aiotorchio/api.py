@@ -88,7 +88,8 @@ def save_to_stream(
     still computing then is sent as that will leave it.
 
     Args:
-        obj: Anything. State dicts and other plain containers need no pickle on either side.
+        obj: Anything, or a ``Snapshot``. State dicts and other plain containers need no pickle on
+            either side.
         stream: An ``asyncio.StreamWriter``, an anyio byte stream, or a non-blocking
             ``socket.socket``. It stays open, behind the last byte of the message.
         checksum: Send an xxh3_64 digest with each chunk. Without it, damage to tensors goes

@@ -23,6 +23,7 @@ from aiotorchio.graph.unwritten import Unwritten, unwritten
 from aiotorchio.memory.staging import DeviceCopier
 from aiotorchio.transfer.receive import LoadOptions
 from aiotorchio.transfer.send import Summary, prepare, send_message, send_produced
+from aiotorchio.transfer.snapshot import Snapshot
 from aiotorchio.transfer.steps import Progress
 from aiotorchio.transfer.wanted import DoubleBuffer, Into, TensorOptions
 from aiotorchio.wire.header import ALIGNMENT, CHUNK_SIZE_MIN
@@ -187,6 +188,15 @@ def outgoing_message(
             producer=PRODUCER,
         )
         return send_produced(_iterator(obj), header, checksum=checksum, progress=progress)
+    if isinstance(obj, Snapshot):
+        if snapshot or compact:
+            raise ValueError("snapshot and compact have no meaning for a Snapshot")
+        if obj.codec == "pickle" and not allow_pickle:
+            raise ValueError("allow_pickle is False, and the snapshot needs pickle")
+        make_ready = functools.partial(
+            obj.prepared, chunk_size=chunk_size, metadata=metadata, producer=PRODUCER
+        )
+        return send_message(make_ready, inline=obj.is_small, checksum=checksum, progress=progress)
     if isinstance(obj, GeneratorType | AsyncGeneratorType):
         raise TypeError("an iterator of tensors needs specs, which say what they will be")
     take_apart = functools.partial(

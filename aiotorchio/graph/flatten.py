@@ -7,7 +7,7 @@ import os
 import pickle
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -47,6 +47,7 @@ class Flattened:
         storages: The storage of each row of the header.
         parts: What is sent of storages that are not sent as a whole, by number.
         left_out: Bytes of those that are not sent.
+        whole: Storages that the object refers to itself, by number.
         versions: The tensors as they are now.
     """
 
@@ -55,7 +56,21 @@ class Flattened:
     storages: list[torch.UntypedStorage]
     parts: dict[int, list[Part]] = field(default_factory=dict)
     left_out: int = 0
+    whole: frozenset[int] = frozenset()
     versions: Versions = field(default_factory=Versions)
+
+    def for_message(
+        self, *, chunk_size: int, metadata: Mapping[str, str], producer: str
+    ) -> Flattened:
+        """The same parts for one more message; arguments as of ``flatten``."""
+        header = msgspec.structs.replace(
+            self.header,
+            nonce=os.urandom(16),
+            producer=producer,
+            metadata=list(metadata.items()),
+            chunk_size=chunk_size,
+        )
+        return replace(self, header=header)
 
 
 def flatten(
@@ -128,7 +143,8 @@ def flatten(
         else ({}, 0)
     )
     versions = Versions([*table.kept, *table.others], table.tensors)
-    return Flattened(header, skeleton, table.sources, parts, left_out, versions)
+    whole = frozenset(table.whole)
+    return Flattened(header, skeleton, table.sources, parts, left_out, whole, versions)
 
 
 def announce(

@@ -1,0 +1,104 @@
+"""The parts of an object over copies of its storages, which nobody else changes.
+
+In: a ``Flattened``. Out: another one, of other memory, and of another dtype or device if that is
+asked for. What shares memory goes on sharing it: storages are copied, not tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+import torch
+
+from aiotorchio.graph._torch import location_tags, over_storage
+from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
+from aiotorchio.graph.flatten import Flattened
+from aiotorchio.graph.versions import Versions
+from aiotorchio.interrupt import interruptible
+from aiotorchio.wire.dtypes import DTYPES
+from aiotorchio.wire.header import META_LOCATION, StorageRow
+
+__all__ = ["copied"]
+
+
+def copied(
+    flattened: Flattened, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Flattened:
+    """Copy the storages of an object.
+
+    Args:
+        flattened: Its parts; whole storages.
+        dtype: What numbers of floating point become: of tensors that have names, if there are no
+            others over their storage. None: all stay as they are.
+        device: Where the copies are; storages on ``meta`` stay there. None: where the storages are.
+
+    Returns:
+        The parts with the copies.
+
+    Raises:
+        RuntimeError: A tensor was changed meanwhile.
+    """
+    header = flattened.header
+    floats = {} if dtype is None else _floats(flattened)
+    storages: list[torch.UntypedStorage] = []
+    rows: list[StorageRow] = []
+    locations: dict[str, int] = {}
+    tag, _ = location_tags()
+    for index, storage in interruptible(enumerate(flattened.storages), 10):
+        row = header.storages[index]
+        unit, location = row.unit, header.locations[row.location]
+        if location != META_LOCATION:
+            source = floats.get(index)
+            if source is not None and dtype is not None:
+                storage = _copy(storage, source, dtype, device)
+                unit = DTYPES[DTYPE_NAMES[dtype]].unit
+            else:
+                storage = _copy(storage, torch.uint8, torch.uint8, device)
+            location = tag(storage) if device is not None else location
+        storages.append(storage)
+        location_index = locations.setdefault(location, len(locations))
+        rows.append(StorageRow(storage.nbytes(), unit, location_index))
+    flattened.versions.check("while it was copied: no other thread may change it meanwhile")
+    tensors = [
+        row
+        if row.storage not in floats or dtype is None
+        else msgspec.structs.replace(row, dtype=DTYPE_NAMES[dtype])
+        for row in header.tensors
+    ]
+    header = msgspec.structs.replace(
+        header, locations=list(locations), storages=rows, tensors=tensors
+    )
+    return replace(flattened, header=header, storages=storages, versions=Versions())
+
+
+def _floats(flattened: Flattened) -> dict[int, torch.dtype]:
+    """The dtype of each storage that nothing but named tensors of it shows."""
+    found: dict[int, torch.dtype] = {}
+    header = flattened.header
+    others = set(flattened.whole)
+    others |= {
+        index
+        for index, storage in enumerate(header.storages)
+        if header.locations[storage.location] == META_LOCATION
+    }
+    for row in header.tensors:
+        dtype = torch_dtype(row.dtype)
+        if found.setdefault(row.storage, dtype) != dtype or not row.names:
+            others.add(row.storage)
+    return {
+        index: dtype
+        for index, dtype in found.items()
+        if dtype.is_floating_point and index not in others
+    }
+
+
+def _copy(
+    storage: torch.UntypedStorage,
+    source: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device | None,
+) -> torch.UntypedStorage:
+    count = storage.nbytes() // source.itemsize
+    numbers = over_storage(storage, source, 0, (count,), (1,))
+    return numbers.to(device, dtype, copy=True).untyped_storage()
