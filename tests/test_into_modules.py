@@ -560,3 +560,18 @@ def test_a_tied_module_from_a_message_with_one_name(mode: str) -> None:
     module[1].register_load_state_dict_post_hook(lambda module, keys: None)
     load(encoded(message), **into_options(mode, module))
     assert state(module) == state(sent)
+
+
+def test_a_mark_in_a_full_pickle_does_not_count() -> None:
+    message: Any = nn.Linear(2, 2).state_dict()
+    nn.Linear(2, 2).load_state_dict(message, assign=True)
+    module = nn.Linear(2, 2)
+    module.register_load_state_dict_post_hook(lambda *_: None)
+    weight = module.weight
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aiotorchio.graph.pickled.without_mark", lambda metadata: metadata)
+        shared = {"w": 1.5}
+        data = encoded({"module": message, "a": shared, "b": shared})
+    into = {"module": module}
+    load(data, into=into, weights_only=False)
+    assert module.weight is weight and state(module) == plainly(message)

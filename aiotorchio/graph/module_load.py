@@ -17,6 +17,7 @@ import torch
 
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph import _torch
+from aiotorchio.graph.metadata import without_mark
 from aiotorchio.graph.modules import EXTRA_STATE, ModuleDestination, beginnings
 from aiotorchio.interrupt import interruptible
 from aiotorchio.wire.header import shortened
@@ -51,11 +52,13 @@ class ModuleLoad:
         prefix = destination.prefix
         find = _Find()
         root = find(received, prefix[:-1]) if prefix else received
-        self._metadata: Mapping[str, Any] = getattr(root, "_metadata", None) or {}
+        # Full pickle may have brought the mark.
+        self._metadata: Mapping[str, Any] = without_mark(getattr(root, "_metadata", None)) or {}
         # The submodules that have something to do.
         self._paths: set[str] = set()
         self._called: list[str] = []
         self._before: dict[str, Any] = {}
+        self._visited: set[str] = set()
         keys = [
             name.removeprefix(prefix) for name in interruptible(names) if name.startswith(prefix)
         ]
@@ -72,9 +75,8 @@ class ModuleLoad:
             if value is not _NOTHING:
                 self._state[key] = value
                 self._paths.add(destination.owner(key))
-        self._paths |= {
-            path for path in destination.active if any(_is_below(key, path) for key in self._state)
-        }
+        owners = {destination.owner(key) for key in interruptible(self._state)}
+        self._paths |= destination.active & destination.with_those_above(owners)
         if strict:
             self._paths |= {
                 destination.owner(key)
@@ -94,6 +96,7 @@ class ModuleLoad:
             MismatchError: A submodule refuses what was received, or raises an error.
         """
         self._before = self._current()
+        self._visited = self._destination.with_those_above(self._paths)
         missing: list[str] = []
         unexpected: list[str] = []
         errors: list[str] = []
@@ -133,10 +136,11 @@ class ModuleLoad:
             self._call(path, state, missing, unexpected, errors)
             changed = [key for key in {**before, **state} if before.get(key) is not state.get(key)]
             self._paths |= {self._destination.owner(key) for key in changed} - {path}
+            self._visited = self._destination.with_those_above(self._paths)
             yield
         for name, child in submodule._modules.items():
             below = f"{path}.{name}" if path else name
-            if child is not None and any(_is_below(each, below) for each in self._paths):
+            if child is not None and below in self._visited:
                 part = OrderedDict(
                     (key, value) for key, value in state.items() if key.startswith(below + ".")
                 )

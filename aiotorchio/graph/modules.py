@@ -110,6 +110,15 @@ class ModuleDestination:
             if path in self._submodules and path != name
         )
 
+    def with_those_above(self, paths: Iterable[str]) -> set[str]:
+        """Paths of submodules, and of all that these are in."""
+        found: set[str] = set()
+        for path in paths:
+            while path not in found:
+                found.add(path)
+                path = self.owner(path) if path else ""
+        return found
+
     def entry(self, name: str) -> str | None:
         """The entry of ``others`` that a tensor of the message is, or is a part of."""
         found = (each for each in beginnings(name, self._lengths_of_others) if each in self.others)
