@@ -145,7 +145,9 @@ class IncomingMessage:
     def _release(self, *tables: list[Any] | dict[Any, Any]) -> None:
         rows = self.header.tensors
         release(*tables)
-        release(*[row.names for row in rows if len(row.names) > 1000], rows, self.header.storages)
+        if self.opened.nbytes > _RELEASED_NBYTES:
+            release(*[row.names for row in rows if len(row.names) > 1000])
+        release(rows, self.header.storages)
 
     def describe(self) -> Generator[Request, Any, None]:
         """Prepare ``specs`` for a header that is so large that this takes long."""
