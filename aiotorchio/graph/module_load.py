@@ -190,12 +190,12 @@ class ModuleLoad:
         )
 
     def _current(self) -> dict[str, Any]:
-        """The state of the module, apart from the tensors that are received into."""
+        """The state of the module, with nothing for the tensors that are received into."""
         destination = self._destination
         state: dict[str, Any] = {}
         for key, value in destination.module.state_dict(keep_vars=True).items():
             if key in destination.tensors:
-                state[key] = value.detach()
+                state[key] = None
             elif destination.owner(key) in self._paths and not _is_lazy(value):
                 state[key] = _copied(value)
         return state
@@ -209,10 +209,14 @@ class ModuleLoad:
         """
         called, self._called = dict.fromkeys(self._called), []
         failed: list[str] = []
+        tensors = self._destination.tensors
         for path in called:
             errors: list[str] = []
+            # Tensors as they are now: they may have been swapped back to other memory.
             state = OrderedDict(
-                (key, value) for key, value in self._before.items() if _is_below(key, path)
+                (key, tensors[key].detach() if key in tensors else value)
+                for key, value in self._before.items()
+                if _is_below(key, path)
             )
             try:
                 self._call(path, state, [], [], errors)
