@@ -17,7 +17,7 @@ from torch import nn
 
 import aiotorchio
 from aiotorchio import MismatchError
-from tests.places import Pieces, all_modes, encoded, into_options, load
+from tests.places import Pieces, all_modes, encoded, into_options, load, safe_modes
 
 pytestmark = pytest.mark.anyio
 
@@ -133,6 +133,37 @@ class Quantized(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight.absmax"] = self.absmax
+
+
+class Views(nn.Module):
+    """Computes with views of its weight, as bitsandbytes' layers do before and after a forward."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 2))
+        self.where = where
+        view = self.weight.detach().t()
+        if where == "tensor":
+            vars(self.weight)["CB"] = view
+        elif where == "module":
+            self.view = view
+        elif where == "object":
+            self.state = types.SimpleNamespace(CB=view)
+        elif where == "list":
+            self.views = [view]
+        else:
+            self.register_buffer("buffer", view, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: dict[str, Callable[[], Any]] = {
+            "tensor": lambda: vars(self.weight)["CB"],
+            "module": lambda: self.view,
+            "object": lambda: self.state.CB,
+            "list": lambda: self.views[0],
+            "buffer": lambda: self.buffer,
+        }
+        result: torch.Tensor = x @ found[self.where]().t()
+        return result
 
 
 def extra_tensors() -> dict[str, Any]:
@@ -274,6 +305,18 @@ def test_a_module_computes_as_its_sender(kind: str, mode: str) -> None:
     module(x)
     load(encoded(sent.state_dict()), **into_options(mode, module))
     assert torch.equal(module(x), sent(x))
+
+
+@pytest.mark.parametrize("where", ["tensor", "module", "object", "list", "buffer"])
+@all_modes
+def test_views_that_a_module_keeps_of_its_tensors(mode: str, where: str) -> None:
+    module = nn.Sequential(nn.Linear(2, 4), Views(where))
+    options = into_options(mode, module)
+    for _ in range(3):
+        sent = nn.Sequential(nn.Linear(2, 4), Views("module"))
+        load(encoded(sent.state_dict()), **options)
+        x = torch.randn(3, 2)
+        assert torch.equal(module(x), sent(x))
 
 
 def test_a_lazy_module() -> None:
@@ -460,6 +503,24 @@ async def test_a_module_that_raises(mode: str, way: str) -> None:
     second.refused = None
     await load_in(way, encoded(sent), **into_options(mode, module))
     assert state(module) == plainly(sent)
+
+
+@safe_modes
+def test_what_a_module_with_tensors_of_its_own_takes_back(mode: str) -> None:
+    class Fails(Packed):
+        fails = True
+
+        def _load_from_state_dict(self, state_dict: Any, *rest: Any) -> None:
+            super()._load_from_state_dict(state_dict, *rest)
+            if self.fails:
+                self.fails = False
+                raise ZeroDivisionError
+
+    module = nn.Sequential(Packed(), Fails())
+    before = state(module)
+    with pytest.raises(MismatchError, match=r"1 \(Fails\).*: ZeroDivisionError"):
+        load(encoded(nn.Sequential(Packed(), Packed()).state_dict()), **into_options(mode, module))
+    assert state(module) == before
 
 
 @all_modes

@@ -9,14 +9,17 @@ extra state) is received as part of the object, and loaded by the submodule that
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
 
 import torch
 
 from aiotorchio.graph import _torch
 
-__all__ = ["EXTRA_STATE", "ModuleDestination", "beginnings", "has_memory"]
+__all__ = ["EXTRA_STATE", "ModuleDestination", "beginnings", "has_memory", "other_views"]
 
 EXTRA_STATE = "_extra_state"
+_ENTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
@@ -98,6 +101,12 @@ class ModuleDestination:
             map(_torch.is_norm, self._submodules.values())
         )
 
+    def attributes(self) -> Iterator[Any]:
+        """Everything that the submodules have and that is neither in ``state_dict()`` nor below."""
+        for submodule in self._submodules.values():
+            yield from (submodule._buffers[key] for key in submodule._non_persistent_buffers_set)
+            yield from (value for key, value in vars(submodule).items() if key not in _ENTRIES)
+
     def submodule(self, path: str) -> torch.nn.Module:
         """By its path in the module."""
         return self._submodules[path]
@@ -155,6 +164,42 @@ class ModuleDestination:
             f"state_dict() of {type(submodule).__name__} makes it, and nothing there loads it; "
             "leave it out with select, or receive a dict"
         )
+
+
+def other_views(
+    tensors: Iterable[torch.Tensor], modules: Iterable[ModuleDestination]
+) -> list[torch.Tensor]:
+    """Views of the memory of these tensors that they or their modules have as attributes.
+
+    Quantized layers compute with such a view of their weight, for example. Found are attributes
+    that are a tensor or have tensors in them (an item, or an attribute of an object).
+    """
+    own = {id(tensor): tensor for tensor in tensors if has_memory(tensor)}
+    storages = {_torch.storage_key(tensor.untyped_storage()) for tensor in own.values()}
+    found: dict[int, torch.Tensor] = {}
+    attributes = (value for tensor in own.values() for value in _values(tensor))
+    for value in chain(attributes, *(module.attributes() for module in modules)):
+        for each in [value] if isinstance(value, torch.Tensor) else _values(value):
+            if (
+                isinstance(each, torch.Tensor)
+                and id(each) not in own
+                and has_memory(each)
+                and _torch.storage_key(each.untyped_storage()) in storages
+            ):
+                found[id(each)] = each
+    return list(found.values())
+
+
+def _values(value: Any) -> Iterable[Any]:
+    """The items of a container, or the attributes of an object."""
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, list | tuple | set):
+        return value
+    if isinstance(value, type | torch.nn.Module):
+        return ()
+    attributes: dict[str, Any] = getattr(value, "__dict__", {})
+    return attributes.values()
 
 
 def beginnings(name: str, lengths: Iterable[int]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from aiotorchio.errors import InvalidObjectError
 from aiotorchio.graph._torch import real_tensors
 from aiotorchio.graph.into import Match, match
 from aiotorchio.graph.location import Destinations
-from aiotorchio.graph.modules import has_memory
+from aiotorchio.graph.modules import has_memory, other_views
 from aiotorchio.graph.names import rows_by_name
 from aiotorchio.graph.rebuild import build_tensor
 from aiotorchio.interrupt import check_interrupt, interruptible
@@ -303,6 +303,7 @@ class Placement:
             raise moved()
         if self._into.back is not None:
             everything = [each for each in self._into.tensors.values() if has_memory(each)]
+            everything += other_views(everything, self._into.modules)
             self.commit = self._into.back.swap(everything, tensors, self._copier)
         elif self._into.staged:
             self.commit = Exchange(tensors, self._copier)

@@ -26,8 +26,9 @@ class DoubleBuffer:
     every tensor show that memory: a few microseconds a tensor, whatever the size. What was shown
     before is the memory behind for the next message. The tensors stay the same objects, but their
     addresses change: views of them that are not in ``destination``, and what has recorded
-    addresses (CUDA graphs, shared memory), keep the memory of before. If a message has only parts
-    of a storage, the swap copies the rest of that storage.
+    addresses (CUDA graphs, shared memory), keep the memory of before. Views that a tensor or module
+    of ``destination`` has as an attribute follow. If a message has only parts of a storage, the
+    swap copies the rest of that storage.
 
     Args:
         destination: A ``torch.nn.Module``, or a mapping from names to tensors; as ``into`` of
