@@ -1,0 +1,51 @@
+"""Layers that torchao quantized: weights are wrapper subclasses of several tensors.
+
+Its Int4WeightOnlyConfig needs another package; IntxWeightOnlyConfig has four bits on any CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.zoo.ways import Model, cases, check
+
+quantization = pytest.importorskip("torchao.quantization")
+
+# Not in the annotations of torch.
+INT4: torch.dtype = vars(torch)["int4"]
+NAMES = "issue 14, item 2: a wrapper subclass has no name yet"
+
+
+def quantized(config: Any) -> Any:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64)).to(torch.bfloat16)
+    quantization.quantize_(model, config)
+    return model
+
+
+def eight_bits() -> Any:
+    return quantized(quantization.Int8WeightOnlyConfig())
+
+
+def four_bits() -> Any:
+    groups = quantization.PerGroup(32)
+    return quantized(quantization.IntxWeightOnlyConfig(weight_dtype=INT4, granularity=groups))
+
+
+@torch.no_grad()
+def run(model: Any) -> Any:
+    return model(torch.linspace(-1, 1, 128, dtype=torch.bfloat16).view(2, 64))
+
+
+MODELS = {
+    "int8": Model(eight_bits, run, xfail={"iterate": NAMES}),
+    "int4": Model(four_bits, run, xfail={"iterate": NAMES}),
+}
+
+
+@cases(MODELS)
+def test_a_quantized_model(model: Model, way: str) -> None:
+    check(model, way)
