@@ -89,10 +89,10 @@ class Message:
     def tensors(self) -> Mapping[str, TensorSpec]:
         """Shape and dtype of each tensor by name, in the order of the wire.
 
-        Names are paths: keys of dicts and positions in lists and tuples, joined by dots, as in a
-        nested state dict. A tensor that is in several places has several names. No name has what
-        is neither in dicts, lists and tuples, nor plain: sparse, quantized and nested tensors, and
-        attributes of objects; ``unnamed`` counts the rows for them.
+        Names are paths: keys of dicts and other mappings and positions in lists and tuples, joined
+        by dots, as in a nested state dict. A tensor that is in several places has several names,
+        also where one dict is in several places. Sparse, quantized and nested tensors, and those in
+        attributes of objects, have no names; ``unnamed`` counts them.
 
         Raises:
             MismatchError: Two tensors have the same name (``{"a": {"b": x}, "a.b": y}``).
@@ -102,7 +102,11 @@ class Message:
 
     @property
     def unnamed(self) -> int:
-        """Tensors without a name, which only ``load`` gives."""
+        """Tensors without a name, which only ``load`` gives.
+
+        A tensor that is made of several others, such as a sparse one, counts as often as it has
+        parts in the header.
+        """
         return self._incoming.unnamed
 
     async def load(self, **options: Unpack[MessageKeywords]) -> Any:

@@ -421,7 +421,28 @@ def test_objects_that_are_pickled(name: str, mode: str) -> None:
     loaded = load(encoded(sent), **into_options(mode, destinations))
     for path, tensor in walk(sent):
         assert_same_bits(destinations[path], tensor)
+    if name == "shared":
+        # One dict can hold one of two destinations only: that of its first place.
+        assert loaded[0] is loaded[1]
+        destinations["1.w"] = destinations["0.w"]
     assert_are(loaded, destinations)
+
+
+@all_modes
+def test_a_shared_dict_into_one_of_its_places(mode: str) -> None:
+    sent = {"model": (state := {"w": torch.randn(3), "b": torch.randn(2)}), "ema": state}
+    into = {"ema": {"w": torch.zeros(3)}}
+    loaded = load(encoded(sent), strict=False, **into_options(mode, into))
+    assert loaded["model"] is loaded["ema"]
+    assert loaded["ema"]["w"] is into["ema"]["w"]
+    corpus.assert_same(loaded, sent)
+
+
+def test_a_shared_dict_keeps_what_is_selected_at_any_place() -> None:
+    sent = {"model": (state := {"w": torch.randn(3), "b": torch.randn(2)}), "ema": state}
+    loaded = load(encoded(sent), select=["ema.w"])
+    assert loaded["model"] is loaded["ema"]
+    corpus.assert_same(loaded["ema"], {"w": state["w"]})
 
 
 @all_modes

@@ -13,7 +13,7 @@ from aiotorchio.errors import MismatchError
 from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.footprint import Extents
 from aiotorchio.graph.modules import ModuleDestination, has_memory
-from aiotorchio.graph.names import rows_by_name, walk
+from aiotorchio.graph.names import count_unnamed, rows_by_name, walk
 from aiotorchio.graph.sharing import VIEW_BITS, filled_by_others, shared
 from aiotorchio.interrupt import interruptible
 from aiotorchio.strided import order_of
@@ -52,11 +52,9 @@ def examined(into: Any) -> tuple[dict[str, torch.Tensor], list[ModuleDestination
         )
     modules: list[ModuleDestination] = []
 
-    def opened(path: str, value: Any) -> Any:
-        if isinstance(value, torch.nn.Module):
-            modules.append(ModuleDestination(path, value))
-            return modules[-1].tensors
-        return dict(value) if isinstance(value, Mapping) and not isinstance(value, dict) else value
+    def opened(path: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        modules.append(ModuleDestination(path, module))
+        return modules[-1].tensors
 
     found: dict[str, torch.Tensor] = {}
     for name, tensor in walk(into, opened):
@@ -140,19 +138,24 @@ def match(
         ]
         # A module may have tensors that have no name, too: it compares them by their entries.
         if all_wanted and not any(module.others for module in modules):
-            unnamed = sum(not row.names for row in header.tensors)
+            unnamed = count_unnamed(header)
     if misfits or missing or unexpected or unnamed:
+        # It may be among those that have no name.
+        absent = "no tensor of this name" if unnamed else "not in the message"
         lines = [
             *_lines(
                 "does not fit",
                 len(misfits),
                 (f"{shortened(name)}: {why}" for name, why in misfits.items()),
             ),
-            *_lines("not in the message", len(missing), map(shortened, missing)),
+            *_lines(absent, len(missing), map(shortened, missing)),
             *_lines("not in the destination", len(unexpected), map(shortened, unexpected)),
         ]
         if unnamed:
-            lines.append(f"{unnamed} tensors of the message have no name")
+            lines.append(
+                f"{unnamed} tensors of the message have no name: load the object "
+                "without into, or select the names that you want"
+            )
         raise MismatchError(
             "the message does not fit the destination" + "".join(f"\n    {line}" for line in lines),
             entry="header",

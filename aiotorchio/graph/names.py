@@ -17,10 +17,19 @@ import torch
 
 from aiotorchio.errors import MismatchError, ProtocolError
 from aiotorchio.graph.dtypes import torch_dtype
+from aiotorchio.graph.places import Path, SharedContainers, items_of, key_text, utf8
 from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.wire.header import Header, TensorRow, describe
 
-__all__ = ["Placeholder", "TensorSpec", "check_names", "rows_by_name", "specs_of", "utf8", "walk"]
+__all__ = [
+    "Placeholder",
+    "TensorSpec",
+    "check_names",
+    "count_unnamed",
+    "rows_by_name",
+    "specs_of",
+    "walk",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,50 +81,21 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def utf8(path: str) -> str:
-    """A path as the header has it: keys of a dict can hold surrogates, which UTF-8 cannot."""
-    return path if path.isascii() else path.encode("utf-8", "backslashreplace").decode()
-
-
-def key_text(key: object) -> str:
-    """A key of a dict as a part of a path.
-
-    A peer chooses the keys, too: the text of a small key can be far longer than its pickle, and
-    that of a tensor shows its numbers.
-    """
-    if isinstance(key, str) or _is_short(key):
-        return str(key)
-    if isinstance(key, tuple) and len(key) <= _ITEMS_SHOWN and all(map(_is_short, key)):
-        return str(key)
-    return type(key).__name__
-
-
-def _is_short(key: object) -> bool:
-    if isinstance(key, str | bytes):
-        return len(key) <= _LENGTH_SHOWN
-    if isinstance(key, int):
-        return key.bit_length() <= _LENGTH_SHOWN
-    return not isinstance(
-        key, tuple | frozenset | torch.Tensor | torch.UntypedStorage | torch.TypedStorage
-    )
-
-
-# Of keys that are no texts.
-_ITEMS_SHOWN, _LENGTH_SHOWN = 16, 1024
-
-
 def walk(
-    obj: object, opened: Callable[[str, Any], Any] | None = None
+    obj: object, opened: Callable[[str, torch.nn.Module], Mapping[str, Any]] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of an object, each with its path; containers that recur only once.
+    """The tensors of an object, each with every path to it; further places of containers last.
+
+    Of a container that has a way back to itself, only the first place counts, and so it is if the
+    further places of all containers would give far too many names (see ``places``).
 
     Args:
-        obj: Of dicts, lists and tuples; what is in anything else is not seen.
-        opened: Gets a path and what is there: makes a container of something else, and leaves all
-            others as they are.
+        obj: Of dicts, lists, tuples and other mappings; what is in anything else is not seen.
+        opened: Gets the path of a module, and the module: gives its tensors by name.
     """
-    seen: set[int] = set()
-    waiting = [("", obj)]
+    seen: dict[int, Any] = {}
+    further: list[tuple[Path | None, Any]] = []
+    waiting: list[tuple[str, Any]] = [("", obj)]
     # Long paths to many plain values would take much memory.
     plain = (str, bytes, int, float, complex, type(None))
     while waiting:
@@ -123,20 +103,42 @@ def walk(
         if isinstance(value, torch.Tensor):
             yield utf8(path), value
             continue
-        container = value if opened is None else opened(path, value)
-        # A module has no state of its own that could recur, but makes one each time.
-        recurs = id(value) in seen and not isinstance(value, torch.nn.Module)
-        if isinstance(container, dict | list | tuple) and not recurs:
-            seen.add(id(value))
-            prefix = path + "." if path else ""
-            items = container.items() if isinstance(container, dict) else enumerate(container)
-            waiting += reversed(
-                [
-                    (prefix + key_text(key), item)
-                    for key, item in items
-                    if not isinstance(item, plain)
-                ]
-            )
+        if opened is not None and isinstance(value, torch.nn.Module):
+            value = opened(path, value)
+        items = items_of(value)
+        if items is None:
+            continue
+        if id(value) in seen:
+            further.append((Path.below(None, utf8(path)), value))
+            continue
+        # Some mappings make their items each time: an id must not come again.
+        seen[id(value)] = value
+        prefix = path + "." if path else ""
+        waiting += reversed(
+            [(prefix + key_text(key), item) for key, item in items if not isinstance(item, plain)]
+        )
+    if not further:
+        return
+    for path, _, _, value in SharedContainers(further, modules=opened is not None):
+        if opened is None or not isinstance(value, torch.nn.Module):
+            yield path, value
+            continue
+        prefix = path + "." if path else ""
+        for name, tensor in opened(path, value).items():
+            yield utf8(prefix + name), tensor
+
+
+def count_unnamed(header: Header) -> int:
+    """How many tensors of a message only a load of the whole object gives.
+
+    Rows without a name, and of a pickle also storages that no row shows: its tensors can be made
+    over those.
+    """
+    unnamed = sum(not row.names for row in interruptible(header.tensors))
+    if header.codec == "pickle":
+        shown = {row.storage for row in interruptible(header.tensors)}
+        unnamed += len(header.storages) - len(shown)
+    return unnamed
 
 
 def rows_by_name(rows: Sequence[TensorRow]) -> dict[str, int]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from fnmatch import translate
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from aiotorchio.errors import LimitExceeded, MismatchError, ProtocolError
-from aiotorchio.graph.names import key_text, utf8
+from aiotorchio.graph.places import Path, SharedContainers, items_of, key_text, utf8
 from aiotorchio.interrupt import check_interrupt, interruptible
 
 __all__ = ["Select", "revise", "selected"]
@@ -20,6 +21,8 @@ __all__ = ["Select", "revise", "selected"]
 Select = str | Iterable[str] | Callable[[str], object]
 
 _WILDCARDS = re.compile(r"[*?\[]")
+_CHANGING = (dict, MutableMapping, torch.nn.ParameterDict)
+_CONTAINERS = (dict, list, tuple, Mapping, torch.nn.ParameterDict)
 # Names are sorted in parts, since sorting holds all other threads up: 10,000 take 3 ms.
 _SORTED_AT_ONCE = 10_000
 # Comparing a name with a pattern takes up to 20 ns a character, and holds all other threads up.
@@ -99,13 +102,16 @@ def _comparable(name: str) -> str:
 def revise(
     obj: Any, names: Collection[str], change: Callable[[str, torch.Tensor], torch.Tensor | None]
 ) -> Any:
-    """Replace tensors in the dicts, lists and tuples of an object; in place, if that can be.
+    """Replace tensors in the containers of an object; in place, if that can be.
+
+    One container that is in several places stays one. A tensor in it is left out if it is at all
+    of its places; otherwise the first place at which it is not says what comes in its place.
 
     Args:
         obj: Just built, so that nobody else has it.
         names: Paths of the tensors that can be replaced.
         change: Gets a name, and the tensor there; returns what comes in its place, or None if it is
-            to be left out. Only dicts can leave a tensor out.
+            to be left out. Only dicts and other mappings that can change leave a tensor out.
 
     Returns:
         The object; another one if it is a tensor or a tuple.
@@ -115,7 +121,7 @@ def revise(
         LimitExceeded: Nested deeper than Python can follow.
     """
     try:
-        return _Revision(names, change).of(None, obj)
+        return _Revision(names, change).whole(obj)
     except RecursionError:
         raise LimitExceeded("nested too deep", entry="skeleton") from None
 
@@ -129,72 +135,118 @@ class _Revision:
         # there are tensors, and for as long as the names of the header would give that many.
         self._lengths = {len(name) for name in names}
         self._allowance = 2 * sum(map(len, names)) + 2**20
-        # Containers that were met, and what became of them: as in ``walk``, the first path counts.
-        self._met: dict[int, Any] = {}
+        # Of each container, by the position of the tensor: what comes in its place. What one of
+        # several places leaves out may be wanted at another one.
+        self._decided: dict[int, dict[int, torch.Tensor | None]] = {}
+        # Some mappings make their items each time: an id must not come again.
+        self._seen: dict[int, Any] = {}
+        # Containers that were met, and what became of them.
+        self._done: dict[int, Any] = {}
 
-    def of(self, path: _Path | None, value: Any) -> Any:
-        """What comes in the place of a value; None for a tensor that is left out."""
-        if isinstance(value, torch.Tensor):
-            return self._tensor(path, value)
-        if not isinstance(value, dict | list | tuple):
-            return value
-        if id(value) in self._met:
-            return self._met[id(value)]
-        check_interrupt()
-        self._met[id(value)] = value
-        if isinstance(value, tuple):
-            self._met[id(value)] = self._tuple(path, value)
-            return self._met[id(value)]
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in interruptible(list(items)):
-            if not isinstance(item, torch.Tensor | dict | list | tuple):
+    def whole(self, obj: Any) -> Any:
+        """What comes in the place of the object."""
+        if isinstance(obj, torch.Tensor):
+            name = self._name(None)
+            return obj if name is None else self._change(name, obj)
+        self._decide(obj)
+        return self._applied(obj)
+
+    def _decide(self, obj: Any) -> None:
+        """Ask for every place of every tensor, in the order of ``walk``."""
+        seen = self._seen
+        further: list[tuple[Path | None, Any]] = []
+        waiting: list[tuple[Path | None, Any]] = [(None, obj)]
+        while waiting:
+            path, value = waiting.pop()
+            items = items_of(value)
+            if items is None:
                 continue
-            other = self.of(_Path.below(path, utf8(key_text(key))), item)
-            if other is None and isinstance(value, dict):
-                del value[key]
-            elif other is not None and other is not item:
-                value[key] = other
+            if id(value) in seen:
+                further.append((path, value))
+                continue
+            check_interrupt()
+            seen[id(value)] = value
+            below: list[tuple[Path | None, Any]] = []
+            for n, (key, item) in interruptible(enumerate(items)):
+                if isinstance(item, torch.Tensor):
+                    name = self._name(Path.below(path, utf8(key_text(key))))
+                    self._note(name, value, n, item)
+                elif isinstance(item, _CONTAINERS):
+                    below.append((Path.below(path, utf8(key_text(key))), item))
+            waiting += reversed(below)
+        if further:
+            for name, value, n, tensor in SharedContainers(further):
+                self._note(name if name in self._names else None, value, n, tensor)
+
+    def _note(self, name: str | None, container: Any, position: int, tensor: torch.Tensor) -> None:
+        """The first place counts at which the tensor is not left out."""
+        if name is None:
+            return
+        decided = self._decided.setdefault(id(container), {})
+        other = self._change(name, tensor)
+        if decided.get(position) is None:
+            decided[position] = other
+
+    def _name(self, path: Path | None) -> str | None:
+        if (path.length if path else 0) not in self._lengths:
+            return None
+        name = path.joined() if path else ""
+        self._allowance -= len(name)
+        if self._allowance < 0:
+            raise ProtocolError("tensors in other places than their names say", entry="skeleton")
+        return name if name in self._names else None
+
+    def _applied(self, value: Any) -> Any:
+        """What comes in the place of a container, or of anything else but a tensor."""
+        items = items_of(value)
+        if items is None:
+            return value
+        if id(value) in self._done:
+            return self._done[id(value)]
+        check_interrupt()
+        self._done[id(value)] = value
+        decided = self._decided.get(id(value), {})
+        if isinstance(value, tuple):
+            self._done[id(value)] = self._tuple(value, decided)
+            return self._done[id(value)]
+        for n, (key, item) in interruptible(enumerate(list(items))):
+            if isinstance(item, torch.Tensor):
+                other = decided.get(n, item)
+            elif isinstance(item, _CONTAINERS):
+                other = self._applied(item)
+            else:
+                continue
+            if other is None:
+                _remove(value, key)
+            elif other is not item:
+                _replace(value, key, other)
         return value
 
-    def _tuple(self, path: _Path | None, value: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _tuple(
+        self, value: tuple[Any, ...], decided: dict[int, torch.Tensor | None]
+    ) -> tuple[Any, ...]:
         items = []
-        for key, item in enumerate(value):
-            other = self.of(_Path.below(path, str(key)), item)
+        for n, item in enumerate(value):
+            tensor = isinstance(item, torch.Tensor)
+            other = decided.get(n, item) if tensor else self._applied(item)
             items.append(item if other is None else other)
         if all(other is item for other, item in zip(items, value, strict=True)):
             return value
         # A named tuple takes its items one by one.
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
-    def _tensor(self, path: _Path | None, tensor: torch.Tensor) -> torch.Tensor | None:
-        if (path.length if path else 0) not in self._lengths:
-            return tensor
-        name = path.joined() if path else ""
-        self._allowance -= len(name)
-        if self._allowance < 0:
-            raise ProtocolError("tensors in other places than their names say", entry="skeleton")
-        return self._change(name, tensor) if name in self._names else tensor
+
+def _remove(container: Any, key: Any) -> None:
+    """Leave an item out, where that can be: not of a list, nor of a mapping that can't change."""
+    if isinstance(container, ChainMap):
+        for each in container.maps:
+            each.pop(key, None)
+    elif isinstance(container, _CHANGING):
+        del container[key]
 
 
-class _Path(NamedTuple):
-    """The key of an item, and how to get to where it is."""
-
-    above: _Path | None
-    key: str
-    length: int
-
-    @classmethod
-    def below(cls, above: _Path | None, key: str) -> _Path | None:
-        """As in a name: no dot follows a path that is empty."""
-        if above is None:
-            return cls(None, key, len(key)) if key else None
-        return cls(above, key, above.length + 1 + len(key))
-
-    def joined(self) -> str:
-        """With dots."""
-        keys: list[str] = []
-        path: _Path | None = self
-        while path is not None:
-            keys.append(path.key)
-            path = path.above
-        return ".".join(reversed(keys))
+def _replace(container: Any, key: Any, item: Any) -> None:
+    if isinstance(container, ChainMap):
+        next(each for each in container.maps if key in each)[key] = item
+    elif isinstance(container, (list, *_CHANGING)):
+        container[key] = item

@@ -14,11 +14,10 @@ from aiotorchio.collection import release
 from aiotorchio.drive import Fill, Request
 from aiotorchio.errors import AiotorchioError, LimitExceeded, UnsafeObjectError
 from aiotorchio.graph.allowlist import Allowlist
-from aiotorchio.graph.names import TensorSpec, specs_of
+from aiotorchio.graph.names import TensorSpec, count_unnamed, specs_of
 from aiotorchio.graph.opcodes import globals_of, is_blocked
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.graph.select import revise
-from aiotorchio.interrupt import interruptible
 from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.staged import Exchange, Swap, note_change
@@ -155,7 +154,7 @@ class IncomingMessage:
             yield Work(self._describe)
 
     def _describe(self) -> None:
-        self._unnamed = sum(not row.names for row in interruptible(self.header.tensors))
+        self._unnamed = count_unnamed(self.header)
         try:
             self._specs = specs_of(self.header)
         except AiotorchioError as error:

@@ -10,6 +10,7 @@ import torch
 
 from aiotorchio.drive import Request
 from aiotorchio.errors import MismatchError
+from aiotorchio.graph.names import count_unnamed
 from aiotorchio.graph.rebuild import build_tensor, check_tree
 from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.memory.incoming import IncomingPayload
@@ -96,11 +97,11 @@ class TensorStream:
         # An earlier attempt may have been cancelled in the middle.
         self._waiting.clear()
         header, layout, wanted = self._message.header, self._message.layout, self._place.wanted
-        unnamed = sum(not row.names for row in interruptible(header.tensors))
-        if unnamed and wanted.all:
+        unnamed = count_unnamed(header) if wanted.all else 0
+        if unnamed:
             raise MismatchError(
-                f"{unnamed} tensors of this message have no name: load it as a whole, or select "
-                "the names that you want",
+                f"{unnamed} tensors of this message have no name: load the whole object "
+                "with load, or select the names that you want",
                 entry="header",
             )
         rows_of: dict[int, list[int]] = {}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections import ChainMap, Counter, OrderedDict, UserDict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import anyio
 import msgpack
@@ -22,11 +23,11 @@ from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.names import (
     Placeholder,
     check_names,
-    key_text,
     rows_by_name,
     specs_of,
     walk,
 )
+from aiotorchio.graph.places import key_text
 from aiotorchio.graph.rebuild import check_tree
 from aiotorchio.graph.table import Table
 from aiotorchio.wire.header import Header, TensorRow
@@ -34,6 +35,11 @@ from tests import corpus
 from tests.graph import forge
 
 A, B, C = torch.ones(1), torch.ones(2), torch.ones(3)
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
 
 
 def names_of(obj: object) -> list[list[str]]:
@@ -78,7 +84,7 @@ NAMED: dict[str, tuple[Any, list[list[str]]]] = {
     "unicode": ({"\U0001f600": {"\x00": A}}, [["\U0001f600.\x00"]]),
     # By the pickle codec
     "surrogates": ({"\ud800": A}, [["\\ud800"]]),
-    "a shared dict": ([shared := {"w": A}, shared], [["0.w"]]),
+    "a shared dict": ([shared := {"w": A}, shared], [["0.w", "1.w"]]),
     "other keys": ({None: A, (1, "a"): B, 2.5: C}, [["None"], ["(1, 'a')"], ["2.5"]]),
     "a subclass of dict": ([Counter({"w": A})], [["0.w"]]),
     "what is not plain": ({"s": torch.eye(2).to_sparse(), "w": A}, [[], [], ["w"]]),
@@ -369,13 +375,78 @@ def test_a_walk_follows_the_order_of_the_object() -> None:
     assert [(path, id(tensor)) for path, tensor in walk(obj)] == [(p, id(t)) for p, t in found]
 
 
-def test_a_walk_enters_each_container_once() -> None:
+def test_a_walk_finds_every_place_of_a_container() -> None:
     cyclic: dict[str, Any] = {"a": A}
     cyclic["self"] = [cyclic]
     assert [path for path, _ in walk(cyclic)] == ["a"]
     shared = [A]
-    assert [path for path, _ in walk({"x": {"y": shared}, "z": shared})] == ["x.y.0"]
+    assert [path for path, _ in walk({"x": {"y": shared}, "z": shared})] == ["x.y.0", "z.0"]
     assert [path for path, _ in walk([A, A])] == ["0", "1"]
+    inner = (A, {"b": B})
+    outer = {"": inner, "c": [inner]}
+    paths = [path for path, _ in walk([outer, {"x": outer}])]
+    below = [".0", ".1.b", "c.0.0", "c.0.1.b"]
+    assert sorted(paths) == sorted(f"{top}.{path}" for top in ("0", "1.x") for path in below)
+
+
+def test_a_walk_ends_where_containers_lead_back_to_themselves() -> None:
+    cyclic: dict[str, Any] = {"a": A, "shared": (shared := [B])}
+    cyclic["self"] = [cyclic, shared]
+    above = [cyclic, shared]
+    found = ["0.a", "0.self.1.0", "0.shared.0", "1.0"]
+    assert sorted(path for path, _ in walk(above)) == found
+
+
+def doubled(levels: int, bottom: Any) -> Any:
+    for _ in range(levels):
+        bottom = [bottom, bottom]
+    return bottom
+
+
+def test_a_walk_with_far_too_many_places_names_the_first_ones() -> None:
+    assert len(list(walk(doubled(10, [A, B])))) == 2048
+    assert [path for path, _ in walk(doubled(100, [A, B]))] == [
+        ".".join("0" * 101),
+        "0." * 100 + "1",
+    ]
+    # What has no tensors in it does not count.
+    assert len(list(walk([doubled(100, [1]), *[{"w": A}] * 3]))) == 3
+    # Nor does text without end.
+    shared = {MEGABYTE: A}
+    assert len(list(walk([shared] * 8))) == 8
+    assert [path for path, _ in walk([shared] * 20)] == [f"0.{MEGABYTE}"]
+
+
+class Made(Mapping[str, Any]):
+    """A mapping that makes what is in it each time."""
+
+    def __getitem__(self, key: str) -> Any:
+        return [A.clone(), {"x": A.clone()}]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter("abc")
+
+    def __len__(self) -> int:
+        return 3
+
+
+def test_a_walk_through_other_mappings() -> None:
+    obj = {
+        "user": UserDict({"a": A}),
+        "chain": ChainMap[str, Any]({"b": B}, {"c": [C]}),
+        "fixed": MappingProxyType({"d": A}),
+        "parameters": torch.nn.ParameterDict({"e": B}),
+        "module": torch.nn.Linear(1, 1),
+        "pair": Pair(A, {"f": B}),
+        "made": Made(),
+    }
+    paths = {path for path, _ in walk(obj)}
+    made = {f"made.{key}.{path}" for key in "abc" for path in ("0", "1.x")}
+    assert paths - made == {
+        *("user.a", "chain.b", "chain.c.0", "fixed.d", "parameters.e", "pair.0", "pair.1.f")
+    }
+    assert made < paths
+    assert len(list(walk([made_ := Made(), made_]))) == 12
 
 
 def test_a_walk_through_a_deep_object() -> None:

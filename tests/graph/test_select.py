@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict, UserDict
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -181,15 +182,83 @@ SHARED: dict[str, Callable[[Any], Any]] = {
     "side by side": lambda shared: {"a": shared, "b": shared},
     "in a list": lambda shared: [shared, [shared], shared],
     "first deep, then not": lambda shared: {"a": {"b": [shared]}, "c": shared},
+    "in what is shared": lambda shared: [[inner := {"a": shared}, shared], inner, (inner,)],
+    "in other mappings": lambda shared: [UserDict({"a": shared}), ChainMap({}, {"b": shared})],
     "in a tuple": lambda shared: ({"x": shared}, shared, {"y": shared}),
 }
 
 
 @pytest.mark.parametrize("hold", SHARED.values(), ids=SHARED)
 def test_paths_are_the_names_that_the_sender_gave(hold: Callable[[Any], Any]) -> None:
-    """What is in several places has the name of the first one: select and into go by it."""
+    """What is in several places has a name for each: select and into go by them."""
     obj = hold({"w": A, "v": [B]})
     assert paths_of(obj) == {path: id(tensor) for path, tensor in walk(obj)}
+
+
+def test_what_is_left_out_at_all_places_goes_and_all_else_stays() -> None:
+    shared = {"a": A, "b": B, "c": C, "d": (D, {"e": A})}
+    obj: Any = {"x": shared, "y": [shared]}
+    changed = {"x.a": None, "y.0.a": A, "x.b": None, "y.0.b": None, "x.c": A, "y.0.c": B}
+    deep = {"x.d.0": A, "x.d.1.e": None, "y.0.d.0": B, "y.0.d.1.e": None}
+    revise_all(obj, lambda path, tensor: (changed | deep)[path])
+    assert obj["x"] is obj["y"][0] is shared
+    assert shared["a"] is A and "b" not in shared and shared["c"] is A
+    pair: Any = shared["d"]
+    assert pair[0] is A and pair[1] == {}
+
+
+def test_names_of_the_first_place_alone_count_for_all() -> None:
+    """As from a sender that names no other places."""
+    shared = {"a": A, "b": B}
+    obj = {"x": shared, "y": [shared]}
+    revise(obj, {"x.a", "x.b"}, leaving_out("x.a"))
+    assert obj["x"] is obj["y"][0] is shared and shared == {"b": B}
+
+
+def test_other_mappings() -> None:
+    fixed = MappingProxyType({"a": A})
+    parameters = torch.nn.ParameterDict({"a": A, "b": B})
+    obj: dict[str, Any] = {
+        "user": UserDict({"a": A, "b": B}),
+        "chain": ChainMap[str, Any]({"a": A}, {"a": B, "b": (B,)}, {"c": C, "d": D}),
+        "fixed": fixed,
+        "parameters": parameters,
+    }
+    changed = {"user.b": C, "chain.b.0": A, "chain.d": A, "parameters.b": (p := parameters["b"])}
+    revise_all(obj, lambda path, tensor: changed.get(path))
+    assert obj["user"].data == {"b": C}
+    maps = obj["chain"].maps
+    assert maps[0] == {} and maps[1].keys() == {"b"} and maps[1]["b"][0] is A
+    assert maps[2] == {"d": A}
+    # It cannot change: there, the tensor stays as it was received.
+    assert obj["fixed"] is fixed and fixed["a"] is A
+    assert list(parameters) == ["b"] and parameters["b"] is p
+
+
+def test_a_peer_cannot_make_places_without_end() -> None:
+    """A hundred levels have more places than there are atoms; names of a message, few."""
+    obj: Any = {"a": A}
+    for _ in range(100):
+        obj = [obj, obj]
+    first = "0." * 100 + "a"
+    changed: list[str] = []
+
+    def note(path: str, tensor: torch.Tensor) -> torch.Tensor:
+        changed.append(path)
+        return B
+
+    revise(obj, {first, "1." * 100 + "a"}, note)
+    assert changed == [first]
+    for _ in range(100):
+        obj = obj[0]
+    assert obj["a"] is B
+
+
+def test_shared_containers_under_giant_keys_take_no_memory() -> None:
+    shared = [A]
+    obj = {GIANT: {n: shared for n in range(1000)}, "a": {GIANT: shared}}
+    name = f"{GIANT}.0.0"
+    assert peak_of(lambda: revise(obj, {name}, leaving_out())) < 2**23
 
 
 def test_a_deep_object() -> None:
