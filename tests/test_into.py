@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 import aiotorchio
-from aiotorchio import MismatchError, StreamPoisoned
+from aiotorchio import MismatchError, StreamPoisoned, UnsafeObjectError
+from aiotorchio.graph import pickled
 from aiotorchio.graph.names import walk
 from aiotorchio.memory import incoming
 from tests import corpus
@@ -462,6 +463,103 @@ def test_what_a_pickle_holds_besides_tensors(mode: str) -> None:
     assert_same_bits(into["w"], sent["w"])
     del loaded["w"], sent["w"]
     corpus.assert_same(loaded, sent)
+
+
+def with_attributes(tensor: torch.Tensor, **attributes: Any) -> torch.Tensor:
+    for name, value in attributes.items():
+        setattr(tensor, name, value)
+    return tensor
+
+
+class NamedParameter(torch.nn.Parameter):
+    """As libraries have them for sharded layers."""
+
+
+def state_of_tensors_with_attributes() -> dict[str, Any]:
+    whole = torch.randn(4, 3)
+    tied = with_attributes(torch.randn(2), tied=True)
+    return {
+        "plain": with_attributes(torch.randn(3), was_cloned=True),
+        "leaf": with_attributes(torch.randn(3, requires_grad=True), related=whole),
+        "tagged": with_attributes(torch.randn(2).as_subclass(corpus.Tagged), tag="x"),
+        "parameter": with_attributes(torch.nn.Parameter(torch.randn(2)), sharded=2),
+        "named": NamedParameter(torch.randn(2)),
+        "buffer": torch.nn.Buffer(torch.randn(5)),
+        "view": with_attributes(whole.t(), is_view=True),
+        "whole": whole,
+        "conjugate": with_attributes(torch.randn(2, dtype=torch.complex64).conj(), x=1),
+        "uint16": with_attributes(torch.arange(3).to(torch.uint16), x=1),
+        "tied": [tied, {"too": tied}],
+    }
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_tensors_with_attributes_come_back_as_they_were(weights_only: bool) -> None:
+    sent = state_of_tensors_with_attributes()
+    loaded = load(encoded(sent), weights_only=weights_only, safe_globals=[corpus.Tagged])
+    sent["named"] = torch.nn.Parameter(sent["named"].data)  # as from torch.load
+    corpus.assert_same(loaded, sent)
+    assert all(tensor.is_leaf for _, tensor in walk(loaded))
+    assert loaded["leaf"].related is loaded["whole"]
+    assert loaded["view"].data_ptr() == loaded["whole"].data_ptr()
+    with pytest.raises(UnsafeObjectError, match="Tagged"):
+        load(encoded(sent))
+
+
+def test_tensors_with_attributes_of_earlier_senders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stood in the pickle as made over a storage."""
+    monkeypatch.setattr(pickled, "_over_row", lambda tensor, reduced, table: reduced)
+    sent = state_of_tensors_with_attributes()
+    loaded = load(encoded(sent), safe_globals=[corpus.Tagged])
+    sent["named"] = torch.nn.Parameter(sent["named"].data)
+    corpus.assert_same(loaded, sent)
+
+
+@all_modes
+def test_into_tensors_for_some_with_attributes(mode: str) -> None:
+    sent = state_of_tensors_with_attributes()
+    into: dict[str, torch.Tensor] = {
+        name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in walk(sent)
+    }
+    # Of any class, whatever it refuses.
+    into["plain"] = NamedParameter(torch.zeros(3))
+    into["tagged"] = with_attributes(torch.zeros(2).as_subclass(corpus.Tagged), mine=1)
+    loaded = load(encoded(sent), **into_options(mode, into), safe_globals=[corpus.Tagged])
+    assert_are({**loaded, "tied": None}, {k: v for k, v in into.items() if "tied" not in k})
+    # One tensor in two places is one.
+    assert loaded["tied"][0] is into["tied.0"] and loaded["tied"][1]["too"] is into["tied.1.too"]
+    for name, tensor in walk(sent):
+        assert_same_bits(into[name].detach(), tensor.detach().resolve_conj())
+    # Those that the caller had keep their own attributes.
+    assert vars(into["tagged"]) == {"mine": 1} and not vars(into["plain"])
+
+
+def test_select_of_tensors_with_attributes() -> None:
+    sent = state_of_tensors_with_attributes()
+    loaded = load(
+        encoded(sent), select=["plain", "parameter", "tied.*"], safe_globals=[corpus.Tagged]
+    )
+    assert loaded["plain"].was_cloned and loaded["parameter"].sharded == 2
+    assert loaded.keys() == {"plain", "parameter", "tied"}
+    assert loaded["tied"][0].tied
+
+
+def test_a_tensor_on_meta_with_attributes() -> None:
+    sent = {"m": with_attributes(torch.empty(2, device="meta"), x=3)}
+    loaded = load(encoded(sent))
+    assert loaded["m"].device.type == "meta" and loaded["m"].x == 3
+    with pytest.raises(MismatchError, match="m: on meta at the sender"):
+        load(encoded(sent), into={"m": torch.zeros(2)})
+
+
+def test_a_class_that_pickles_its_tensors_by_itself_has_its_way() -> None:
+    sent = {"own": torch.ones(2).as_subclass(WithItsOwnReduce)}
+    assert torch.equal(load(encoded(sent), weights_only=False)["own"], torch.full((2,), 7.0))
+
+
+class WithItsOwnReduce(torch.Tensor):
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return torch.full, ((2,), 7.0)
 
 
 @pytest.mark.parametrize("mode", MODES)

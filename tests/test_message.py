@@ -45,7 +45,7 @@ from aiotorchio.memory.swap import swap_bytes
 from aiotorchio.message import Unread
 from aiotorchio.transfer import receive
 from aiotorchio.wire.frames import END, FRAME_HEAD_SIZE, PREFACE_SIZE, FrameHead
-from tests.corpus import assert_same
+from tests.corpus import Tagged, assert_same
 from tests.graph import forge
 from tests.speed import patience
 from tests.test_api import CHUNKED, LARGE, PICKLED, SMALL, cancellable, encoded, failing
@@ -997,6 +997,57 @@ async def test_tensors_without_names_are_left_out_if_asked_for() -> None:
             found = await all_of(message, select="*")
         assert_same(found, {name: tensor for name, tensor in walk(obj) if name in found})
         assert len(found) == 1
+
+
+def tensors_with_attributes() -> dict[str, Any]:
+    state: dict[str, Any] = {"a": torch.ones(3), "b": torch.nn.Parameter(torch.ones(2))}
+    for tensor in state.values():
+        tensor.was_cloned = True
+    return state | {"tagged": torch.ones(4).as_subclass(Tagged), "mean": torch.zeros(2)}
+
+
+async def test_tensors_with_attributes_have_names() -> None:
+    state = tensors_with_attributes()
+    async with opened(encoded(state)) as message:
+        assert message.unnamed == 0
+        assert message.tensors == {name: TensorSpec.of(each) for name, each in state.items()}
+        found = await all_of(message)
+    assert type(found["a"]) is type(found["tagged"]) is torch.Tensor
+    assert type(found["b"]) is torch.nn.Parameter and found["b"].requires_grad
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name].as_subclass(torch.Tensor)) for name in state)
+
+
+QUANTIZED = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+UNNAMED: list[tuple[Any, int]] = [
+    ({"q": QUANTIZED}, 1),
+    ({"w": torch.ones(2), "q": QUANTIZED}, 1),
+    ({"s": torch.eye(2).to_sparse(), "q": QUANTIZED}, 3),
+    ({"storage": torch.ones(2).untyped_storage()}, 1),
+    ({"module": torch.nn.Linear(2, 2), "w": torch.ones(2)}, 2),
+]
+
+
+@pytest.mark.parametrize(("obj", "count"), UNNAMED)
+async def test_what_has_no_name_never_ends_an_iteration_in_silence(obj: Any, count: int) -> None:
+    async with opened(encoded(obj)) as message:
+        assert message.unnamed == count
+        with pytest.raises(MismatchError, match=f"{count} tensors of this message have no name"):
+            await all_of(message)
+        with pytest.raises(MismatchError, match="no name"):
+            await anyio.to_thread.run_sync(list, message.tensors_sync())
+        found = await all_of(message, select=lambda name: True)
+        assert list(found) == [name for name in obj if name == "w"]
+
+
+async def test_a_destination_of_what_has_no_name_is_not_called_missing() -> None:
+    obj, into = {"q": QUANTIZED, "w": torch.ones(2)}, {"q": torch.zeros(3), "w": torch.zeros(2)}
+    async with opened(encoded(obj)) as message:
+        with pytest.raises(MismatchError, match="no tensor of this name: q") as caught:
+            await message.load(into=into)
+        assert "1 tensors of the message have no name" in str(caught.value)
+        assert "not in the message" not in str(caught.value)
+        assert (await message.load())["q"].is_quantized
 
 
 async def test_map_location() -> None:

@@ -25,7 +25,11 @@ __all__ = [
     "NOTED_LENGTHS",
     "PARAMETER_MARK",
     "RAGGED_DIM",
+    "REBUILD_FROM_TYPE",
     "REBUILD_JAGGED",
+    "REBUILD_META",
+    "REBUILD_PARAMETER",
+    "REBUILD_STRIDED",
     "Blanks",
     "JaggedTensor",
     "WeightsOnlyUnpickler",
@@ -81,6 +85,10 @@ JAGGED_PARTS = frozenset(
 )
 """The attributes that come of its arguments."""
 
+REBUILD_FROM_TYPE: Callable[..., Any] = torch._tensor._rebuild_from_type_v2
+REBUILD_META = torch._utils._rebuild_meta_tensor_no_storage
+REBUILD_PARAMETER = torch._utils._rebuild_parameter, torch._utils._rebuild_parameter_with_state
+REBUILD_STRIDED = torch._utils._rebuild_tensor_v2, torch._utils._rebuild_tensor_v3
 get_layout: Callable[[str], torch.layout] = torch.serialization._get_layout
 empty_affine_quantized: Callable[..., torch.Tensor] = torch._empty_affine_quantized
 empty_per_channel_quantized: Callable[..., torch.Tensor] = torch._empty_per_channel_affine_quantized

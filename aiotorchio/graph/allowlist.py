@@ -18,6 +18,7 @@ from aiotorchio.graph.arguments import Checks
 from aiotorchio.graph.attributes import TypeName, set_attributes, tensor_class
 from aiotorchio.graph.dtypes import DTYPE_NAMES
 from aiotorchio.graph.nested import NestedMaker
+from aiotorchio.graph.reduced import as_kind, from_type
 from aiotorchio.graph.tensors import TensorMaker
 from aiotorchio.wire.limits import Limits
 
@@ -102,7 +103,7 @@ class Allowlist:
         Those that set attributes stay torch's own: full pickle may set any.
         """
         prefix = "torch._utils."
-        return {
+        return {("torch._tensor", "_rebuild_from_type_v2"): from_type} | {
             ("torch._utils", path.removeprefix(prefix)): value
             for path, value in self.globals.items()
             if path.startswith(prefix) and "_with_state" not in path
@@ -132,7 +133,7 @@ class Allowlist:
         if not known or type(args) is not tuple:
             raise UnsafeObjectError(f"rebuilding a tensor with a {type(function).__name__}")
         named = tensor_class(kind)
-        tensor = function(*args)
+        tensor = as_kind(function(*args), named)
         if any(tensor is argument for argument in args):
             # It may be the caller's, who has not asked for attributes.
             tensor = tensor.detach()

@@ -6,6 +6,7 @@ Tensors and storages leave the pickle as persistent ids: the number of a row for
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pickle
 from collections import OrderedDict
@@ -22,10 +23,16 @@ from aiotorchio.errors import (
     ProtocolError,
     UnsafeObjectError,
 )
-from aiotorchio.graph._torch import WeightsOnlyUnpickler, typed_storage, untyped_storage_of
+from aiotorchio.graph._torch import (
+    WeightsOnlyUnpickler,
+    is_fake,
+    typed_storage,
+    untyped_storage_of,
+)
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
 from aiotorchio.graph.metadata import without_mark
+from aiotorchio.graph.reduced import over_origin, plain_origin
 from aiotorchio.graph.table import Table
 from aiotorchio.interrupt import check_interrupt
 from aiotorchio.wire import bounds
@@ -47,6 +54,8 @@ def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int)
     Returns:
         The skeleton.
     """
+    # In protocol 0 persistent ids are lines of text: 1 has the same opcodes, and objects as ids.
+    protocol = pickle_protocol or 1
 
     class Pickler(pickle_module.Pickler):  # type: ignore[misc]
         def persistent_id(self, obj: Any) -> Any:
@@ -69,12 +78,33 @@ def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int)
                 make, args, state, *items = reduced
                 return make, args, state | {"_metadata": without_mark(state["_metadata"])}, *items
             override = getattr(super(), "reducer_override", None)
-            return NotImplemented if override is None else override(obj)
+            reduced = NotImplemented if override is None else override(obj)
+            known = type(obj) in (getattr(self, "dispatch_table", None) or copyreg.dispatch_table)
+            if reduced is NotImplemented and isinstance(obj, torch.Tensor) and not known:
+                return _over_row(obj, obj.__reduce_ex__(protocol), table)
+            return reduced
 
     file = io.BytesIO()
-    # In protocol 0 persistent ids are lines of text: 1 has the same opcodes, and objects as ids.
-    Pickler(file, protocol=pickle_protocol or 1).dump(obj)
+    Pickler(file, protocol=protocol).dump(obj)
     return file.getvalue()
+
+
+def _over_row(tensor: torch.Tensor, reduced: Any, table: Table) -> Any:
+    """How a tensor is pickled over a tensor that has a row, instead of over a storage.
+
+    Args:
+        tensor: One that a row alone does not tell: with attributes, or of another class.
+        reduced: What torch's functions, or those of its class, would put into the pickle.
+        table: Gets to know what the tensor is made of.
+
+    Returns:
+        What to put into the pickle: as given if it is not made so.
+    """
+    origin = None if is_fake(tensor) else plain_origin(reduced)
+    if origin is None or table.add_tensor(origin) is None:
+        return reduced
+    table.make_of(tensor, origin)
+    return over_origin(reduced, origin)
 
 
 def load(

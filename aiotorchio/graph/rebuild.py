@@ -15,6 +15,7 @@ from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.names import Placeholder, check_names
 from aiotorchio.graph.prescan import prescan
+from aiotorchio.graph.reduced import without_class
 from aiotorchio.graph.unpack import AT_ONCE_NBYTES, drop
 from aiotorchio.interrupt import interruptible
 from aiotorchio.wire.header import (
@@ -206,6 +207,8 @@ class Rebuilder:
         if self._codec == "tree":
             return self._build_tree(tensors)
         self._allowlist.distrust(unreliable)
+        # Destinations can be of any class, and the pickle can make a tensor of each of them.
+        tensors = [without_class(tensor) for tensor in interruptible(tensors)]
         if self._weights_only:
             return pickled.load(
                 self._skeleton,

@@ -57,6 +57,8 @@ class Table:
         self.kept: list[torch.Tensor] = []
         self.others: list[torch.Tensor] = []
         self._row_of: dict[int, int] = {}
+        # Of tensors that are made of the row's tensor: with attributes, or of other classes.
+        self._origin_of: dict[int, torch.Tensor] = {}
         self._index_of: dict[int, int] = {}
         self._tag, self._device_is_enough = location_tags()
         self._index_of_device: dict[torch.device, int] = {}
@@ -71,7 +73,8 @@ class Table:
 
         Returns:
             The number of its row; None if a row cannot say all about the tensor (subclasses,
-            tensors with attributes, quantized, sparse, nested ones, or without storage).
+            tensors with attributes, quantized, sparse, nested ones, or without storage). See
+            ``make_of`` for those that are made of a tensor with a row.
         """
         row = self._row_of.get(id(tensor))
         if row is None:
@@ -88,10 +91,19 @@ class Table:
         return row
 
     def name(self, tensor: torch.Tensor, name: str) -> None:
-        """Add a name to the row of a tensor that has one."""
-        row = self._row_of.get(id(tensor))
+        """Add a name to the row of a tensor that has one, or is made of one that has."""
+        row = self._row_of.get(id(self._origin_of.get(id(tensor), tensor)))
         if row is not None:
             self.tensors[row].names.append(name)
+
+    def make_of(self, tensor: torch.Tensor, origin: torch.Tensor) -> None:
+        """Note what a tensor without a row is made of, whose row has its names then.
+
+        Args:
+            tensor: One that was added without success.
+            origin: A tensor that a row describes; it gets its row when it is added.
+        """
+        self._origin_of[id(tensor)] = origin
 
     def add_storage(self, storage: torch.UntypedStorage, unit: int) -> int:
         """Give a storage a row, or find the one it has: the object refers to the storage itself.

@@ -393,7 +393,9 @@ class Placement:
     @property
     def revises(self) -> bool:
         """Whether the object needs more than the right tensor in the place of each row."""
-        return not self.wanted.all or len(self.by_name) > len(self.given)
+        # In a pickle, a tensor can be made of that of its row: with attributes, for example.
+        pickled = bool(self.by_name) and self._header.codec == "pickle"
+        return pickled or not self.wanted.all or len(self.by_name) > len(self.given)
 
     @property
     def names(self) -> Collection[str]:

@@ -210,7 +210,7 @@ def test_what_is_left_out_at_all_places_goes_and_all_else_stays() -> None:
 def test_names_of_the_first_place_alone_count_for_all() -> None:
     """As from a sender that names no other places."""
     shared = {"a": A, "b": B}
-    obj = {"x": shared, "y": [shared]}
+    obj: Any = {"x": shared, "y": [shared]}
     revise(obj, {"x.a", "x.b"}, leaving_out("x.a"))
     assert obj["x"] is obj["y"][0] is shared and shared == {"b": B}
 

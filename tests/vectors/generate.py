@@ -348,7 +348,7 @@ def pickled() -> Vector:
     )
     vector.header.codec = "pickle"
     row = vector.add(pack([1.0, 2.0], "float32"), 0)
-    vector.view(row, "float32", [2], "a.0")
+    vector.view(row, "float32", [2], "a.0", "b.0")
     return vector
 
 
