@@ -92,8 +92,8 @@ class Message:
         Names are paths: keys of dicts and other mappings and positions in lists and tuples, joined
         by dots, as in a nested state dict. A tensor that is in several places has several names,
         also where one dict is in several places. One with Python attributes, or of a subclass with
-        memory of its own, comes without them where it is received by name. Sparse, quantized and nested tensors, and those in
-        attributes of objects, have no names; ``unnamed`` counts them.
+        memory of its own, comes without them where it is received by name. Sparse, quantized and
+        nested tensors, and those in attributes of objects, have no names; ``unnamed`` counts them.
 
         Raises:
             MismatchError: Two tensors have the same name (``{"a": {"b": x}, "a.b": y}``).

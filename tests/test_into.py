@@ -9,9 +9,10 @@ import itertools
 import random
 import sys
 import threading
-from collections import Counter, OrderedDict
+from collections import ChainMap, Counter, OrderedDict, UserDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 from unittest import mock
 
 import anyio
@@ -532,6 +533,48 @@ def test_into_tensors_for_some_with_attributes(mode: str) -> None:
         assert_same_bits(into[name].detach(), tensor.detach().resolve_conj())
     # Those that the caller had keep their own attributes.
     assert vars(into["tagged"]) == {"mine": 1} and not vars(into["plain"])
+
+
+class Layer(NamedTuple):
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+def state_of_other_mappings() -> dict[str, Any]:
+    return {
+        "user": UserDict({"w": torch.randn(3), "n": 1}),
+        "chain": ChainMap[str, Any]({"a": torch.randn(2)}, {"b": [torch.randn(2)]}),
+        "parameters": torch.nn.ParameterDict({"p": torch.randn(2)}),
+        "layer": Layer(torch.randn(2), torch.randn(1)),
+    }
+
+
+@all_modes
+def test_mappings_that_are_not_dicts(mode: str) -> None:
+    sent = state_of_other_mappings()
+    into = {
+        "user": MappingProxyType({"w": torch.zeros(3)}),
+        "chain": ChainMap[str, Any]({"b": [torch.zeros(2)]}, {"a": torch.zeros(2)}),
+        "parameters": torch.nn.ParameterDict({"p": torch.zeros(2)}),
+        "layer": Layer(torch.zeros(2), torch.zeros(1)),
+    }
+    loaded = load(encoded(sent), **into_options(mode, into), weights_only=False)
+    assert {path: id(tensor) for path, tensor in walk(loaded)} == {
+        path: id(tensor) for path, tensor in walk(into)
+    }
+    assert type(loaded["user"]) is UserDict and loaded["user"]["n"] == 1
+    assert type(loaded["layer"]) is Layer
+    received = dict(walk(into))
+    for path, tensor in walk(sent):
+        assert_same_bits(received[path].detach(), tensor.detach())
+
+
+def test_mappings_that_are_not_dicts_are_built_only_if_they_are_trusted() -> None:
+    sent = {"user": UserDict({"w": torch.randn(3), "b": torch.randn(2)})}
+    with pytest.raises(UnsafeObjectError, match="UserDict"):
+        load(encoded(sent))
+    loaded = load(encoded(sent), safe_globals=[UserDict], select="*.b")
+    corpus.assert_same(loaded["user"].data, {"b": sent["user"]["b"]})
 
 
 def test_select_of_tensors_with_attributes() -> None:

@@ -7,7 +7,7 @@ import gc
 import itertools
 import sys
 import tracemalloc
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict, UserDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, get_args
@@ -1016,6 +1016,14 @@ async def test_tensors_with_attributes_have_names() -> None:
     assert type(found["b"]) is torch.nn.Parameter and found["b"].requires_grad
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name].as_subclass(torch.Tensor)) for name in state)
+
+
+async def test_names_in_mappings_that_are_not_dicts() -> None:
+    """Also where the class would not be built."""
+    state = {"user": UserDict({"w": torch.ones(2)}), "chain": ChainMap({"a": [torch.zeros(3)]})}
+    async with opened(encoded(state)) as message:
+        assert message.tensors.keys() == {"user.w", "chain.a.0"} and not message.unnamed
+        assert_same(await all_of(message), dict(walk(state)))
 
 
 QUANTIZED = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
