@@ -15,6 +15,7 @@ from aiotorchio.graph.footprint import Extents
 from aiotorchio.graph.modules import ModuleDestination, has_memory
 from aiotorchio.graph.names import count_unnamed, rows_by_name, walk
 from aiotorchio.graph.sharing import VIEW_BITS, filled_by_others, shared
+from aiotorchio.graph.tensor_load import is_copied_whole, kind_of
 from aiotorchio.interrupt import interruptible
 from aiotorchio.strided import order_of
 from aiotorchio.wire.header import CONJUGATE, META_LOCATION, NEGATIVE, Header, shortened
@@ -120,7 +121,7 @@ def match(
     fitting = {name: each for name, each in found.items() if name not in misfits}
     sharing = shared(header, names, fitting)
     misfits |= sharing.misfits
-    missing, unexpected, unnamed = [], [], 0
+    missing, unexpected, unnamed, compared = [], [], 0, False
     filled: set[str] = set()
     if strict:
         missing = [name for name in destinations if name in wanted and name not in names]
@@ -130,16 +131,26 @@ def match(
             }
             filled = set(filled_by_others(others, fitting))
         known = _Known(modules)
-        missing = [name for name in missing if name not in filled and not known.judges(name)]
+        missing = [
+            name
+            for name in missing
+            if name not in filled
+            and not known.judges(name)
+            # That comes as a part of the object, and is compared when it is there.
+            and not (header.codec == "pickle" and is_copied_whole(destinations[name]))
+        ]
         unexpected = [
             name
             for name in interruptible(names)
             if name in wanted and name not in destinations and not known.takes(name)
         ]
-        # A module may have tensors that have no name, too: it compares them by their entries.
-        if all_wanted and not any(module.others for module in modules):
-            unnamed = count_unnamed(header)
-    if misfits or missing or unexpected or unnamed:
+        unnamed = count_unnamed(header)
+        # These are compared when they are there: by modules, and with tensors of other kinds.
+        compared = any(module.others for module in modules) or any(
+            name not in names and is_copied_whole(tensor) for name, tensor in destinations.items()
+        )
+    refused = unnamed and all_wanted and not compared
+    if misfits or missing or unexpected or refused:
         # It may be among those that have no name.
         absent = "no tensor of this name" if unnamed else "not in the message"
         lines = [
@@ -151,7 +162,7 @@ def match(
             *_lines(absent, len(missing), map(shortened, missing)),
             *_lines("not in the destination", len(unexpected), map(shortened, unexpected)),
         ]
-        if unnamed:
+        if refused:
             lines.append(
                 f"{unnamed} tensors of the message have no name: load the object "
                 "without into, or select the names that you want"
@@ -216,7 +227,9 @@ def _misfit(header: Header, index: int, tensor: torch.Tensor, *, cast: bool) -> 
     if header.locations[header.storages[row.storage].location] == META_LOCATION:
         return "on meta at the sender, without bytes"
     if not has_memory(tensor) or tensor.is_quantized:
-        return f"the destination is no plain strided tensor but a {type(tensor).__name__}"
+        lazy = torch.nn.parameter.is_lazy(tensor)
+        kind = f"a {type(tensor).__name__}" if lazy else kind_of(tensor)
+        return f"dense in the message; the destination is no plain strided tensor but {kind}"
     if tensor.device.type == META_LOCATION:
         return "the destination is on meta, without memory"
     if tensor.shape != row.shape:

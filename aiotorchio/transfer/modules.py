@@ -1,4 +1,4 @@
-"""The commit of a destination with modules that have more to load than tensors."""
+"""The commit of a destination that takes more than bytes: modules, and tensors of other kinds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from aiotorchio.graph.module_load import ModuleLoad
+from aiotorchio.graph.tensor_load import TensorLoad
 from aiotorchio.interrupt import interruptible
 from aiotorchio.memory.staged import Exchange, Swap
 from aiotorchio.transfer.wanted import Into
@@ -18,10 +19,13 @@ class WithModules:
 
     Args:
         tensors: Changes those that were not received in place.
-        loads: One for each module that has something to load.
+        loads: One for each module that has something to load, and one for tensors that take whole
+            tensors.
     """
 
-    def __init__(self, tensors: Exchange | Swap | None, loads: Sequence[ModuleLoad]) -> None:
+    def __init__(
+        self, tensors: Exchange | Swap | None, loads: Sequence[ModuleLoad | TensorLoad]
+    ) -> None:
         self._tensors, self._loads = tensors, loads
         self.prepares = tensors is not None and tensors.prepares
         self.quick = tensors is None or tensors.quick
@@ -61,8 +65,9 @@ def with_modules(
     received: Any,
     names: Iterable[str],
     wanted: Container[str],
+    whole: TensorLoad,
 ) -> Exchange | Swap | WithModules | None:
-    """A change of tensors, together with what their modules have to load, if they have.
+    """A change of tensors, together with what else is to be loaded, if anything is.
 
     Args:
         tensors: The change, if the tensors wait for one.
@@ -71,14 +76,16 @@ def with_modules(
         names: Of tensors that have their numbers: those of the message, and destinations that
             others of them fill.
         wanted: Whether a name counts.
+        whole: Tensors that are copied as a whole.
     """
     modules = [module for module in into.modules if not module.only_tensors]
-    if not modules:
-        return tensors
-    staged, strict = tensors is not None, into.strict
-    names = [name for name in interruptible(names) if name in wanted]
-    loads = [
-        ModuleLoad(each, received, names, wanted, strict=strict, staged=staged) for each in modules
-    ]
+    loads: list[ModuleLoad | TensorLoad] = [whole]
+    if modules:
+        staged, strict = tensors is not None, into.strict
+        names = [name for name in interruptible(names) if name in wanted]
+        loads += [
+            ModuleLoad(module, received, names, wanted, strict=strict, staged=staged)
+            for module in modules
+        ]
     loads = [load for load in loads if load.has_steps]
     return WithModules(tensors, loads) if loads else tensors

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from aiotorchio.errors import InvalidObjectError
+from aiotorchio.errors import InvalidObjectError, MismatchError
 from aiotorchio.graph._torch import real_tensors
 from aiotorchio.graph.into import Match, match
 from aiotorchio.graph.location import Destinations
 from aiotorchio.graph.modules import has_memory, other_views
 from aiotorchio.graph.names import rows_by_name
 from aiotorchio.graph.rebuild import build_tensor
+from aiotorchio.graph.tensor_load import TensorLoad, is_copied_whole
 from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.route import (
@@ -38,7 +39,7 @@ from aiotorchio.transfer.modules import WithModules, with_modules
 from aiotorchio.transfer.ties import Ties, differ
 from aiotorchio.transfer.wanted import Into, TensorOptions, Wanted
 from aiotorchio.wire.dtypes import DTYPES
-from aiotorchio.wire.header import META_LOCATION, MIXED_UNITS, Header, Layout
+from aiotorchio.wire.header import META_LOCATION, MIXED_UNITS, Header, Layout, shortened
 
 __all__ = ["Placement"]
 
@@ -80,6 +81,8 @@ class Placement:
     by_name: dict[str, torch.Tensor]
     given: dict[int, torch.Tensor]
     _number_of: dict[str, int]
+    _whole: dict[str, torch.Tensor]
+    _whole_received: dict[str, torch.Tensor]
     _found_at: dict[str, tuple[Any, ...]]
     _ties: Ties
     _storages: list[_Rows]
@@ -179,6 +182,13 @@ class Placement:
             )
         self.by_name, self._filled = matched.tensors, matched.filled
         self._ties = Ties(self._header, self._layout, matched.ties, self._number_of)
+        self._whole, self._whole_received = {}, {}
+        if into is not None and self._header.codec == "pickle":
+            self._whole = {
+                name: tensor
+                for name, tensor in interruptible(into.tensors.items())
+                if name in self.wanted and name not in self._number_of and is_copied_whole(tensor)
+            }
         self.given = {}
         self._found_at = {name: place_of(tensor) for name, tensor in self.by_name.items()}
         for name, tensor in self.by_name.items():
@@ -321,9 +331,13 @@ class Placement:
 
     def complete(self, obj: Any) -> None:
         """Let the commit give modules what else the object has for them."""
-        if self._into is not None and not isinstance(self.commit, WithModules):
-            names = [*self._number_of, *self._filled]
-            self.commit = with_modules(self.commit, self._into, obj, names, self.wanted)
+        into = self._into
+        if into is None or isinstance(self.commit, WithModules):
+            return
+        staged = self.commit is not None
+        whole = TensorLoad(self._whole, self._whole_received, strict=into.strict, staged=staged)
+        names = [*self._number_of, *self._filled]
+        self.commit = with_modules(self.commit, into, obj, names, self.wanted, whole)
 
     def _on_meta(self, index: int) -> torch.Tensor:
         row = self._header.tensors[index]
@@ -394,14 +408,22 @@ class Placement:
     def revises(self) -> bool:
         """Whether the object needs more than the right tensor in the place of each row."""
         # In a pickle, a tensor can be made of that of its row: with attributes, for example.
-        pickled = bool(self.by_name) and self._header.codec == "pickle"
+        pickled = bool(self.by_name or self._whole) and self._header.codec == "pickle"
         return pickled or not self.wanted.all or len(self.by_name) > len(self.given)
 
     @property
     def names(self) -> Collection[str]:
         """Those of the message."""
-        return self._number_of.keys()
+        names = self._number_of.keys()
+        return names | self._whole.keys() if self._whole else names
 
     def revision(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """What the caller has asked for in the place of a tensor of the object."""
+        destination = self._whole.get(name)
+        if destination is not None:
+            if self._whole_received.setdefault(name, tensor) is not tensor:
+                raise MismatchError(
+                    "two tensors of the object have this name", entry=shortened(name)
+                )
+            return destination
         return self.by_name.get(name, tensor) if name in self.wanted else None

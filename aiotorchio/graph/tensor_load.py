@@ -1,0 +1,158 @@
+"""Destinations that are no view of a memory: sparse, quantized, nested, wrapper subclasses.
+
+In: such tensors of the caller's, and what the object has under their names. They are received as
+parts of the object, and copied by torch: the last part of a commit, as what modules load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from aiotorchio.errors import MismatchError
+from aiotorchio.graph.modules import has_memory
+from aiotorchio.wire.header import shortened
+
+# What torch and the code of subclasses raise if they cannot copy (NotImplementedError among them).
+_REFUSALS = (RuntimeError, TypeError, ValueError, AssertionError)
+
+__all__ = ["TensorLoad", "is_copied_whole", "kind_of"]
+
+
+def is_copied_whole(tensor: torch.Tensor) -> bool:
+    """Whether it takes a whole tensor instead of bytes."""
+    if torch.nn.parameter.is_lazy(tensor):
+        return False
+    return not has_memory(tensor) or tensor.is_quantized
+
+
+def kind_of(tensor: torch.Tensor) -> str:
+    """What a person calls it."""
+    name = _class_of(tensor).__name__
+    if tensor.is_quantized:
+        return f"a quantized {name} ({tensor.dtype}, {tensor.qscheme()})"
+    if tensor.layout is not torch.strided:
+        return f"a {name} of layout {tensor.layout}"
+    if tensor.is_nested:
+        return f"a nested {name}"
+    mesh, placements = _spread(tensor)
+    if mesh is not None:
+        return f"a {name} on {mesh} with placements {placements}"
+    return f"a {name}"
+
+
+class TensorLoad:
+    """Copies what was received into such destinations.
+
+    Args:
+        destinations: By name.
+        received: By name, as far as the object has them.
+        strict: Whether one may be missing.
+        staged: Whether the other tensors can be had back.
+
+    Raises:
+        MismatchError: One that is missing, or cannot be copied; nothing was changed here.
+    """
+
+    def __init__(
+        self,
+        destinations: Mapping[str, torch.Tensor],
+        received: Mapping[str, torch.Tensor],
+        *,
+        strict: bool,
+        staged: bool,
+    ) -> None:
+        self._pairs = [(name, destinations[name], each) for name, each in received.items()]
+        self._staged = staged
+        self._before: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        reasons = {name: _misfit(each, destination) for name, destination, each in self._pairs}
+        misfits = {name: reason for name, reason in reasons.items() if reason is not None}
+        missing = [name for name in destinations if strict and name not in received]
+        if misfits or missing:
+            lines = [f"does not fit: {shortened(name)}: {why}" for name, why in misfits.items()]
+            lines += [f"not in the message: {shortened(name)}" for name in missing]
+            raise MismatchError(
+                "the object does not fit the destination"
+                + self._kept
+                + "".join(f"\n    {line}" for line in lines),
+                missing=missing,
+                misfits=misfits,
+            )
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._pairs)
+
+    @property
+    def _kept(self) -> str:
+        return "" if self._staged else " (its tensors are written to: staged=True keeps them)"
+
+    def steps(self) -> Iterator[None]:
+        """Copy; between two steps, other tasks may run.
+
+        Raises:
+            MismatchError: torch cannot copy one.
+        """
+        for name, destination, received in self._pairs:
+            try:
+                with torch.no_grad():
+                    self._before.append((name, destination, destination.detach().clone()))
+                    destination.copy_(received)
+            except _REFUSALS as error:
+                raise MismatchError(
+                    f"{kind_of(received)} could not be copied into the destination{self._kept}: "
+                    f"{type(error).__name__}: {error}",
+                    entry=shortened(name),
+                ) from error
+            yield
+
+    def undo(self) -> None:
+        """Copy back what was there before; without effect otherwise.
+
+        Raises:
+            MismatchError: torch cannot; names all that are neither as before nor as in the message.
+        """
+        before, self._before = self._before, []
+        failed = []
+        for name, destination, value in reversed(before):
+            try:
+                with torch.no_grad():
+                    destination.copy_(value)
+            except _REFUSALS as error:
+                failed.append(f"{shortened(name)}: {type(error).__name__}: {error}")
+        if failed:
+            raise MismatchError(
+                "half applied: these tensors did not take back what they had"
+                + "".join(f"\n    {line}" for line in failed)
+            )
+
+
+def _misfit(received: torch.Tensor, destination: torch.Tensor) -> str | None:
+    """Why a tensor cannot be copied into another one; None if it can."""
+    one, other = kind_of(received), kind_of(destination)
+    if one != other or _spread(received) != _spread(destination):
+        return f"{one} in the message, {other} in the destination"
+    if received.shape != destination.shape:
+        return (
+            f"shape {list(received.shape)} in the message, {list(destination.shape)} in the "
+            "destination"
+        )
+    if received.dtype != destination.dtype:
+        return (
+            f"{received.dtype} in the message, {destination.dtype} in the destination (cast=True "
+            "is for dense tensors)"
+        )
+    if received.device.type == "meta":
+        return "on meta in the message, without bytes"
+    return None
+
+
+def _class_of(tensor: torch.Tensor) -> type[torch.Tensor]:
+    return torch.Tensor if isinstance(tensor, torch.nn.Parameter) else type(tensor)
+
+
+def _spread(tensor: torch.Tensor) -> tuple[object, object]:
+    """Over which devices a DTensor is spread, and how."""
+    return getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)

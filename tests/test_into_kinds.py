@@ -1,0 +1,168 @@
+"""Destinations that are no view of a memory: sparse, quantized, wrapper subclasses, DTensors."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+import torch
+
+import aiotorchio
+from aiotorchio import MismatchError
+from tests import corpus
+from tests.test_api import encoded
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning"),
+]
+
+
+def plain(into: Any) -> dict[str, Any]:
+    return {"into": into}
+
+
+def staged(into: Any) -> dict[str, Any]:
+    return {"into": into, "staged": True}
+
+
+def double(into: Any) -> dict[str, Any]:
+    return {"into": aiotorchio.DoubleBuffer(into)}
+
+
+all_modes = pytest.mark.parametrize("mode", [plain, staged, double])
+Mode = Callable[[Any], dict[str, Any]]
+
+
+def quantized(*values: float, scale: float = 0.1) -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.tensor(values), scale, 0, torch.qint8)
+
+
+def state(one: float) -> dict[str, Any]:
+    eye = torch.eye(3) * one
+    return {
+        "coo": (eye if one > 1 else eye[:, :1].expand(3, 3)).to_sparse(),
+        "quantized": quantized(one, 2.0, scale=0.1 * one),
+        "dense": torch.full((2,), one),
+        "nested": [{"csr": eye.to_sparse_csr()}, corpus.Wrapper(torch.full((2, 2), one))],
+    }
+
+
+def numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [numbers(item) for item in value]
+    if isinstance(value, corpus.Wrapper):
+        return value.wrapped.tolist()
+    return (value.dequantize() if value.is_quantized else value.to_dense()).tolist()
+
+
+def load(obj: Any, **options: Any) -> Any:
+    return aiotorchio.load(io.BytesIO(encoded(obj)), safe_globals=[corpus.Wrapper], **options)
+
+
+def same_tensors(loaded: Any, into: Any) -> bool:
+    names = ("coo", "quantized", "dense")
+    nested = loaded["nested"][0]["csr"] is into["nested"][0]["csr"]
+    return nested and all(loaded[name] is into[name] for name in names)
+
+
+@all_modes
+def test_they_get_what_was_received(mode: Mode) -> None:
+    into = state(1.0)
+    loaded = load(state(3.0), **mode(into))
+    assert numbers(into) == numbers(state(3.0))
+    assert same_tensors(loaded, into) and loaded["nested"][1] is into["nested"][1]
+
+
+@all_modes
+async def test_they_get_it_from_a_stream(mode: Mode) -> None:
+    into = state(1.0)
+    async with aclosing(aiotorchio.iter_bytes(state(3.0))) as stream:
+        loaded = await aiotorchio.load_from_stream(
+            stream, safe_globals=[corpus.Wrapper], **mode(into)
+        )
+    assert numbers(into) == numbers(state(3.0))
+    assert same_tensors(loaded, into)
+
+
+OTHERS: dict[str, tuple[Callable[[], torch.Tensor], str, str]] = {
+    "another layout": (
+        lambda: torch.eye(3).to_sparse_csr(),
+        "coo",
+        "layout torch.sparse_coo in the message, a Tensor of layout torch.sparse_csr in the dest",
+    ),
+    "another shape": (lambda: torch.eye(2).to_sparse(), "coo", r"shape \[3, 3\] in the message"),
+    "another dtype": (
+        lambda: torch.eye(3).double().to_sparse(),
+        "coo",
+        "torch.float32 in the message, torch.float64 in the destination",
+    ),
+    "another scheme": (
+        lambda: torch.quantize_per_channel(
+            torch.ones(2), torch.ones(2), torch.zeros(2).long(), 0, torch.qint8
+        ),
+        "quantized",
+        "a quantized Tensor .torch.qint8, torch.per_tensor_affine. in the message",
+    ),
+    "dense in the message": (lambda: torch.eye(2).to_sparse(), "dense", "dense in the message"),
+    "dense in the destination": (lambda: torch.zeros(3, 3), "coo", "no tensor of this name: coo"),
+    "not in the message": (lambda: quantized(1.0), "other", "not in the message: other"),
+}
+
+
+@pytest.mark.parametrize("mode", [staged, double])
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_kinds_are_refused_by_name(case: str, mode: Mode) -> None:
+    make, name, reason = OTHERS[case]
+    into = state(1.0) | {name: make()}
+    before = numbers(into)
+    with pytest.raises(MismatchError, match=reason) as caught:
+        load(state(3.0), **mode(into))
+    assert name in str(caught.value)
+    assert numbers(into) == before
+
+
+@pytest.mark.parametrize("mode", [staged, double])
+def test_what_torch_cannot_copy_leaves_all_as_it_was(mode: Mode) -> None:
+    into = state(1.0)
+    into["nested"][0]["csr"] = torch.zeros(3, 3).to_sparse_csr()
+    before = numbers(into)
+    with pytest.raises(MismatchError, match="could not be copied") as caught:
+        load(state(3.0), **mode(into))
+    assert caught.value.entry == "nested.0.csr"
+    assert numbers(into) == before
+
+
+def test_what_is_missing_or_not_selected_stays() -> None:
+    into = state(1.0) | {"other": quantized(1.0)}
+    load(state(3.0), into=into, strict=False, select=["dense", "quantized"])
+    assert numbers(into) == numbers(
+        state(1.0)
+        | {"dense": torch.full((2,), 3.0), "quantized": state(3.0)["quantized"]}
+        | {"other": quantized(1.0)}
+    )
+
+
+@all_modes
+def test_dtensors(mode: Mode) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    with corpus.process_group():
+        sent: Any = corpus.dtensor()
+        options: dict[str, Any] = {"safe_globals": corpus.dtensor_globals()}
+        into: Any = corpus.dtensor()
+        data = encoded(sent)
+        loaded = aiotorchio.load(io.BytesIO(data), **mode(into), **options)
+        assert loaded["d"] is into["d"]
+        assert torch.equal(into["d"].to_local(), sent["d"].to_local())
+        mesh = init_device_mesh("cpu", (1,))
+        into = {"d": distribute_tensor(torch.zeros(4, 2), mesh, [Replicate()])}
+        with pytest.raises(MismatchError, match=r"d: .*Shard.*in the message.*Replicate"):
+            aiotorchio.load(io.BytesIO(data), **mode(into), **options)
+        assert not into["d"].to_local().any()
