@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import TracebackType
@@ -41,8 +42,11 @@ class Commit(Protocol):
     def tables(self) -> list[list[Any]]:
         """Lists that are of no use when the change is made, or undone."""
 
+    def note(self) -> None:
+        """Keep what the caller's code is to restore: in the caller's thread; comes first."""
+
     def prepare(self) -> None:
-        """Do what takes long and what nobody sees; comes first."""
+        """Do what takes long and what nobody sees."""
 
     def apply(self) -> None:
         """Make it."""
@@ -52,6 +56,9 @@ class Commit(Protocol):
 
     def undo(self) -> None:
         """Take it back, as far as it was made; callable at any time, and again if it fails."""
+
+    def restore(self) -> None:
+        """Take back what the caller's code did: in the caller's thread, behind ``undo``."""
 
 
 async def carry_out(commit: Commit, lock: AbstractAsyncContextManager[Any] | None) -> None:
@@ -68,6 +75,7 @@ async def carry_out(commit: Commit, lock: AbstractAsyncContextManager[Any] | Non
     try:
         async with contextlib.nullcontext() if lock is None else _Lock(lock):
             try:
+                commit.note()
                 # If they are interrupted, what they have changed by then is undone.
                 if commit.prepares:
                     await run_in_thread(commit.prepare)
@@ -81,21 +89,23 @@ async def carry_out(commit: Commit, lock: AbstractAsyncContextManager[Any] | Non
         if failure is not None:
             # The lock swallowed it.
             raise failure
-    except BaseException as error:
+    except BaseException:
         await _undo(commit)
-        if not isinstance(error, GeneratorExit):
-            await _free(commit)
+        _free(commit)
         raise
     finally:
         # Its traceback holds this frame, and with it the staged tensors.
         failure = None
-    await _free(commit)
+    _free(commit)
 
 
-async def _free(commit: Commit) -> None:
-    """Free what is left of a change: twenty thousand tensors take a tenth of a second."""
+def _free(commit: Commit) -> None:
+    """Free what is left of a change: twenty thousand tensors take a tenth of a second.
+
+    Nobody waits for it: a cancellation meanwhile would be raised although the change was made.
+    """
     if max(map(len, commit.tables), default=0) > _FREED_AT_ONCE:
-        await run_in_thread(lambda: release(*commit.tables), to_its_end=True)
+        threading.Thread(target=release, args=commit.tables, name="aiotorchio_free").start()
 
 
 class _Lock:
@@ -127,12 +137,14 @@ async def _undo(commit: Commit) -> None:
     # A coroutine that is being closed must not wait.
     if commit.quick or isinstance(sys.exception(), GeneratorExit):
         commit.undo()
+        commit.restore()
         return
     try:
         await run_in_thread(commit.undo, to_its_end=True)
     finally:
         # It has an effect only if no thread could be started.
         commit.undo()
+        commit.restore()
 
 
 def carry_out_blocking(commit: Commit, lock: AbstractContextManager[Any] | None) -> None:
@@ -141,6 +153,7 @@ def carry_out_blocking(commit: Commit, lock: AbstractContextManager[Any] | None)
     try:
         with contextlib.nullcontext() if lock is None else lock:
             try:
+                commit.note()
                 if commit.prepares:
                     commit.prepare()
                 commit.apply()
@@ -165,6 +178,7 @@ def _undo_blocking(commit: Commit) -> None:
     """Undo a change, even if another interrupt comes; without effect if that was done."""
     try:
         commit.undo()
+        commit.restore()
     except KeyboardInterrupt:
         _undo_blocking(commit)
         raise

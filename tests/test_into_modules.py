@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import sys
+import threading
 import types
 import warnings
 from collections import OrderedDict
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.algorithms._checkpoint.checkpoint_wrapper
 from torch import nn
 
 import aiotorchio
@@ -528,11 +530,13 @@ def test_what_a_module_with_tensors_of_its_own_takes_back(mode: str) -> None:
 async def test_a_module_that_does_not_take_back_what_it_had(mode: str, way: str) -> None:
     class Stuck(Refuses):
         def set_extra_state(self, state: Any) -> None:
+            if state == b"new":
+                self.state = state
             raise ZeroDivisionError
 
     sent = nn.Sequential(nn.Linear(2, 2), Refuses(b"new")).state_dict()
     module = nn.Sequential(nn.Linear(2, 2), Stuck(b"old"))
-    with pytest.raises(MismatchError, match=r"half applied.*\n +1: ") as caught:
+    with pytest.raises(MismatchError, match=r"half applied.*\n +1\._extra_state: Zero") as caught:
         await load_in(way, encoded(sent), **into_options(mode, module))
     assert isinstance(caught.value.__context__, MismatchError)
 
@@ -636,3 +640,325 @@ def test_a_mark_in_a_full_pickle_does_not_count() -> None:
     into = {"module": module}
     load(data, into=into, weights_only=False)
     assert module.weight is weight and state(module) == plainly(message)
+
+
+# ------------------------------------------------------------------------------ the caller's code
+
+
+class Hooked(nn.Module):
+    """Two tensors of one shape, and a hook that sees them before they are loaded."""
+
+    def __init__(self, hook: Callable[[dict[str, Any], str], None]) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(2, 2)) for _ in range(2))
+        before_load(self, lambda module, state_dict, prefix, *_: hook(state_dict, prefix))
+
+
+def swap(state_dict: dict[str, Any], prefix: str) -> None:
+    a, b = prefix + "a", prefix + "b"
+    state_dict[a], state_dict[b] = state_dict[b], state_dict[a]
+
+
+def transpose(state_dict: dict[str, Any], prefix: str) -> None:
+    for key, value in list(state_dict.items()):
+        state_dict[key] = value.t()
+
+
+def double(state_dict: dict[str, Any], prefix: str) -> None:
+    for value in state_dict.values():
+        value.mul_(2)
+    values = dict(state_dict)
+    state_dict.clear()
+    state_dict.update({key: value * 2 for key, value in values.items()})
+
+
+def move(state_dict: dict[str, Any], prefix: str) -> None:
+    kept = OrderedDict(state_dict)
+    state_dict[prefix + "a"] = state_dict.pop(prefix + "b")
+    assert state_dict.get("none", 5) == 5 and state_dict.pop("none", 6) == 6
+    state_dict.setdefault(prefix + "b", kept[prefix + "a"])
+    key, value = list(state_dict.copy().items())[-1]
+    state_dict[key] = value
+
+
+@pytest.mark.parametrize("hook", [swap, transpose, double, move])
+@all_modes
+def test_hooks_that_change_what_is_loaded(hook: Any, mode: str) -> None:
+    sent, module = nn.Sequential(Hooked(hook)), nn.Sequential(Hooked(hook))
+    expected = nn.Sequential(Hooked(hook))
+    expected.load_state_dict(sent.state_dict())
+    load(encoded(sent.state_dict()), **into_options(mode, module))
+    assert state(module) == state(expected)
+
+
+class Detaches(nn.Module):
+    """Shows its tensors detached, whatever is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "w"] = self.w.data
+
+
+@all_modes
+def test_tensors_that_are_shown_detached(mode: str) -> None:
+    sent, module = nn.Sequential(Detaches()), nn.Sequential(Detaches())
+    load(encoded(sent.state_dict()), **into_options(mode, module))
+    assert state(module) == state(sent)
+
+
+class OnlyTotal(nn.Module):
+    """Has nothing but an entry that it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = torch.randn(2)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "total"] = self.total.clone()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, versions: Any, strict: bool, missing: Any, *_: Any
+    ) -> None:
+        if prefix + "total" in state_dict:
+            self.total = state_dict[prefix + "total"]
+        else:
+            missing.append(prefix + "total")
+
+
+@pytest.mark.parametrize(
+    "make", [OnlyTotal, lambda: Extra(lambda: 5)], ids=["made entry", "extra state"]
+)
+def test_an_entry_that_is_missing_of_a_module_without_others(make: Any) -> None:
+    module = nn.Sequential(nn.Linear(2, 2), make())
+    message = {k: v for k, v in module.state_dict().items() if k.startswith("0.")}
+    with pytest.raises(MismatchError, match=r"not in the message: 1\."):
+        load(encoded(message), into=module)
+    load(encoded(message), into=module, strict=False)
+
+
+def test_the_path_of_a_module_in_the_keys_of_the_message() -> None:
+    sent, module = model("rows"), model("rows")
+    message = {f"net.{name}": value for name, value in sent.state_dict().items()}
+    load(encoded(message), into={"net": module})
+    assert state(module) == state(sent)
+
+
+@safe_modes
+def test_a_hook_that_raises_behind_the_change(mode: str) -> None:
+    module = nn.Sequential(Extra(lambda: b"old"), Copies())
+    module.register_load_state_dict_post_hook(lambda *_: 1 / 0)
+    before = state(module)
+    message = nn.Sequential(Extra(lambda: b"new"), Copies()).state_dict()
+    with pytest.raises(MismatchError, match="ZeroDivisionError"):
+        load(encoded(message), **into_options(mode, module))
+    assert state(module) == before
+
+
+def test_a_hook_that_raises_before_the_change_leaves_nothing_half_applied() -> None:
+    def refuse(*_: Any) -> None:
+        raise ZeroDivisionError("not today")
+
+    module = nn.Sequential(Copies())
+    before_load(module[0], refuse)
+    before = state(module)
+    with pytest.raises(MismatchError, match="not today") as caught:
+        load(encoded(nn.Sequential(Copies()).state_dict()), into=module, staged=True)
+    assert "half applied" not in str(caught.value) and state(module) == before
+
+
+class Versioned(nn.Module):
+    """Once had its numbers the other way round."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = float(torch.randn(()))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "scale"] = torch.tensor(self.scale)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, versions: Any, *rest: Any
+    ) -> None:
+        old = versions.get("version", 1) < 2
+        self.scale = float(state_dict[prefix + "scale"]) * (100 if old else 1)
+
+
+@pytest.mark.parametrize("versions", [{"0": {"version": 1}}, {"": 3}, [1], None], ids=repr)
+def test_an_undo_goes_by_the_versions_of_the_module(versions: Any) -> None:
+    module = nn.Sequential(Versioned(), Refuses(b"old"))
+    module[1].refused = b"new"  # type: ignore[assignment]
+    message: Any = nn.Sequential(Versioned(), Refuses(b"new")).state_dict()
+    message._metadata = versions
+    before = state(module)
+    with pytest.raises(MismatchError, match="did not load"):
+        load(encoded(message), into=module, staged=True)
+    assert state(module) == before
+
+
+class Derived(nn.Module):
+    """Shows and keeps what it has computed from its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(2))
+        self.sum = self.a.detach().sum()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "sum"] = self.a.detach().sum()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self.sum = state_dict.pop(prefix + "sum")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@safe_modes
+@both_ways
+async def test_an_undo_has_what_was_shown_before_the_change(mode: str, way: str) -> None:
+    module: Any = nn.Sequential(Derived(), Refuses(b"old"))
+    module[1].refused = b"new"
+    before, total = state(module), module[0].sum.clone()
+    message = nn.Sequential(Derived(), Refuses(b"new")).state_dict()
+    with pytest.raises(MismatchError, match="no such scale"):
+        await load_in(way, encoded(message), **into_options(mode, module))
+    assert state(module) == before and torch.equal(module[0].sum, total)
+
+
+async def test_the_code_of_modules_runs_in_the_thread_of_the_call() -> None:
+    here, threads = threading.current_thread(), set[threading.Thread]()
+
+    class Notes(Extra):
+        def set_extra_state(self, state: Any) -> None:
+            threads.add(threading.current_thread())
+            super().set_extra_state(state)
+
+    module = nn.Sequential(Notes(lambda: 1), Refuses(b"old"))
+    module[1].refused = b"new"  # type: ignore[assignment]
+    message = nn.Sequential(Extra(lambda: 2), Refuses(b"new")).state_dict()
+    with pytest.raises(MismatchError):
+        await load_in("stream", encoded(message), into=module, staged=True)
+    assert threads == {here} and module[0].state == 1
+
+
+def test_a_selected_extra_state_comes_whole() -> None:
+    sent, module = Extra(extra_tensors), Extra(extra_tensors)
+    load(encoded(sent.state_dict()), into=module, select=["_extra_state"])
+    assert plainly(module.state) == plainly(sent.state)
+    assert state(module)["linear.weight"] != state(sent)["linear.weight"]
+
+
+def test_a_lazy_module_that_cannot_be_lazy_again() -> None:
+    module = nn.Sequential(nn.LazyLinear(3), Refuses(b"old"))
+    module[1].refused = b"new"  # type: ignore[assignment]
+    message = nn.Sequential(lazily(), Refuses(b"new")).state_dict()
+    with pytest.raises(MismatchError, match=r"half applied.*\n.*0\.weight: it has memory now"):
+        load(encoded(message), into=module, staged=True)
+
+
+def test_a_hooked_module_of_inference_mode() -> None:
+    with torch.inference_mode():
+        module = nn.Linear(2, 2)
+    module.register_load_state_dict_post_hook(lambda *_: None)
+    sent = nn.Linear(2, 2)
+    load(encoded(sent.state_dict()), into=module)
+    assert state(module) == state(sent)
+
+
+def test_hooks_of_a_submodule_without_entries() -> None:
+    seen: list[str] = []
+    module = nn.Sequential(nn.Identity(), nn.Linear(2, 2))
+    before_load(module[0], lambda *_: seen.append("before"))
+    module[0].register_load_state_dict_post_hook(
+        lambda module, keys: seen.append(f"after {keys.missing_keys}")
+    )
+    message = module.state_dict()
+    load(encoded(message), into=module)
+    assert seen == ["before", "after []"]
+
+
+def test_post_hooks_hear_of_what_is_missing() -> None:
+    seen: list[list[str]] = []
+    module = nn.Sequential(nn.Linear(2, 2))
+    module.register_load_state_dict_post_hook(
+        lambda module, keys: seen.append(list(keys.missing_keys))
+    )
+    message = dict(module.state_dict())
+    del message["0.bias"]
+    load(encoded(message), into=module, strict=False)
+    assert seen == [["0.bias"]]
+
+
+def test_a_state_dict_that_does_not_go_by_submodules() -> None:
+    class Wraps(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def state_dict(self, *args: Any, **options: Any) -> Any:
+            return self.inner.state_dict(*args, **options)
+
+    sent, module = Wraps(nn.Linear(2, 2)), Wraps(nn.Linear(2, 2))
+    load(encoded(sent.state_dict()), into=module)
+    assert state(module) == state(sent)
+    with pytest.raises(ValueError, match=r"shows 'linear\.weight', which is no path of a sub"):
+        load(encoded(sent.state_dict()), into=Wraps(Extra(lambda: 1)))
+
+
+def test_a_checkpointed_module() -> None:
+    """Its hooks hide its own part of the names."""
+    wrap = torch.distributed.algorithms._checkpoint.checkpoint_wrapper.checkpoint_wrapper
+    sent, module = (nn.Sequential(wrap(nn.Linear(2, 2)), Copies()) for _ in range(2))
+    assert "0.weight" in sent.state_dict()
+    load(encoded(sent.state_dict()), into=module)
+    assert state(module) == state(sent)
+
+
+def test_no_more_unknown_names_than_code_is_given() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for room in ("into", "module_load"):
+            patch.setattr(f"aiotorchio.graph.{room}.UNKNOWN_MAX", 2)
+        message = OldName(old=True).state_dict() | {f"x{n}": torch.ones(1) for n in range(3)}
+        with pytest.raises(MismatchError) as caught:
+            load(encoded(message), into=OldName())
+        assert caught.value.unexpected == ("x1", "x2")
+        module: Any = OldName()
+        load(encoded(message), into=module, strict=False)
+        assert torch.equal(module.weight, message["w"])
+
+
+def test_nested_entries_that_nothing_loads() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def state_dict(self, *args: Any, **options: Any) -> Any:
+            return {"model": self.inner.state_dict(), "step": 3}
+
+    module = Nested()
+    before = plainly(module.state_dict())
+    with pytest.raises(MismatchError, match="nothing there loads it") as caught:
+        load(encoded(Nested().state_dict()), into=module)
+    assert caught.value.misfits.keys() == {"model"}
+    assert plainly(module.state_dict()) == before
+
+
+def test_torch_is_given_the_tensors_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of each would take as long as the load."""
+    module, seen = nn.Sequential(Extra(lambda: 1)), list[Any]()
+    call = nn.Module._load_from_state_dict
+
+    def note(self: nn.Module, state_dict: Any, *rest: Any) -> None:
+        seen.extend(state_dict.values())
+        call(self, state_dict, *rest)
+
+    monkeypatch.setattr(nn.Module, "_load_from_state_dict", note)
+    monkeypatch.setattr(note, "__module__", "torch.nn.modules.module")
+    load(encoded(module.state_dict()), into=module)
+    weight: Any = module[0]
+    assert any(each is weight.linear.weight for each in seen)

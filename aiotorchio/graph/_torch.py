@@ -54,6 +54,7 @@ __all__ = [
     "over_storage",
     "persistent_tensors",
     "python_name",
+    "reads_copies",
     "real_tensors",
     "renames",
     "run_load_post_hooks",
@@ -375,6 +376,11 @@ def renames(module: torch.nn.Module) -> bool:
     return not by_torch or bool(module._load_state_dict_pre_hooks)
 
 
+def reads_copies(module: torch.nn.Module) -> bool:
+    """Whether a module may do more with a tensor that it is to load than copy it into its own."""
+    return renames(module) or torch.__future__.get_swap_module_params_on_conversion()
+
+
 def takes_extra_state(module: torch.nn.Module) -> bool:
     """Whether a module has more to keep than tensors."""
     return type(module).set_extra_state is not torch.nn.Module.set_extra_state
@@ -389,7 +395,7 @@ def loads_in_its_own_way(module: torch.nn.Module) -> bool:
 def load_from_state_dict(
     module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *found: list[str]
 ) -> None:
-    """What load_state_dict does with one module; ``found`` are missing, unexpected, errors."""
+    """As load_state_dict does; ``found`` are missing, unexpected, errors."""
     module._load_from_state_dict(state, prefix, metadata, True, *found)
 
 

@@ -89,8 +89,17 @@ def _floats(flattened: Flattened) -> dict[int, torch.dtype]:
     return {
         index: dtype
         for index, dtype in found.items()
-        if dtype.is_floating_point and index not in others
+        if dtype.is_floating_point and index not in others and _converts(dtype)
     }
+
+
+def _converts(dtype: torch.dtype) -> bool:
+    """Whether torch has conversions for it: not for all that hold several numbers in a byte."""
+    try:
+        torch.empty(1, dtype=dtype).to(torch.float32)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def _copy(

@@ -12,7 +12,7 @@ import torch
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.footprint import Extents
-from aiotorchio.graph.modules import ModuleDestination, has_memory
+from aiotorchio.graph.modules import UNKNOWN_MAX, ModuleDestination, has_memory
 from aiotorchio.graph.names import count_unnamed, rows_by_name, walk
 from aiotorchio.graph.sharing import VIEW_BITS, filled_by_others, shared
 from aiotorchio.graph.tensor_load import is_copied_whole, kind_of
@@ -144,6 +144,7 @@ def match(
             for name in interruptible(names)
             if name in wanted and name not in destinations and not known.takes(name)
         ]
+        misfits |= known.refused
         unnamed = count_unnamed(header)
         # These are compared when they are there: by modules, and with tensors of other kinds.
         compared = any(module.others for module in modules) or any(
@@ -183,12 +184,18 @@ def _has_places(tensor: torch.Tensor) -> bool:
 
 
 class _Known:
-    """What modules know that one of both sides lacks."""
+    """What modules know that one of both sides lacks.
+
+    Attributes:
+        refused: Entries of which the message has parts, and that nobody would load, with reasons.
+    """
 
     def __init__(self, modules: Sequence[ModuleDestination]) -> None:
         self._modules = {module.prefix: module for module in modules}
         # Not one after the other: there can be thousands, and half a million names.
         self._lengths = sorted({len(prefix) for prefix in self._modules}, reverse=True)
+        self._unknown_left = UNKNOWN_MAX
+        self.refused: dict[str, str] = {}
 
     def judges(self, name: str) -> bool:
         """Whether a module may do without a tensor of this name, or take it for another."""
@@ -196,9 +203,17 @@ class _Known:
 
     def takes(self, name: str) -> bool:
         """Whether a module loads a tensor that is none of its own."""
-        return any(
-            module.entry(key) is not None or module.judges(key) for module, key in self._of(name)
-        )
+        for module, key in self._of(name):
+            entry = module.entry(key)
+            if entry is not None:
+                reason = module.refusal(entry)
+                if reason is not None:
+                    self.refused[module.prefix + entry] = reason
+                return True
+            if self._unknown_left and module.judges(key):
+                self._unknown_left -= 1
+                return True
+        return False
 
     def _of(self, name: str) -> Iterator[tuple[ModuleDestination, str]]:
         for length in self._lengths:

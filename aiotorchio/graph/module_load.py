@@ -1,14 +1,14 @@
 """What a module loads beside its tensors: the last part of a commit.
 
 In: a ``ModuleDestination`` whose tensors have their new numbers, and the object that was received.
-Out: its submodules have loaded what belongs to them, or ``undo`` lets them load what they had.
+Out: its submodules have loaded what belongs to them, or ``restore`` lets them load what they had.
 ``transfer`` makes it a part of the commit of a message.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +18,8 @@ import torch
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph import _torch
 from aiotorchio.graph.metadata import without_mark
-from aiotorchio.graph.modules import EXTRA_STATE, ModuleDestination, beginnings
+from aiotorchio.graph.module_state import IN_PLACE, NOTHING, Entries, StateDict, find
+from aiotorchio.graph.modules import EXTRA_STATE, UNKNOWN_MAX, ModuleDestination
 from aiotorchio.interrupt import interruptible
 from aiotorchio.wire.header import shortened
 
@@ -26,10 +27,10 @@ __all__ = ["ModuleLoad"]
 
 
 class ModuleLoad:
-    """Gives one module what was received for it; the last part of a commit.
+    """Gives one module what was received for it.
 
     Args:
-        destination: Whose ``tensors`` have their new numbers when this is used.
+        destination: Whose ``tensors`` have their new numbers when ``steps`` is called.
         received: The object that was received.
         names: Those of its tensors, as far as they are wanted.
         wanted: Whether a name counts.
@@ -49,45 +50,66 @@ class ModuleLoad:
     ) -> None:
         self._destination = destination
         self._wanted, self._strict, self._staged = wanted, strict, staged
-        prefix = destination.prefix
-        find = _Find()
-        root = find(received, prefix[:-1]) if prefix else received
+        prefix, tensors = destination.prefix, destination.tensors
+        lengths: dict[int, list[int]] = {}
+        root = find(received, prefix[:-1], lengths)
         # Full pickle may have brought the mark.
         self._metadata: Mapping[str, Any] = without_mark(getattr(root, "_metadata", None)) or {}
-        # The submodules that have something to do.
-        self._paths: set[str] = set()
         self._called: list[str] = []
         self._before: dict[str, Any] = {}
-        self._visited: set[str] = set()
+        self._versions: Mapping[str, Any] = {}
+        self._lazy: list[str] = []
+        self._first_error = ""
+
         keys = [
             name.removeprefix(prefix) for name in interruptible(names) if name.startswith(prefix)
         ]
-        others = [key for key in keys if key not in destination.tensors]
-        # Those of the tensors are taken when they have their new numbers, and maybe other memory.
-        self._state: dict[str, Any] = dict.fromkeys(
-            key for key in keys if key in destination.tensors
-        )
+        entries: dict[str, Any] = {key: IN_PLACE for key in keys if key in tensors}
+        # Old names, for example, which a hook knows.
+        unknown = [
+            key
+            for key in interruptible(keys)
+            if key not in tensors and destination.entry(key) is None
+        ][:UNKNOWN_MAX]
         # Extra state that nobody takes is to be found out, too.
-        entries = [*destination.others, *_extra_states(root)]
-        others = [key for key in interruptible(others) if destination.entry(key) is None]
-        for key in interruptible([*others, *(key for key in entries if prefix + key in wanted)]):
-            value = find(root, key)
-            if value is not _NOTHING:
-                self._state[key] = value
-                self._paths.add(destination.owner(key))
-        owners = {destination.owner(key) for key in interruptible(self._state)}
-        self._paths |= destination.active & destination.with_those_above(owners)
+        others = [*destination.others, *_extra_states(root)]
+        others = [key for key in others if prefix + key in wanted]
+        for key in interruptible([*unknown, *others], 1):
+            value = find(root, key, lengths)
+            if value is NOTHING:
+                # The message may have the module's path in its keys.
+                value = find(received, prefix + key, lengths)
+            if value is not NOTHING:
+                entries[key] = value
+        missing = [
+            key
+            for key in (*tensors, *destination.others)
+            if key not in entries and prefix + key in wanted
+        ]
+
+        owner = destination.owner
+        self._entries = Entries(entries, owner)
+        # The submodules that have something to do: in a part of a message, those that have a part.
+        reached = destination.with_those_above({owner(key) for key in interruptible(entries)})
+        everything = all(prefix + key in wanted for key in (*tensors, *destination.others))
+        self._paths = destination.active if everything else destination.active & reached
+        self._paths = self._paths | {owner(key) for key in entries if key not in tensors}
         if strict:
-            self._paths |= {
-                destination.owner(key)
-                for key in destination.tensors
-                if key not in self._state and prefix + key in wanted
-            }
+            self._paths |= {owner(key) for key in missing}
+        # Those that are called say themselves what they miss.
+        self._missing = [key for key in missing if owner(key) not in self._paths]
+        self._visited = destination.with_those_above(self._paths)
 
     @property
     def has_steps(self) -> bool:
         """Whether there is anything to do."""
         return bool(self._paths)
+
+    def note(self) -> None:
+        """Keep what submodules have beside their tensors; comes before these change."""
+        with self._refusing(""):
+            self._before, self._versions = self._current()
+        self._lazy = self._lazy_ones()
 
     def steps(self) -> Iterator[None]:
         """Load; between two steps, other tasks may run.
@@ -95,23 +117,12 @@ class ModuleLoad:
         Raises:
             MismatchError: A submodule refuses what was received, or raises an error.
         """
-        self._before = self._current()
-        self._visited = self._destination.with_those_above(self._paths)
-        missing: list[str] = []
-        unexpected: list[str] = []
-        errors: list[str] = []
-        tensors = self._destination.tensors
-        state: OrderedDict[str, Any] = OrderedDict(
-            (key, tensors[key].detach() if key in tensors else value)
-            for key, value in self._state.items()
-        )
-        for _ in self._load("", state, missing, unexpected, errors):
-            yield
-        prefix = self._destination.prefix
+        missing, unexpected, errors = list(self._missing), list[str](), list[str]()
+        yield from self._load("", missing, unexpected, errors)
+        prefix, others = self._destination.prefix, self._destination.others
         missing = [prefix + key for key in missing if prefix + key in self._wanted]
-        others = self._destination.others
-        unexpected = [prefix + key for key in unexpected if self._strict or key in others]
         missing = missing if self._strict else []
+        unexpected = [prefix + key for key in unexpected if self._strict or key in others]
         if missing or unexpected or errors:
             lines = [
                 *errors,
@@ -121,53 +132,43 @@ class ModuleLoad:
             raise self._refused("", "\n    ".join(["", *lines]), missing, unexpected)
 
     def _load(
-        self,
-        path: str,
-        state: OrderedDict[str, Any],
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
+        self, path: str, missing: list[str], unexpected: list[str], errors: list[str]
     ) -> Iterator[None]:
         """As the function of that name in ``torch.nn.Module.load_state_dict``."""
-        submodule = self._destination.submodule(path)
-        called = path in self._paths
+        destination = self._destination
+        submodule, called = destination.submodule(path), path in self._paths
         if called:
-            before = dict(state)
-            self._call(path, state, missing, unexpected, errors)
-            changed = [key for key in {**before, **state} if before.get(key) is not state.get(key)]
-            self._paths |= {self._destination.owner(key) for key in changed} - {path}
-            self._visited = self._destination.with_those_above(self._paths)
+            self._called.append(path)
+            state = self._state_of(path, self._entries)
+            with self._refusing(path):
+                self._call(path, state, self._metadata, missing, unexpected, errors)
+            if state.touched:
+                owners = self._entries.take_over(path, state) - {path}
+                self._paths = self._paths | owners
+                self._visited |= destination.with_those_above(owners)
             yield
         for name, child in submodule._modules.items():
             below = f"{path}.{name}" if path else name
             if child is not None and below in self._visited:
-                part = OrderedDict(
-                    (key, value) for key, value in state.items() if key.startswith(below + ".")
-                )
-                yield from self._load(below, part, missing, unexpected, errors)
+                yield from self._load(below, missing, unexpected, errors)
         if called:
             with self._refusing(path):
                 _torch.run_load_post_hooks(submodule, missing, unexpected)
 
+    def _state_of(self, path: str, entries: Entries) -> StateDict:
+        copies = _torch.reads_copies(self._destination.submodule(path))
+        return StateDict(entries.below(path), self._destination.tensors, copies=copies)
+
     def _call(
-        self,
-        path: str,
-        state: OrderedDict[str, Any],
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
+        self, path: str, state: StateDict, versions: Mapping[str, Any], *found: list[str]
     ) -> None:
-        self._called.append(path)
-        with self._refusing(path):
-            _torch.load_from_state_dict(
-                self._destination.submodule(path),
-                state,
-                path + "." if path else "",
-                self._metadata.get(path, {}),
-                missing,
-                unexpected,
-                errors,
-            )
+        submodule = self._destination.submodule(path)
+        tensors = _torch.persistent_tensors(submodule).values()
+        inference = any(not _is_lazy(each) and each.is_inference() for each in tensors)
+        with torch.inference_mode() if inference else contextlib.nullcontext():
+            prefix = path + "." if path else ""
+            version = versions.get(path, {})
+            _torch.load_from_state_dict(submodule, state, prefix, version, *found)
 
     @contextmanager
     def _refusing(self, path: str) -> Iterator[None]:
@@ -182,96 +183,85 @@ class ModuleLoad:
         where = shortened(self._destination.prefix + path).removesuffix(".")
         kind = type(self._destination.submodule(path)).__name__
         kept = "" if self._staged else " (its tensors are written to: staged=True keeps them)"
+        self._first_error = f"{where or 'the module'} ({kind}) did not load what was received"
+        self._first_error += kept + why
         return MismatchError(
-            f"{where or 'the module'} ({kind}) did not load what was received{kept}{why}",
+            self._first_error,
             entry=where or None,
             missing=list(missing),
             unexpected=list(unexpected),
         )
 
-    def _current(self) -> dict[str, Any]:
-        """The state of the module, with nothing for the tensors that are received into."""
+    def _current(self) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        """What the module shows beside its tensors, and the versions of its submodules."""
         destination = self._destination
+        shown: Any = destination.module.state_dict(keep_vars=True)
         state: dict[str, Any] = {}
-        for key, value in destination.module.state_dict(keep_vars=True).items():
+        for key, value in shown.items():
             if key in destination.tensors:
-                state[key] = None
-            elif destination.owner(key) in self._paths and not _is_lazy(value):
+                state[key] = IN_PLACE
+            elif not _is_lazy(value):
                 state[key] = _copied(value)
-        return state
+        return state, without_mark(getattr(shown, "_metadata", None)) or {}
 
-    def undo(self) -> None:
+    def _lazy_ones(self) -> list[str]:
+        destination = self._destination
+        return [
+            f"{path}.{name}".lstrip(".")
+            for path in self._paths
+            for name, tensor in _torch.persistent_tensors(destination.submodule(path)).items()
+            if _is_lazy(tensor)
+        ]
+
+    def restore(self) -> None:
         """Load what was there before, as far as something was loaded; without effect otherwise.
 
+        In the caller's thread, behind the tensors: they have their earlier numbers if they can be
+        had back.
+
         Raises:
-            MismatchError: A submodule does not take back what it had: names all that are neither
-                as before nor as in the message.
+            MismatchError: A submodule does not take back what it had: names all entries that are
+                neither as before nor as in the message.
         """
-        called, self._called = dict.fromkeys(self._called), []
-        failed: list[str] = []
-        tensors = self._destination.tensors
+        called, self._called = list(dict.fromkeys(self._called)), []
+        if not called:
+            return
+        destination = self._destination
+        before = Entries(self._before, destination.owner)
+        failed: dict[str, str] = {}
         for path in called:
-            errors: list[str] = []
-            # Tensors as they are now: they may have been swapped back to other memory.
-            state = OrderedDict(
-                (key, tensors[key].detach() if key in tensors else value)
-                for key, value in self._before.items()
-                if _is_below(key, path)
-            )
+            state, errors = self._state_of(path, before), list[str]()
             try:
-                self._call(path, state, [], [], errors)
-                _torch.run_load_post_hooks(self._destination.submodule(path), [], [])
-            except MismatchError as error:
-                errors.append(str(error))
-            failed += [f"{self._destination.prefix}{path}: {why}" for why in errors[:1]]
-        self._called = []
-        if failed:
+                self._call(path, state, self._versions, [], [], errors)
+                _torch.run_load_post_hooks(destination.submodule(path), [], [])
+            except Exception as error:
+                errors.append(f"{type(error).__name__}: {error}")
+            if errors:
+                failed[path] = errors[0]
+        lines = self._not_as_before(failed)
+        if lines:
             raise MismatchError(
-                "half applied: these modules did not take back what they had"
-                + "".join(f"\n    {line}" for line in failed)
+                "half applied: these entries are not as they were"
+                + "".join(f"\n    {line}" for line in lines)
+                + f"\nbehind this: {self._first_error}"
             )
 
-
-class _Nothing:
-    pass
-
-
-_NOTHING = _Nothing()
-
-
-class _Find:
-    """Looks things up in nested dicts, lists and tuples by their names."""
-
-    def __init__(self) -> None:
-        # Lengths of the keys of each dict. A peer chooses keys and names: with any number of dots.
-        self._lengths: dict[int, list[int]] = {}
-
-    def __call__(self, value: Any, name: str) -> Any:
-        """What is under a name; _NOTHING if nothing is."""
-        while name:
-            if isinstance(value, list | tuple):
-                key, _, name = name.partition(".")
-                if not key.isdecimal() or len(key) > 9 or int(key) >= len(value):
-                    return _NOTHING
-                value = value[int(key)]
-                continue
-            if not isinstance(value, Mapping):
-                return _NOTHING
-            if name in value:
-                return value[name]
-            lengths = self._lengths_of(value)
-            first = next((each for each in beginnings(name, lengths) if each in value), None)
-            if first is None:
-                return _NOTHING
-            value, name = value[first], name[len(first) + 1 :]
-        return value
-
-    def _lengths_of(self, value: Mapping[Any, Any]) -> list[int]:
-        lengths = self._lengths.get(id(value))
-        if lengths is None:
-            lengths = sorted({len(key) for key in value if isinstance(key, str)})
-            self._lengths[id(value)] = lengths
-        return lengths
+    def _not_as_before(self, failed: Mapping[str, str]) -> list[str]:
+        """The entries that are not as they were, with the errors of those that own them."""
+        destination, prefix = self._destination, self._destination.prefix
+        try:
+            now, _ = self._current()
+        except Exception as error:
+            return [f"{prefix[:-1]}: {type(error).__name__}: {error}"]
+        still = set(self._lazy_ones())
+        lines = [f"{prefix}{key}: it has memory now" for key in self._lazy if key not in still]
+        for key, value in self._before.items():
+            why = failed.get(destination.owner(key), "")
+            same = value is IN_PLACE or _same(value, now.get(key, NOTHING))
+            # What cannot be compared is as before, unless its owner says that it did not take it.
+            if same is False or (same is None and why):
+                lines.append(f"{prefix}{key}: {why or 'another value'}")
+        return lines
 
 
 def _extra_states(root: Any) -> list[str]:
@@ -279,10 +269,6 @@ def _extra_states(root: Any) -> list[str]:
     if not isinstance(root, Mapping):
         return []
     return [key for key in root if isinstance(key, str) and key.rpartition(".")[2] == EXTRA_STATE]
-
-
-def _is_below(path: str, other: str) -> bool:
-    return not other or path == other or path.startswith(other + ".")
 
 
 def _is_lazy(value: object) -> bool:
@@ -298,3 +284,27 @@ def _copied(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_copied, value))
     return copy.deepcopy(value)
+
+
+def _same(one: Any, other: Any) -> bool | None:
+    """Whether two values are the same; None if they cannot be compared."""
+    if type(one) is not type(other):
+        return False
+    if type(one) is dict:
+        if one.keys() != other.keys():
+            return False
+        one, other = list(one.values()), list(other.values())
+    if type(one) in (list, tuple):
+        if len(one) != len(other):
+            return False
+        found = [_same(*pair) for pair in zip(one, other, strict=True)]
+        return False if False in found else None if None in found else True
+    try:
+        if isinstance(one, torch.Tensor):
+            if (one.shape, one.dtype, one.layout) != (other.shape, other.dtype, other.layout):
+                return False
+            return bool(((one == other) | ((one != one) & (other != other))).all())
+        return bool(one == other)
+    except Exception:
+        # Whatever the code of the caller's classes raises.
+        return None

@@ -108,7 +108,10 @@ class TensorLoad:
                 ) from error
             yield
 
-    def undo(self) -> None:
+    def note(self) -> None:
+        """Nothing: what is there before is copied when it changes."""
+
+    def restore(self) -> None:
         """Copy back what was there before; without effect otherwise.
 
         Raises:

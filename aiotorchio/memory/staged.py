@@ -95,9 +95,15 @@ class Exchange:
             self._done.append((destination, shadow))
             self._half = None
 
+    def note(self) -> None:
+        """There is nothing to note."""
+
     def finish(self) -> Iterator[None]:
         """There is nothing more to do."""
         return iter(())
+
+    def restore(self) -> None:
+        """There is nothing more to undo."""
 
     def undo(self) -> None:
         """Put the bytes back that were there, which are in the shadows now.
@@ -296,9 +302,15 @@ class Swap:
     def _pairs_now(self) -> list[tuple[torch.UntypedStorage, torch.UntypedStorage]]:
         return [(other, front) for front, other in self._pairs]
 
+    def note(self) -> None:
+        """There is nothing to note."""
+
     def finish(self) -> Iterator[None]:
         """There is nothing more to do."""
         return iter(())
+
+    def restore(self) -> None:
+        """There is nothing more to undo."""
 
     def undo(self) -> None:
         """Let each tensor show the memory again that it had.

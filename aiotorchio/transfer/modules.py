@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
+from aiotorchio.errors import MismatchError
 from aiotorchio.graph.module_load import ModuleLoad
 from aiotorchio.graph.tensor_load import TensorLoad
 from aiotorchio.interrupt import interruptible
@@ -36,6 +37,11 @@ class WithModules:
         """As of the change of the tensors."""
         return [] if self._tensors is None else self._tensors.tables
 
+    def note(self) -> None:
+        """Keep what modules have, before the tensors change."""
+        for load in self._loads:
+            load.note()
+
     def prepare(self) -> None:
         """As of the change of the tensors."""
         if self._tensors is not None:
@@ -52,11 +58,20 @@ class WithModules:
             yield from load.steps()
 
     def undo(self) -> None:
-        """Change the tensors back, and let the modules load what they had."""
+        """Change the tensors back."""
         if self._tensors is not None:
             self._tensors.undo()
+
+    def restore(self) -> None:
+        """Let the modules load what they had; behind ``undo``."""
+        errors: list[MismatchError] = []
         for load in reversed(self._loads):
-            load.undo()
+            try:
+                load.restore()
+            except MismatchError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 def with_modules(

@@ -169,6 +169,8 @@ class Placement:
         else:
             self._number_of = rows_by_name(rows)
         self.wanted = Wanted(select, [*self._number_of, *(into.names if into else ())])
+        if into is not None and not self.wanted.all:
+            self.wanted.add(into.parts(self._number_of, self.wanted))
         matched = Match({}, [], {}, set())
         if into is not None:
             matched = match(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from aiotorchio.graph.location import MapLocation
 from aiotorchio.graph.modules import ModuleDestination
 from aiotorchio.graph.select import Select, selected
 from aiotorchio.graph.unwritten import Unwritten
+from aiotorchio.interrupt import interruptible
 from aiotorchio.memory.staged import BackMemory
 from aiotorchio.transfer.steps import Progress
 
@@ -97,6 +98,16 @@ class Into:
             for name in module.others:
                 yield module.prefix + name
 
+    def parts(self, names: Iterable[str], wanted: Container[str]) -> Iterator[str]:
+        """Those of the names that are in entries which are wanted: extra state is given whole."""
+        modules = [module for module in self.modules if module.others]
+        for name in interruptible(names) if modules else ():
+            for module in modules:
+                if name.startswith(module.prefix):
+                    entry = module.entry(name.removeprefix(module.prefix))
+                    if entry is not None and module.prefix + entry in wanted:
+                        yield name
+
 
 class Wanted:
     """Which names count.
@@ -109,6 +120,10 @@ class Wanted:
     def __init__(self, select: Select | None, names: Iterable[str]) -> None:
         self.all = select is None
         self._names = set() if select is None else selected(select, names)
+
+    def add(self, names: Iterable[str]) -> None:
+        """Let more names count."""
+        self._names.update(names)
 
     def __contains__(self, name: object) -> bool:
         return self.all or name in self._names

@@ -1,0 +1,206 @@
+"""The entries of a state dict that one module loads, as its submodules and their hooks see them.
+
+In: what was received, with a mark where a tensor has its numbers in place already. Out: for each
+submodule a dict of the entries at and below it, whose tensors are copies: a hook may move them
+from name to name, or keep them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from aiotorchio.graph.modules import beginnings
+from aiotorchio.interrupt import interruptible
+
+__all__ = ["IN_PLACE", "NOTHING", "Entries", "StateDict", "find"]
+
+IN_PLACE = object()
+"""Stands for the numbers that a tensor of the module has."""
+
+NOTHING = object()
+"""Stands for what is not there."""
+
+
+class StateDict(OrderedDict[str, Any]):
+    """What a submodule is to load.
+
+    Args:
+        entries: Some of them ``IN_PLACE``.
+        tensors: Those of the module, by name.
+        copies: Whether whoever reads an entry gets a copy of its tensor: not if it is torch, which
+            has nothing to do where the tensor is its own.
+
+    Attributes:
+        touched: Names of the entries that were set or deleted.
+    """
+
+    def __init__(
+        self,
+        entries: Iterable[tuple[str, Any]],
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        copies: bool,
+    ) -> None:
+        super().__init__()
+        self.touched: set[str] = set()
+        self._copies = copies
+        self._tensors = tensors
+        for key, value in entries:
+            super().__setitem__(key, value)
+
+    def raw(self, key: str) -> Any:
+        """The entry, or the mark in its place."""
+        return super().__getitem__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if value is not IN_PLACE:
+            return value
+        tensor = self._tensors[key]
+        with torch.no_grad():
+            return tensor.detach().clone() if self._copies else tensor
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.touched.add(key)
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        self.touched.add(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of a dict."""
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """As of a dict."""
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """As of a dict."""
+        if key not in self and default:
+            return default[0]
+        value = self[key]
+        del self[key]
+        return value
+
+    def popitem(self, last: bool = True) -> tuple[str, Any]:
+        """As of an ``OrderedDict``."""
+        key = next(reversed(self) if last else iter(self))
+        return key, self.pop(key)
+
+    def clear(self) -> None:
+        """As of a dict."""
+        self.touched |= self.keys()
+        super().clear()
+
+    def copy(self) -> OrderedDict[str, Any]:  # type: ignore[override]
+        """As of a dict."""
+        return OrderedDict((key, self[key]) for key in self)
+
+    def items(self) -> Any:
+        """As of a dict, one after the other."""
+        return _Items(self)
+
+    def values(self) -> Any:
+        """As of a dict, one after the other."""
+        return _Values(self)
+
+
+class _Items:
+    def __init__(self, state: StateDict) -> None:
+        self._state = state
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((key, self._state[key]) for key in self._state)
+
+
+class _Values(_Items):
+    def __iter__(self) -> Iterator[Any]:
+        return (self._state[key] for key in self._state)
+
+
+class Entries:
+    """Entries by the submodules that they belong to.
+
+    Args:
+        entries: By name.
+        owner: Gives the path of the submodule that an entry belongs to.
+    """
+
+    def __init__(self, entries: Mapping[str, Any], owner: Callable[[str], str]) -> None:
+        self._owner = owner
+        self._of: dict[str, dict[str, Any]] = {}
+        for key, value in interruptible(entries.items()):
+            self._of.setdefault(owner(key), {})[key] = value
+        self._paths = sorted(self._of)
+
+    def below(self, path: str) -> Iterator[tuple[str, Any]]:
+        """Those of a submodule, and of all in it."""
+        if not path:
+            groups = self._paths
+        else:
+            # The letter behind a dot is a slash.
+            first, last = (bisect_left(self._paths, path + letter) for letter in "./")
+            groups = [path, *self._paths[first:last]]
+        for group in groups:
+            yield from self._of.get(group, {}).items()
+
+    def take_over(self, path: str, state: StateDict) -> set[str]:
+        """Change them as the code of a submodule has; returns to whom the changed ones belong."""
+        prefix = path + "." if path else ""
+        owners = set()
+        for key in state.touched:
+            if not isinstance(key, str) or not key.startswith(prefix):
+                continue
+            owner = self._owner(key)
+            owners.add(owner)
+            group = self._of.setdefault(owner, {})
+            group.pop(key, None)
+            if key in state:
+                group[key] = state.raw(key)
+        self._paths = sorted(self._of)
+        return owners
+
+
+def find(value: Any, name: str, lengths: dict[int, list[int]]) -> Any:
+    """What is in nested dicts, lists and tuples under a name; ``NOTHING`` if nothing is.
+
+    Args:
+        value: The object.
+        name: A path in it.
+        lengths: For the next call: those of the keys of each dict. A peer chooses keys and names,
+            with any number of dots.
+    """
+    while name:
+        if isinstance(value, list | tuple):
+            index, _, name = name.partition(".")
+            if not index.isdecimal() or len(index) > 9 or int(index) >= len(value):
+                return NOTHING
+            value = value[int(index)]
+            continue
+        if not isinstance(value, Mapping):
+            return NOTHING
+        if name in value:
+            return value[name]
+        if id(value) not in lengths:
+            lengths[id(value)] = sorted({len(key) for key in value if isinstance(key, str)})
+        found = beginnings(name, lengths[id(value)])
+        key = next((each for each in found if each in value), None)
+        if key is None:
+            return NOTHING
+        value, name = value[key], name[len(key) + 1 :]
+    return value
