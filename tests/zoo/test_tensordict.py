@@ -15,8 +15,7 @@ from tests.zoo.ways import INTO, Model, cases, check
 
 tensordict = pytest.importorskip("tensordict")
 
-NAMES = "issue 14, item 2: a mapping that is not a dict has no names yet"
-FILES = "issue 14, item 2: the pickle of a memory-mapped tensor has the name of its file"
+FILES = "the pickle of a memory-mapped tensor has the name of its file"
 
 _folders: list[Path] = []
 
@@ -77,9 +76,7 @@ def parameters() -> Any:
 
 MODELS = {
     "state_dict": Model(plain, numbers, state=flat),
-    "TensorDict": Model(
-        plain, numbers, update, state=itself, xfail=dict.fromkeys([*INTO, "iterate"], NAMES)
-    ),
+    "TensorDict": Model(plain, numbers, update, state=itself),
     "memory-mapped, state_dict": Model(mapped, numbers, state=flat),
     "memory-mapped": Model(
         mapped,

@@ -17,7 +17,7 @@ quantization = pytest.importorskip("torchao.quantization")
 
 # Not in the annotations of torch.
 INT4: torch.dtype = vars(torch)["int4"]
-NAMES = "issue 14, item 2: a wrapper subclass has no name yet"
+NAMES = "a wrapper subclass has no name yet"
 
 
 def quantized(config: Any) -> Any:
