@@ -52,6 +52,7 @@ __all__ = [
     "make_wrapper_subclass",
     "nested_view",
     "over_storage",
+    "passing_buffers",
     "persistent_tensors",
     "python_name",
     "reads_copies",
@@ -368,6 +369,11 @@ def persistent_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
     return {k: p for k, p in module._parameters.items() if p is not None} | buffers
+
+
+def passing_buffers(module: torch.nn.Module) -> list[torch.Tensor | None]:
+    """What a module itself keeps in no state dict."""
+    return [module._buffers[name] for name in module._non_persistent_buffers_set]
 
 
 def renames(module: torch.nn.Module) -> bool:

@@ -131,7 +131,7 @@ class ModuleDestination:
     def attributes(self) -> Iterator[Any]:
         """Everything that the submodules have and that is neither in ``state_dict()`` nor below."""
         for submodule in self._submodules.values():
-            yield from (submodule._buffers[key] for key in submodule._non_persistent_buffers_set)
+            yield from _torch.passing_buffers(submodule)
             yield from (value for key, value in vars(submodule).items() if key not in _ENTRIES)
 
     def submodule(self, path: str) -> torch.nn.Module:
