@@ -105,7 +105,12 @@ def _free(commit: Commit) -> None:
     Nobody waits for it: a cancellation meanwhile would be raised although the change was made.
     """
     if max(map(len, commit.tables), default=0) > _FREED_AT_ONCE:
-        threading.Thread(target=release, args=commit.tables, name="aiotorchio_free").start()
+        thread = threading.Thread(target=release, args=commit.tables, name="aiotorchio_free")
+        try:
+            thread.start()
+        except RuntimeError:
+            # No more threads can be started. The change is made, so nothing may be raised.
+            release(*commit.tables)
 
 
 class _Lock:

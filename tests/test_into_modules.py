@@ -790,8 +790,8 @@ class Versioned(nn.Module):
 
 @pytest.mark.parametrize("versions", [{"0": {"version": 1}}, {"": 3}, [1], None], ids=repr)
 def test_an_undo_goes_by_the_versions_of_the_module(versions: Any) -> None:
-    module = nn.Sequential(Versioned(), Refuses(b"old"))
-    module[1].refused = b"new"  # type: ignore[assignment]
+    module: Any = nn.Sequential(Versioned(), Refuses(b"old"))
+    module[1].refused = b"new"
     message: Any = nn.Sequential(Versioned(), Refuses(b"new")).state_dict()
     message._metadata = versions
     before = state(module)
@@ -837,8 +837,8 @@ async def test_the_code_of_modules_runs_in_the_thread_of_the_call() -> None:
             threads.add(threading.current_thread())
             super().set_extra_state(state)
 
-    module = nn.Sequential(Notes(lambda: 1), Refuses(b"old"))
-    module[1].refused = b"new"  # type: ignore[assignment]
+    module: Any = nn.Sequential(Notes(lambda: 1), Refuses(b"old"))
+    module[1].refused = b"new"
     message = nn.Sequential(Extra(lambda: 2), Refuses(b"new")).state_dict()
     with pytest.raises(MismatchError):
         await load_in("stream", encoded(message), into=module, staged=True)
@@ -853,8 +853,8 @@ def test_a_selected_extra_state_comes_whole() -> None:
 
 
 def test_a_lazy_module_that_cannot_be_lazy_again() -> None:
-    module = nn.Sequential(nn.LazyLinear(3), Refuses(b"old"))
-    module[1].refused = b"new"  # type: ignore[assignment]
+    module: Any = nn.Sequential(nn.LazyLinear(3), Refuses(b"old"))
+    module[1].refused = b"new"
     message = nn.Sequential(lazily(), Refuses(b"new")).state_dict()
     with pytest.raises(MismatchError, match=r"half applied.*\n.*0\.weight: it has memory now"):
         load(encoded(message), into=module, staged=True)
@@ -962,3 +962,22 @@ def test_torch_is_given_the_tensors_themselves(monkeypatch: pytest.MonkeyPatch) 
     load(encoded(module.state_dict()), into=module)
     weight: Any = module[0]
     assert any(each is weight.linear.weight for each in seen)
+
+
+def test_an_undo_that_is_interrupted_is_done_again() -> None:
+    interrupts = iter([KeyboardInterrupt])
+
+    class Interrupted(Extra):
+        def set_extra_state(self, state: Any) -> None:
+            if state == 1:
+                for error in interrupts:
+                    raise error
+            super().set_extra_state(state)
+
+    sent = nn.Sequential(Copies(), Extra(lambda: 2), Refuses(b"new")).state_dict()
+    module: Any = nn.Sequential(Copies(), Interrupted(lambda: 1), Refuses(b"old"))
+    module[2].refused = b"new"
+    before = state(module)
+    with pytest.raises(KeyboardInterrupt):
+        load(encoded(sent), into=module, staged=True)
+    assert state(module) == before

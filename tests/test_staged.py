@@ -1253,6 +1253,22 @@ async def test_what_is_left_of_a_large_load_is_freed_in_a_thread(
     assert freed[False] and not freed[True]
 
 
+async def test_a_change_stays_if_no_thread_can_free_what_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("aiotorchio.commit._FREED_AT_ONCE", 0)
+    target = Target("staged", SMALL)
+    call = aiotorchio.load_from_stream(Pieces(SMALL_MESSAGE, 2**16), **target.options)
+    with monkeypatch.context() as patch:
+        commit = "aiotorchio.commit.threading.Thread"
+        patch.setattr(commit, type("NoThread", (threading.Thread,), {"start": start}))
+        await call
+    target.assert_new()
+
+
 def fail() -> None:
     raise ZeroDivisionError
 

@@ -175,6 +175,7 @@ class ModuleLoad:
         try:
             yield
         except Exception as error:
+            # Whatever the caller's code raises, the error names the submodule.
             raise self._refused(path, f": {type(error).__name__}: {error}") from error
 
     def _refused(
@@ -223,7 +224,7 @@ class ModuleLoad:
             MismatchError: A submodule does not take back what it had: names all entries that are
                 neither as before nor as in the message.
         """
-        called, self._called = list(dict.fromkeys(self._called)), []
+        called = list(dict.fromkeys(self._called))
         if not called:
             return
         destination = self._destination
@@ -235,9 +236,13 @@ class ModuleLoad:
                 self._call(path, state, self._versions, [], [], errors)
                 _torch.run_load_post_hooks(destination.submodule(path), [], [])
             except Exception as error:
+                # Whatever the caller's code raises: the others take back what they had all the
+                # same, and this is told if anything is not as before.
                 errors.append(f"{type(error).__name__}: {error}")
             if errors:
                 failed[path] = errors[0]
+        # Not before: after an interrupt all of it is done again.
+        self._called = []
         lines = self._not_as_before(failed)
         if lines:
             raise MismatchError(
@@ -252,6 +257,7 @@ class ModuleLoad:
         try:
             now, _ = self._current()
         except Exception as error:
+            # Of the caller's code again: then nobody knows, and that is told.
             return [f"{prefix[:-1]}: {type(error).__name__}: {error}"]
         still = set(self._lazy_ones())
         lines = [f"{prefix}{key}: it has memory now" for key in self._lazy if key not in still]

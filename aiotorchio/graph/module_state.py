@@ -104,6 +104,7 @@ class StateDict(OrderedDict[str, Any]):
         self.touched |= self.keys()
         super().clear()
 
+    # Not one of this class, as the signature of the base says: it would have nothing to note.
     def copy(self) -> OrderedDict[str, Any]:  # type: ignore[override]
         """As of a dict."""
         return OrderedDict((key, self[key]) for key in self)

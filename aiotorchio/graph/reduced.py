@@ -56,6 +56,7 @@ def _strided(
     dtype_or_metadata: Any = None,
     metadata: Any = None,
 ) -> torch.Tensor:
+    # Not torch's own: its v3 takes the storage that unpickling gives, not the one that is pickled.
     if isinstance(dtype_or_metadata, torch.dtype):
         dtype = dtype_or_metadata
     else:

@@ -117,14 +117,15 @@ class TensorLoad:
         Raises:
             MismatchError: torch cannot; names all that are neither as before nor as in the message.
         """
-        before, self._before = self._before, []
         failed = []
-        for name, destination, value in reversed(before):
+        for name, destination, value in reversed(self._before):
             try:
                 with torch.no_grad():
                     destination.copy_(value)
             except _REFUSALS as error:
                 failed.append(f"{shortened(name)}: {type(error).__name__}: {error}")
+        # Not before: after an interrupt all of it is done again.
+        self._before = []
         if failed:
             raise MismatchError(
                 "half applied: these tensors did not take back what they had"

@@ -63,7 +63,11 @@ class WithModules:
             self._tensors.undo()
 
     def restore(self) -> None:
-        """Let the modules load what they had; behind ``undo``."""
+        """Let the modules load what they had; behind ``undo``.
+
+        Raises:
+            MismatchError: Some do not take it back; with all of them.
+        """
         errors: list[MismatchError] = []
         for load in reversed(self._loads):
             try:
@@ -71,7 +75,7 @@ class WithModules:
             except MismatchError as error:
                 errors.append(error)
         if errors:
-            raise errors[0]
+            raise MismatchError("\n".join(map(str, errors))) from errors[0]
 
 
 def with_modules(

@@ -121,6 +121,7 @@ class Run:
         try:
             self.outcomes = run(wanted, directory)
         except Exception as error:
+            # Whatever it is: the first test tells, and the others are skipped for it.
             self._broken = f"{type(error).__name__}: {error}"
 
     def check(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -260,12 +261,8 @@ def large(count: int, width: int = 100) -> Iterator[tuple[str, Callable[[], Any]
     for layout in COMPRESSED:
         given = values[:, None, None] if layout in (BSR, BSC) else values
         size = (rows, width) if layout in (CSR, BSR) else (width, rows)
-        yield (
-            str(layout),
-            lambda given=given, size=size, layout=layout: _torch.make_compressed(  # type: ignore[misc]
-                starts, indices, given, size, layout
-            ),
-        )
+        make = functools.partial(_torch.make_compressed, starts, indices, given, size, layout)
+        yield str(layout), make
     ends = torch.tensor([0, width]).expand(rows, 2).contiguous()
     batches, blank = indices.view(rows, width), torch.ones(rows, width)
     yield "batches", lambda: _torch.make_compressed(ends, batches, blank, (rows, 1, width), CSR)
@@ -276,7 +273,7 @@ def large(count: int, width: int = 100) -> Iterator[tuple[str, Callable[[], Any]
     maker = NestedMaker(Checks(Limits(total_nbytes=2**50)))
     for lengths in (None, torch.zeros(count, dtype=torch.int32)):
         arguments = {"values": shown, "offsets": torch.arange(count + 1), "lengths": lengths}
-        yield f"jagged {lengths is None}", lambda given=arguments: maker.jagged(given)  # type: ignore[misc]
+        yield f"jagged {lengths is None}", functools.partial(maker.jagged, arguments)
     parts = torch.ones(count // 50, 2, dtype=torch.int64)
     yield "nested", lambda: maker.strided(shown, parts, parts, torch.arange(len(parts)))
 
@@ -294,7 +291,7 @@ class Operations(TorchDispatchMode):
     """Notes for each operation of torch how many elements it has read at most."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.most: dict[str, int] = {}
 
     def __torch_dispatch__(
