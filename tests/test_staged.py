@@ -1256,16 +1256,21 @@ async def test_what_is_left_of_a_large_load_is_freed_in_a_thread(
 async def test_a_change_stays_if_no_thread_can_free_what_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def start(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+    refused = []
+    start = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name == "aiotorchio_free":
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        # The work before may need one.
+        start(thread)
 
     monkeypatch.setattr("aiotorchio.commit._FREED_AT_ONCE", 0)
+    monkeypatch.setattr(threading.Thread, "start", start_others)
     target = Target("staged", SMALL)
-    call = aiotorchio.load_from_stream(Pieces(SMALL_MESSAGE, 2**16), **target.options)
-    with monkeypatch.context() as patch:
-        commit = "aiotorchio.commit.threading.Thread"
-        patch.setattr(commit, type("NoThread", (threading.Thread,), {"start": start}))
-        await call
+    await aiotorchio.load_from_stream(Pieces(SMALL_MESSAGE, 2**16), **target.options)
+    assert len(refused) == 1
     target.assert_new()
 
 

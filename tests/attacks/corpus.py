@@ -547,6 +547,8 @@ def long_skeletons() -> Iterator[Case]:
                 after=("clean",),
                 ways=ways,
                 full=not part,
+                # Twelve seconds of processor time, and in some runs as much again for the meter.
+                deadline=20 if part else 60,
                 memory=64 * MIB + 48 * nbytes // parts,
             )
 
