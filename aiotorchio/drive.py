@@ -17,7 +17,7 @@ import anyio.lowlevel
 
 from aiotorchio.streams.base import Buffer, Driver, Sink, Source, asyncio_loop
 from aiotorchio.streams.blocking import BlockingStream
-from aiotorchio.streams.pace import Pace
+from aiotorchio.streams.pace import CallAt, Pace
 from aiotorchio.threads import Task, run_in_thread
 from aiotorchio.wire.limits import Limits
 from aiotorchio.wire.parser import HeaderReceived, MessageEnded, ReadBytes, Work
@@ -86,11 +86,13 @@ Clock = Callable[[], float]
 
 def pace_of_load(limits: Limits, clock: Clock | None = None) -> Pace:
     """The patience of a load with its sender; by default by the clock of the event loop."""
+    clock, call_at = _clock_of_the_loop() if clock is None else (clock, None)
     return Pace(
-        clock or _clock_of_the_loop(),
+        clock,
         limits.idle_timeout,
         limits.least_rate,
         "idle_timeout",
+        call_at=call_at,
         start_timeout=limits.start_timeout,
         handshake_timeout=limits.handshake_timeout,
     )
@@ -98,14 +100,22 @@ def pace_of_load(limits: Limits, clock: Clock | None = None) -> Pace:
 
 def pace_of_save(limits: Limits, clock: Clock | None = None) -> Pace:
     """The patience of a save with its receiver; likewise."""
-    clock = clock or _clock_of_the_loop()
-    return Pace(clock, limits.write_timeout, limits.least_rate, "write_timeout", started=True)
+    clock, call_at = _clock_of_the_loop() if clock is None else (clock, None)
+    return Pace(
+        clock,
+        limits.write_timeout,
+        limits.least_rate,
+        "write_timeout",
+        call_at=call_at,
+        started=True,
+    )
 
 
-def _clock_of_the_loop() -> Clock:
+def _clock_of_the_loop() -> tuple[Clock, CallAt | None]:
+    """What tells the time, and on asyncio, what calls at a time."""
     loop = asyncio_loop()
     # anyio looks for its backend at each call.
-    return anyio.current_time if loop is None else loop.time
+    return (anyio.current_time, None) if loop is None else (loop.time, loop.call_at)
 
 
 class Turns:

@@ -14,6 +14,7 @@ import torch
 
 from aiotorchio.drive import Request
 from aiotorchio.graph._torch import real_tensors, skipped_data
+from aiotorchio.graph.allowlist import paths_of
 from aiotorchio.graph.flatten import announce, flatten, is_small
 from aiotorchio.graph.into import examined
 from aiotorchio.graph.location import MapLocation
@@ -357,7 +358,11 @@ def checked_limits(limits: Limits | None) -> Limits:
     """
     if limits is not None and not isinstance(limits, Limits):
         raise TypeError(f"limits must be Limits, not {limits!r}")
-    return Limits() if limits is None else limits
+    return _default_limits() if limits is None else limits
+
+
+# Each call has them, and they are checked field by field when they are made.
+_default_limits = functools.cache(Limits)
 
 
 def _into(into: Destination, *, strict: bool, cast: bool, staged: bool) -> Into:
@@ -383,11 +388,13 @@ def trusted(safe_globals: Iterable[Any]) -> tuple[Any, ...]:
     """What pickles may name beyond the built-in allowlist: as of now, whoever changes it later.
 
     Raises:
-        TypeError: Not a list of classes and functions.
+        TypeError: Not a list of classes, functions, and pairs of one and its path.
     """
     if isinstance(safe_globals, type) or not isinstance(safe_globals, Iterable):
         raise TypeError(f"safe_globals is a list of classes and functions, not {safe_globals!r}")
-    return *torch.serialization.get_safe_globals(), *safe_globals
+    given = tuple(safe_globals)
+    paths_of(given)
+    return *torch.serialization.get_safe_globals(), *given
 
 
 def _unwritten(map_location: MapLocation) -> Unwritten | None:

@@ -22,7 +22,7 @@ from aiotorchio.graph.reduced import as_kind, from_type
 from aiotorchio.graph.tensors import TensorMaker
 from aiotorchio.wire.limits import Limits
 
-__all__ = ["Allowlist"]
+__all__ = ["Allowlist", "paths_of"]
 
 _QSCHEMES = (
     "per_tensor_affine",
@@ -83,7 +83,7 @@ class Allowlist:
         self._rebuilds = [value for path, value in self.globals.items() if "._rebuild_" in path]
         self.globals |= {str(dtype): dtype for dtype in DTYPE_NAMES}
         self.globals |= {f"torch.{name}": getattr(torch, name) for name in _QSCHEMES}
-        trusted = _paths(safe_globals)
+        trusted = paths_of(safe_globals)
         # torch lets anyone name these, and does not look at the offsets.
         checked = {_JAGGED: TypeName(JaggedTensor), REBUILD_JAGGED: nested.jagged}
         trusted |= {path: value for path, value in checked.items() if path in trusted}
@@ -174,8 +174,12 @@ def _guarded(function: Callable[..., Any], attributes: bool) -> Callable[..., An
     return checked
 
 
-def _paths(trusted: Iterable[Any]) -> dict[str, Any]:
-    """Path of each global that someone trusts, as ``add_safe_globals`` takes them."""
+def paths_of(trusted: Iterable[Any]) -> dict[str, Any]:
+    """Path -> global that someone trusts, as ``add_safe_globals`` takes them.
+
+    Raises:
+        TypeError: Neither a global nor a pair of one and its path.
+    """
     paths = {}
     for entry in trusted:
         if isinstance(entry, tuple):

@@ -162,7 +162,9 @@ class Rebuilder:
         self._encoding = encoding
         self._limits = limits
         self._offset = offset
-        self._allowlist = Allowlist(safe_globals, limits, map_location)
+        # Nothing of a tree is looked up in it.
+        if codec == "pickle":
+            self._allowlist = Allowlist(safe_globals, limits, map_location)
 
     def check(self, rows: Sequence[TensorRow], *, names: bool) -> None:
         """Refuse a bad skeleton before its payload is received; raises what ``build`` would.

@@ -100,6 +100,16 @@ class AsyncioSource(Source):
         # What the reader had buffered when its transport stepped aside.
         self._buffered = memoryview(b"")
 
+    async def read(self, size: int) -> bytes:
+        # A small message has ten of these, which the reader holds already.
+        if not self._direct and 0 < size < _DIRECT_MIN:
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            piece = await self._receive(size)
+            if len(piece) == size or not piece:
+                return piece
+            return piece + await super().read(size - len(piece))
+        return await super().read(size)
+
     async def fill(self, buffers: Sequence[memoryview]) -> int:
         # Of a task that is woken by bytes in every turn of the loop, anyio does not find the moment
         # to cancel it: a fast peer on uvloop would keep it going to the end.
@@ -120,14 +130,15 @@ class AsyncioSource(Source):
         return cursor.done
 
     async def _fill_by_copy(self, cursor: Cursor) -> int:
-        while cursor:
-            with connection_errors(OSError):
-                data = await self._reader.read(min(cursor.left, PIECE_SIZE))
-            if not data:
-                break
-            self.moved(len(data))
+        while cursor and (data := await self._receive(cursor.left)):
             cursor.write(data)
         return cursor.done
+
+    async def _receive(self, most: int) -> bytes:
+        with connection_errors(OSError):
+            data = await self._reader.read(min(most, PIECE_SIZE))
+        self.moved(len(data))
+        return data
 
     async def _step_in(self) -> None:
         """Stop the transport, take what the reader has, and go on with the socket."""

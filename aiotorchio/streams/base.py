@@ -60,6 +60,8 @@ class Driver:
 
     def moved(self, count: int) -> None:
         """Note bytes that were taken, or sent."""
+        if not count:
+            return
         self.in_message = True
         if self.pace is not None:
             self.pace.moved(count)

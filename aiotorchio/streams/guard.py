@@ -94,6 +94,8 @@ def exclusive(
                     other = _state(stream, "load" if direction == "save" else "save")
                     other.poison = other.poison or f"a {direction} did: {why}"
             finally:
+                if driver.pace is not None:
+                    driver.pace.close()
                 driver.release()
     finally:
         state.calls.remove(claim)

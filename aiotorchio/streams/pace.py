@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from anyio import CancelScope
 
 from aiotorchio.errors import TransferTimeout
 
-__all__ = ["Pace"]
+__all__ = ["CallAt", "Pace"]
+
+CallAt = Callable[[float, Callable[[], None]], Any]
 
 
 # Seconds, 30 years: timers of event loops overflow somewhere beyond.
@@ -23,6 +26,9 @@ class Pace:
 
     Args:
         clock: Gives the time in seconds.
+        call_at: Calls a function at a time of this clock and returns a handle with ``cancel()``, as
+            event loops of asyncio do. Without one, the deadline of the scope is moved, which takes
+            a timer of asyncio for each piece that comes; with it, there is one for most messages.
         timeout: Seconds of waiting that there are at most.
         least_rate: Each byte gives back 1 / ``least_rate`` seconds; with 0, all of them.
         limit: Name of the limit that ``timeout`` is.
@@ -41,6 +47,7 @@ class Pace:
         least_rate: int,
         limit: str,
         *,
+        call_at: CallAt | None = None,
         started: bool = False,
         start_timeout: float | None = None,
         handshake_timeout: float | None = None,
@@ -57,6 +64,9 @@ class Pace:
         self._since = self._moved_at = 0.0
         self._handshake_end = math.inf
         self._clock = clock
+        self._call_at = call_at
+        self._timer: Any = None
+        self._timer_at = math.inf
         self._scope: CancelScope | None = None
         self.count = 0
 
@@ -98,6 +108,10 @@ class Pace:
             self._start_left -= passed
         self._scope = None
 
+    def close(self) -> None:
+        """Set off nothing any more; the message is over."""
+        self._set_timer(math.inf)
+
     def handshake_over(self) -> None:
         """The header is in."""
         self._handshake_end = math.inf
@@ -131,8 +145,32 @@ class Pace:
         return min(self._since + self._left, self._handshake_end)
 
     def _set_deadline(self) -> None:
-        if self._scope is not None:
-            self._scope.deadline = self._deadline()
+        if self._scope is None:
+            return
+        deadline = self._deadline()
+        if self._call_at is None:
+            self._scope.deadline = deadline
+        # A timer that goes off too early finds that out: most waits end long before.
+        elif deadline < self._timer_at:
+            self._set_timer(deadline)
+
+    def _set_timer(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = None
+        if self._call_at is not None and at < math.inf:
+            self._timer = self._call_at(at, self._look)
+
+    def _look(self) -> None:
+        """Cancel the scope if nothing is left, and else look again when that may be."""
+        self._set_timer(math.inf)
+        if self._scope is None:
+            return
+        if self.left() > 0:
+            self._set_deadline()
+        else:
+            self._scope.cancel()
 
 
 def _seconds(timeout: float | None) -> float:

@@ -77,6 +77,11 @@ def test_a_path_of_another_name() -> None:
 def test_malformed_safe_globals(entry: Any) -> None:
     with pytest.raises(TypeError, match="safe_globals"):
         forge.load_pickle(pickled(1), safe_globals=[entry])
+    # Whatever the message is, and before any of it is read.
+    file = io.BytesIO(b"any")
+    with pytest.raises(TypeError, match="safe_globals"):
+        aiotorchio.load(file, safe_globals=[entry])
+    assert file.tell() == 0
 
 
 def source() -> tuple[Any, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import anyio
 import anyio.lowlevel
 import pytest
+from anyio import CancelScope
 
 from aiotorchio.errors import TransferTimeout
 from aiotorchio.streams.base import Driver
@@ -221,3 +223,92 @@ async def test_a_scope_is_told(clock: Clock) -> None:
         assert scope.deadline == clock.now + 6
         scope.deadline = float("inf")
         await anyio.lowlevel.checkpoint()
+
+
+class Timers:
+    """Calls at a time of a clock, as an event loop of asyncio."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.set: list[tuple[float, Callable[[], None]]] = []
+        self.made = 0
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timers:
+        assert not self.set, "more than one at a time"
+        self.set = [(when, callback)]
+        self.made += 1
+        return self
+
+    def cancel(self) -> None:
+        self.set = []
+
+    def go_off(self) -> None:
+        ((self._clock.now, callback),) = self.set
+        self.set = []
+        callback()
+
+
+@pytest.fixture
+def timers(clock: Clock) -> Timers:
+    return Timers(clock)
+
+
+class Scope:
+    """A scope of anyio, as far as it is used."""
+
+    cancelled = 0
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+
+def test_one_timer_is_enough_for_a_message_that_comes_in_time(clock: Clock, timers: Timers) -> None:
+    pace = load(clock, call_at=timers.call_at)
+    for _ in range(100):
+        pace.begin(cast(CancelScope, Scope()))
+        clock.now += 0.01
+        pace.moved(1000)
+        pace.end()
+    assert timers.made == 1
+    pace.close()
+    assert not timers.set
+
+
+def test_a_timer_that_is_early_looks_again(clock: Clock, timers: Timers) -> None:
+    pace, scope = load(clock, call_at=timers.call_at), Scope()
+    pace.begin(cast(CancelScope, scope))
+    pace.moved(1)
+    clock.now += 4
+    pace.moved(10_000)
+    timers.go_off()
+    assert (scope.cancelled, timers.set[0][0]) == (0, clock.now + 4)
+    timers.go_off()
+    assert (scope.cancelled, pace.left()) == (1, 0)
+    assert not timers.set
+
+
+def test_a_timer_ends_no_wait_that_is_over(clock: Clock, timers: Timers) -> None:
+    pace, scope = load(clock, call_at=timers.call_at), Scope()
+    pace.begin(cast(CancelScope, scope))
+    pace.moved(1)
+    clock.now += 4
+    pace.end()
+    timers.go_off()
+    assert (scope.cancelled, timers.set) == (0, [])
+    # The next wait has one again.
+    pace.begin(cast(CancelScope, scope))
+    assert timers.set[0][0] == clock.now + 6
+    timers.go_off()
+    assert (scope.cancelled, timers.set) == (1, [])
+
+
+def test_a_timer_is_moved_if_patience_ends_sooner(clock: Clock, timers: Timers) -> None:
+    more = {"start_timeout": 100, "handshake_timeout": 7}
+    pace, scope = load(clock, call_at=timers.call_at, **more), Scope()
+    pace.begin(cast(CancelScope, scope))
+    assert timers.set[0][0] == clock.now + 100
+    pace.moved(1)
+    assert timers.set[0][0] == clock.now + 7
+    pace.handshake_over()
+    timers.go_off()
+    assert (scope.cancelled, timers.set[0][0]) == (0, clock.now + 3)
