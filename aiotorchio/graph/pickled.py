@@ -31,6 +31,7 @@ from aiotorchio.graph._torch import (
 )
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
+from aiotorchio.graph.mapped import may_be_mapped, plain_of, without_files
 from aiotorchio.graph.metadata import without_mark
 from aiotorchio.graph.reduced import over_origin, plain_origin
 from aiotorchio.graph.table import Table
@@ -79,10 +80,15 @@ def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int)
                 return make, args, state | {"_metadata": without_mark(state["_metadata"])}, *items
             override = getattr(super(), "reducer_override", None)
             reduced = NotImplemented if override is None else override(obj)
-            known = type(obj) in (getattr(self, "dispatch_table", None) or copyreg.dispatch_table)
-            if reduced is NotImplemented and isinstance(obj, torch.Tensor) and not known:
-                return _over_row(obj, obj.__reduce_ex__(protocol), table)
-            return reduced
+            if reduced is not NotImplemented:
+                return reduced
+            reducers = getattr(self, "dispatch_table", None) or copyreg.dispatch_table
+            if may_be_mapped(obj):
+                reducer = reducers.get(type(obj))
+                return without_files(reducer(obj) if reducer else obj.__reduce_ex__(protocol))
+            if isinstance(obj, torch.Tensor) and type(obj) not in reducers:
+                return _over_row(obj, plain_of(obj).__reduce_ex__(protocol), table)
+            return NotImplemented
 
     file = io.BytesIO()
     Pickler(file, protocol=protocol).dump(obj)

@@ -11,6 +11,7 @@ from aiotorchio.graph._torch import (
     storage_key,
 )
 from aiotorchio.graph.dtypes import DTYPE_NAMES
+from aiotorchio.graph.mapped import plain_of
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import (
     CONJUGATE,
@@ -78,7 +79,9 @@ class Table:
         """
         row = self._row_of.get(id(tensor))
         if row is None:
-            described = self._describe(tensor)
+            # Most are plain, and there are many.
+            plain = tensor if type(tensor) is torch.Tensor else plain_of(tensor)
+            described = self._describe(plain)
             if described is None:
                 self.others.append(tensor)
                 return None

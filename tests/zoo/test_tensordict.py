@@ -11,11 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.zoo.ways import INTO, Model, cases, check
+from tests.zoo.ways import Model, cases, check
 
 tensordict = pytest.importorskip("tensordict")
-
-FILES = "the pickle of a memory-mapped tensor has the name of its file"
 
 _folders: list[Path] = []
 
@@ -78,13 +76,7 @@ MODELS = {
     "state_dict": Model(plain, numbers, state=flat),
     "TensorDict": Model(plain, numbers, update, state=itself),
     "memory-mapped, state_dict": Model(mapped, numbers, state=flat),
-    "memory-mapped": Model(
-        mapped,
-        numbers,
-        update,
-        state=itself,
-        xfail=dict.fromkeys(["load", *INTO, "iterate"], FILES),
-    ),
+    "memory-mapped": Model(mapped, numbers, update, state=itself),
     "in a module": Model(Scaled, lambda model: model()),
     "TensorDictParams": Model(parameters, numbers, state=flat),
 }
