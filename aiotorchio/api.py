@@ -251,8 +251,9 @@ def load_from_stream(
             room for two loads at once.
         select: Only these tensors: names, shell patterns (``"encoder.*"``), or a function of a
             name. Others are received and dropped, without memory for them. They are left out of
-            dicts; elsewhere in the object they are on ``meta``. With ``into``, destinations that
-            are not selected stay as they are.
+            dicts; elsewhere in the object they are on ``meta``. A sparse, quantized or nested
+            tensor, or a wrapper subclass, is received and left out of dicts. With ``into``,
+            destinations that are not selected stay as they are.
         progress: Called as ``progress(done, total)`` with bytes of the payload, after each chunk.
         pickle_module: With ``weights_only=False``: has an ``Unpickler``.
         encoding: For the 8-bit strings in pickles of Python 2.

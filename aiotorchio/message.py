@@ -93,7 +93,8 @@ class Message:
         by dots, as in a nested state dict. A tensor that is in several places has several names,
         also where one dict is in several places. One with Python attributes, or of a subclass with
         memory of its own, comes without them where it is received by name. Sparse, quantized and
-        nested tensors, and those in attributes of objects, have no names; ``unnamed`` counts them.
+        nested tensors, DTensors and wrapper subclasses are not here: the header has their parts
+        only, which ``unnamed`` counts. Iteration and ``select`` know them by name.
 
         Raises:
             MismatchError: Two tensors have the same name (``{"a": {"b": x}, "a.b": y}``).
@@ -103,10 +104,10 @@ class Message:
 
     @property
     def unnamed(self) -> int:
-        """Tensors without a name, which only ``load`` gives.
+        """Tensors in the header that have no name of their own.
 
-        A tensor that is made of several others, such as a sparse one, counts as often as it has
-        parts in the header.
+        They are parts of others, such as sparse ones, each of which iteration gives as one tensor,
+        or in attributes of objects, which only ``load`` gives.
         """
         return self._incoming.unnamed
 
@@ -179,12 +180,14 @@ class Message:
         """Receive one tensor after the other.
 
         Each comes as soon as the chunk with its last byte is in and verified. Who does not take
-        the next one stops the sender. Nothing is kept here but a chunk, and small tensors that
-        arrived with others, up to 4 MiB. (Python keeps what a loop variable holds until the next
-        tensor is there: ``del`` it if two of them are too much.)
+        the next one stops the sender. Nothing is kept here but a chunk, small tensors that arrived
+        with others, up to 4 MiB, and parts of a tensor that is made of several (a sparse one, for
+        example) until the last of them is in. (Python keeps what a loop variable holds until the
+        next tensor is there: ``del`` it if two of them are too much.)
 
         Args:
-            options: ``map_location``, ``select`` and ``progress``, as of ``load_from_stream``.
+            options: ``map_location``, ``select``, ``progress`` and ``safe_globals``, as of
+                ``load_from_stream``.
 
         Returns:
             Gives names with their tensors, in the order of the wire; a tensor with several names

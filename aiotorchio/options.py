@@ -89,6 +89,7 @@ class TensorKeywords(TypedDict, total=False):
     map_location: MapLocation
     select: Select | None
     progress: Progress | None
+    safe_globals: Iterable[Any]
 
 
 class OtherLoadKeywords(TypedDict, total=False):
@@ -263,6 +264,7 @@ def tensor_options(
     map_location: MapLocation = None,
     select: Select | None = None,
     progress: Progress | None = None,
+    safe_globals: Iterable[Any] = (),
 ) -> TensorOptions:
     """Gather the options."""
     return TensorOptions(
@@ -270,6 +272,7 @@ def tensor_options(
         select=_reusable(select),
         progress=progress,
         unwritten=_unwritten(map_location),
+        safe_globals=trusted(safe_globals),
     )
 
 

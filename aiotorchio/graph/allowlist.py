@@ -94,8 +94,18 @@ class Allowlist:
         self.stateful |= {path for path, value in trusted.items() if _takes_state(value)}
 
     def distrust(self, storages: Iterable[torch.UntypedStorage | None]) -> None:
-        """Make nothing that relies on the numbers in these storages."""
+        """Make nothing that relies on the numbers in these storages, or others named before."""
         self._checks.distrust(storages)
+
+    def deferred(self) -> frozenset[str]:
+        """Paths of what makes tensors, and of what the caller trusts."""
+        rebuilds = [path for path, value in self.globals.items() if self.makes_tensors(value)]
+        return self._trusted_paths.union(rebuilds)
+
+    def makes_tensors(self, function: Any) -> bool:
+        """Whether it is one of the functions that rebuild tensors."""
+        jagged = self.globals.get(REBUILD_JAGGED)
+        return any(function is other for other in (*self._rebuilds, jagged) if other is not None)
 
     def rebuild_functions(self) -> dict[tuple[str, str], Any]:
         """(module, name) of torch's rebuild functions -> the checked ones, for full pickle.

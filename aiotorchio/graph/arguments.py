@@ -36,9 +36,9 @@ class Checks:
         self._distrusted: set[int] = set()
 
     def distrust(self, storages: Iterable[torch.UntypedStorage | None]) -> None:
-        """Trust no number in these: they may have others at any time."""
+        """Trust no number in these, too: they may have others at any time."""
         # Those without memory are all at 0.
-        self._distrusted = {each.data_ptr() for each in storages if each is not None} - {0}
+        self._distrusted |= {each.data_ptr() for each in storages if each is not None} - {0}
 
     def charge(self, tensor: Any) -> None:
         """Count what is read or copied to make a tensor: a pickle can make the same one often."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any
@@ -119,7 +119,8 @@ def walk(
         )
     if not further:
         return
-    for path, _, _, value in SharedContainers(further, modules=opened is not None):
+    leaves = (torch.Tensor,) if opened is None else (torch.Tensor, torch.nn.Module)
+    for path, _, _, value in SharedContainers(further, leaves=leaves):
         if opened is None or not isinstance(value, torch.nn.Module):
             yield path, value
             continue
@@ -128,16 +129,25 @@ def walk(
             yield utf8(prefix + name), tensor
 
 
-def count_unnamed(header: Header) -> int:
-    """How many tensors of a message only a load of the whole object gives.
+def count_unnamed(header: Header, rows: Container[int] = (), storages: Container[int] = ()) -> int:
+    """How many tensors of a message have no name in its header.
 
     Rows without a name, and of a pickle also storages that no row shows: its tensors can be made
     over those.
+
+    Args:
+        header: Of the message.
+        rows: Numbers of rows that are not counted, since a tensor with a name is made of them.
+        storages: Numbers of storages, likewise.
     """
-    unnamed = sum(not row.names for row in interruptible(header.tensors))
+    unnamed = sum(
+        not row.names and index not in rows
+        for index, row in interruptible(enumerate(header.tensors))
+    )
     if header.codec == "pickle":
         shown = {row.storage for row in interruptible(header.tensors)}
-        unnamed += len(header.storages) - len(shown)
+        every = interruptible(range(len(header.storages)))
+        unnamed += sum(index not in shown and index not in storages for index in every)
     return unnamed
 
 

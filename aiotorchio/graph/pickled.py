@@ -40,7 +40,16 @@ from aiotorchio.wire import bounds
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import MIXED_UNITS
 
-__all__ = ["dump", "load", "load_trusted"]
+__all__ = [
+    "carry_out",
+    "checked_row",
+    "dump",
+    "load",
+    "load_trusted",
+    "load_with",
+    "storage_for",
+    "storage_reference",
+]
 
 
 def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int) -> bytes:
@@ -143,13 +152,32 @@ def load(
         ProtocolError: A row that is not there.
         LimitExceeded: Nested too deep.
     """
+    return load_with(
+        skeleton,
+        _resolver(tensors, storages),
+        allowed=allowlist.globals,
+        allowlist=allowlist,
+        encoding=encoding,
+        depth_limit=depth_limit,
+        offset=offset,
+    )
+
+
+def load_with(
+    skeleton: bytes,
+    resolve: Callable[[Any], Any],
+    *,
+    allowed: dict[str, Any],
+    allowlist: Allowlist,
+    encoding: str,
+    depth_limit: int,
+    offset: int,
+) -> Any:
+    """Do what ``load`` does, with what ``resolve`` gives for references, ``allowed`` for paths."""
 
     def read() -> Any:
         unpickler = WeightsOnlyUnpickler(
-            _file_of(skeleton),
-            allowed=allowlist.globals,
-            persistent_load=_resolver(tensors, storages),
-            encoding=encoding,
+            _file_of(skeleton), allowed=allowed, persistent_load=resolve, encoding=encoding
         )
         loaded = unpickler.load()
         allowlist.check_result()
@@ -157,6 +185,41 @@ def load(
         return loaded
 
     return _translated(read, offset)
+
+
+# Opcodes that take a function, its arguments, and the state of the result from references.
+_CALL, _NEW, _STATE, _STOP = b"K\x00QK\x01QR", b"K\x00QK\x01Q\x81", b"K\x02Qb", b"."
+
+
+def carry_out(
+    function: Any,
+    args: tuple[Any, ...],
+    state: Sequence[Any],
+    *,
+    new: bool,
+    allowlist: Allowlist,
+    encoding: str,
+    offset: int,
+) -> Any:
+    """Carry out one call of a pickle, as ``load`` does when it comes to it; raises as ``load``.
+
+    Args:
+        function: To be called.
+        args: Of the call.
+        state: The state of the result, if it gets one.
+        new: Whether an instance is made of a class without calling it.
+        allowlist: As of ``load``; so are the others.
+        encoding: Of ``load``.
+        offset: Of ``load``.
+    """
+    opcodes = (_NEW if new else _CALL) + (_STATE if state else b"") + _STOP
+    unpickler = WeightsOnlyUnpickler(
+        io.BytesIO(opcodes),
+        allowed=allowlist.globals,
+        persistent_load=[function, args, *state].__getitem__,
+        encoding=encoding,
+    )
+    return _translated(unpickler.load, offset)
 
 
 def load_trusted(
@@ -228,15 +291,13 @@ def _resolver(
     tensors: Sequence[Any], storages: Sequence[torch.UntypedStorage | None]
 ) -> Callable[[Any], Any]:
     """What turns the persistent ids of this codec into tensors and storages."""
-    typed: dict[tuple[int, str], torch.TypedStorage] = {}
+    typed: dict[tuple[int, str], Any] = {}
 
     def resolve(reference: Any) -> Any:
         if type(reference) is int:
-            return tensors[_row(reference, len(tensors), "tensor")]
-        if type(reference) is not tuple or len(reference) != 3 or reference[0] != "storage":
-            raise ProtocolError("a reference that is neither to a tensor nor to a storage")
-        _, row, name = reference
-        storage = storages[_row(row, len(storages), "storage")]
+            return tensors[checked_row(reference, len(tensors), "tensor")]
+        row, name = storage_reference(reference)
+        storage = storages[checked_row(row, len(storages), "storage")]
         if storage is None:
             raise MismatchError(
                 f"the object has storage {row} itself, not only tensors over it: it can't be left "
@@ -244,12 +305,30 @@ def _resolver(
             )
         if name is None:
             return storage
-        dtype = torch_dtype(name)
-        if storage.nbytes() % dtype.itemsize:
-            raise InvalidObjectError(f"storage {row} of {storage.nbytes()} bytes holds no {dtype}")
-        return typed.setdefault((row, name), typed_storage(storage, dtype))
+        return typed.setdefault((row, name), storage_for(reference, storage))
 
     return resolve
+
+
+def storage_reference(reference: Any) -> tuple[Any, str | None]:
+    """The number of the storage that a reference is to, unchecked, and the dtype of its numbers."""
+    if type(reference) is not tuple or len(reference) != 3 or reference[0] != "storage":
+        raise ProtocolError("a reference that is neither to a tensor nor to a storage")
+    _, row, name = reference
+    if name is not None:
+        torch_dtype(name)
+    return row, name
+
+
+def storage_for(reference: Any, storage: torch.UntypedStorage) -> Any:
+    """What a reference to a storage stands for: the storage, or a typed one over it."""
+    row, name = storage_reference(reference)
+    if name is None:
+        return storage
+    dtype = torch_dtype(name)
+    if storage.nbytes() % dtype.itemsize:
+        raise InvalidObjectError(f"storage {row} of {storage.nbytes()} bytes holds no {dtype}")
+    return typed_storage(storage, dtype)
 
 
 def _check_shape(loaded: Any, limit: int) -> None:
@@ -284,7 +363,8 @@ def _check_shape(loaded: Any, limit: int) -> None:
                 raise LimitExceeded(f"nested deeper than {limit} levels (Limits.depth)")
 
 
-def _row(row: Any, count: int, what: str) -> int:
+def checked_row(row: Any, count: int, what: str) -> int:
+    """The number of a row, if there is one of that number."""
     if type(row) is not int or not 0 <= row < count:
         # Nothing but plain values in messages: the repr of a doubled tuple never ends.
         shown = row if type(row) is int else type(row).__name__

@@ -14,12 +14,12 @@ import torch
 
 from aiotorchio.interrupt import check_interrupt, interruptible
 
-__all__ = ["Path", "SharedContainers", "items_of", "key_text", "utf8"]
+__all__ = ["TEXT_MAX", "Path", "SharedContainers", "items_of", "key_text", "utf8"]
 
 # A graph of containers can have any number of paths. All further places of an object together: a
 # header has no room for more.
 _NAMES_MAX = 2**18
-_TEXT_MAX = 2**24
+TEXT_MAX = 2**24
 
 # Of keys that are no texts.
 _ITEMS_SHOWN, _LENGTH_SHOWN = 16, 1024
@@ -96,11 +96,16 @@ class SharedContainers:
 
     Args:
         places: The path of each further place, and the container there.
-        modules: Whether modules count as tensors: the caller opens them.
+        leaves: What counts as a tensor, such as modules that the caller opens.
     """
 
-    def __init__(self, places: Iterable[tuple[Path | None, Any]], *, modules: bool = False) -> None:
-        self._leaves = (torch.Tensor, torch.nn.Module) if modules else (torch.Tensor,)
+    def __init__(
+        self,
+        places: Iterable[tuple[Path | None, Any]],
+        *,
+        leaves: tuple[type, ...] = (torch.Tensor,),
+    ) -> None:
+        self._leaves = leaves
         self._places = list(places)
         # By id; what is in them lives as long as this.
         self._items: dict[int, list[tuple[int, str, Any]]] = {}
@@ -121,7 +126,7 @@ class SharedContainers:
         text = sum(
             (path.length + 1 if path else 0) * count + length for path, _, count, length in places
         )
-        if sum(count for _, _, count, _ in places) > _NAMES_MAX or text > _TEXT_MAX:
+        if sum(count for _, _, count, _ in places) > _NAMES_MAX or text > TEXT_MAX:
             return
         waiting: list[tuple[str, Any, int, Any]] = [
             (path.joined() if path else "", value, 0, None)

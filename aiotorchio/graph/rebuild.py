@@ -12,6 +12,7 @@ from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, 
 from aiotorchio.graph import pickled, tree
 from aiotorchio.graph._torch import Blanks, make_parameter, over_storage, set_view_bits
 from aiotorchio.graph.allowlist import Allowlist
+from aiotorchio.graph.composite import Composites
 from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.names import Placeholder, check_names
 from aiotorchio.graph.prescan import prescan
@@ -192,6 +193,27 @@ class Rebuilder:
                 offset=self._offset,
             )
             self._allowlist.guard_state(given_state)
+
+    def composites(self, header: Header) -> Composites:
+        """The tensors of the object that are made of several rows; checks the skeleton, too.
+
+        Args:
+            header: Of the message; its codec is pickle, and ``weights_only`` is True.
+
+        Raises:
+            MismatchError: Two tensors have the same name.
+            AiotorchioError: As ``check``, and as ``build`` of what contradicts itself.
+        """
+        self.check(header.tensors, names=True)
+        return Composites(
+            self._skeleton,
+            header.tensors,
+            len(header.storages),
+            allowlist=self._allowlist,
+            encoding=self._encoding,
+            depth_limit=self._limits.depth,
+            offset=self._offset,
+        )
 
     def build(
         self,

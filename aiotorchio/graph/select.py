@@ -29,13 +29,14 @@ _SORTED_AT_ONCE = 10_000
 _COMPARED_MAX = 2**16
 
 
-def selected(select: Select, names: Iterable[str]) -> set[str]:
+def selected(select: Select, names: Iterable[str], others: str = "") -> set[str]:
     """The names that are selected.
 
     Args:
         select: A name or a pattern (``*``, ``?``, ``[...]``, as in ``fnmatch``, of which ``*``
             matches dots, too), several of them, or a function of a name.
         names: Those that there are.
+        others: Why there may be more that are not known, for errors.
 
     Raises:
         MismatchError: A name or a pattern that none of them matches.
@@ -56,7 +57,9 @@ def selected(select: Select, names: Iterable[str]) -> set[str]:
         if not matches:
             unmatched.append(pattern)
     if unmatched:
-        raise MismatchError(f"selected, but not in the message: {', '.join(map(repr, unmatched))}")
+        unknown = f" (tensors of several parts are not known by name: {others})" if others else ""
+        listed = ", ".join(map(repr, unmatched))
+        raise MismatchError(f"selected, but not in the message{unknown}: {listed}")
     return found
 
 

@@ -13,6 +13,7 @@ import torch
 
 from aiotorchio.errors import InvalidObjectError, MismatchError
 from aiotorchio.graph._torch import real_tensors
+from aiotorchio.graph.composite import Composites
 from aiotorchio.graph.into import Match, match
 from aiotorchio.graph.location import Destinations
 from aiotorchio.graph.modules import has_memory, other_views
@@ -72,12 +73,14 @@ class Placement:
 
     Attributes:
         wanted: Which names count.
+        composites: Tensors of several rows that have names.
         by_name: The destinations that the message has something for, by name.
         given: Rows whose tensor is there already: a destination, or one without bytes.
         commit: What changes the destinations, when all is received; None if nothing waits for it.
     """
 
     wanted: Wanted
+    composites: Composites
     by_name: dict[str, torch.Tensor]
     given: dict[int, torch.Tensor]
     _number_of: dict[str, int]
@@ -114,6 +117,7 @@ class Placement:
         # Row, destination, where that was, and the error if it is compared, not copied.
         self._late: list[tuple[int, torch.Tensor, object, Callable[[], Exception] | None]] = []
         self._number_of, self._storages, self._places = {}, [], []
+        self.composites = Composites.none()
         self.commit: Exchange | Swap | WithModules | None = None
         self._claims: list[BackMemory | Claim] = []
 
@@ -132,7 +136,7 @@ class Placement:
     @property
     def tables(self) -> list[list[Any] | dict[Any, Any]]:
         """What is as long as the tables of the header, as far as it was decided."""
-        return [self._number_of, self._storages, self._places]
+        return [self._number_of, self._storages, self._places, *self.composites.tables]
 
     @property
     def finish_nbytes(self) -> int:
@@ -148,8 +152,11 @@ class Placement:
         """Whether names of the header matter."""
         return self._named_only or self._into is not None or not self.wanted.all
 
-    def decide(self) -> None:
+    def decide(self, composites: Composites | None = None) -> None:
         """Compare the message with what the caller has and wants; comes first.
+
+        Args:
+            composites: Tensors of several rows that have names; those wanted are chosen.
 
         Raises:
             InvalidObjectError: A location or a byte order that can't be had here.
@@ -168,7 +175,12 @@ class Placement:
             self._number_of = {}
         else:
             self._number_of = rows_by_name(rows)
-        self.wanted = Wanted(select, [*self._number_of, *(into.names if into else ())])
+        self.composites = composites or Composites.none()
+        names = [*self._number_of, *(into.names if into else ()), *self.composites.names]
+        self.wanted = Wanted(select, names, self.composites.refused)
+        # A load makes all of them, and leaves out of the object what is not wanted.
+        others = interruptible(self.composites.names) if self._named_only else ()
+        self.composites.choose([name for name in others if name in self.wanted])
         if into is not None and not self.wanted.all:
             self.wanted.add(into.parts(self._number_of, self.wanted))
         matched = Match({}, [], {}, set())
@@ -241,6 +253,8 @@ class Placement:
                     self.given[index] = self._on_meta(index)
             else:
                 storage.fresh = True
+        for number in interruptible(self.composites.storages):
+            storages[number].fresh = True
         return storages
 
     def close(self) -> None:
@@ -383,8 +397,7 @@ class Placement:
         self, index: int, storage: torch.UntypedStorage | None
     ) -> torch.UntypedStorage | None:
         """A storage where ``map_location`` or a restorer of the caller's puts it."""
-        rows = self._storages[index]
-        if storage is None or (rows.into and not rows.fresh):
+        if storage is None or (self._storages[index].into and not self._storages[index].fresh):
             return storage
         if self._unwritten is not None:
             device = self._devices.device(index)
@@ -417,7 +430,8 @@ class Placement:
     def names(self) -> Collection[str]:
         """Those of the message."""
         names = self._number_of.keys()
-        return names | self._whole.keys() if self._whole else names
+        others = self._whole.keys() | self.composites.names.keys()
+        return names | others if others else names
 
     def revision(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """What the caller has asked for in the place of a tensor of the object."""

@@ -14,6 +14,7 @@ from aiotorchio.collection import release
 from aiotorchio.drive import Fill, Request
 from aiotorchio.errors import AiotorchioError, LimitExceeded, UnsafeObjectError
 from aiotorchio.graph.allowlist import Allowlist
+from aiotorchio.graph.composite import Composites
 from aiotorchio.graph.names import TensorSpec, count_unnamed, specs_of
 from aiotorchio.graph.opcodes import globals_of, is_blocked
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
@@ -22,6 +23,7 @@ from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.staged import Exchange, Swap, note_change
 from aiotorchio.threads import Task
+from aiotorchio.transfer.composites import find_composites
 from aiotorchio.transfer.modules import WithModules
 from aiotorchio.transfer.plan import Placement
 from aiotorchio.transfer.steps import (
@@ -63,7 +65,6 @@ class LoadOptions(TensorOptions):
 
     weights_only: bool
     allow_pickle: bool
-    safe_globals: Sequence[Any]
     pickle_module: Any
     encoding: str
     into: Into | None
@@ -187,9 +188,13 @@ class IncomingMessage:
         with self.located():
             place = self.placement(self.header, self.layout, options, options.into)
             inline = self.decides_inline(place)
+            composites: Composites | None = None
             payload: IncomingPayload | None = None
             try:
-                yield from work(place.decide, inline=inline)
+                if options.select is not None and options.into is None:
+                    composites = yield from self.composites(options)
+                decide = functools.partial(place.decide, composites)
+                yield from work(decide, inline=inline and composites is None)
                 rebuilder = yield from self._rebuilder(options, names=place.by_name_only)
                 payload = yield from work(place.payload, inline=inline)
                 obj = yield from self._load(options, rebuilder, place, payload, inline=inline)
@@ -283,6 +288,19 @@ class IncomingMessage:
                 search = functools.partial(unsafe_globals, received, safe_globals)
                 names = yield from work(search, inline=len(received.skeleton) <= INLINE_SKELETON)
             return names
+
+    def composites(self, options: TensorOptions) -> Generator[Request, Any, Composites | None]:
+        """Receive the skeleton, and find tensors of several rows in it; leaves all to be done."""
+        if self.header.codec != "pickle":
+            return None
+        unnamed: int = yield from work(
+            lambda: self.unnamed, inline=self.opened.nbytes <= INLINE_HEADER
+        )
+        if not unnamed:
+            return None
+        received = yield from self.skeleton()
+        self._keep(received)
+        return (yield from find_composites(self.header, received, options, self.limits))
 
     def _rebuilder(
         self, options: LoadOptions, *, names: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Generator
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from aiotorchio.drive import Request
 from aiotorchio.errors import MismatchError
+from aiotorchio.graph.composite import Composites
 from aiotorchio.graph.names import count_unnamed
 from aiotorchio.graph.rebuild import build_tensor, check_tree
 from aiotorchio.interrupt import check_interrupt, interruptible
@@ -36,6 +38,7 @@ class TensorStream:
 
     def __init__(self, message: IncomingMessage, options: TensorOptions) -> None:
         self._message = message
+        self._options = options
         self._progress = options.progress
         self._place = message.placement(message.header, message.layout, options, named_only=True)
         self._inline = message.decides_inline(self._place)
@@ -75,10 +78,12 @@ class TensorStream:
 
     def _begin(self) -> Generator[Request, Any, None]:
         message = self._message
-        yield from work(self._prepare, inline=self._inline)
+        composites = yield from message.composites(self._options)
+        prepare = functools.partial(self._prepare, composites)
+        yield from work(prepare, inline=self._inline and composites is None)
         received = yield from message.skeleton()
         if message.header.codec == "tree":
-            # A pickle is not looked at: nothing of it is used.
+            # Of a pickle, only the tensors of several rows are used: it was looked at for those.
             def check() -> None:
                 check_tree(
                     received.skeleton,
@@ -92,15 +97,19 @@ class TensorStream:
             yield from work(check, inline=small)
         self._payload = yield from work(self._place.payload, inline=self._inline)
 
-    def _prepare(self) -> None:
-        self._place.decide()
+    def _prepare(self, composites: Composites | None) -> None:
+        self._place.decide(composites)
+        composites = self._place.composites
         # An earlier attempt may have been cancelled in the middle.
         self._waiting.clear()
         header, layout, wanted = self._message.header, self._message.layout, self._place.wanted
-        unnamed = count_unnamed(header) if wanted.all else 0
+        unnamed = 0
+        if wanted.all:
+            unnamed = count_unnamed(header, composites.rows, composites.storages)
         if unnamed:
+            reason = f" ({composites.refused})" if composites.refused else ""
             raise MismatchError(
-                f"{unnamed} tensors of this message have no name: load the whole object "
+                f"{unnamed} tensors of this message have no name{reason}: load the whole object "
                 "with load, or select the names that you want",
                 entry="header",
             )
@@ -110,12 +119,14 @@ class TensorStream:
                 rows_of.setdefault(row.storage, []).append(index)
         # What has no bytes comes right behind what came before it.
         end = 0
+        if composites.without_storages:
+            self._waiting.append((0, -1, []))
         for storage in interruptible(range(len(header.storages))):
-            if storage not in rows_of:
+            if storage not in rows_of and storage not in composites.storages:
                 continue
             if layout.nbytes[storage]:
                 end = layout.offsets[storage] + layout.nbytes[storage]
-            self._waiting.append((end, storage, rows_of[storage]))
+            self._waiting.append((end, storage, rows_of.get(storage, [])))
 
     def _ready(self) -> bool:
         message = self._message
@@ -131,30 +142,43 @@ class TensorStream:
             while self._ready():
                 check_interrupt()
                 _, index, rows = self._waiting.popleft()
-                storage = payload.storage(index)
-                payload.let_go(index)
-                place.put_one_in_order(index, storage)
+                storage = None
+                if index >= 0:
+                    storage = payload.storage(index)
+                    payload.let_go(index)
+                    place.put_one_in_order(index, storage)
                 ready.append((index, rows))
                 found.append(storage)
             return ready, found
 
+        composites = place.composites
+
+        def tensor_of(row: int, storage: torch.UntypedStorage) -> torch.Tensor:
+            return build_tensor(header.tensors[row], row, storage)
+
         def build() -> NamedTensors:
             tensors: NamedTensors = []
+            if composites.storages:
+                composites.distrust(place.unreliable(found))
             with torch.inference_mode(False), place.building():
-                for (_, rows), storage in interruptible(zip(ready, found, strict=True), 100):
+                for (index, rows), storage in interruptible(zip(ready, found, strict=True), 100):
                     for row in rows:
-                        tensor = build_tensor(header.tensors[row], row, storage)
+                        tensor = tensor_of(row, storage)
                         names = dict.fromkeys(header.tensors[row].names)
                         tensors += [(name, tensor) for name in names if name in wanted]
+                    if composites.names:
+                        composites.hold(index, storage)
+                        tensors += composites.made(index, tensor_of)
             return tensors
 
         # Swapping bytes takes long, and thousands of storages without bytes can be ready at once.
-        inline = self._inline and place.finish_nbytes <= INLINE_NBYTES
+        few = self._inline and not composites.names
+        inline = few and place.finish_nbytes <= INLINE_NBYTES
         ready, found = yield from work(gather, inline=inline)
         if place.relocates:
             # Not in a worker thread: a callable map_location is the caller's code.
             numbers = (index for index, _ in ready)
             items = zip(numbers, found, strict=True)
             found = yield from in_turns(lambda item: place.relocated(*item), items)
-        tensors: NamedTensors = yield from work(build, inline=self._inline)
+        tensors: NamedTensors = yield from work(build, inline=few)
         return tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ class TensorOptions:
     select: Select | None
     progress: Progress | None
     unwritten: Unwritten | None
+    safe_globals: Sequence[Any] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +116,12 @@ class Wanted:
     Args:
         select: As the caller gave it; None: all.
         names: All there are.
+        others: Why there may be more; "" if there are not.
     """
 
-    def __init__(self, select: Select | None, names: Iterable[str]) -> None:
+    def __init__(self, select: Select | None, names: Iterable[str], others: str = "") -> None:
         self.all = select is None
-        self._names = set() if select is None else selected(select, names)
+        self._names = set() if select is None else selected(select, names, others)
 
     def add(self, names: Iterable[str]) -> None:
         """Let more names count."""

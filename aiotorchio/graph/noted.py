@@ -1,0 +1,188 @@
+"""Calls of a pickle that are noted instead of carried out (see ``composite``).
+
+In: the allowlist of a load. Out: stand-ins for what makes tensors and for what the caller trusts,
+whose results are ``Call`` objects, and the names of those results in the containers around them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from aiotorchio.errors import LimitExceeded
+from aiotorchio.graph.allowlist import Allowlist
+from aiotorchio.graph.places import (
+    TEXT_MAX,
+    Path,
+    SharedContainers,
+    items_of,
+    key_text,
+    utf8,
+)
+from aiotorchio.interrupt import check_interrupt, interruptible
+
+__all__ = [
+    "CONTAINERS",
+    "DICTS",
+    "Call",
+    "Reference",
+    "StandIn",
+    "calls_in",
+    "origin_of",
+    "parts_of",
+    "stand_ins",
+]
+
+DICTS = (dict, OrderedDict, Counter)
+CONTAINERS = (list, tuple, set, frozenset, torch.Size, *DICTS)
+
+
+class Reference:
+    """Stands for the tensor of a row, or for a storage.
+
+    Args:
+        pid: What the pickle has: the number of a row, or what ``pickled`` writes for a storage.
+        storage: The number of the storage that is needed.
+    """
+
+    __slots__ = ("pid", "storage")
+
+    def __init__(self, pid: Any, storage: int) -> None:
+        self.pid, self.storage = pid, storage
+
+
+class Call:
+    """A call that is noted, and what it makes.
+
+    Attributes:
+        function: What is called.
+        args: With the results of other calls, and references, where those are arguments.
+        new: Whether an instance is made of a class without calling the class.
+        state: In a tuple, if the result is given one.
+    """
+
+    __slots__ = ("args", "function", "new", "state")
+
+    def __init__(self, function: Any, args: tuple[Any, ...], *, new: bool) -> None:
+        self.function, self.args, self.new = function, args, new
+        self.state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = (state,)
+
+
+class StandIn(type):
+    """The class of stand-ins for functions and classes, which are classes to the unpickler.
+
+    Attributes:
+        held: What one stands for, in a tuple: of a class, functions would be attributes.
+    """
+
+    held: tuple[Any]
+
+    def __call__(cls, *args: Any) -> Any:
+        """Note a call; to make an instance without one, ``__new__`` of the stand-in is called."""
+        return Call(cls.held[0], args, new=False)
+
+
+class _Base(metaclass=StandIn):
+    held = (None,)
+
+    def __new__(cls, *args: Any) -> Any:
+        return Call(cls.held[0], args, new=True)
+
+
+# No pickle can name this: a path has no line breaks.
+_RESULT = "\n"
+
+
+def stand_ins(allowlist: Allowlist) -> dict[str, Any]:
+    """What a pickle may name, with stand-ins for what makes tensors or is the caller's."""
+    deferred = allowlist.deferred()
+    allowed = {
+        path: StandIn("_Base", (_Base,), {"held": (value,)})
+        if path in deferred and callable(value)
+        else value
+        for path, value in allowlist.globals.items()
+    }
+    # To be given a state, which a noted call takes for its result.
+    return allowed | {_RESULT: Call}
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    """What a call or a container is made of."""
+    if isinstance(value, Call):
+        yield value.args
+        yield from value.state
+    elif isinstance(value, DICTS):
+        yield getattr(value, "__dict__", None)
+        for key, item in value.items():
+            yield key
+            yield item
+    else:
+        yield from value
+
+
+def origin_of(call: Call) -> int | None:
+    """The row of the tensor that a tensor with attributes is made of (see ``reduced``)."""
+    args = call.args
+    if len(args) == 4 and isinstance(args[0], StandIn) and type(args[2]) is tuple:
+        args = args[2]
+    first = args[0] if args else None
+    return first.pid if isinstance(first, Reference) and type(first.pid) is int else None
+
+
+_LOOKED_INTO = (dict, list, tuple, Call)
+
+
+def _is_made(key: Any) -> bool:
+    """Whether a key is not there yet, so that nobody knows its text."""
+    return isinstance(key, Call) or (type(key) is tuple and any(map(_is_made, key)))
+
+
+def calls_in(obj: Any) -> Iterator[tuple[str, Call]]:
+    """The results of calls in containers, with every path to them, as ``names.walk`` has them.
+
+    What is below a key that is a result itself has no name: the key has no text yet.
+
+    Raises:
+        LimitExceeded: Names that are far too long, all in all: a key can be above many of them.
+    """
+    seen: set[int] = set()
+    further: list[tuple[Path | None, Any]] = []
+    waiting: list[tuple[Path | None, Any]] = [(None, obj)]
+    all_keys_known, length = True, 0
+    while waiting:
+        check_interrupt()
+        path, value = waiting.pop()
+        if isinstance(value, Call):
+            length += path.length if path else 0
+            if length > TEXT_MAX:
+                raise LimitExceeded(
+                    f"the names of tensors of several parts have more than {TEXT_MAX} characters",
+                    entry="skeleton",
+                )
+            yield path.joined() if path else "", value
+            continue
+        items = items_of(value)
+        if items is None:
+            continue
+        if id(value) in seen:
+            further.append((path, value))
+            continue
+        seen.add(id(value))
+        below: list[tuple[Path | None, Any]] = []
+        for key, item in interruptible(items):
+            if not isinstance(item, _LOOKED_INTO):
+                continue
+            if _is_made(key):
+                all_keys_known = False
+            else:
+                below.append((Path.below(path, utf8(key_text(key))), item))
+        waiting += reversed(below)
+    if all_keys_known:
+        for name, _, _, call in SharedContainers(further, leaves=(Call,)):
+            yield name, call

@@ -1,0 +1,49 @@
+"""The names of a message's tensors that are made of several rows, before its payload."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from collections.abc import Generator
+from typing import Any
+
+from aiotorchio.drive import Request
+from aiotorchio.errors import UnsafeObjectError
+from aiotorchio.graph.composite import Composites
+from aiotorchio.graph.rebuild import Rebuilder
+from aiotorchio.transfer.wanted import TensorOptions
+from aiotorchio.wire.header import Header
+from aiotorchio.wire.limits import Limits
+from aiotorchio.wire.parser import SkeletonReceived, Work
+
+__all__ = ["find_composites"]
+
+
+def find_composites(
+    header: Header, received: SkeletonReceived, options: TensorOptions, limits: Limits
+) -> Generator[Request, Any, Composites]:
+    """Find them in the skeleton of a pickle, in a worker thread.
+
+    A skeleton that is not safe is no error: then none of them is known by name.
+
+    Raises:
+        MismatchError: Two tensors have the same name.
+        AiotorchioError: As a load of a bad skeleton.
+    """
+    rebuilder = Rebuilder(
+        received.skeleton,
+        header.codec,
+        allow_pickle=True,
+        weights_only=True,
+        pickle_module=pickle,
+        encoding="utf-8",
+        safe_globals=options.safe_globals,
+        map_location=options.map_location,
+        limits=limits,
+        offset=received.offset,
+    )
+    try:
+        composites: Composites = yield Work(functools.partial(rebuilder.composites, header))
+    except UnsafeObjectError as error:
+        return Composites.none(error.message)
+    return composites
