@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from aiotorchio.collection import collection_paused
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, MismatchError
 from aiotorchio.graph import pickled
 from aiotorchio.graph.allowlist import Allowlist
@@ -84,16 +85,18 @@ class Composites:
             pickled.checked_row(index, storages, "storage")
             return references.setdefault((index, name), Reference(pid, index))
 
-        obj = pickled.load_with(
-            skeleton,
-            refer,
-            allowed=stand_ins(allowlist),
-            allowlist=allowlist,
-            encoding=encoding,
-            depth_limit=depth_limit,
-            offset=offset,
-        )
-        self._name(obj, rows)
+        # Nothing of the caller's runs: its code has stand-ins.
+        with collection_paused():
+            obj = pickled.load_with(
+                skeleton,
+                refer,
+                allowed=stand_ins(allowlist),
+                allowlist=allowlist,
+                encoding=encoding,
+                depth_limit=depth_limit,
+                offset=offset,
+            )
+            self._name(obj, rows)
 
     @classmethod
     def none(cls, refused: str = "") -> Composites:
@@ -150,6 +153,10 @@ class Composites:
             MismatchError: A tensor that is made of itself.
             LimitExceeded: Nested deeper than Python can follow.
         """
+        with collection_paused():
+            self._choose(wanted)
+
+    def _choose(self, wanted: Iterable[str]) -> None:
         names: dict[int, tuple[Any, list[str]]] = {}
         for name in interruptible(wanted):
             call = self.names[name]
