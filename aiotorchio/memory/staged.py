@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from aiotorchio.interrupt import check_interrupt
+from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.memory.host import first_byte
 from aiotorchio.memory.route import CARRIERS, alias, copy_elements, memory_of, moved, place_of
 from aiotorchio.memory.staging import Copier, bytes_of
@@ -60,13 +60,16 @@ class Exchange:
         self._copier = copier
         self._places = _Places(tensors)
         made: dict[object, torch.Tensor] = {}
+        # Each destination and its shadow, as their bytes are exchanged. Made here, not at the
+        # change, which others wait for.
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.shadows = []
-        for tensor in tensors:
+        for tensor in interruptible(tensors, 100):
             memory = memory_of(tensor)
             if memory not in made:
                 made[memory] = _like(tensor)
-                self._pairs.append((tensor, made[memory]))
+                if tensor.numel():
+                    self._pairs.append(_aligned(tensor, made[memory]))
             self.shadows.append(made[memory])
         # What was exchanged, and what is on its way with the bytes that were there before.
         self._done: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -130,14 +133,9 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
 
 
-def _pieces(
-    tensor: torch.Tensor, shadow: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Two tensors of one shape in pieces that are small enough to be set aside."""
+def _aligned(tensor: torch.Tensor, shadow: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain tensors over the memory of two tensors of one shape, in the first one's order."""
     order = order_of(tensor.shape, tensor.stride())
-    if not order.count:
-        return
-    step = _STEP // tensor.element_size()
     destination, source = (
         alias(
             each.untyped_storage(),
@@ -148,8 +146,19 @@ def _pieces(
         )
         for each in (tensor, shadow)
     )
-    for start in range(0, order.count, step):
-        for box in boxes(order.shape, start, min(start + step, order.count)):
+    return destination, source
+
+
+def _pieces(
+    destination: torch.Tensor, source: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Two tensors of one shape in pieces that are small enough to be set aside."""
+    count, step = destination.numel(), _STEP // destination.element_size()
+    if count <= step:
+        yield destination, source
+        return
+    for start in range(0, count, step):
+        for box in boxes(destination.shape, start, min(start + step, count)):
             yield destination[box], source[box]
 
 
