@@ -379,7 +379,15 @@ def passing_buffers(module: torch.nn.Module) -> list[torch.Tensor | None]:
 def renames(module: torch.nn.Module) -> bool:
     """Whether code that is not torch's looks at what the module is to load."""
     by_torch = type(module)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
-    return not by_torch or bool(module._load_state_dict_pre_hooks)
+    return not by_torch or not all(map(_only_shards, module._load_state_dict_pre_hooks.values()))
+
+
+def _only_shards(hook: Any) -> bool:
+    """Whether a pre-hook is that of FSDP2, which reshards parameters and looks at no state."""
+    function = getattr(hook, "hook", hook)
+    return str(getattr(function, "__module__", "")).startswith(
+        "torch.distributed.fsdp._fully_shard"
+    )
 
 
 def reads_copies(module: torch.nn.Module) -> bool:

@@ -15,7 +15,7 @@ from aiotorchio.graph.footprint import Extents
 from aiotorchio.graph.modules import UNKNOWN_MAX, ModuleDestination, has_memory
 from aiotorchio.graph.names import count_unnamed, rows_by_name, walk
 from aiotorchio.graph.sharing import VIEW_BITS, filled_by_others, shared
-from aiotorchio.graph.tensor_load import is_copied_whole, kind_of
+from aiotorchio.graph.tensor_load import is_copied_whole, kind_of, spread_misfit
 from aiotorchio.interrupt import interruptible
 from aiotorchio.strided import order_of
 from aiotorchio.wire.header import CONJUGATE, META_LOCATION, NEGATIVE, Header, shortened
@@ -117,7 +117,7 @@ def match(
         for name, tensor in interruptible(found.items(), 100)
     }
     misfits = {name: reason for name, reason in reasons.items() if reason is not None}
-    misfits |= _refusals(names, modules, wanted)
+    misfits |= _refusals(header, names, modules, wanted)
     fitting = {name: each for name, each in found.items() if name not in misfits}
     sharing = shared(header, names, fitting)
     misfits |= sharing.misfits
@@ -223,17 +223,37 @@ class _Known:
 
 
 def _refusals(
-    names: Container[str], modules: Iterable[ModuleDestination], wanted: Container[str]
+    header: Header,
+    names: Mapping[str, int],
+    modules: Iterable[ModuleDestination],
+    wanted: Container[str],
 ) -> dict[str, str]:
     """Entries of state dicts that are there on both sides, and that nobody would load."""
     refused = {}
     for module in modules:
         for entry in module.others:
             name = module.prefix + entry
-            reason = module.refusal(entry) if name in wanted and name in names else None
+            if name not in wanted or name not in names:
+                continue
+            reason = module.refusal(entry)
+            if reason is None:
+                reason = _unloadable(header, names[name], module.loaded_by_torch(entry))
             if reason is not None:
                 refused[name] = reason
     return refused
+
+
+def _unloadable(header: Header, index: int, tensor: torch.Tensor | None) -> str | None:
+    """Why torch's own code would not load a row into a tensor that takes no bytes."""
+    if tensor is None or torch.nn.parameter.is_lazy(tensor):
+        return None
+    row = header.tensors[index]
+    if header.locations[header.storages[row.storage].location] == META_LOCATION:
+        return "on meta at the sender, without bytes"
+    # What had no dimension had one in early versions of torch, which load_state_dict accepts.
+    if tensor.shape != row.shape and (tensor.dim() or len(row.shape) != 1):
+        return f"shape {list(row.shape)} in the message, {list(tensor.shape)} in the destination"
+    return spread_misfit(None, tensor)
 
 
 def _misfit(header: Header, index: int, tensor: torch.Tensor, *, cast: bool) -> str | None:

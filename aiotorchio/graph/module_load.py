@@ -20,6 +20,7 @@ from aiotorchio.graph import _torch
 from aiotorchio.graph.metadata import without_mark
 from aiotorchio.graph.module_state import IN_PLACE, NOTHING, Entries, StateDict, find
 from aiotorchio.graph.modules import EXTRA_STATE, UNKNOWN_MAX, ModuleDestination
+from aiotorchio.graph.tensor_load import spread_misfit
 from aiotorchio.interrupt import interruptible
 from aiotorchio.wire.header import shortened
 
@@ -81,6 +82,7 @@ class ModuleLoad:
                 value = find(received, prefix + key, lengths)
             if value is not NOTHING:
                 entries[key] = value
+        self._check_shards(entries)
         missing = [
             key
             for key in (*tensors, *destination.others)
@@ -99,6 +101,23 @@ class ModuleLoad:
         # Those that are called say themselves what they miss.
         self._missing = [key for key in missing if owner(key) not in self._paths]
         self._visited = destination.with_those_above(self._paths)
+
+    def _check_shards(self, entries: Mapping[str, Any]) -> None:
+        """Refuse shards that torch would redistribute, or that are those of another rank."""
+        destination = self._destination
+        reasons: dict[str, str] = {}
+        for key in destination.others:
+            received, tensor = entries.get(key), destination.loaded_by_torch(key)
+            if tensor is not None and isinstance(received, torch.Tensor):
+                reason = spread_misfit(received, tensor)
+                if reason is not None:
+                    reasons[destination.prefix + key] = reason
+        if reasons:
+            raise self._refused(
+                "",
+                "".join(f"\n    {shortened(name)}: {why}" for name, why in reasons.items()),
+                misfits=reasons,
+            )
 
     @property
     def has_steps(self) -> bool:
@@ -179,7 +198,12 @@ class ModuleLoad:
             raise self._refused(path, f": {type(error).__name__}: {error}") from error
 
     def _refused(
-        self, path: str, why: str, missing: Sequence[str] = (), unexpected: Sequence[str] = ()
+        self,
+        path: str,
+        why: str,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        misfits: Mapping[str, str] | None = None,
     ) -> MismatchError:
         where = shortened(self._destination.prefix + path).removesuffix(".")
         kind = type(self._destination.submodule(path)).__name__
@@ -191,6 +215,7 @@ class ModuleLoad:
             entry=where or None,
             missing=list(missing),
             unexpected=list(unexpected),
+            misfits=misfits,
         )
 
     def _current(self) -> tuple[dict[str, Any], Mapping[str, Any]]:

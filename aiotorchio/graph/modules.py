@@ -160,6 +160,13 @@ class ModuleDestination:
         found = (each for each in beginnings(name, self._lengths_of_others) if each in self.others)
         return next(found, None)
 
+    def loaded_by_torch(self, name: str) -> torch.Tensor | None:
+        """The parameter or buffer behind an entry of ``others`` that torch's own code loads."""
+        path = self.others[name]
+        submodule = self._submodules[path]
+        own = _torch.persistent_tensors(submodule)
+        return None if self.judges(name) else own.get(name.removeprefix(path + "." if path else ""))
+
     def judges(self, name: str) -> bool:
         """Whether a submodule has code of its own for an entry that one side lacks.
 

@@ -7,6 +7,7 @@ parts of the object, and copied by torch: the last part of a commit, as what mod
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -17,7 +18,13 @@ from aiotorchio.wire.header import shortened
 # What torch and the code of subclasses raise if they cannot copy (NotImplementedError among them).
 _REFUSALS = (RuntimeError, TypeError, ValueError, AssertionError)
 
-__all__ = ["TensorLoad", "is_copied_whole", "kind_of"]
+# What to do with whole tensors for a model of shards.
+_WHOLE = (
+    ": load the message without into, and give the dict to torch.distributed.checkpoint.state_dict."
+    "set_model_state_dict"
+)
+
+__all__ = ["TensorLoad", "is_copied_whole", "kind_of", "spread_misfit"]
 
 
 def is_copied_whole(tensor: torch.Tensor) -> bool:
@@ -36,10 +43,30 @@ def kind_of(tensor: torch.Tensor) -> str:
         return f"a {name} of layout {tensor.layout}"
     if tensor.is_nested:
         return f"a nested {name}"
-    mesh, placements = _spread(tensor)
+    mesh, placements, shard = _spread(tensor)
     if mesh is not None:
-        return f"a {name} on {mesh} with placements {placements}"
+        where = f" at {shard} of the mesh" if shard else ""
+        return f"a {name} on {mesh} with placements {placements}{where}"
     return f"a {name}"
+
+
+def spread_misfit(received: torch.Tensor | None, destination: torch.Tensor) -> str | None:
+    """Why a shard cannot be copied into another one; None if it can, and if neither is a DTensor.
+
+    torch would redistribute one with other placements, in which every rank has to take part, and
+    take the shard of another rank for its own.
+
+    Args:
+        received: None for a dense tensor of which only the row is known.
+        destination: Of any kind.
+    """
+    one = (None, None, ()) if received is None else _spread(received)
+    other = _spread(destination)
+    if one == other:
+        return None
+    kind = "a dense Tensor" if received is None else kind_of(received)
+    hint = _WHOLE if one[0] is None or other[0] is None else ""
+    return f"{kind} in the message, {kind_of(destination)} in the destination{hint}"
 
 
 class TensorLoad:
@@ -136,8 +163,9 @@ class TensorLoad:
 def _misfit(received: torch.Tensor, destination: torch.Tensor) -> str | None:
     """Why a tensor cannot be copied into another one; None if it can."""
     one, other = kind_of(received), kind_of(destination)
-    if one != other or _spread(received) != _spread(destination):
-        return f"{one} in the message, {other} in the destination"
+    reason = spread_misfit(received, destination)
+    if reason is not None or one != other:
+        return reason or f"{one} in the message, {other} in the destination"
     if received.shape != destination.shape:
         return (
             f"shape {list(received.shape)} in the message, {list(destination.shape)} in the "
@@ -154,9 +182,17 @@ def _misfit(received: torch.Tensor, destination: torch.Tensor) -> str | None:
 
 
 def _class_of(tensor: torch.Tensor) -> type[torch.Tensor]:
-    return torch.Tensor if isinstance(tensor, torch.nn.Parameter) else type(tensor)
+    # Not isinstance, which says yes to parameters of every class.
+    return torch.Tensor if issubclass(type(tensor), torch.nn.Parameter) else type(tensor)
 
 
-def _spread(tensor: torch.Tensor) -> tuple[object, object]:
-    """Over which devices a DTensor is spread, and how."""
-    return getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
+def _spread(tensor: torch.Tensor) -> tuple[object, object, object]:
+    """Over which devices a DTensor is spread, how, and which part of it is here."""
+    mesh: Any = getattr(tensor, "device_mesh", None)
+    placements: Any = getattr(tensor, "placements", None)
+    if mesh is None or placements is None:
+        return None, None, ()
+    # A peer's mesh says where the peer is.
+    place = mesh.get_coordinate() or ()
+    parts = [n for n, each in zip(place, placements, strict=False) if not each.is_replicate()]
+    return mesh, placements, tuple(parts)
