@@ -158,7 +158,7 @@ def main(rank: int, count: int, store: str, folder: str) -> None:
         mine, theirs = (Path(folder, str((rank + n) % count)) for n in (0, 1))
         mine.write_bytes(encoded(sent.state_dict()))
         dist.barrier()
-        for mode in ("staged", "double"):
+        for mode in MODES:
             module = fsdp2()
             before = bits(module)
             for into in (module, module.state_dict()):

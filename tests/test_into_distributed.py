@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from aiotorchio import MismatchError
 from tests import corpus, distributed
-from tests.places import MODES, all_modes, encoded, into_options, safe_modes
+from tests.places import MODES, all_modes, encoded, into_options
 from tests.speed import patience
 
 ROOT = Path(__file__).parents[1]
@@ -85,23 +86,46 @@ def test_shapes_are_compared_before_the_first_byte(mode: str) -> None:
     assert "0.weight: shape [7, 5] in the message, [7, 4] in the destination" in said
 
 
-@safe_modes
+@all_modes
 def test_other_placements_and_meshes_are_refused_with_both(mode: str) -> None:
     module, sent = distributed.fsdp2(), distributed.fsdp2()
-    before = distributed.bits(module)
     line = init_device_mesh("cpu", (1,))
     named = init_device_mesh("cpu", (1,), mesh_dim_names=("other",))
     for mesh, placement, words in [
-        (line, Replicate(), r"placements \(Replicate\(\),\) in the message, .*\(Shard\(dim=0\),\)"),
-        (line, Shard(1), r"placements \(Shard\(dim=1\),\).* in the message, .*\(Shard\(dim=0\),\)"),
+        (
+            line,
+            Replicate(),
+            r"\(Replicate\(\),\) in the message, a DTensor on .*\(Shard\(dim=0\),\)",
+        ),
+        (
+            line,
+            Shard(1),
+            r"\(Shard\(dim=1\),\) .*in the message, a DTensor on .*\(Shard\(dim=0\),\)",
+        ),
         (named, Shard(0), r"other.* in the message, a DTensor on DeviceMesh\(\(1,\)"),
     ]:
         state: dict[str, Any] = sent.state_dict()
         state["0.weight"] = distribute_tensor(torch.ones(7, 4), mesh, [placement])
-        with pytest.raises(MismatchError, match=words) as caught:
-            distributed.decoded(encoded(state), **into_options(mode, module))
-        assert caught.value.misfits.keys() == {"0.weight"}
-        assert distributed.bits(module) == before
+        said = distributed.is_refused(module, state, mode, MismatchError)
+        assert re.search(f"0.weight: a DTensor on .*{words}", said), said
+        assert said.count(" in the message") == 1
+
+
+@all_modes
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2 used", "tensor parallel"])
+def test_a_shard_that_is_missing_is_found_before_the_first_byte(kind: str, mode: str) -> None:
+    module, state = distributed.KINDS[kind](), distributed.KINDS[kind]().state_dict()
+    del state["0.weight"]
+    said = distributed.is_refused(module, state, mode, MismatchError)
+    assert "not in the message: 0.weight" in said
+
+
+@all_modes
+def test_a_shard_too_many_is_found_before_the_first_byte(mode: str) -> None:
+    module, state = distributed.fsdp2(), distributed.fsdp2().state_dict()
+    state["more"] = state["0.weight"].clone()
+    said = distributed.is_refused(module, state, mode, MismatchError)
+    assert "not in the destination: more" in said
 
 
 @pytest.mark.parametrize("kind", distributed.FSDP1)

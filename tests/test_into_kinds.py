@@ -148,6 +148,120 @@ def test_what_is_missing_or_not_selected_stays() -> None:
     )
 
 
+# ------------------------------------------------------------------------------ before the payload
+
+
+def sparse(one: float) -> dict[str, Any]:
+    """What can be told apart before its numbers are there."""
+    return {"coo": (torch.eye(3) * one).to_sparse(), "dense": torch.full((2,), one)}
+
+
+def is_refused_before_the_payload(obj: Any, into: Any, mode: Mode, reason: str) -> MismatchError:
+    before, done = numbers(into), list[int]()
+    with pytest.raises(MismatchError, match=reason) as caught:
+        load(obj, progress=lambda count, _: done.append(count), **mode(into))
+    assert numbers(into) == before and not done
+    return caught.value
+
+
+@all_modes
+@pytest.mark.parametrize("case", ["another layout", "another shape", "another dtype"])
+def test_other_kinds_are_refused_before_the_payload(case: str, mode: Mode) -> None:
+    make, name, reason = OTHERS[case]
+    is_refused_before_the_payload(sparse(3.0), sparse(1.0) | {name: make()}, mode, reason)
+
+
+@all_modes
+def test_a_missing_one_is_refused_before_the_payload(mode: Mode) -> None:
+    into = sparse(1.0) | {"other": torch.eye(2).to_sparse()}
+    error = is_refused_before_the_payload(sparse(3.0), into, mode, "not in the message: other")
+    assert error.missing == ("other",)
+
+
+@all_modes
+def test_what_no_destination_takes_is_refused(mode: Mode) -> None:
+    sent = sparse(3.0) | {"other": [torch.eye(2).to_sparse()]}
+    reason = r"not in the destination: other\.0"
+    error = is_refused_before_the_payload(sent, sparse(1.0), mode, reason)
+    assert error.unexpected == ("other.0",)
+    into = sparse(1.0)
+    loaded = load(sent, strict=False, **mode(into))
+    assert numbers(into) == numbers(sparse(3.0))
+    assert torch.equal(loaded["other"][0].to_dense(), torch.eye(2))
+    into = sparse(1.0)
+    load(sent, select=["coo", "dense"], **mode(into))
+    assert numbers(into) == numbers(sparse(3.0))
+
+
+def test_what_no_destination_takes_is_shown_up_to_a_number() -> None:
+    sent = sparse(3.0) | {"other": [torch.eye(2).to_sparse() for _ in range(22)]}
+    error = is_refused_before_the_payload(sent, sparse(1.0), plain, "destination: 2 more")
+    assert len(error.unexpected) == 22
+
+
+class Holder:
+    """An object with a tensor; how many were made is counted."""
+
+    __slots__ = ("held", "others")
+
+    made = 0
+
+    def __init__(self, held: torch.Tensor) -> None:
+        self.held = held
+
+    def __setstate__(self, state: Any) -> None:
+        Holder.made += 1
+        self.held = state[1]["held"]
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda tensor: {"a": [frozenset([tensor])]},
+        lambda tensor: {"a": [{(tensor, 1): 2}]},
+        lambda tensor: {"a": [Holder(tensor)]},
+        lambda tensor: {"a": [{1: frozenset([(1, tensor)])}[1]]},
+    ],
+)
+@pytest.mark.parametrize("mode", [staged, double])
+def test_what_has_no_name_is_refused_with_its_place(mode: Mode, hide: Any) -> None:
+    into = sparse(1.0)
+    data = io.BytesIO(encoded(sparse(3.0) | hide(torch.ones(2))))
+    with pytest.raises(MismatchError, match=r"1 tensors of the message have no name .*'a\.0'"):
+        aiotorchio.load(data, safe_globals=[Holder], **mode(into))
+    assert numbers(into) == numbers(sparse(1.0))
+    data.seek(0)
+    aiotorchio.load(data, safe_globals=[Holder], strict=False, **mode(into))
+    assert numbers(into) == numbers(sparse(3.0))
+
+
+def test_a_tensor_that_is_named_elsewhere_is_not_without_a_name() -> None:
+    sent, into = sparse(3.0), sparse(1.0)
+    load(sent | {"all": frozenset([sent["coo"], sent["dense"]])}, into=into)
+    assert numbers(into) == numbers(sparse(3.0))
+
+
+def test_the_code_of_trusted_classes_runs_once() -> None:
+    into, before = sparse(1.0) | {"other": torch.eye(2).to_sparse()}, Holder.made
+    data = io.BytesIO(encoded(sparse(3.0) | {"a": Holder(torch.ones(2))}))
+    with pytest.raises(MismatchError, match="its tensors are written to"):
+        aiotorchio.load(data, safe_globals=[Holder], into=into)
+    assert Holder.made == before + 1
+
+
+async def test_a_message_that_was_refused_so_can_be_loaded_in_another_way() -> None:
+    async with (
+        aclosing(aiotorchio.iter_bytes(sparse(3.0))) as stream,
+        aiotorchio.StreamReader(stream).open() as message,
+    ):
+        into: Any = sparse(1.0) | {"coo": torch.eye(3).to_sparse_csr()}
+        with pytest.raises(MismatchError, match="coo"):
+            await message.load(into=into)
+        into = sparse(1.0)
+        await message.load(into=into)
+        assert numbers(into) == numbers(sparse(3.0))
+
+
 @all_modes
 def test_dtensors(mode: Mode) -> None:
     from torch.distributed.device_mesh import init_device_mesh

@@ -418,13 +418,60 @@ def test_what_is_not_selected_is_not_loaded() -> None:
     assert state(module) == before | {k: v for k, v in state(sent).items() if k[0] == "0"}
 
 
-def test_extra_state_that_is_missing() -> None:
-    message = model("extra bytes").state_dict()
+def is_refused_before_the_payload(
+    module: nn.Module, data: bytes, mode: str, reason: str
+) -> MismatchError:
+    before, done = state(module), list[int]()
+    options = into_options(mode, module)
+    with pytest.raises(MismatchError, match=reason) as caught:
+        load(data, progress=lambda count, _: done.append(count), **options)
+    assert state(module) == before and not done
+    return caught.value
+
+
+@all_modes
+def test_extra_state_that_is_missing(mode: str) -> None:
+    message, module = model("extra bytes").state_dict(), model("extra bytes")
     del message["1._extra_state"]
-    with pytest.raises(MismatchError, match=r"not in the message: 1\._extra_state") as caught:
-        load(encoded(message), into=model("extra bytes"))
-    assert caught.value.missing == ("1._extra_state",)
-    load(encoded(message), into=model("extra bytes"), strict=False)
+    reason = r"not in the message: 1\._extra_state"
+    error = is_refused_before_the_payload(module, encoded(message), mode, reason)
+    assert error.missing == ("1._extra_state",)
+    load(encoded(message), strict=False, **into_options(mode, module))
+    assert state(module)["1.linear.weight"] == plainly(message["1.linear.weight"])
+
+
+@pytest.mark.parametrize("value", [b"state", None, 5, torch.ones(1), {"a": torch.ones(1)}])
+@pytest.mark.parametrize("path", ["", "a.model"])
+@all_modes
+def test_extra_state_for_a_module_of_tensors(mode: str, path: str, value: Any) -> None:
+    """As from a sender whose modules have extra state."""
+    module, message = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)).state_dict()
+    message["0._extra_state"] = value
+    sent: Any = {"a": {"model": message}} if path else message
+    into: Any = {"a": {"model": module}} if path else module
+    before = state(module)
+    with pytest.raises(MismatchError, match=r"not in the destination: .*0\._extra_state"):
+        load(encoded(sent), **into_options(mode, into))
+    assert state(module) == before
+    load(encoded(sent), strict=False, **into_options(mode, into))
+    assert state(module)["0.weight"] == plainly(message["0.weight"])
+
+
+@safe_modes
+def test_extra_state_in_a_pickle_for_a_module_of_tensors(mode: str) -> None:
+    module, message = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)).state_dict()
+    before = state(module)
+    message["0._extra_state"] = frozenset()
+    with pytest.raises(MismatchError, match=r"not in the destination: 0\._extra_state"):
+        load(encoded(message), **into_options(mode, module))
+    assert state(module) == before
+
+
+def test_an_empty_key_for_a_module_with_a_hook() -> None:
+    module: Any = nn.Sequential(OldName())
+    message = {**module.state_dict(), "": torch.ones(1)}
+    with pytest.raises(MismatchError, match="not in the destination"):
+        load(encoded(message), into=module)
 
 
 def test_extra_state_that_nobody_takes() -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "active_fake_mode",
     "empty_affine_quantized",
     "empty_per_channel_quantized",
+    "excuses",
     "fake_storage",
     "get_layout",
     "has_names",
@@ -383,11 +384,16 @@ def renames(module: torch.nn.Module) -> bool:
 
 
 def _only_shards(hook: Any) -> bool:
-    """Whether a pre-hook is that of FSDP2, which reshards parameters and looks at no state."""
+    """Whether a hook is one of FSDP2, which cares for its parameters and looks at no state."""
     function = getattr(hook, "hook", hook)
     return str(getattr(function, "__module__", "")).startswith(
         "torch.distributed.fsdp._fully_shard"
     )
+
+
+def excuses(module: torch.nn.Module) -> bool:
+    """Whether code that is not torch's hears of what is missing, and may take it back."""
+    return not all(map(_only_shards, module._load_state_dict_post_hooks.values()))
 
 
 def reads_copies(module: torch.nn.Module) -> bool:

@@ -89,9 +89,13 @@ class Allowlist:
         trusted |= {path: value for path, value in checked.items() if path in trusted}
         self.globals |= trusted
         self._trusted = list(trusted.values())
-        self._trusted_paths = frozenset(trusted)
+        self._trusted_paths = trusted
         self.stateful = {"collections.OrderedDict"}
         self.stateful |= {path for path, value in trusted.items() if _takes_state(value)}
+
+    def trusted(self) -> Iterable[tuple[str, Any]]:
+        """Paths in the pickle, and what the caller trusts under them."""
+        return self._trusted_paths.items()
 
     def distrust(self, storages: Iterable[torch.UntypedStorage | None]) -> None:
         """Make nothing that relies on the numbers in these storages, or others named before."""
@@ -100,7 +104,7 @@ class Allowlist:
     def deferred(self) -> frozenset[str]:
         """Paths of what makes tensors, and of what the caller trusts."""
         rebuilds = [path for path, value in self.globals.items() if self.makes_tensors(value)]
-        return self._trusted_paths.union(rebuilds)
+        return frozenset([*self._trusted_paths, *rebuilds])
 
     def makes_tensors(self, function: Any) -> bool:
         """Whether it is one of the functions that rebuild tensors."""

@@ -20,7 +20,7 @@ from aiotorchio.interrupt import interruptible
 from aiotorchio.strided import order_of
 from aiotorchio.wire.header import CONJUGATE, META_LOCATION, NEGATIVE, Header, shortened
 
-__all__ = ["Match", "destinations_of", "examined", "match"]
+__all__ = ["Known", "Match", "destinations_of", "examined", "match"]
 
 # Of each kind of misfit, as many as a person reads.
 _SHOWN = 20
@@ -130,7 +130,7 @@ def match(
                 name: destinations[name] for name in missing if _has_places(destinations[name])
             }
             filled = set(filled_by_others(others, fitting))
-        known = _Known(modules)
+        known = Known(modules)
         missing = [
             name
             for name in missing
@@ -183,8 +183,11 @@ def _has_places(tensor: torch.Tensor) -> bool:
     return has_memory(tensor) and not tensor.is_meta and _no_place(tensor) is None
 
 
-class _Known:
+class Known:
     """What modules know that one of both sides lacks.
+
+    Args:
+        modules: Of the destination.
 
     Attributes:
         refused: Entries of which the message has parts, and that nobody would load, with reasons.

@@ -24,7 +24,7 @@ from aiotorchio.graph.tensor_load import spread_misfit
 from aiotorchio.interrupt import interruptible
 from aiotorchio.wire.header import shortened
 
-__all__ = ["ModuleLoad"]
+__all__ = ["ModuleLoad", "refused_extra_states"]
 
 
 class ModuleLoad:
@@ -82,12 +82,12 @@ class ModuleLoad:
                 value = find(received, prefix + key, lengths)
             if value is not NOTHING:
                 entries[key] = value
-        self._check_shards(entries)
         missing = [
             key
             for key in (*tensors, *destination.others)
             if key not in entries and prefix + key in wanted
         ]
+        self._check(entries, missing)
 
         owner = destination.owner
         self._entries = Entries(entries, owner)
@@ -102,21 +102,30 @@ class ModuleLoad:
         self._missing = [key for key in missing if owner(key) not in self._paths]
         self._visited = destination.with_those_above(self._paths)
 
-    def _check_shards(self, entries: Mapping[str, Any]) -> None:
-        """Refuse shards that torch would redistribute, or that are those of another rank."""
-        destination = self._destination
-        reasons: dict[str, str] = {}
+    def _check(self, entries: Mapping[str, Any], absent: Iterable[str]) -> None:
+        """Refuse what is certain to be refused later, and shards that are not those of here."""
+        destination, prefix = self._destination, self._destination.prefix
+        misfits: dict[str, str] = {}
         for key in destination.others:
             received, tensor = entries.get(key), destination.loaded_by_torch(key)
             if tensor is not None and isinstance(received, torch.Tensor):
                 reason = spread_misfit(received, tensor)
                 if reason is not None:
-                    reasons[destination.prefix + key] = reason
-        if reasons:
+                    misfits[prefix + key] = reason
+        missing, unexpected = list[str](), list[str]()
+        if self._strict:
+            others = destination.others
+            missing = [prefix + key for key in absent if key in others and destination.needs(key)]
+            unexpected = [prefix + key for key in entries if destination.refuses(key)]
+        if misfits or missing or unexpected:
+            lines = [f"{shortened(name)}: {why}" for name, why in misfits.items()]
             raise self._refused(
                 "",
-                "".join(f"\n    {shortened(name)}: {why}" for name, why in reasons.items()),
-                misfits=reasons,
+                "\n    ".join(["", *lines, *_absent(missing, unexpected)]),
+                missing,
+                unexpected,
+                misfits,
+                verb="does not take what the message has",
             )
 
     @property
@@ -145,8 +154,7 @@ class ModuleLoad:
         if missing or unexpected or errors:
             lines = [
                 *errors,
-                *(f"not in the message: {shortened(name)}" for name in missing),
-                *(f"not in the destination: {shortened(name)}" for name in unexpected),
+                *_absent(missing, unexpected),
             ]
             raise self._refused("", "\n    ".join(["", *lines]), missing, unexpected)
 
@@ -204,11 +212,13 @@ class ModuleLoad:
         missing: Sequence[str] = (),
         unexpected: Sequence[str] = (),
         misfits: Mapping[str, str] | None = None,
+        *,
+        verb: str = "did not load what was received",
     ) -> MismatchError:
         where = shortened(self._destination.prefix + path).removesuffix(".")
         kind = type(self._destination.submodule(path)).__name__
         kept = "" if self._staged else " (its tensors are written to: staged=True keeps them)"
-        self._first_error = f"{where or 'the module'} ({kind}) did not load what was received"
+        self._first_error = f"{where or 'the module'} ({kind}) {verb}"
         self._first_error += kept + why
         return MismatchError(
             self._first_error,
@@ -295,11 +305,31 @@ class ModuleLoad:
         return lines
 
 
+def refused_extra_states(destination: ModuleDestination, received: Any) -> list[str]:
+    """The names of extra state that an object has for a module, and that nobody there takes."""
+    prefix = destination.prefix
+    keys = _extra_states(find(received, prefix[:-1], {}))
+    return [prefix + key for key in keys if destination.refuses(key)]
+
+
+def _absent(missing: Iterable[str], unexpected: Iterable[str]) -> Iterator[str]:
+    """Lines of an error."""
+    yield from (f"not in the message: {shortened(name)}" for name in missing)
+    yield from (f"not in the destination: {shortened(name)}" for name in unexpected)
+
+
 def _extra_states(root: Any) -> list[str]:
     """Entries that are extra state for somebody, whether or not there is one who takes it."""
     if not isinstance(root, Mapping):
         return []
-    return [key for key in root if isinstance(key, str) and key.rpartition(".")[2] == EXTRA_STATE]
+    return [
+        key
+        for key in interruptible(root)
+        # Half a million keys: first what is quick.
+        if isinstance(key, str)
+        and key.endswith(EXTRA_STATE)
+        and key.rpartition(".")[2] == EXTRA_STATE
+    ]
 
 
 def _is_lazy(value: object) -> bool:

@@ -108,6 +108,7 @@ class ModuleDestination:
             for below, submodule in self._submodules.items()
             if _torch.loads_in_its_own_way(submodule)
         }
+        self._excuses = any(map(_torch.excuses, self._submodules.values()))
         self._renames = any(map(_torch.renames, self._submodules.values()))
         self.only_tensors = not self.active and not any(
             map(_torch.is_norm, self._submodules.values())
@@ -140,11 +141,13 @@ class ModuleDestination:
 
     def owner(self, name: str) -> str:
         """The path of the submodule that an entry belongs to, going by its name."""
-        return next(
+        found = (
             path
             for path in beginnings(name, self._lengths)
             if path in self._submodules and path != name
         )
+        # A key can be empty.
+        return next(found, "")
 
     def with_those_above(self, paths: Iterable[str]) -> set[str]:
         """Paths of submodules, and of all that these are in."""
@@ -166,6 +169,23 @@ class ModuleDestination:
         submodule = self._submodules[path]
         own = _torch.persistent_tensors(submodule)
         return None if self.judges(name) else own.get(name.removeprefix(path + "." if path else ""))
+
+    def needs(self, name: str) -> bool:
+        """Whether torch's own code reports an entry of ``others`` that is not there."""
+        if self._excuses or self.judges(name):
+            return False
+        path = self.others[name]
+        extra = name.removeprefix(path + "." if path else "") == EXTRA_STATE
+        return extra or self.loaded_by_torch(name) is not None
+
+    def refuses(self, name: str) -> bool:
+        """Whether torch's own code reports extra state that nobody takes."""
+        return (
+            name.rpartition(".")[2] == EXTRA_STATE
+            and name not in self.others
+            and not self._excuses
+            and not self.judges(name)
+        )
 
     def judges(self, name: str) -> bool:
         """Whether a submodule has code of its own for an entry that one side lacks.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,18 @@ import torch
 from aiotorchio.collection import collection_paused
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, UnsafeObjectError
 from aiotorchio.graph import pickled, tree
-from aiotorchio.graph._torch import Blanks, make_parameter, over_storage, set_view_bits
+from aiotorchio.graph._torch import (
+    Blanks,
+    make_parameter,
+    over_storage,
+    real_tensors,
+    set_view_bits,
+)
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.composite import Composites
 from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.names import Placeholder, check_names
+from aiotorchio.graph.opcodes import globals_of
 from aiotorchio.graph.prescan import prescan
 from aiotorchio.graph.reduced import without_class
 from aiotorchio.graph.unpack import AT_ONCE_NBYTES, drop
@@ -99,7 +107,13 @@ def _build_tensor(
 
 
 def check_tree(
-    skeleton: bytes, rows: Sequence[TensorRow], *, names: bool, limits: Limits, offset: int
+    skeleton: bytes,
+    rows: Sequence[TensorRow],
+    *,
+    names: bool,
+    limits: Limits,
+    offset: int,
+    look: Callable[[Any], None] | None = None,
 ) -> None:
     """Refuse a bad skeleton of the tree codec; see ``Rebuilder.check`` and ``tree.decode``."""
     depth, wide_keys = limits.depth, limits.wide_keys
@@ -108,6 +122,8 @@ def check_tree(
         try:
             if names:
                 check_names(obj, rows)
+            if look is not None:
+                look(obj)
         except RecursionError:
             raise LimitExceeded("nested too deep", entry="skeleton", offset=offset) from None
         except ProtocolError as error:
@@ -163,17 +179,26 @@ class Rebuilder:
         self._encoding = encoding
         self._limits = limits
         self._offset = offset
+        self._safe_globals = safe_globals
+        self._given_state: Mapping[str, bool] = {}
         # Nothing of a tree is looked up in it.
         if codec == "pickle":
             self._allowlist = Allowlist(safe_globals, limits, map_location)
 
-    def check(self, rows: Sequence[TensorRow], *, names: bool) -> None:
+    def check(
+        self,
+        rows: Sequence[TensorRow],
+        *,
+        names: bool,
+        look: Callable[[Any], None] | None = None,
+    ) -> None:
         """Refuse a bad skeleton before its payload is received; raises what ``build`` would.
 
         Args:
             rows: The table of tensors.
             names: Whether something will be done by name. Of a pickle, nobody can tell before it
                 is built whether its names are true.
+            look: Gets the object, with a ``Placeholder`` for each tensor, if the codec is the tree.
         """
         if self._codec == "tree":
             check_tree(
@@ -182,9 +207,10 @@ class Rebuilder:
                 names=names,
                 limits=self._limits,
                 offset=self._offset,
+                look=look,
             )
         elif self._weights_only:
-            given_state = prescan(
+            self._given_state = prescan(
                 self._skeleton,
                 self._allowlist.globals,
                 self._allowlist.stateful,
@@ -192,7 +218,46 @@ class Rebuilder:
                 wide_keys=self._limits.wide_keys,
                 offset=self._offset,
             )
-            self._allowlist.guard_state(given_state)
+            self._allowlist.guard_state(self._given_state)
+
+    def rehearse(self, header: Header) -> list[Any]:
+        """Build the object over tensors on ``meta``, before its payload and after ``check``.
+
+        Returns:
+            The object alone. Nothing if it cannot be built without its numbers (quantized and
+            nested tensors), or if that would run code of the caller's, or of the sender's, twice.
+        """
+        if self._codec == "pickle" and not (self._weights_only and self._is_of_torch()):
+            return []
+        rehearsal = copy.copy(self)
+        if self._codec == "pickle":
+            rehearsal._allowlist = Allowlist(self._safe_globals, self._limits, META_LOCATION)
+            rehearsal._allowlist.guard_state(self._given_state)
+        try:
+            with torch.inference_mode(False), real_tensors():
+                storages = [
+                    torch.UntypedStorage(row.nbytes, device=META_LOCATION)
+                    for row in interruptible(header.storages)
+                ]
+                return [rehearsal.build(build_tensors(header, storages), storages)]
+        except MemoryError:
+            raise
+        except Exception:
+            # Of torch, which has not all kinds on meta. What is wrong with the object itself comes
+            # again when it is built.
+            return []
+
+    def _is_of_torch(self) -> bool:
+        """Whether the pickle names only what torch has, and tensors, of what the caller trusts."""
+        if not self._safe_globals:
+            return True
+        named = globals_of(self._skeleton)
+        return all(
+            (isinstance(value, type) and issubclass(value, torch.Tensor))
+            or str(getattr(value, "__module__", "")).startswith("torch.")
+            for path, value in self._allowlist.trusted()
+            if path in named
+        )
 
     def composites(self, header: Header) -> Composites:
         """The tensors of the object that are made of several rows; checks the skeleton, too.

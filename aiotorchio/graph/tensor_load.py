@@ -13,7 +13,7 @@ import torch
 
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.modules import has_memory
-from aiotorchio.wire.header import shortened
+from aiotorchio.wire.header import META_LOCATION, shortened
 
 # What torch and the code of subclasses raise if they cannot copy (NotImplementedError among them).
 _REFUSALS = (RuntimeError, TypeError, ValueError, AssertionError)
@@ -77,6 +77,7 @@ class TensorLoad:
         received: By name, as far as the object has them.
         strict: Whether one may be missing.
         staged: Whether the other tensors can be had back.
+        rehearsal: Whether the tensors are all on ``meta``, since they have not been received yet.
 
     Raises:
         MismatchError: One that is missing, or cannot be copied; nothing was changed here.
@@ -89,11 +90,15 @@ class TensorLoad:
         *,
         strict: bool,
         staged: bool,
+        rehearsal: bool = False,
     ) -> None:
         self._pairs = [(name, destinations[name], each) for name, each in received.items()]
         self._staged = staged
         self._before: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         reasons = {name: _misfit(each, destination) for name, destination, each in self._pairs}
+        if not rehearsal:
+            on_meta = (name for name, _, each in self._pairs if each.device.type == META_LOCATION)
+            reasons |= dict.fromkeys(on_meta, "on meta in the message, without bytes")
         misfits = {name: reason for name, reason in reasons.items() if reason is not None}
         missing = [name for name in destinations if strict and name not in received]
         if misfits or missing:
@@ -176,8 +181,6 @@ def _misfit(received: torch.Tensor, destination: torch.Tensor) -> str | None:
             f"{received.dtype} in the message, {destination.dtype} in the destination (cast=True "
             "is for dense tensors)"
         )
-    if received.device.type == "meta":
-        return "on meta in the message, without bytes"
     return None
 
 

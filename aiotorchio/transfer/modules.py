@@ -85,6 +85,8 @@ def with_modules(
     names: Iterable[str],
     wanted: Container[str],
     whole: TensorLoad,
+    *,
+    staged: bool,
 ) -> Exchange | Swap | WithModules | None:
     """A change of tensors, together with what else is to be loaded, if anything is.
 
@@ -96,11 +98,15 @@ def with_modules(
             others of them fill.
         wanted: Whether a name counts.
         whole: Tensors that are copied as a whole.
+        staged: Whether all tensors are as before until then.
+
+    Raises:
+        MismatchError: The object does not fit the modules.
     """
     modules = [module for module in into.modules if not module.only_tensors]
     loads: list[ModuleLoad | TensorLoad] = [whole]
     if modules:
-        staged, strict = tensors is not None, into.strict
+        strict = into.strict
         names = [name for name in interruptible(names) if name in wanted]
         loads += [
             ModuleLoad(module, received, names, wanted, strict=strict, staged=staged)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from aiotorchio.errors import InvalidObjectError, MismatchError
+from aiotorchio.errors import InvalidObjectError
 from aiotorchio.graph._torch import real_tensors
 from aiotorchio.graph.composite import Composites
 from aiotorchio.graph.into import Match, match
@@ -19,7 +19,6 @@ from aiotorchio.graph.location import Destinations
 from aiotorchio.graph.modules import has_memory, other_views
 from aiotorchio.graph.names import rows_by_name
 from aiotorchio.graph.rebuild import build_tensor
-from aiotorchio.graph.tensor_load import TensorLoad, is_copied_whole
 from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.route import (
@@ -36,11 +35,12 @@ from aiotorchio.memory.staging import Copier, DeviceCopier
 from aiotorchio.memory.swap import swap_bytes
 from aiotorchio.strided import order_of
 from aiotorchio.transfer.claims import Claim, has_neighbours, memory_at
-from aiotorchio.transfer.modules import WithModules, with_modules
+from aiotorchio.transfer.fit import ObjectFit
+from aiotorchio.transfer.modules import WithModules
 from aiotorchio.transfer.ties import Ties, differ
 from aiotorchio.transfer.wanted import Into, TensorOptions, Wanted
 from aiotorchio.wire.dtypes import DTYPES
-from aiotorchio.wire.header import META_LOCATION, MIXED_UNITS, Header, Layout, shortened
+from aiotorchio.wire.header import META_LOCATION, MIXED_UNITS, Header, Layout
 
 __all__ = ["Placement"]
 
@@ -84,8 +84,6 @@ class Placement:
     by_name: dict[str, torch.Tensor]
     given: dict[int, torch.Tensor]
     _number_of: dict[str, int]
-    _whole: dict[str, torch.Tensor]
-    _whole_received: dict[str, torch.Tensor]
     _found_at: dict[str, tuple[Any, ...]]
     _ties: Ties
     _storages: list[_Rows]
@@ -119,6 +117,7 @@ class Placement:
         self._number_of, self._storages, self._places = {}, [], []
         self.composites = Composites.none()
         self.commit: Exchange | Swap | WithModules | None = None
+        self._fit: ObjectFit | None = None
         self._claims: list[BackMemory | Claim] = []
 
     @property
@@ -194,15 +193,10 @@ class Placement:
                 strict=into.strict,
                 cast=into.cast,
             )
-        self.by_name, self._filled = matched.tensors, matched.filled
+        self.by_name = matched.tensors
         self._ties = Ties(self._header, self._layout, matched.ties, self._number_of)
-        self._whole, self._whole_received = {}, {}
-        if into is not None and self._header.codec == "pickle":
-            self._whole = {
-                name: tensor
-                for name, tensor in interruptible(into.tensors.items())
-                if name in self.wanted and name not in self._number_of and is_copied_whole(tensor)
-            }
+        if into is not None:
+            self._fit = ObjectFit(self._header, into, self.wanted, self._number_of, matched.filled)
         self.given = {}
         self._found_at = {name: place_of(tensor) for name, tensor in self.by_name.items()}
         for name, tensor in self.by_name.items():
@@ -345,15 +339,30 @@ class Placement:
             return None
         return partial(differ, name, copied, staged=self.commit is not None)
 
+    @property
+    def rehearses(self) -> bool:
+        """Whether the object decides what fits, not only the header."""
+        return self._fit is not None and self._unwritten is None and self._fit.rehearses
+
+    def rehearse(self, obj: Any) -> None:
+        """Compare the object with the destination before the first byte; see ``ObjectFit``."""
+        if self._fit is not None:
+            self._fit.rehearse(obj)
+
+    def look(self, obj: Any) -> None:
+        """Compare an object without tensors with the destination; see ``ObjectFit``."""
+        if self._fit is not None:
+            self._fit.look(obj)
+
+    def check(self, obj: Any) -> None:
+        """Compare what was built with the destination; see ``ObjectFit``."""
+        if self._fit is not None:
+            self._fit.check(obj, kept=self.commit is not None)
+
     def complete(self, obj: Any) -> None:
         """Let the commit give modules what else the object has for them."""
-        into = self._into
-        if into is None or isinstance(self.commit, WithModules):
-            return
-        staged = self.commit is not None
-        whole = TensorLoad(self._whole, self._whole_received, strict=into.strict, staged=staged)
-        names = [*self._number_of, *self._filled]
-        self.commit = with_modules(self.commit, into, obj, names, self.wanted, whole)
+        if self._fit is not None and not isinstance(self.commit, WithModules):
+            self.commit = self._fit.loads(self.commit, obj)
 
     def _on_meta(self, index: int) -> torch.Tensor:
         row = self._header.tensors[index]
@@ -423,23 +432,22 @@ class Placement:
     def revises(self) -> bool:
         """Whether the object needs more than the right tensor in the place of each row."""
         # In a pickle, a tensor can be made of that of its row: with attributes, for example.
-        pickled = bool(self.by_name or self._whole) and self._header.codec == "pickle"
+        whole = self._fit is not None and bool(self._fit.whole)
+        pickled = (bool(self.by_name) or whole) and self._header.codec == "pickle"
         return pickled or not self.wanted.all or len(self.by_name) > len(self.given)
 
     @property
     def names(self) -> Collection[str]:
         """Those of the message."""
-        names = self._number_of.keys()
-        others = self._whole.keys() | self.composites.names.keys()
-        return names | others if others else names
+        names: Collection[str] = self._number_of.keys()
+        if self._fit is not None:
+            names = self._fit.names_with(names)
+        others = self.composites.names.keys()
+        return {*names, *others} if others else names
 
     def revision(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """What the caller has asked for in the place of a tensor of the object."""
-        destination = self._whole.get(name)
+        destination = None if self._fit is None else self._fit.take(name, tensor)
         if destination is not None:
-            if self._whole_received.setdefault(name, tensor) is not tensor:
-                raise MismatchError(
-                    "two tensors of the object have this name", entry=shortened(name)
-                )
             return destination
         return self.by_name.get(name, tensor) if name in self.wanted else None

@@ -12,7 +12,7 @@ import torch
 
 from aiotorchio.collection import release
 from aiotorchio.drive import Fill, Request
-from aiotorchio.errors import AiotorchioError, LimitExceeded, UnsafeObjectError
+from aiotorchio.errors import AiotorchioError, LimitExceeded, MismatchError, UnsafeObjectError
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.composite import Composites
 from aiotorchio.graph.names import TensorSpec, count_unnamed, specs_of
@@ -195,7 +195,7 @@ class IncomingMessage:
                     composites = yield from self.composites(options)
                 decide = functools.partial(place.decide, composites)
                 yield from work(decide, inline=inline and composites is None)
-                rebuilder = yield from self._rebuilder(options, names=place.by_name_only)
+                rebuilder = yield from self._rebuilder(options, place)
                 payload = yield from work(place.payload, inline=inline)
                 obj = yield from self._load(options, rebuilder, place, payload, inline=inline)
             except BaseException as error:
@@ -249,6 +249,7 @@ class IncomingMessage:
             with torch.inference_mode(False), place.building():
                 tensors = build_tensors(self.header, storages, place.given)
                 obj = rebuilder.build(tensors, storages, place.unreliable(storages))
+            place.check(obj)
             return revise(obj, place.names, place.revision) if place.revises else obj
 
         obj = yield from work(build, inline=inline)
@@ -303,7 +304,7 @@ class IncomingMessage:
         return (yield from find_composites(self.header, received, options, self.limits))
 
     def _rebuilder(
-        self, options: LoadOptions, *, names: bool
+        self, options: LoadOptions, place: Placement
     ) -> Generator[Request, Any, Rebuilder]:
         received = yield from self.skeleton()
         try:
@@ -319,12 +320,20 @@ class IncomingMessage:
                 limits=self.limits,
                 offset=received.offset,
             )
-            check = functools.partial(rebuilder.check, self.header.tensors, names=names)
+            rows, names = self.header.tensors, place.by_name_only
+            check = functools.partial(rebuilder.check, rows, names=names, look=place.look)
             yield from work(check, inline=self._is_small(rebuilder))
-        except UnsafeObjectError:
+            if place.rehearses:
+                # The first tensor on meta imports what takes half a second.
+                yield Work(functools.partial(self._rehearse, rebuilder, place))
+        except (MismatchError, UnsafeObjectError):
             self._keep(received)
             raise
         return rebuilder
+
+    def _rehearse(self, rebuilder: Rebuilder, place: Placement) -> None:
+        for obj in rebuilder.rehearse(self.header):
+            place.rehearse(obj)
 
     def _keep(self, received: SkeletonReceived) -> None:
         """Nothing was done with the skeleton: another call may do more."""

@@ -1,0 +1,126 @@
+"""Tensors of a received object that nothing names, or that no destination takes.
+
+In: an object that was just built. Out: the path of each of its tensors, or of the place that has it
+somewhere without a name. The header does not know all of them: sparse and quantized tensors,
+DTensors and others have rows for their parts only. ``transfer`` compares them under ``strict``.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from aiotorchio.errors import MismatchError
+from aiotorchio.graph.names import walk
+from aiotorchio.graph.places import items_of, key_text, utf8
+from aiotorchio.interrupt import check_interrupt
+from aiotorchio.wire.header import shortened
+
+__all__ = ["check_strays", "does_not_fit", "named_tensors"]
+
+_SHOWN = 20
+# What has attributes that are not a part of the object.
+_OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.Tensor)
+_PLAIN = (str, bytes, int, float, complex, type(None))
+
+
+def named_tensors(obj: Any) -> dict[str, torch.Tensor]:
+    """The tensors of an object by name; of several with one name, the first."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in walk(obj):
+        found.setdefault(name, tensor)
+    return found
+
+
+def check_strays(
+    obj: Any, named: Mapping[str, torch.Tensor], takes: Callable[[str], bool], *, kept: bool
+) -> None:
+    """Refuse an object that has tensors for which there is no destination.
+
+    Args:
+        obj: As it was built.
+        named: Its tensors by name.
+        takes: Whether something receives the tensor of a name, or all that is at a path.
+        kept: Whether the destinations are as they were.
+
+    Raises:
+        MismatchError: With all of them.
+    """
+    unexpected = [name for name in named if not takes(name)]
+    known = {id(tensor) for tensor in named.values()}
+    hidden = [path for path, tensor in _hidden(obj) if id(tensor) not in known and not takes(path)]
+    if not unexpected and not hidden:
+        return
+    lines = []
+    if hidden:
+        places = ", ".join(repr(shortened(path)) for path in list(dict.fromkeys(hidden))[:3])
+        lines.append(
+            f"{len(hidden)} tensors of the message have no name (in what is at {places}): load the "
+            "object without into, or select the names that you want"
+        )
+    raise does_not_fit(unexpected, lines, kept=kept)
+
+
+def does_not_fit(
+    unexpected: Sequence[str], lines: Iterable[str] = (), *, kept: bool
+) -> MismatchError:
+    """The error for an object that has too much.
+
+    Args:
+        unexpected: Names for which there is no destination.
+        lines: More that does not fit.
+        kept: Whether the destinations are as they were.
+    """
+    named = [f"not in the destination: {shortened(name)}" for name in unexpected[:_SHOWN]]
+    if len(unexpected) > _SHOWN:
+        named.append(f"not in the destination: {len(unexpected) - _SHOWN} more")
+    written = "" if kept else " (its tensors are written to: staged=True keeps them)"
+    return MismatchError(
+        "\n    ".join(["the object does not fit the destination" + written, *named, *lines]),
+        unexpected=unexpected,
+    )
+
+
+def _hidden(obj: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in sets, keys and attributes, with the path of the nearest place that has one."""
+    seen: dict[int, Any] = {}
+    waiting: list[tuple[str, Any, bool]] = [("", obj, False)]
+    while waiting:
+        check_interrupt()
+        path, value, hidden = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            if hidden:
+                yield path, value
+            continue
+        if isinstance(value, _PLAIN) or id(value) in seen:
+            continue
+        seen[id(value)] = value
+        items = items_of(value)
+        if items is not None and not hidden:
+            prefix = path + "." if path else ""
+            for key, item in items:
+                # The path is made where it is needed.
+                if not isinstance(item, (*_PLAIN, torch.Tensor)):
+                    waiting.append((prefix + utf8(key_text(key)), item, False))
+                if not isinstance(key, _PLAIN):
+                    waiting.append((path, key, True))
+            continue
+        waiting += [(path, item, True) for item in _parts(value, items)]
+
+
+def _parts(value: Any, items: Any) -> Iterator[Any]:
+    """What is in an object, or in a container without names."""
+    if items is not None:
+        for pair in items:
+            yield from pair
+    elif isinstance(value, set | frozenset):
+        yield from value
+    elif not isinstance(value, _OPAQUE):
+        yield from getattr(value, "__dict__", {}).values()
+        for kind in type(value).__mro__:
+            slots = kind.__dict__.get("__slots__", ())
+            for slot in (slots,) if isinstance(slots, str) else slots:
+                yield getattr(value, slot, None)

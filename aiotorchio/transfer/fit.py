@@ -1,0 +1,162 @@
+"""Whether an object fits the destination, as far as the header does not tell.
+
+In: the object that a message has, twice if that can be: over tensors on ``meta``, before the first
+byte of the payload, and as it was built. Out: a ``MismatchError``, or what modules and tensors of
+other kinds are to load of it. ``plan`` decides the rest from the header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+
+from aiotorchio.errors import MismatchError
+from aiotorchio.graph.into import Known
+from aiotorchio.graph.module_load import refused_extra_states
+from aiotorchio.graph.strays import check_strays, does_not_fit, named_tensors
+from aiotorchio.graph.tensor_load import TensorLoad, is_copied_whole
+from aiotorchio.interrupt import interruptible
+from aiotorchio.memory.staged import Exchange, Swap
+from aiotorchio.transfer.modules import WithModules, with_modules
+from aiotorchio.transfer.wanted import Into, Wanted
+from aiotorchio.wire.header import Header, shortened
+
+__all__ = ["ObjectFit"]
+
+
+class ObjectFit:
+    """What is received as a part of the object.
+
+    Args:
+        header: Of the message.
+        into: The destination.
+        wanted: Which names count.
+        names: Those of the header.
+        filled: Names of destinations that others fill.
+
+    Attributes:
+        whole: Tensors that take a whole tensor of the object, by name.
+        rehearses: Whether the object decides what fits, not only the header.
+    """
+
+    def __init__(
+        self,
+        header: Header,
+        into: Into,
+        wanted: Wanted,
+        names: Mapping[str, int],
+        filled: Iterable[str],
+    ) -> None:
+        self._into, self._wanted, self._names, self._filled = into, wanted, names, filled
+        self._pickled = header.codec == "pickle"
+        self.whole: dict[str, torch.Tensor] = {}
+        if self._pickled:
+            self.whole = {
+                name: tensor
+                for name, tensor in interruptible(into.tensors.items())
+                if name in wanted and name not in names and is_copied_whole(tensor)
+            }
+        self._received: dict[str, torch.Tensor] = {}
+        self.rehearses = bool(self.whole) or any(module.others for module in into.modules)
+        self._rehearsed = False
+
+    def rehearse(self, obj: Any) -> None:
+        """Compare the object before the first byte.
+
+        Args:
+            obj: As it will be, over tensors on ``meta``.
+
+        Raises:
+            MismatchError: It does not fit.
+        """
+        self.look(obj)
+        named = self._check(obj, kept=True)
+        received = {name: tensor for name, tensor in named.items() if name in self.whole}
+        self._loads(None, obj, received, kept=True, rehearsal=True)
+        self._rehearsed = True
+
+    def look(self, obj: Any, *, kept: bool = True) -> None:
+        """Refuse extra state that no module takes.
+
+        Args:
+            obj: With anything in the place of its tensors.
+            kept: Whether the destinations are as they were.
+
+        Raises:
+            MismatchError: As ``load_state_dict`` does.
+        """
+        if not self._into.strict:
+            return
+        found = [refused_extra_states(module, obj) for module in self._into.modules]
+        unexpected = [name for name in chain.from_iterable(found) if name in self._wanted]
+        if unexpected:
+            raise does_not_fit(unexpected, kept=kept)
+
+    def check(self, obj: Any, *, kept: bool) -> None:
+        """Compare the object that was built, if ``rehearse`` has not done that.
+
+        Args:
+            obj: Before anything takes the place of its tensors.
+            kept: Whether the destinations are as they were.
+
+        Raises:
+            MismatchError: It has tensors that nothing takes.
+        """
+        if self._rehearsed:
+            return
+        if self.rehearses:
+            self._check(obj, kept=kept)
+        if self._pickled:
+            self.look(obj, kept=kept)
+
+    def _check(self, obj: Any, *, kept: bool) -> Mapping[str, torch.Tensor]:
+        named = named_tensors(obj)
+        if self._into.strict and self._wanted.all and self._pickled:
+            known = Known(self._into.modules)
+            check_strays(obj, named, lambda name: self._takes(name, known), kept=kept)
+        return named
+
+    def _takes(self, name: str, known: Known) -> bool:
+        return name in self._names or name in self.whole or known.takes(name)
+
+    def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Receive a tensor of the object; returns the destination if it is one of ``whole``."""
+        destination = self.whole.get(name)
+        if destination is not None and self._received.setdefault(name, tensor) is not tensor:
+            raise MismatchError("two tensors of the object have this name", entry=shortened(name))
+        return destination
+
+    def names_with(self, names: Collection[str]) -> Collection[str]:
+        """These names, and those of ``whole``."""
+        return {*names, *self.whole} if self.whole else names
+
+    def loads(
+        self, tensors: Exchange | Swap | None, obj: Any
+    ) -> Exchange | Swap | WithModules | None:
+        """The commit of the message.
+
+        Args:
+            tensors: What the tensors wait for.
+            obj: What was received.
+
+        Raises:
+            MismatchError: The object does not fit.
+        """
+        return self._loads(tensors, obj, self._received, kept=tensors is not None)
+
+    def _loads(
+        self,
+        tensors: Exchange | Swap | None,
+        obj: Any,
+        received: Mapping[str, torch.Tensor],
+        *,
+        kept: bool,
+        rehearsal: bool = False,
+    ) -> Exchange | Swap | WithModules | None:
+        strict = self._into.strict
+        whole = TensorLoad(self.whole, received, strict=strict, staged=kept, rehearsal=rehearsal)
+        names = [*self._names, *self._filled]
+        return with_modules(tensors, self._into, obj, names, self._wanted, whole, staged=kept)
