@@ -19,6 +19,7 @@ from torch import nn
 
 import aiotorchio
 from aiotorchio import MismatchError
+from aiotorchio.graph.survey import survey
 from tests.places import Pieces, all_modes, encoded, into_options, load, safe_modes
 
 pytestmark = pytest.mark.anyio
@@ -465,6 +466,20 @@ def test_extra_state_in_a_pickle_for_a_module_of_tensors(mode: str) -> None:
     with pytest.raises(MismatchError, match=r"not in the destination: 0\._extra_state"):
         load(encoded(message), **into_options(mode, module))
     assert state(module) == before
+
+
+def test_a_module_is_looked_through_in_one_pass() -> None:
+    """Its paths, tensors and hooks as torch's own functions find them."""
+    shared = Extra(lambda: b"")
+    module: Any = nn.ModuleDict({"a": model("batch norm"), "b": shared, "c": nn.Sequential(shared)})
+    module["a"][0].register_buffer("passing", torch.ones(1), persistent=False)
+    before_load(module["a"][2], lambda *_: None)
+    found = survey(module)
+    assert list(found.submodules.items()) == list(module.named_modules(remove_duplicate=False))
+    shown = module.state_dict(keep_vars=True).values()
+    assert found.own.keys() == {id(each) for each in shown if isinstance(each, torch.Tensor)}
+    assert found.active == {"a.2", "b", "c.0"}
+    assert found.norms and found.renames and not found.excuses and found.sharded is None
 
 
 def test_an_empty_key_for_a_module_with_a_hook() -> None:

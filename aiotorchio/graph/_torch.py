@@ -45,7 +45,7 @@ __all__ = [
     "is_norm",
     "known_location",
     "load_from_state_dict",
-    "loads_in_its_own_way",
+    "loads_by_code",
     "location_tags",
     "make_compressed",
     "make_coo",
@@ -379,8 +379,13 @@ def passing_buffers(module: torch.nn.Module) -> list[torch.Tensor | None]:
 
 def renames(module: torch.nn.Module) -> bool:
     """Whether code that is not torch's looks at what the module is to load."""
-    by_torch = type(module)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
-    return not by_torch or not all(map(_only_shards, module._load_state_dict_pre_hooks.values()))
+    hooks = module._load_state_dict_pre_hooks
+    return loads_by_code(module) or not all(map(_only_shards, hooks.values()))
+
+
+def loads_by_code(module: torch.nn.Module) -> bool:
+    """Whether the class of a module loads what it is given in another way than torch's classes."""
+    return not type(module)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
 
 
 def _only_shards(hook: Any) -> bool:
@@ -404,12 +409,6 @@ def reads_copies(module: torch.nn.Module) -> bool:
 def takes_extra_state(module: torch.nn.Module) -> bool:
     """Whether a module has more to keep than tensors."""
     return type(module).set_extra_state is not torch.nn.Module.set_extra_state
-
-
-def loads_in_its_own_way(module: torch.nn.Module) -> bool:
-    """Whether more happens to a module in load_state_dict than that its tensors are copied."""
-    hooks = bool(module._load_state_dict_post_hooks)
-    return hooks or renames(module) or takes_extra_state(module)
 
 
 def load_from_state_dict(

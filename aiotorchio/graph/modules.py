@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from aiotorchio.graph import _torch
+from aiotorchio.graph.survey import survey
 
 __all__ = [
     "EXTRA_STATE",
@@ -29,6 +30,7 @@ EXTRA_STATE = "_extra_state"
 UNKNOWN_MAX = 10_000
 """Names that the destination lacks, and that are given to code of its own: each takes microseconds
 on the event loop."""
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ENTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 
 
@@ -37,6 +39,8 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
     Subclasses without ``__torch_dispatch__`` are: parameters with attributes, for example.
     """
+    if type(tensor) in _PLAIN:
+        return tensor.layout is torch.strided and not tensor.is_nested
     return (
         type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
         and not torch.nn.parameter.is_lazy(tensor)
@@ -69,21 +73,14 @@ class ModuleDestination:
     def __init__(self, path: str, module: torch.nn.Module) -> None:
         self.module = module
         self.prefix = path + "." if path else ""
-        self._submodules: dict[str, torch.nn.Module] = dict(
-            module.named_modules(remove_duplicate=False)
-        )
-        for below, submodule in self._submodules.items():
-            if _torch.is_fsdp1(submodule):
-                raise ValueError(
-                    f"into has an FSDP1 module at {self.prefix + below!r}, whose state_dict() "
-                    "gathers shards: receive a dict and give it to torch.distributed.checkpoint."
-                    "state_dict.set_model_state_dict, or use fully_shard (FSDP2)"
-                )
-        own = {
-            id(tensor): tensor
-            for submodule in self._submodules.values()
-            for tensor in _torch.persistent_tensors(submodule).values()
-        }
+        found = survey(module)
+        self._submodules, own = found.submodules, found.own
+        if found.sharded is not None:
+            raise ValueError(
+                f"into has an FSDP1 module at {self.prefix + found.sharded!r}, whose state_dict() "
+                "gathers shards: receive a dict and give it to torch.distributed.checkpoint."
+                "state_dict.set_model_state_dict, or use fully_shard (FSDP2)"
+            )
         self.tensors: dict[str, torch.Tensor] = {}
         others: list[str] = []
         places: dict[object, torch.Tensor] | None = None
@@ -103,16 +100,9 @@ class ModuleDestination:
         self._lengths = sorted(set(map(len, self._submodules)), reverse=True)
         self.others = {name: self.owner(name) for name in others}
         self._lengths_of_others = sorted(set(map(len, self.others)))
-        self.active = set(self.others.values()) | {
-            below
-            for below, submodule in self._submodules.items()
-            if _torch.loads_in_its_own_way(submodule)
-        }
-        self._excuses = any(map(_torch.excuses, self._submodules.values()))
-        self._renames = any(map(_torch.renames, self._submodules.values()))
-        self.only_tensors = not self.active and not any(
-            map(_torch.is_norm, self._submodules.values())
-        )
+        self.active = set(self.others.values()) | found.active
+        self._excuses, self._renames = found.excuses, found.renames
+        self.only_tensors = not self.active and not found.norms
         if self.active:
             self._check_names()
 
