@@ -105,8 +105,9 @@ class Exchange:
         """There is nothing more to do."""
         return iter(())
 
-    def restore(self) -> None:
+    def restore(self) -> Iterator[None]:
         """There is nothing more to undo."""
+        return iter(())
 
     def undo(self) -> None:
         """Put the bytes back that were there, which are in the shadows now.
@@ -318,8 +319,9 @@ class Swap:
         """There is nothing more to do."""
         return iter(())
 
-    def restore(self) -> None:
+    def restore(self) -> Iterator[None]:
         """There is nothing more to undo."""
+        return iter(())
 
     def undo(self) -> None:
         """Let each tensor show the memory again that it had.
