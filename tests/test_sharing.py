@@ -707,3 +707,18 @@ async def test_an_unfinished_iterable_is_left_to_its_owner() -> None:
                 await aiotorchio.load_from_stream(pieces, into=into)
         stream.free.set()
     await anyio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize(("count", "more"), [(2, False), (3, False), (4, True)])
+@all_modes
+def test_some_of_many_that_share_memory_are_named(mode: str, count: int, more: bool) -> None:
+    memory = torch.zeros(50)
+    into = {str(n): memory[n : n + 20] for n in range(count + 1)}
+    message = {name: torch.ones_like(each) for name, each in into.items()}
+    before = memory.clone()
+    with pytest.raises(MismatchError, match="shares memory with") as caught:
+        load(encoded(message), **into_options(mode, into))
+    found = caught.value.misfits
+    assert len(found) == min(count, 3)
+    assert ("there are more like it" in str(caught.value)) == more
+    assert torch.equal(memory, before)

@@ -6,6 +6,7 @@ arithmetic, however many they are. The rest is drawn (see ``strip``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -17,6 +18,8 @@ __all__ = ["conflict", "filled"]
 
 Key = TypeVar("Key", bound=Hashable)
 
+# Tensors of which each pair is looked at before they are drawn.
+_PAIRED_MAX = 64
 # Tensors that the arithmetic looks at, each time that it cuts a dimension off; more are drawn.
 _STEPS_MAX = 100_000
 
@@ -38,10 +41,35 @@ def conflict(
     if len(groups) < 2:
         return None
     keys = list(footprints)
-    suspects = [keys[n] for n in sorted(set(_suspects(members, [_STEPS_MAX])))]
+    numbers = sorted(set(_suspects(members, [_STEPS_MAX])))
+    if len(numbers) <= _PAIRED_MAX:
+        numbers = _in_step([members[n] for n in numbers])
+    suspects = [keys[n] for n in numbers]
     if not suspects:
         return None
     return drawn_conflict([(key, footprints[key], origins[key]) for key in suspects])
+
+
+def _in_step(members: Sequence[_Member]) -> list[int]:
+    """Numbers of members that may share a byte with one of another group, going by their steps.
+
+    All bytes of ``t[::2]`` lie at even elements, for example, and those of ``t[1::4]`` at odd ones.
+    """
+    return [
+        member.number
+        for member in members
+        if any(other.group != member.group and not _out_of_step(member, other) for other in members)
+    ]
+
+
+def _out_of_step(one: _Member, other: _Member) -> bool:
+    """Whether no byte of two members can be the same, however far they reach."""
+    width, its = one.runs[-1][0], other.runs[-1][0]
+    step = math.gcd(*(each for member in (one, other) for _, each in member.runs[:-1]))
+    behind = other.start - one.start
+    if not step:
+        return behind >= width or behind <= -its
+    return behind % step >= width and behind % step + its <= step
 
 
 def filled(targets: Mapping[Key, Footprint], others: Sequence[Footprint]) -> set[Key]:

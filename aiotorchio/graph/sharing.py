@@ -6,7 +6,7 @@ they arrive. All others may share memory only in the way in which the message's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,9 @@ from aiotorchio.wire.header import CONJUGATE, NEGATIVE, Header, TensorRow, short
 __all__ = ["VIEW_BITS", "Sharing", "filled_by_others", "shared", "view_of_row"]
 
 VIEW_BITS = CONJUGATE | NEGATIVE
+
+# Each can take as long as all of the memory that they share needs to be drawn.
+_SHOWN = 3
 
 
 class Sharing(NamedTuple):
@@ -65,13 +68,33 @@ def shared(
                 kind = kinds.setdefault(_kind(row, tensors[first].dtype), len(kinds))
                 origins[first] = Origin(kind, row.offset, row.stride)
         if len(origins) > 1:
-            pair = conflict({name: footprint(tensors[name]) for name in origins}, origins)
-            if pair is not None:
-                found.misfits[pair[1]] = (
-                    f"shares memory with {shortened(pair[0])} in the destination, "
-                    "but not in the message, or in another way"
-                )
+            found.misfits.update(_conflicts(tensors, origins))
     return found
+
+
+def _conflicts(
+    tensors: Mapping[str, torch.Tensor], origins: dict[str, Origin]
+) -> Iterator[tuple[str, str]]:
+    """Tensors that cannot be filled together with another one, up to a number, with the reason.
+
+    Args:
+        tensors: By name.
+        origins: Those that may share memory; the ones that were found are taken out.
+    """
+    footprints = {name: footprint(tensors[name]) for name in origins}
+    pair = conflict(footprints, origins)
+    for count in range(_SHOWN):
+        if pair is None:
+            return
+        first, second = pair
+        del footprints[second], origins[second]
+        pair = conflict(footprints, origins)
+        more = " (and there are more like it)" if pair and count == _SHOWN - 1 else ""
+        yield (
+            second,
+            f"shares memory with {shortened(first)} in the destination, but not in the message, "
+            f"or in another way{more}",
+        )
 
 
 def _places(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> Iterable[list[str]]:
