@@ -175,6 +175,8 @@ def outgoing_message(
             f"chunk_size must be a multiple of {ALIGNMENT} and at least {CHUNK_SIZE_MIN}, "
             f"not {chunk_size}"
         )
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata maps str to str, not {metadata!r}")
     metadata = {} if metadata is None else dict(metadata)
     for pair in metadata.items():
         if not all(isinstance(text, str) for text in pair):

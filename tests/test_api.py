@@ -680,6 +680,7 @@ WRONG_SAVE_OPTIONS = [
     ({"chunk_size": 4095}, ValueError, "chunk_size"),
     ({"chunk_size": 5000}, ValueError, "chunk_size"),
     ({"metadata": {"a": 1}}, TypeError, "metadata"),
+    ({"metadata": "version"}, TypeError, "metadata maps str to str"),
     ({"metadata": {1: "a"}}, TypeError, "metadata"),
 ]
 WRONG_LOAD_OPTIONS = [

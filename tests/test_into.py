@@ -1209,6 +1209,7 @@ def file_is_done(file: MeddledFile, options: dict[str, Any]) -> bool:
 # ------------------------------------------------------------------------------ wrong options
 
 W = {"w": torch.zeros(2)}
+OPTIMIZER = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))])
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"staged": True}, ValueError, "no meaning without into"),
     ({"cast": True}, ValueError, "no meaning without into"),
@@ -1217,6 +1218,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"into": 5}, TypeError, "into is a mapping"),
     ({"into": [torch.zeros(2)]}, TypeError, "into is a mapping"),
     ({"into": nn.Linear}, TypeError, "into is a mapping"),
+    ({"into": {"a": [OPTIMIZER]}}, TypeError, r"an optimizer at 'a\.0'.*state_dict\(\)"),
     ({"into": {"a": {"b": W["w"]}, "a.b": torch.zeros(1)}}, ValueError, "two tensors named 'a.b'"),
     ({"into": W, "strict": None}, TypeError, "strict"),
     ({"into": W, "cast": "yes"}, TypeError, "cast"),

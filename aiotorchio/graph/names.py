@@ -19,7 +19,7 @@ from aiotorchio.errors import MismatchError, ProtocolError
 from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.places import Path, SharedContainers, items_of, key_text, utf8
 from aiotorchio.interrupt import check_interrupt, interruptible
-from aiotorchio.wire.header import Header, TensorRow, describe
+from aiotorchio.wire.header import Header, TensorRow, describe, shortened
 
 __all__ = [
     "Placeholder",
@@ -92,6 +92,9 @@ def walk(
     Args:
         obj: Of dicts, lists, tuples and other mappings; what is in anything else is not seen.
         opened: Gets the path of a module, and the module: gives its tensors by name.
+
+    Raises:
+        TypeError: An optimizer among what would be opened.
     """
     seen: dict[int, Any] = {}
     further: list[tuple[Path | None, Any]] = []
@@ -107,6 +110,11 @@ def walk(
             value = opened(path, value)
         items = items_of(value)
         if items is None:
+            if opened is not None and isinstance(value, torch.optim.Optimizer):
+                raise TypeError(
+                    f"into has an optimizer at {path!r}, which is no mapping: receive into the "
+                    "tensors of its state_dict()"
+                )
             continue
         if id(value) in seen:
             further.append((Path.below(None, utf8(path)), value))
@@ -164,8 +172,8 @@ def rows_by_name(rows: Sequence[TensorRow]) -> dict[str, int]:
         for name in row.names:
             if found.setdefault(name, index) != index:
                 raise MismatchError(
-                    f"tensors {found[name]} and {index} have the same name: without names, a load "
-                    "of the whole object works",
+                    f"tensors {found[name]} and {index} have the same name {shortened(name)!r}: "
+                    "without names, a load of the whole object works",
                     entry=describe(row, index),
                 )
     return found

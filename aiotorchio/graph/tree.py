@@ -90,7 +90,11 @@ class _Encoder:
         if isinstance(value, torch.Tensor):
             row = self._table.add_tensor(value, path)
             if row is None:
-                raise NotATreeError(f"a {kind.__name__} that its shape and bytes do not tell", path)
+                raise NotATreeError(
+                    f"a {kind.__name__} that is sparse, quantized or nested, of a subclass, or has "
+                    "Python attributes",
+                    path,
+                )
             return (Tag.TENSOR, row)
         container = _CONTAINERS.get(kind)
         if container is not None:
