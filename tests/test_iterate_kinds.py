@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import io
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -22,6 +24,8 @@ from aiotorchio import (
     UnsafeObjectError,
 )
 from aiotorchio.graph.composite import Composites
+from aiotorchio.wire import bounds
+from aiotorchio.wire.header import Header
 from tests import corpus
 from tests.corpus import assert_same
 from tests.graph import forge
@@ -94,6 +98,22 @@ async def iterated(data: bytes, **options: Any) -> list[tuple[str, torch.Tensor]
     limits = options.pop("limits", None)
     async with StreamReader(Pieces(data, 1000)).open(limits=limits) as message:
         return [item async for item in message.iterate(**options)]
+
+
+@pytest.mark.parametrize("select", [None, "coo"])
+@pytest.mark.parametrize("among", ["alone", "first", "last"])
+async def test_parts_in_several_chunks(among: str, select: str | None) -> None:
+    """A chunk that completes parts only is not the end."""
+    coo = torch.arange(1.0, 3001).to_sparse()
+    sent = {"coo": coo} if among == "alone" else {"coo": coo, "w": torch.ones(2)}
+    if among == "last":
+        sent = {"v": torch.ones(1500), "w": torch.ones(2), "coo": coo}
+    data = encoded(sent, chunk_size=4096)
+    assert data.count(b"CHNK") > 5
+    found = await iterated(data, select=select)
+    assert [name for name, _ in found if name == "coo"] == ["coo"]
+    assert len(found) == (1 if select else len(sent))
+    assert torch.equal(dict(found)["coo"].to_dense(), coo.to_dense())
 
 
 @pytest.mark.parametrize("chunk_size", [4096, 2**20])
@@ -397,23 +417,99 @@ async def test_hostile_parts(case: str) -> None:
 
 
 async def test_one_that_is_made_of_itself() -> None:
-    box = forge.Code(b"]" + forge.put(1))
-    bad = forge.Code(
-        forge.assemble({})[:0]
-        + forge.name("torch._tensor", "_rebuild_from_type_v2")
-        + b"("
-        + forge.name("torch._utils", "_rebuild_wrapper_subclass")
-        + forge.name("tests.corpus", "Wrapper")
-        + forge.assemble(())
-        + forge.assemble({"wrapped": forge.tensor(0), "box": box})
-        + b"tR"
-        + forge.put(2)
-    )
-    # The list, which is a part of the tensor, gets the tensor as its item.
-    loop = forge.Code(forge.get(1) + forge.get(2) + b"a")
+    point = forge.Code(forge.new("tests.corpus", "Point") + forge.put(1))
+    bad = forge.Code(wrapped({"wrapped": forge.tensor(0), "point": point}) + forge.put(2))
+    # The point, which is a part of the tensor, gets the tensor in its state.
+    loop = forge.build(forge.get(1), {"tensor": forge.get(2)})
     data = crafted({"bad": bad, "loop": loop}, THING)
+    trusted = [corpus.Wrapper, corpus.Point]
     with pytest.raises(MismatchError, match="'bad' is made of itself"):
-        await iterated(data, **TRUST)
+        await iterated(data, safe_globals=trusted)
+    loaded = aiotorchio.load(io.BytesIO(data), safe_globals=trusted)
+    assert loaded["bad"].point.tensor is loaded["bad"]
+
+
+async def test_a_container_that_is_changed_after_its_use() -> None:
+    """A load has used it as it was, and what is carried out later would find something else."""
+    rest = forge.Code(b"}" + forge.put(1))
+    more = forge.Code(forge.get(1) + forge.assemble("late") + forge.assemble(1) + b"s")
+    bad = wrapped({"wrapped": forge.tensor(0), "rest": [rest]})
+    with pytest.raises(MismatchError, match="a container is changed after a call has used it"):
+        await iterated(crafted({"bad": bad, "more": more}, THING), **TRUST)
+    # The same, changed before.
+    found = await iterated(crafted({"more": [rest, more], "ok": bad_after(1)}, THING), **TRUST)
+    assert [name for name, _ in found] == ["ok"]
+    assert found[0][1].rest == {"late": 1}  # type: ignore[attr-defined]
+
+
+def bad_after(memo: int) -> forge.Code:
+    return wrapped({"wrapped": forge.tensor(0), "rest": forge.get(memo)})
+
+
+async def test_arguments_that_many_calls_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call is charged for its own tuple of them."""
+    lower = dataclasses.replace(bounds.BOUNDS, memory_floor=2**16)
+    monkeypatch.setattr(bounds, "BOUNDS", lower)
+    many = forge.Code(forge.assemble(tuple([forge.tensor(0)] * 100)) + forge.put(1))
+    function = forge.name("torch._utils", "_rebuild_sparse_tensor")
+    calls = [forge.Code(function + forge.get(1) + b"R")] * 100
+    data = crafted([many, calls], THING)
+    with pytest.raises(LimitExceeded, match="take more than 65536 bytes of memory"):
+        aiotorchio.load(io.BytesIO(data))
+    with pytest.raises(MismatchError, match="take more than 65536 bytes of memory"):
+        await iterated(data)
+
+
+class Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Same:
+    def __hash__(self) -> int:
+        return 7
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "text"),
+    [
+        (lambda: {forge.new(__name__, "Unhashable"): 1}, InvalidObjectError, "unhashable type"),
+        (
+            lambda: forge.call("builtins", "set", [forge.new(__name__, "Same")] * 100),
+            LimitExceeded,
+            "items with the same hash",
+        ),
+    ],
+)
+async def test_keys_and_members_of_trusted_classes(
+    made: Callable[[], Any], error: type[Exception], text: str
+) -> None:
+    """Their hashes are not those of what stood for them."""
+    trusted = [corpus.Wrapper, Unhashable, Same]
+    data = crafted({"bad": wrapped({"wrapped": forge.tensor(0), "rest": made()})}, THING)
+    with pytest.raises(error, match=text):
+        aiotorchio.load(io.BytesIO(data), safe_globals=trusted)
+    with pytest.raises(error, match=text) as caught:
+        await iterated(data, safe_globals=trusted)
+    assert caught.value.entry == "bad"  # type: ignore[attr-defined]
+    assert caught.value.offset is not None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("key", [torch.ones(2), (1, torch.ones(2)), corpus.Wrapper], ids=type)
+async def test_what_is_below_a_key_without_a_text_has_no_name(key: Any) -> None:
+    sent = {"w": torch.ones(3), key: torch.eye(2).to_sparse()}
+    with pytest.raises(MismatchError, match="have no name"):
+        await iterated(encoded(sent), **TRUST)
+    loaded = aiotorchio.load(io.BytesIO(encoded(sent)), select="w", **TRUST)
+    assert len(loaded) == 2 and torch.equal(loaded["w"], torch.ones(3))
+
+
+async def test_keys_that_are_doubled_tuples() -> None:
+    """Looked into once, however often each is in the next."""
+    key: tuple[Any, ...] = ()
+    for _ in range(16):
+        key = (key, key)
+    found = await iterated(encoded({"w": torch.ones(3), key: {}, "coo": torch.eye(2).to_sparse()}))
+    assert [name for name, _ in found] == ["w", "coo"]
 
 
 async def test_a_shared_part_costs_once() -> None:
@@ -429,10 +525,53 @@ async def test_a_shared_part_costs_once() -> None:
     assert len({id(tensor.wrapped) for _, tensor in found}) == 1  # type: ignore[attr-defined]
 
 
+DEEP: list[Any] = functools.reduce(lambda inner, _: [inner], range(300), [])
+
+
+@pytest.mark.parametrize(
+    ("sent", "options"),
+    [
+        ({"deep": DEEP}, {"weights_only": False}),
+        ({"a": {"b": torch.eye(2).to_sparse()}, "a.b": torch.eye(2).to_sparse()}, {}),
+    ],
+)
+def test_a_selection_does_not_need_names_that_it_does_not_name(
+    sent: dict[str, Any], options: dict[str, Any]
+) -> None:
+    data = encoded({"w": torch.ones(2), "coo": torch.eye(2).to_sparse(), **sent})
+    loaded = aiotorchio.load(io.BytesIO(data), select="w", **options)
+    assert torch.equal(loaded["w"], torch.ones(2))
+
+
+@pytest.mark.parametrize("encoding", ["latin1", "bytes"])
+def test_a_selection_of_a_pickle_of_python_2(encoding: str) -> None:
+    text = forge.Code(b"U\x03\xe9\xffa")
+    value = {"w": forge.tensor(0), "coo": sparse(forge.tensor(1), forge.tensor(2), (6,), True)}
+
+    def names(header: Header) -> None:
+        for row, name in zip(header.tensors, ("w", "", ""), strict=True):
+            row.names[:] = [name] if name else []
+
+    data = forge.message(
+        forge.pickled({**value, "text": text}), tensors=[THING, INDICES, VALUES], change=names
+    )
+    loaded = aiotorchio.load(io.BytesIO(data), select="w", encoding=encoding)
+    assert loaded.keys() == {"w", "text"} and torch.equal(loaded["w"], THING)
+
+
+def test_nothing_is_looked_at_in_a_pickle_that_is_not_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = encoded({"w": torch.ones(2), "coo": torch.eye(2).to_sparse()})
+    monkeypatch.setattr("aiotorchio.graph.pickled.load_with", None)
+    with pytest.raises(UnsafeObjectError, match="allow_pickle is False"):
+        aiotorchio.load(io.BytesIO(data), select="w", allow_pickle=False)
+
+
 async def test_names_that_are_too_long_all_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiotorchio.graph.noted.TEXT_MAX", 1000)
     value = {"k" * 100: {f"{n}": wrapped({"wrapped": forge.tensor(0)}) for n in range(20)}}
-    with pytest.raises(LimitExceeded, match="more than 1000 characters"):
+    with pytest.raises(MismatchError, match="more than 1000 characters"):
         await iterated(crafted(value, THING), **TRUST)
 
 

@@ -27,12 +27,14 @@ from aiotorchio.graph.noted import (
     DICTS,
     Call,
     Reference,
+    Seals,
     StandIn,
     calls_in,
     origin_of,
     parts_of,
     stand_ins,
 )
+from aiotorchio.graph.plain import check_hashes
 from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.wire.header import TensorRow, shortened
 
@@ -86,17 +88,21 @@ class Composites:
             return references.setdefault((index, name), Reference(pid, index))
 
         # Nothing of the caller's runs: its code has stand-ins.
+        seals = Seals()
         with collection_paused():
             obj = pickled.load_with(
                 skeleton,
                 refer,
-                allowed=stand_ins(allowlist),
+                allowed=stand_ins(allowlist, seals),
                 allowlist=allowlist,
                 encoding=encoding,
                 depth_limit=depth_limit,
                 offset=offset,
             )
-            self._name(obj, rows)
+            if seals.broken():
+                self.refused = "a container is changed after a call has used it"
+            else:
+                self._name(obj, rows)
 
     @classmethod
     def none(cls, refused: str = "") -> Composites:
@@ -287,15 +293,23 @@ class Composites:
                 encoding=self._encoding,
                 offset=self._offset,
             )
-        if isinstance(value, DICTS):
-            made = type(value)()
-            attributes = next(parts)
-            for name, item in zip(parts, parts, strict=True):
+        ready = list(parts)
+
+        def fill() -> Any:
+            if not isinstance(value, DICTS):
+                if isinstance(value, set | frozenset):
+                    # The hashes of what stood for the members were others.
+                    check_hashes(ready)
+                return type(value)(ready)
+            made, attributes = type(value)(), ready[0]
+            for name, item in zip(ready[1::2], ready[2::2], strict=True):
                 made[name] = item
             if attributes:
                 vars(made).update(attributes)
             return made
-        return type(value)(parts)
+
+        # Classes that the caller trusts are hashed and compared.
+        return pickled.translated(fill, self._offset)
 
     def _resolved(self, reference: Reference, tensor_of: Callable[..., torch.Tensor]) -> Any:
         index = reference.storage

@@ -184,7 +184,7 @@ def load_with(
         _check_shape(loaded, depth_limit)
         return loaded
 
-    return _translated(read, offset)
+    return translated(read, offset)
 
 
 # Opcodes that take a function, its arguments, and the state of the result from references.
@@ -219,7 +219,7 @@ def carry_out(
         persistent_load=[function, args, *state].__getitem__,
         encoding=encoding,
     )
-    return _translated(unpickler.load, offset)
+    return translated(unpickler.load, offset)
 
 
 def load_trusted(
@@ -265,7 +265,7 @@ def load_trusted(
             raise ProtocolError(f"{len(skeleton) - file.tell()} bytes left over behind the pickle")
         return loaded
 
-    return _translated(read, offset)
+    return translated(read, offset)
 
 
 # A pickle of this size takes some 50 ms. To check at each opcode takes a tenth of the time.
@@ -372,7 +372,7 @@ def checked_row(row: Any, count: int, what: str) -> int:
     return row
 
 
-def _translated(read: Callable[[], Any], offset: int) -> Any:
+def translated(read: Callable[[], Any], offset: int) -> Any:
     """Whatever an unpickler raises, as one of our errors."""
     try:
         return read()

@@ -211,8 +211,10 @@ class _Scan(Machine):
                 if function.name in _SETS:
                     self.budget.compare_members(item)
                     self.budget.find_places(item.wide)
-        # What is made can be a copy of an argument that is used many times.
-        memory = 256 + sum(item.memory for item in items) * _COPIES.get(function.name, 1)
+        # What is made can be a copy of an argument that is used many times, and the call itself is
+        # kept with its arguments in iteration (see ``noted``). So many are not looked at often.
+        memory = 256 + 16 * len(items)
+        memory += sum(item.memory for item in items) * _COPIES.get(function.name, 1)
         same = function.name == "torch.Size" and len(items) == 1
         # To compare two sets takes more for members that can have one hash.
         often = 1

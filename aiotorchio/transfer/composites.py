@@ -8,7 +8,7 @@ from collections.abc import Generator
 from typing import Any
 
 from aiotorchio.drive import Request
-from aiotorchio.errors import UnsafeObjectError
+from aiotorchio.errors import AiotorchioError
 from aiotorchio.graph.composite import Composites
 from aiotorchio.graph.rebuild import Rebuilder
 from aiotorchio.transfer.wanted import TensorOptions
@@ -20,15 +20,17 @@ __all__ = ["find_composites"]
 
 
 def find_composites(
-    header: Header, received: SkeletonReceived, options: TensorOptions, limits: Limits
+    header: Header,
+    received: SkeletonReceived,
+    options: TensorOptions,
+    limits: Limits,
+    *,
+    encoding: str,
 ) -> Generator[Request, Any, Composites]:
     """Find them in the skeleton of a pickle, in a worker thread.
 
-    A skeleton that is not safe is no error: then none of them is known by name.
-
-    Raises:
-        MismatchError: Two tensors have the same name.
-        AiotorchioError: As a load of a bad skeleton.
+    A skeleton that cannot be looked at in this way is no error, since it may be loaded in another:
+    then none of them is known by name, and ``Composites.refused`` says why.
     """
     rebuilder = Rebuilder(
         received.skeleton,
@@ -36,7 +38,7 @@ def find_composites(
         allow_pickle=True,
         weights_only=True,
         pickle_module=pickle,
-        encoding="utf-8",
+        encoding=encoding,
         safe_globals=options.safe_globals,
         map_location=options.map_location,
         limits=limits,
@@ -44,6 +46,6 @@ def find_composites(
     )
     try:
         composites: Composites = yield Work(functools.partial(rebuilder.composites, header))
-    except UnsafeObjectError as error:
+    except AiotorchioError as error:
         return Composites.none(error.message)
     return composites

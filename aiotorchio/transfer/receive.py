@@ -191,8 +191,10 @@ class IncomingMessage:
             composites: Composites | None = None
             payload: IncomingPayload | None = None
             try:
-                if options.select is not None and options.into is None:
-                    composites = yield from self.composites(options)
+                by_name = options.select is not None and options.into is None
+                # What ``weights_only`` refuses may be loaded without it; only the load tells.
+                if by_name and options.allow_pickle and options.weights_only:
+                    composites = yield from self.composites(options, options.encoding)
                 decide = functools.partial(place.decide, composites)
                 yield from work(decide, inline=inline and composites is None)
                 rebuilder = yield from self._rebuilder(options, place)
@@ -290,7 +292,9 @@ class IncomingMessage:
                 names = yield from work(search, inline=len(received.skeleton) <= INLINE_SKELETON)
             return names
 
-    def composites(self, options: TensorOptions) -> Generator[Request, Any, Composites | None]:
+    def composites(
+        self, options: TensorOptions, encoding: str = "utf-8"
+    ) -> Generator[Request, Any, Composites | None]:
         """Receive the skeleton, and find tensors of several rows in it; leaves all to be done."""
         if self.header.codec != "pickle":
             return None
@@ -301,7 +305,10 @@ class IncomingMessage:
             return None
         received = yield from self.skeleton()
         self._keep(received)
-        return (yield from find_composites(self.header, received, options, self.limits))
+        found: Composites = yield from find_composites(
+            self.header, received, options, self.limits, encoding=encoding
+        )
+        return found
 
     def _rebuilder(
         self, options: LoadOptions, place: Placement

@@ -65,12 +65,17 @@ class TensorStream:
                 raise RuntimeError("the rest of this message was skipped")
             if message.untouched:
                 yield from self._begin()
-            while message.chunks_left and not self._ready():
-                move = yield from message.chunk(self._payload, self._progress)
-                if move is not None:
-                    yield Work(move)
-            if self._ready():
-                return (yield from self._take())
+            while True:
+                while message.chunks_left and not self._ready():
+                    move = yield from message.chunk(self._payload, self._progress)
+                    if move is not None:
+                        yield Work(move)
+                if not self._ready():
+                    break
+                tensors = yield from self._take()
+                if tensors:
+                    return tensors
+                # Nothing but parts of tensors whose other parts are not in yet.
             if not message.ended:
                 yield from message.end()
                 yield from message.release(*self._place.tables, *self._payload.tables)
