@@ -57,11 +57,8 @@ class Commit(Protocol):
     def undo(self) -> None:
         """Take it back, as far as it was made; callable at any time, and again if it fails."""
 
-    def restore(self) -> Iterator[None]:
-        """Take back what the caller's code did: in the caller's thread, after ``undo``, in steps.
-
-        All of it is done again if an iterator was left before its end, and nothing after that.
-        """
+    def restore(self) -> None:
+        """Take back what the caller's code did: in the caller's thread, behind ``undo``."""
 
 
 async def carry_out(commit: Commit, lock: AbstractAsyncContextManager[Any] | None) -> None:
@@ -143,37 +140,16 @@ class _Lock:
 async def _undo(commit: Commit) -> None:
     """Undo a change, even if this task is cancelled again; without effect if that was done."""
     # A coroutine that is being closed must not wait.
-    closing = isinstance(sys.exception(), GeneratorExit)
-    if commit.quick or closing:
+    if commit.quick or isinstance(sys.exception(), GeneratorExit):
         commit.undo()
-        await _restore(commit, closing=closing)
+        commit.restore()
         return
     try:
         await run_in_thread(commit.undo, to_its_end=True)
     finally:
         # It has an effect only if no thread could be started.
         commit.undo()
-        await _restore(commit, closing=False)
-
-
-async def _restore(commit: Commit, *, closing: bool) -> None:
-    """Restore to the end, with turns for other tasks until this one is cancelled again."""
-    cancelled: BaseException | None = None
-    for _ in commit.restore():
-        if closing or cancelled is not None:
-            continue
-        try:
-            with anyio.CancelScope(shield=True):
-                await anyio.lowlevel.checkpoint()
-        except BaseException as error:
-            # A native cancellation, or the end of the coroutine: the rest is restored first.
-            cancelled = error
-    try:
-        if cancelled is not None:
-            raise cancelled
-    finally:
-        # Its traceback holds this frame.
-        cancelled = None
+        commit.restore()
 
 
 def carry_out_blocking(commit: Commit, lock: AbstractContextManager[Any] | None) -> None:
@@ -207,8 +183,7 @@ def _undo_blocking(commit: Commit) -> None:
     """Undo a change, even if another interrupt comes; without effect if that was done."""
     try:
         commit.undo()
-        for _ in commit.restore():
-            pass
+        commit.restore()
     except KeyboardInterrupt:
         _undo_blocking(commit)
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import io
 import sys
@@ -13,8 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-import anyio
-import anyio.lowlevel
 import pytest
 import torch
 import torch.distributed.algorithms._checkpoint.checkpoint_wrapper
@@ -22,7 +19,6 @@ from torch import nn
 
 import aiotorchio
 from aiotorchio import MismatchError
-from aiotorchio.commit import carry_out
 from aiotorchio.graph.survey import survey
 from tests.places import Pieces, all_modes, encoded, into_options, load, safe_modes
 
@@ -1028,108 +1024,6 @@ def test_torch_is_given_the_tensors_themselves(monkeypatch: pytest.MonkeyPatch) 
     load(encoded(module.state_dict()), into=module)
     weight: Any = module[0]
     assert any(each is weight.linear.weight for each in seen)
-
-
-class Restoring(Extra):
-    """Calls something when it takes back what it had."""
-
-    def __init__(self, state: int, notice: Callable[[], None]) -> None:
-        super().__init__(lambda: state)
-        self._notice = notice
-
-    def set_extra_state(self, state: Any) -> None:
-        super().set_extra_state(state)
-        if state < 0:
-            self._notice()
-
-
-def restoring(notice: Callable[[], None]) -> tuple[Any, bytes]:
-    """A module that loads, and then restores, twenty submodules; and the message."""
-    module: Any = nn.Sequential(*(Restoring(-1 - n, notice) for n in range(20)), Refuses(b"old"))
-    module[20].refused = b"new"
-    sent = nn.Sequential(*(Extra(lambda: 1) for _ in range(20)), Refuses(b"new"))
-    return module, encoded(sent.state_dict())
-
-
-@pytest.mark.parametrize("staged", [False, True])
-async def test_other_tasks_run_while_modules_are_restored(staged: bool) -> None:
-    turns, seen = [0], list[int]()
-
-    async def take_turns() -> None:
-        while True:
-            turns[0] += 1
-            await anyio.lowlevel.checkpoint()
-
-    module, data = restoring(lambda: seen.append(turns[0]))
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(take_turns)
-        with pytest.raises(MismatchError, match="no such scale"):
-            await load_in("stream", data, into=module, staged=staged)
-        tasks.cancel_scope.cancel()
-    assert len(seen) == 20 and len(set(seen)) > 10
-
-
-@pytest.mark.parametrize("staged", [False, True])
-async def test_a_scope_that_is_cancelled_while_modules_are_restored(staged: bool) -> None:
-    scope = anyio.CancelScope()
-    module, data = restoring(scope.cancel)
-    before = [each.state for each in module]
-    with scope, pytest.raises(MismatchError, match="no such scale"):
-        await load_in("stream", data, into=module, staged=staged)
-    assert [each.state for each in module] == before
-
-
-@pytest.mark.parametrize("staged", [False, True])
-def test_a_task_that_is_cancelled_while_modules_are_restored(staged: bool) -> None:
-    async def cancel_it() -> list[Any]:
-        task: asyncio.Task[Any]
-
-        def cancel() -> None:
-            task.cancel()
-
-        module, data = restoring(cancel)
-        before = [each.state for each in module]
-        task = asyncio.ensure_future(load_in("stream", data, into=module, staged=staged))
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert [each.state for each in module] == before
-        return before
-
-    assert len(asyncio.run(cancel_it())) == 21
-
-
-def test_a_coroutine_that_is_closed_while_modules_are_restored() -> None:
-    """Nothing is left half restored, and nothing is awaited."""
-
-    class Stepwise:
-        prepares, quick = False, True
-
-        def __init__(self) -> None:
-            self.restored, self.tables = 0, list[list[Any]]()
-
-        def nothing(self) -> None:
-            pass
-
-        note = prepare = apply = undo = nothing
-
-        def finish(self) -> Any:
-            raise ValueError("after the change")
-
-        def restore(self) -> Any:
-            for _ in range(10 - self.restored):
-                self.restored += 1
-                yield
-
-    commit: Any = Stepwise()
-    running = carry_out(commit, None)
-
-    async def first_steps() -> None:
-        running.send(None)
-        assert 0 < commit.restored < 10
-        running.close()
-
-    asyncio.run(first_steps())
-    assert commit.restored == 10
 
 
 def test_an_undo_that_is_interrupted_is_done_again() -> None:

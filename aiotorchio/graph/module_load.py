@@ -249,11 +249,11 @@ class ModuleLoad:
             if _is_lazy(tensor)
         ]
 
-    def restore(self) -> Iterator[None]:
+    def restore(self) -> None:
         """Load what was there before, as far as something was loaded; without effect otherwise.
 
         In the caller's thread, behind the tensors: they have their earlier numbers if they can be
-        had back. Between two steps, other tasks may run.
+        had back.
 
         Raises:
             MismatchError: A submodule does not take back what it had: names all entries that are
@@ -276,7 +276,6 @@ class ModuleLoad:
                 errors.append(f"{type(error).__name__}: {error}")
             if errors:
                 failed[path] = errors[0]
-            yield
         # Not before: after an interrupt all of it is done again.
         self._called = []
         lines = self._not_as_before(failed)

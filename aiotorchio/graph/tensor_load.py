@@ -143,8 +143,8 @@ class TensorLoad:
     def note(self) -> None:
         """Nothing: what is there before is copied when it changes."""
 
-    def restore(self) -> Iterator[None]:
-        """Copy back what was there before; without effect otherwise. Other tasks may run between.
+    def restore(self) -> None:
+        """Copy back what was there before; without effect otherwise.
 
         Raises:
             MismatchError: torch cannot; names all that are neither as before nor as in the message.
@@ -156,7 +156,6 @@ class TensorLoad:
                     destination.copy_(value)
             except _REFUSALS as error:
                 failed.append(f"{shortened(name)}: {type(error).__name__}: {error}")
-            yield
         # Not before: after an interrupt all of it is done again.
         self._before = []
         if failed:

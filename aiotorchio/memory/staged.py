@@ -105,9 +105,8 @@ class Exchange:
         """There is nothing more to do."""
         return iter(())
 
-    def restore(self) -> Iterator[None]:
+    def restore(self) -> None:
         """There is nothing more to undo."""
-        return iter(())
 
     def undo(self) -> None:
         """Put the bytes back that were there, which are in the shadows now.
@@ -319,9 +318,8 @@ class Swap:
         """There is nothing more to do."""
         return iter(())
 
-    def restore(self) -> Iterator[None]:
+    def restore(self) -> None:
         """There is nothing more to undo."""
-        return iter(())
 
     def undo(self) -> None:
         """Let each tensor show the memory again that it had.

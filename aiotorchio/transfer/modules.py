@@ -62,8 +62,8 @@ class WithModules:
         if self._tensors is not None:
             self._tensors.undo()
 
-    def restore(self) -> Iterator[None]:
-        """Let the modules load what they had, after ``undo``; between two, other tasks may run.
+    def restore(self) -> None:
+        """Let the modules load what they had; behind ``undo``.
 
         Raises:
             MismatchError: Some do not take it back; with all of them.
@@ -71,7 +71,7 @@ class WithModules:
         errors: list[MismatchError] = []
         for load in reversed(self._loads):
             try:
-                yield from load.restore()
+                load.restore()
             except MismatchError as error:
                 errors.append(error)
         if errors:
