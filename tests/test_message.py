@@ -208,8 +208,6 @@ NAMES: list[tuple[Any, list[str], int]] = [
     (ORDERED, ["_metadata.n", "w"], 0),
     (SPARSE, ["w"], 2),
     ([[TIED], torch.nn.Linear(2, 2)], ["0.0"], 2),
-    # Something may be made of the whole storage.
-    ({"a": TIED, "s": TIED.untyped_storage()}, ["a"], 1),
 ]
 
 

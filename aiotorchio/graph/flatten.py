@@ -123,7 +123,6 @@ def flatten(
                 obj, table, pickle_module=pickle_module, pickle_protocol=pickle_protocol
             )
         _add_names(obj, table)
-        table.show_whole()
     for tensor in table.kept:
         # torch drops backward hooks when it serializes, with this warning; so do we.
         warn_if_has_hooks(tensor)
@@ -143,7 +142,7 @@ def flatten(
         if compact
         else ({}, 0)
     )
-    versions = Versions([*table.kept, *table.others], table.tensors[: len(table.kept)])
+    versions = Versions([*table.kept, *table.others], table.tensors)
     whole = frozenset(table.whole)
     return Flattened(header, skeleton, table.sources, parts, left_out, whole, versions)
 

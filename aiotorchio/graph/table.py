@@ -37,7 +37,7 @@ class Table:
         skip: Send storages without their bytes, and fake tensors like others if it says so.
 
     Attributes:
-        tensors: One row for each distinct tensor object, and then those of ``show_whole``.
+        tensors: One row for each distinct tensor object.
         storages: One row for each distinct storage.
         sources: The storages themselves, in the order of their rows.
         locations: Location tags that the storages refer to.
@@ -121,20 +121,6 @@ class Table:
         index = self._storage_row(storage, unit)
         self.whole.add(index)
         return index
-
-    def show_whole(self) -> None:
-        """Let the header tell that more than the tensors with names is made of a storage.
-
-        A quantized tensor over the memory of another one, for example: the storage gets a row
-        without elements and without a name, if all of its rows have names. Comes last.
-        """
-        rows: dict[int, list[TensorRow]] = {}
-        for row in self.tensors if self.whole else ():
-            if row.storage in self.whole:
-                rows.setdefault(row.storage, []).append(row)
-        for index, shown in sorted(rows.items()):
-            if all(row.names for row in shown):
-                self.tensors.append(TensorRow(index, shown[0].dtype, 0, (0,), (1,), 0, []))
 
     def _storage_row(self, storage: torch.UntypedStorage, unit: int) -> int:
         key = storage_key(storage)

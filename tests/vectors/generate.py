@@ -339,7 +339,7 @@ def pickled() -> Vector:
     vector = Vector(
         "pickle",
         "The pickle codec, for a list that is in two places. The tensor, its storage as it is, "
-        "and its storage with a dtype are persistent ids. The second row tells of the storage.",
+        "and its storage with a dtype are persistent ids.",
         "{'a': shared, 'b': shared, 'untyped': storage 0, 'typed': storage 0 as float32} "
         "where shared = [tensor 0, None]",
         b"\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01]q\x02(K\x00QNeX\x01\x00\x00\x00bq\x03h\x02"
@@ -349,7 +349,6 @@ def pickled() -> Vector:
     vector.header.codec = "pickle"
     row = vector.add(pack([1.0, 2.0], "float32"), 0)
     vector.view(row, "float32", [2], "a.0", "b.0")
-    vector.view(row, "float32", [0])
     return vector
 
 
