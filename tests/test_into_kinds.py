@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import aiotorchio
-from aiotorchio import MismatchError
+from aiotorchio import LimitExceeded, MismatchError
 from tests import corpus
 from tests.test_api import encoded
 
@@ -227,7 +227,7 @@ class Holder:
 def test_what_has_no_name_is_refused_with_its_place(mode: Mode, hide: Any) -> None:
     into = sparse(1.0)
     data = io.BytesIO(encoded(sparse(3.0) | hide(torch.ones(2))))
-    with pytest.raises(MismatchError, match=r"1 tensors of the message have no name .*'a\.0'"):
+    with pytest.raises(MismatchError, match=r"1 tensors or storages .* no name .*'a\.0'"):
         aiotorchio.load(data, safe_globals=[Holder], **mode(into))
     assert numbers(into) == numbers(sparse(1.0))
     data.seek(0)
@@ -280,3 +280,39 @@ def test_dtensors(mode: Mode) -> None:
         with pytest.raises(MismatchError, match=r"d: .*Shard.*in the message.*Replicate"):
             aiotorchio.load(io.BytesIO(data), **mode(into), **options)
         assert not into["d"].to_local().any()
+
+
+def test_attributes_of_a_peer_make_no_dtensor() -> None:
+    """They say over which devices it is spread, in a tensor that is not."""
+    sent: Any = torch.eye(2).to_sparse()
+    sent.device_mesh, sent.placements = 1, (1,)
+    into = {"a": torch.zeros(2, 2).to_sparse()}
+    aiotorchio.load(io.BytesIO(encoded({"a": sent})), into=into)
+    assert torch.equal(into["a"].to_dense(), torch.eye(2))
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+@pytest.mark.parametrize("storage", [torch.Tensor.untyped_storage, torch.Tensor.storage])
+def test_a_storage_that_nothing_takes(storage: Callable[[torch.Tensor], Any]) -> None:
+    sent = {"s": torch.eye(2).to_sparse(), "junk": storage(torch.ones(2))}
+    into = {"s": torch.zeros(2, 2).to_sparse()}
+    with pytest.raises(MismatchError, match=r"1 tensors or storages .* no name .*'junk'"):
+        aiotorchio.load(io.BytesIO(encoded(sent)), into=into)
+    assert into["s"].to_dense().eq(0).all()
+    aiotorchio.load(io.BytesIO(encoded(sent)), into=into, strict=False)
+    assert torch.equal(into["s"].to_dense(), torch.eye(2))
+
+
+def test_names_and_places_that_are_too_long_all_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key can be above many: a small message would take far more memory."""
+    into = {"s": torch.zeros(2, 2).to_sparse()}
+    key, sparse = "k" * 100, torch.eye(2).to_sparse()
+    for below in ([sparse.clone() for _ in range(40)], [{torch.ones(1)} for _ in range(15)]):
+        data = encoded({"s": sparse, key: below})
+        with pytest.raises(MismatchError):
+            aiotorchio.load(io.BytesIO(data), into=into)
+        with monkeypatch.context() as patch:
+            patch.setattr("aiotorchio.graph.places.TEXT_MAX", 1000)
+            patch.setattr("aiotorchio.graph.strays.TEXT_MAX", 1000)
+            with pytest.raises(LimitExceeded, match=r"more than [13]000 characters"):
+                aiotorchio.load(io.BytesIO(data), into=into)

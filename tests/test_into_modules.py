@@ -1043,3 +1043,42 @@ def test_an_undo_that_is_interrupted_is_done_again() -> None:
     with pytest.raises(KeyboardInterrupt):
         load(encoded(sent), into=module, staged=True)
     assert state(module) == before
+
+
+class Shows(nn.Linear):
+    """Has extra state that nothing takes back."""
+
+    def get_extra_state(self) -> Any:
+        return {"n": 1}
+
+
+@pytest.mark.parametrize("mode", [{}, {"staged": True}])
+def test_extra_state_that_a_module_only_shows_is_not_missed(mode: dict[str, Any]) -> None:
+    sent, model = dict(nn.Linear(2, 2).state_dict()), Shows(2, 2)
+    Shows(2, 2).load_state_dict(sent)
+    aiotorchio.load(io.BytesIO(encoded(sent)), into=model, **mode)
+    assert torch.equal(model.weight, sent["weight"])
+
+
+def test_code_of_a_class_that_the_caller_trusts_runs_once() -> None:
+    """Not in a rehearsal as well."""
+    made: list[Any] = []
+
+    class Registered(torch.Tensor):
+        def __setstate__(self, state: Any) -> None:
+            vars(self).update(state)
+            made.append(self)
+
+    Registered.__module__, Registered.__qualname__ = __name__, "Registered"
+    tensor: Any = torch.ones(2).as_subclass(Registered)
+    tensor.note = 1
+    model = Extra(lambda: None)
+    sent = {**Extra(lambda: None).state_dict(), "_extra_state": {"tensor": tensor}}
+    globals()["Registered"] = Registered
+    try:
+        data = encoded(sent)
+        made.clear()
+        aiotorchio.load(io.BytesIO(data), into=model, safe_globals=[Registered])
+    finally:
+        del globals()["Registered"]
+    assert [each.device.type for each in made] == ["cpu"]

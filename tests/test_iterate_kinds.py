@@ -116,6 +116,18 @@ async def test_parts_in_several_chunks(among: str, select: str | None) -> None:
     assert torch.equal(dict(found)["coo"].to_dense(), coo.to_dense())
 
 
+async def test_one_over_the_memory_of_another() -> None:
+    """All rows have names, and only the skeleton tells of the quantized tensor."""
+    tensor = quantized(1.0, 2.0)
+    bare = torch.empty(0, dtype=torch.int8).set_(tensor.untyped_storage(), 0, (2,), (1,))
+    found = dict(await iterated(encoded({"bare": bare, "quantized": tensor})))
+    assert torch.equal(found["bare"], bare)
+    assert torch.equal(found["quantized"].dequantize(), tensor.dequantize())
+    # A storage itself is no tensor, and nothing is lost without it.
+    found = dict(await iterated(encoded({"bare": bare, "storage": bare.untyped_storage()})))
+    assert found.keys() == {"bare"}
+
+
 @pytest.mark.parametrize("chunk_size", [4096, 2**20])
 async def test_each_comes_once_under_its_names(chunk_size: int) -> None:
     sent = state()
@@ -569,7 +581,7 @@ def test_nothing_is_looked_at_in_a_pickle_that_is_not_accepted(
 
 
 async def test_names_that_are_too_long_all_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotorchio.graph.noted.TEXT_MAX", 1000)
+    monkeypatch.setattr("aiotorchio.graph.places.TEXT_MAX", 1000)
     value = {"k" * 100: {f"{n}": wrapped({"wrapped": forge.tensor(0)}) for n in range(20)}}
     with pytest.raises(MismatchError, match="more than 1000 characters"):
         await iterated(crafted(value, THING), **TRUST)

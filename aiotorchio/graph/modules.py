@@ -165,8 +165,10 @@ class ModuleDestination:
         if self._excuses or self.judges(name):
             return False
         path = self.others[name]
-        extra = name.removeprefix(path + "." if path else "") == EXTRA_STATE
-        return extra or self.loaded_by_torch(name) is not None
+        if name.removeprefix(path + "." if path else "") == EXTRA_STATE:
+            # As torch: what a class shows and does not take back is not missed.
+            return _torch.takes_extra_state(self.submodule(path))
+        return self.loaded_by_torch(name) is not None
 
     def refuses(self, name: str) -> bool:
         """Whether torch's own code reports extra state that nobody takes."""

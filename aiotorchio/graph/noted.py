@@ -13,16 +13,8 @@ from typing import Any
 
 import torch
 
-from aiotorchio.errors import LimitExceeded
 from aiotorchio.graph.allowlist import Allowlist
-from aiotorchio.graph.places import (
-    TEXT_MAX,
-    Path,
-    SharedContainers,
-    items_of,
-    key_text,
-    utf8,
-)
+from aiotorchio.graph.places import leaves_of
 from aiotorchio.interrupt import check_interrupt, interruptible
 
 __all__ = [
@@ -192,9 +184,6 @@ def origin_of(call: Call) -> int | None:
     return first.pid if isinstance(first, Reference) and type(first.pid) is int else None
 
 
-_LOOKED_INTO = (dict, list, tuple, Call)
-
-
 def _is_made(key: Any) -> bool:
     """Whether a key is not there yet, so that nobody knows its text."""
     waiting, seen = [key], set()
@@ -217,38 +206,4 @@ def calls_in(obj: Any) -> Iterator[tuple[str, Call]]:
     Raises:
         LimitExceeded: Names that are far too long, all in all: a key can be above many of them.
     """
-    seen: set[int] = set()
-    further: list[tuple[Path | None, Any]] = []
-    waiting: list[tuple[Path | None, Any]] = [(None, obj)]
-    all_keys_known, length = True, 0
-    while waiting:
-        check_interrupt()
-        path, value = waiting.pop()
-        if isinstance(value, Call):
-            length += path.length if path else 0
-            if length > TEXT_MAX:
-                raise LimitExceeded(
-                    f"the names of tensors of several parts have more than {TEXT_MAX} characters",
-                    entry="skeleton",
-                )
-            yield path.joined() if path else "", value
-            continue
-        items = items_of(value)
-        if items is None:
-            continue
-        if id(value) in seen:
-            further.append((path, value))
-            continue
-        seen.add(id(value))
-        below: list[tuple[Path | None, Any]] = []
-        for key, item in interruptible(items):
-            if not isinstance(item, _LOOKED_INTO):
-                continue
-            if _is_made(key):
-                all_keys_known = False
-            else:
-                below.append((Path.below(path, utf8(key_text(key))), item))
-        waiting += reversed(below)
-    if all_keys_known:
-        for name, _, _, call in SharedContainers(further, leaves=(Call,)):
-            yield name, call
+    return leaves_of(obj, Call, unknown=_is_made)

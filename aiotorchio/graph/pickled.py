@@ -51,6 +51,9 @@ __all__ = [
     "storage_reference",
 ]
 
+# What references to storages begin with.
+STORAGE = "storage"
+
 
 def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int) -> bytes:
     """Pickle an object, its tensors and storages into the table.
@@ -76,10 +79,10 @@ def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int)
             if isinstance(obj, torch.TypedStorage):
                 name = DTYPE_NAMES[obj.dtype]
                 row = table.add_storage(untyped_storage_of(obj), DTYPES[name].unit)
-                return ("storage", row, name)
+                return (STORAGE, row, name)
             if isinstance(obj, torch.UntypedStorage):
                 # torch names the dtype of the numbers elsewhere, or nowhere.
-                return ("storage", table.add_storage(obj, MIXED_UNITS), None)
+                return (STORAGE, table.add_storage(obj, MIXED_UNITS), None)
             return None
 
         def reducer_override(self, obj: Any) -> Any:
@@ -312,7 +315,7 @@ def _resolver(
 
 def storage_reference(reference: Any) -> tuple[Any, str | None]:
     """The number of the storage that a reference is to, unchecked, and the dtype of its numbers."""
-    if type(reference) is not tuple or len(reference) != 3 or reference[0] != "storage":
+    if type(reference) is not tuple or len(reference) != 3 or reference[0] != STORAGE:
         raise ProtocolError("a reference that is neither to a tensor nor to a storage")
     _, row, name = reference
     if name is not None:

@@ -7,19 +7,24 @@ the same paths in the object that was received.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from aiotorchio.errors import LimitExceeded
 from aiotorchio.interrupt import check_interrupt, interruptible
 
-__all__ = ["TEXT_MAX", "Path", "SharedContainers", "items_of", "key_text", "utf8"]
+__all__ = ["TEXT_MAX", "Path", "SharedContainers", "items_of", "key_text", "leaves_of", "utf8"]
+
+T = TypeVar("T")
 
 # A graph of containers can have any number of paths. All further places of an object together: a
 # header has no room for more.
 _NAMES_MAX = 2**18
 TEXT_MAX = 2**24
+
+_NO_CONTAINERS = (str, bytes, int, float, complex, type(None))
 
 # Of keys that are no texts.
 _ITEMS_SHOWN, _LENGTH_SHOWN = 16, 1024
@@ -181,3 +186,61 @@ class SharedContainers:
                 unknown[holder] -= 1
                 if not unknown[holder]:
                     ready.append(holder)
+
+
+def leaves_of(
+    obj: Any,
+    kind: type[T],
+    *,
+    unknown: Callable[[Any], bool] = lambda _: False,
+    text_max: int | None = None,
+) -> Iterator[tuple[str, T]]:
+    """What is of a kind in the containers of an object, with every path to it; further ones last.
+
+    As ``names.walk``, for what a peer has made: no path is written out that is not given.
+
+    Args:
+        obj: Of dicts, lists, tuples and other mappings.
+        kind: Of the leaves.
+        unknown: Whether a key has no text, and what is below it no path.
+        text_max: Characters of all paths together; by default ``TEXT_MAX``.
+
+    Raises:
+        LimitExceeded: They have more: one long key can be above many of them.
+    """
+    text_max = TEXT_MAX if text_max is None else text_max
+    seen: dict[int, Any] = {}
+    further: list[tuple[Path | None, Any]] = []
+    waiting: list[tuple[Path | None, Any]] = [(None, obj)]
+    all_keys_known, length = True, 0
+    while waiting:
+        check_interrupt()
+        path, value = waiting.pop()
+        if isinstance(value, kind):
+            length += path.length if path else 0
+            if length > text_max:
+                raise LimitExceeded(
+                    f"the names of tensors have more than {text_max} characters", entry="skeleton"
+                )
+            yield path.joined() if path else "", value
+            continue
+        items = items_of(value)
+        if items is None:
+            continue
+        if id(value) in seen:
+            further.append((path, value))
+            continue
+        # Some mappings make their items each time: an id must not come again.
+        seen[id(value)] = value
+        below: list[tuple[Path | None, Any]] = []
+        for key, item in interruptible(items):
+            if isinstance(item, _NO_CONTAINERS):
+                continue
+            if unknown(key):
+                all_keys_known = False
+            else:
+                below.append((Path.below(path, utf8(key_text(key))), item))
+        waiting += reversed(below)
+    if all_keys_known:
+        for name, _, _, leaf in SharedContainers(further, leaves=(kind,)):
+            yield name, leaf

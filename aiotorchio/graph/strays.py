@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from aiotorchio.errors import MismatchError
-from aiotorchio.graph.names import walk
-from aiotorchio.graph.places import items_of, key_text, utf8
-from aiotorchio.interrupt import check_interrupt
+from aiotorchio.errors import LimitExceeded, MismatchError
+from aiotorchio.graph.places import TEXT_MAX, Path, items_of, key_text, leaves_of, utf8
+from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.wire.header import shortened
 
 __all__ = ["check_strays", "does_not_fit", "named_tensors"]
@@ -30,7 +29,8 @@ _PLAIN = (str, bytes, int, float, complex, type(None))
 def named_tensors(obj: Any) -> dict[str, torch.Tensor]:
     """The tensors of an object by name; of several with one name, the first."""
     found: dict[str, torch.Tensor] = {}
-    for name, tensor in walk(obj):
+    # Those of the header, and others.
+    for name, tensor in leaves_of(obj, torch.Tensor, text_max=3 * TEXT_MAX):
         found.setdefault(name, tensor)
     return found
 
@@ -51,15 +51,24 @@ def check_strays(
     """
     unexpected = [name for name in named if not takes(name)]
     known = {id(tensor) for tensor in named.values()}
-    hidden = [path for path, tensor in _hidden(obj) if id(tensor) not in known and not takes(path)]
+    hidden, length = [], 0
+    for path, tensor in _hidden(obj):
+        length += path.length if path else 0
+        if length > TEXT_MAX:
+            raise LimitExceeded(
+                f"the places of tensors have more than {TEXT_MAX} characters", entry="skeleton"
+            )
+        place = path.joined() if path else ""
+        if id(tensor) not in known and not takes(place):
+            hidden.append(place)
     if not unexpected and not hidden:
         return
     lines = []
     if hidden:
         places = ", ".join(repr(shortened(path)) for path in list(dict.fromkeys(hidden))[:3])
         lines.append(
-            f"{len(hidden)} tensors of the message have no name (in what is at {places}): load the "
-            "object without into, or select the names that you want"
+            f"{len(hidden)} tensors or storages of the message have no name (in what is at "
+            f"{places}): load the object without into, or select the names that you want"
         )
     raise does_not_fit(unexpected, lines, kept=kept)
 
@@ -84,10 +93,10 @@ def does_not_fit(
     )
 
 
-def _hidden(obj: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors in sets, keys and attributes, with the path of the nearest place that has one."""
+def _hidden(obj: Any) -> Iterator[tuple[Path | None, Any]]:
+    """Storages, and tensors in sets, keys and attributes, each with the nearest path."""
     seen: dict[int, Any] = {}
-    waiting: list[tuple[str, Any, bool]] = [("", obj, False)]
+    waiting: list[tuple[Path | None, Any, bool]] = [(None, obj, False)]
     while waiting:
         check_interrupt()
         path, value, hidden = waiting.pop()
@@ -95,16 +104,19 @@ def _hidden(obj: Any) -> Iterator[tuple[str, torch.Tensor]]:
             if hidden:
                 yield path, value
             continue
+        if isinstance(value, torch.UntypedStorage | torch.TypedStorage):
+            # It has no name wherever it is.
+            yield path, value
+            continue
         if isinstance(value, _PLAIN) or id(value) in seen:
             continue
         seen[id(value)] = value
         items = items_of(value)
         if items is not None and not hidden:
-            prefix = path + "." if path else ""
-            for key, item in items:
-                # The path is made where it is needed.
+            for key, item in interruptible(items):
+                # The path is written out where it is needed.
                 if not isinstance(item, (*_PLAIN, torch.Tensor)):
-                    waiting.append((prefix + utf8(key_text(key)), item, False))
+                    waiting.append((Path.below(path, utf8(key_text(key))), item, False))
                 if not isinstance(key, _PLAIN):
                     waiting.append((path, key, True))
             continue

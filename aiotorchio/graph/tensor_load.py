@@ -191,6 +191,9 @@ def _class_of(tensor: torch.Tensor) -> type[torch.Tensor]:
 
 def _spread(tensor: torch.Tensor) -> tuple[object, object, object]:
     """Over which devices a DTensor is spread, how, and which part of it is here."""
+    # Of other classes, a peer sets the attributes.
+    if not type(tensor).__module__.startswith("torch.distributed."):
+        return None, None, ()
     mesh: Any = getattr(tensor, "device_mesh", None)
     placements: Any = getattr(tensor, "placements", None)
     if mesh is None or placements is None:

@@ -113,8 +113,11 @@ class ObjectFit:
             self.look(obj, kept=kept)
 
     def _check(self, obj: Any, *, kept: bool) -> Mapping[str, torch.Tensor]:
+        if not self._pickled:
+            # The header knows all tensors, under their names.
+            return {}
         named = named_tensors(obj)
-        if self._into.strict and self._wanted.all and self._pickled:
+        if self._into.strict and self._wanted.all:
             known = Known(self._into.modules)
             check_strays(obj, named, lambda name: self._takes(name, known), kept=kept)
         return named

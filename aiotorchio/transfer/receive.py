@@ -17,6 +17,7 @@ from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.composite import Composites
 from aiotorchio.graph.names import TensorSpec, count_unnamed, specs_of
 from aiotorchio.graph.opcodes import globals_of, is_blocked
+from aiotorchio.graph.pickled import STORAGE
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.graph.select import revise
 from aiotorchio.memory.host import scratch
@@ -298,13 +299,17 @@ class IncomingMessage:
         """Receive the skeleton, and find tensors of several rows in it; leaves all to be done."""
         if self.header.codec != "pickle":
             return None
-        unnamed: int = yield from work(
-            lambda: self.unnamed, inline=self.opened.nbytes <= INLINE_HEADER
-        )
-        if not unnamed:
-            return None
         received = yield from self.skeleton()
         self._keep(received)
+        skeleton = received.skeleton
+
+        def may_have_some() -> bool:
+            # What has no row of its own has rows without a name, or storages that are referred to.
+            return STORAGE.encode() in skeleton or self.unnamed > 0
+
+        small = self.opened.nbytes <= INLINE_HEADER and len(skeleton) <= INLINE_SKELETON
+        if not (yield from work(may_have_some, inline=small)):
+            return None
         found: Composites = yield from find_composites(
             self.header, received, options, self.limits, encoding=encoding
         )
