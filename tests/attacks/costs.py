@@ -331,6 +331,10 @@ KINDS: dict[str, Kind] = {
     "large_nested": Kind(
         lambda: nested(2, 20_000), fast=("skip",), cancels="load", into=ONE, selects=NAMED
     ),
+    # Each has three parts, and comes by its name when the last of them is in.
+    "parts": Kind(
+        lambda: sparse(2000, 10), fast=("iterate",), cancels="iterate", into=ONE, select="*"
+    ),
 }
 
 
