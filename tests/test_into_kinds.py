@@ -316,3 +316,15 @@ def test_names_and_places_that_are_too_long_all_in_all(monkeypatch: pytest.Monke
             patch.setattr("aiotorchio.graph.strays.TEXT_MAX", 1000)
             with pytest.raises(LimitExceeded, match=r"more than [13]000 characters"):
                 aiotorchio.load(io.BytesIO(data), into=into)
+
+
+@all_modes
+def test_a_tensor_without_rows_that_nothing_takes(mode: Mode) -> None:
+    """Over the memory of another one: only the skeleton tells of it."""
+    tensor = quantized(1.0, 2.0)
+    bare = torch.empty(0, dtype=torch.int8).set_(tensor.untyped_storage(), 0, (2,), (1,))
+    data, into = encoded({"bare": bare, "hidden": tensor}), {"bare": torch.zeros(2).char()}
+    with pytest.raises(MismatchError):
+        aiotorchio.load(io.BytesIO(data), **mode(into))
+    if mode is not plain:
+        assert into["bare"].eq(0).all()

@@ -8,7 +8,7 @@ import sys
 import threading
 import types
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.distributed.algorithms._checkpoint.checkpoint_wrapper
 from torch import nn
 
 import aiotorchio
-from aiotorchio import MismatchError
+from aiotorchio import LimitExceeded, MismatchError
 from aiotorchio.graph.survey import survey
 from tests.places import Pieces, all_modes, encoded, into_options, load, safe_modes
 
@@ -1082,3 +1082,35 @@ def test_code_of_a_class_that_the_caller_trusts_runs_once() -> None:
     finally:
         del globals()["Registered"]
     assert [each.device.type for each in made] == ["cpu"]
+
+
+def below(key: str, state: dict[str, Any], *, flat: bool) -> dict[str, Any]:
+    return {f"{key}.{name}": each for name, each in state.items()} if flat else {key: state}
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("codec", ["tree", "pickle"])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_extra_state_that_nobody_takes_is_refused_wherever_it_is(
+    flat: bool, codec: str, mixed: bool
+) -> None:
+    linear = nn.Linear(2, 2)
+    into: Any = {"0": linear} if mixed else nn.Sequential(linear)
+    extra = {"x": 1} if codec == "tree" else Counter("ab")
+    state = {**nn.Linear(2, 2).state_dict(), "_extra_state": extra}
+    data = encoded(below("0", state, flat=flat))
+    with pytest.raises(MismatchError, match=r"not in the destination: 0\._extra_state"):
+        aiotorchio.load(io.BytesIO(data), into=into)
+    aiotorchio.load(io.BytesIO(data), into=into, strict=False)
+    assert torch.equal(linear.weight, state["weight"])
+    # That of others is not its own.
+    data = encoded(below("0", nn.Linear(2, 2).state_dict(), flat=flat) | {"b._extra_state": 1})
+    if mixed:
+        aiotorchio.load(io.BytesIO(data), into=into)
+
+
+def test_names_of_extra_state_that_are_too_long_all_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {**nn.Linear(2, 2).state_dict(), "k" * 100: {f"{n}._extra_state": 1 for n in range(20)}}
+    monkeypatch.setattr("aiotorchio.graph.strays.TEXT_MAX", 1000)
+    with pytest.raises(LimitExceeded, match="names of extra state have more than 1000 characters"):
+        aiotorchio.load(io.BytesIO(encoded(state)), into=nn.Linear(2, 2))

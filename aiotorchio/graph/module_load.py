@@ -24,7 +24,7 @@ from aiotorchio.graph.tensor_load import spread_misfit
 from aiotorchio.interrupt import interruptible
 from aiotorchio.wire.header import shortened
 
-__all__ = ["ModuleLoad", "refused_extra_states"]
+__all__ = ["ModuleLoad", "is_extra_state"]
 
 
 class ModuleLoad:
@@ -73,7 +73,8 @@ class ModuleLoad:
             if key not in tensors and destination.entry(key) is None
         ][:UNKNOWN_MAX]
         # Extra state that nobody takes is to be found out, too.
-        others = [*destination.others, *_extra_states(root)]
+        shown = root if isinstance(root, Mapping) else ()
+        others = [*destination.others, *filter(is_extra_state, interruptible(shown))]
         others = [key for key in others if prefix + key in wanted]
         for key in interruptible([*unknown, *others], 1):
             value = find(root, key, lengths)
@@ -305,31 +306,18 @@ class ModuleLoad:
         return lines
 
 
-def refused_extra_states(destination: ModuleDestination, received: Any) -> list[str]:
-    """The names of extra state that an object has for a module, and that nobody there takes."""
-    prefix = destination.prefix
-    keys = _extra_states(find(received, prefix[:-1], {}))
-    return [prefix + key for key in keys if destination.refuses(key)]
-
-
 def _absent(missing: Iterable[str], unexpected: Iterable[str]) -> Iterator[str]:
     """Lines of an error."""
     yield from (f"not in the message: {shortened(name)}" for name in missing)
     yield from (f"not in the destination: {shortened(name)}" for name in unexpected)
 
 
-def _extra_states(root: Any) -> list[str]:
-    """Entries that are extra state for somebody, whether or not there is one who takes it."""
-    if not isinstance(root, Mapping):
-        return []
-    return [
-        key
-        for key in interruptible(root)
-        # Half a million keys: first what is quick.
-        if isinstance(key, str)
-        and key.endswith(EXTRA_STATE)
-        and key.rpartition(".")[2] == EXTRA_STATE
-    ]
+def is_extra_state(key: object) -> bool:
+    """Whether an entry is extra state for somebody, whether or not there is one who takes it."""
+    # Half a million keys: first what is quick.
+    return (
+        isinstance(key, str) and key.endswith(EXTRA_STATE) and key.rpartition(".")[2] == EXTRA_STATE
+    )
 
 
 def _is_lazy(value: object) -> bool:

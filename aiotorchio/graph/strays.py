@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from aiotorchio.errors import LimitExceeded, MismatchError
+from aiotorchio.graph.module_load import is_extra_state
+from aiotorchio.graph.modules import ModuleDestination
 from aiotorchio.graph.places import TEXT_MAX, Path, items_of, key_text, leaves_of, utf8
 from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.wire.header import shortened
 
-__all__ = ["check_strays", "does_not_fit", "named_tensors"]
+__all__ = ["check_strays", "does_not_fit", "named_tensors", "refused_extra_states"]
 
 _SHOWN = 20
 # What has attributes that are not a part of the object.
@@ -71,6 +73,49 @@ def check_strays(
             f"{places}): load the object without into, or select the names that you want"
         )
     raise does_not_fit(unexpected, lines, kept=kept)
+
+
+def refused_extra_states(destinations: Sequence[ModuleDestination], received: Any) -> Iterator[str]:
+    """The names of extra state that an object has for modules, and that nobody there takes.
+
+    Args:
+        destinations: The modules.
+        received: An object of mappings, which may be nested, with keys that may have dots.
+
+    Raises:
+        LimitExceeded: Names that are far too long, all in all.
+    """
+    modules = {module.prefix: module for module in destinations}
+    # Whatever the peer's names are, no more is tried than the caller has.
+    lengths = sorted(set(map(len, modules)), reverse=True)
+    for name in _extra_states(received):
+        nearest = next((modules[name[:n]] for n in lengths if name[:n] in modules), None)
+        if nearest is not None and nearest.refuses(name.removeprefix(nearest.prefix)):
+            yield name
+
+
+def _extra_states(received: Any) -> Iterator[str]:
+    seen: dict[int, Any] = {}
+    waiting: list[tuple[Path | None, Any]] = [(None, received)]
+    length = 0
+    while waiting:
+        check_interrupt()
+        path, value = waiting.pop()
+        if not isinstance(value, Mapping) or id(value) in seen:
+            continue
+        seen[id(value)] = value
+        for key, item in interruptible(value.items()):
+            if is_extra_state(key):
+                place = Path.below(path, key)
+                length += place.length if place else 0
+                if length > TEXT_MAX:
+                    raise LimitExceeded(
+                        f"the names of extra state have more than {TEXT_MAX} characters",
+                        entry="skeleton",
+                    )
+                yield place.joined() if place else ""
+            elif isinstance(item, Mapping):
+                waiting.append((Path.below(path, utf8(key_text(key))), item))
 
 
 def does_not_fit(

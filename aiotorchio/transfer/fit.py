@@ -8,15 +8,19 @@ other kinds are to load of it. ``plan`` decides the rest from the header.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
 
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.into import Known
-from aiotorchio.graph.module_load import refused_extra_states
-from aiotorchio.graph.strays import check_strays, does_not_fit, named_tensors
+from aiotorchio.graph.pickled import STORAGE
+from aiotorchio.graph.strays import (
+    check_strays,
+    does_not_fit,
+    named_tensors,
+    refused_extra_states,
+)
 from aiotorchio.graph.tensor_load import TensorLoad, is_copied_whole
 from aiotorchio.interrupt import interruptible
 from aiotorchio.memory.staged import Exchange, Swap
@@ -63,6 +67,11 @@ class ObjectFit:
         self.rehearses = bool(self.whole) or any(module.others for module in into.modules)
         self._rehearsed = False
 
+    def note_skeleton(self, skeleton: bytes) -> None:
+        """See whether the object can have tensors, or storages, that have no row."""
+        if self._pickled and self._into.strict and self._wanted.all:
+            self.rehearses = self.rehearses or STORAGE.encode() in skeleton
+
     def rehearse(self, obj: Any) -> None:
         """Compare the object before the first byte.
 
@@ -90,8 +99,8 @@ class ObjectFit:
         """
         if not self._into.strict:
             return
-        found = [refused_extra_states(module, obj) for module in self._into.modules]
-        unexpected = [name for name in chain.from_iterable(found) if name in self._wanted]
+        found = refused_extra_states(self._into.modules, obj)
+        unexpected = [name for name in found if name in self._wanted]
         if unexpected:
             raise does_not_fit(unexpected, kept=kept)
 

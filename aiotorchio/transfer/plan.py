@@ -344,6 +344,11 @@ class Placement:
         """Whether the object decides what fits, not only the header."""
         return self._fit is not None and self._unwritten is None and self._fit.rehearses
 
+    def note_skeleton(self, skeleton: bytes) -> None:
+        """See what may be in the object that has no row; see ``ObjectFit``."""
+        if self._fit is not None:
+            self._fit.note_skeleton(skeleton)
+
     def rehearse(self, obj: Any) -> None:
         """Compare the object with the destination before the first byte; see ``ObjectFit``."""
         if self._fit is not None:

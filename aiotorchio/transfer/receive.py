@@ -332,8 +332,12 @@ class IncomingMessage:
                 limits=self.limits,
                 offset=received.offset,
             )
-            rows, names = self.header.tensors, place.by_name_only
-            check = functools.partial(rebuilder.check, rows, names=names, look=place.look)
+
+            def check() -> None:
+                names = place.by_name_only
+                rebuilder.check(self.header.tensors, names=names, look=place.look)
+                place.note_skeleton(received.skeleton)
+
             yield from work(check, inline=self._is_small(rebuilder))
             if place.rehearses:
                 # The first tensor on meta imports what takes half a second.
