@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -39,6 +39,8 @@ __all__ = [
     "excuses",
     "fake_storage",
     "get_layout",
+    "has_load_post_hooks",
+    "has_load_pre_hooks",
     "has_names",
     "is_fake",
     "is_fsdp1",
@@ -53,6 +55,7 @@ __all__ = [
     "make_wrapper_subclass",
     "nested_view",
     "over_storage",
+    "parameters_of",
     "passing_buffers",
     "persistent_tensors",
     "python_name",
@@ -416,6 +419,21 @@ def load_from_state_dict(
 ) -> None:
     """As load_state_dict does; ``found`` are missing, unexpected, errors."""
     module._load_from_state_dict(state, prefix, metadata, True, *found)
+
+
+def parameters_of(module: torch.nn.Module) -> Iterable[torch.nn.Parameter | None]:
+    """Those of a module itself."""
+    return module._parameters.values()
+
+
+def has_load_pre_hooks(module: torch.nn.Module) -> bool:
+    """Whether something looks at what a module is to load."""
+    return bool(module._load_state_dict_pre_hooks)
+
+
+def has_load_post_hooks(module: torch.nn.Module) -> bool:
+    """Whether something hears of what a module has loaded."""
+    return bool(module._load_state_dict_post_hooks)
 
 
 def run_load_post_hooks(module: torch.nn.Module, *found: list[str]) -> None:

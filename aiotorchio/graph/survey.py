@@ -71,14 +71,14 @@ def survey(module: torch.nn.Module) -> Survey:
         if kind.sharded and sharded is None:
             sharded = path
         norms = norms or kind.norm
-        renaming = kind.renames or bool(each._load_state_dict_pre_hooks and _torch.renames(each))
+        renaming = kind.renames or (_torch.has_load_pre_hooks(each) and _torch.renames(each))
         renames = renames or renaming
-        if each._load_state_dict_post_hooks:
+        if _torch.has_load_post_hooks(each):
             active.add(path)
             excuses = excuses or _torch.excuses(each)
         if renaming or kind.extra:
             active.add(path)
-        for parameter in each._parameters.values():
+        for parameter in _torch.parameters_of(each):
             if parameter is not None:
                 own[id(parameter)] = parameter
         if each._buffers:
