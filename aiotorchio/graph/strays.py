@@ -85,6 +85,8 @@ def refused_extra_states(destinations: Sequence[ModuleDestination], received: An
     Raises:
         LimitExceeded: Names that are far too long, all in all.
     """
+    if not destinations:
+        return
     modules = {module.prefix: module for module in destinations}
     # Whatever the peer's names are, no more is tried than the caller has.
     lengths = sorted(set(map(len, modules)), reverse=True)
