@@ -25,7 +25,7 @@ from torch import nn
 import aiotorchio
 from aiotorchio import DoubleBuffer, MismatchError, TruncatedError
 from aiotorchio.memory import incoming
-from aiotorchio.transfer.claims import claims
+from aiotorchio.transfer.claims import Claim, claims
 from tests import corpus
 from tests.graph import forge
 from tests.places import (
@@ -634,6 +634,29 @@ def test_loads_in_many_threads_into_the_same_tensors(mode: str) -> None:
     assert all(each is None or "another load is receiving into" in str(each) for each in outcomes)
     assert None in outcomes
     corpus.assert_same(into, VALUES)
+
+
+@all_modes
+def test_a_swap_between_the_first_look_and_the_claim(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was noted of the destinations is not theirs any more: nothing is written there."""
+    into = {name: torch.zeros(9000) for name in VALUES}
+    before = {name: each.detach() for name, each in into.items()}
+    make = Claim.make
+
+    def make_after_a_swap(claim: Claim) -> None:
+        monkeypatch.setattr(Claim, "make", make)
+        load(DATA, into=aiotorchio.DoubleBuffer(dict(into)))
+        make(claim)
+
+    monkeypatch.setattr(Claim, "make", make_after_a_swap)
+    other = encoded({name: -each for name, each in VALUES.items()})
+    with pytest.raises(RuntimeError, match="another load is receiving into"):
+        load(other, **into_options(mode, dict(into)))
+    assert not claims
+    corpus.assert_same(into, VALUES)
+    assert not any(each.any() for each in before.values())
 
 
 @all_modes

@@ -20,7 +20,7 @@ from aiotorchio.interrupt import interruptible
 from aiotorchio.strided import order_of
 from aiotorchio.wire.header import shortened
 
-__all__ = ["Claim", "claims", "has_neighbours", "memory_at"]
+__all__ = ["Claim", "busy", "claims", "has_neighbours", "memory_at"]
 
 # In the order in which they were made. A dict is changed atomically: no lock is needed, which a
 # process that is forked could find held for ever. What an interrupt keeps from being released is
@@ -71,9 +71,7 @@ class Claim:
             for other in interruptible(self._others(earlier=True), 1):
                 name = self._conflict(other)
                 if name is not None:
-                    raise RuntimeError(
-                        f"another load is receiving into {shortened(name)!r}: wait until it ends"
-                    )
+                    raise busy(name)
         except BaseException:
             self.release()
             raise
@@ -124,6 +122,11 @@ class Claim:
                 if pair is not None:
                     return next(name for claim, name in pair if claim is self)
         return None
+
+
+def busy(name: str) -> RuntimeError:
+    """The error of a destination that another load is receiving into."""
+    return RuntimeError(f"another load is receiving into {shortened(name)!r}: wait until it ends")
 
 
 def has_neighbours(tensors: Mapping[str, torch.Tensor]) -> bool:

@@ -34,7 +34,7 @@ from aiotorchio.memory.staged import BackMemory, Exchange, Swap
 from aiotorchio.memory.staging import Copier, DeviceCopier
 from aiotorchio.memory.swap import swap_bytes
 from aiotorchio.strided import order_of
-from aiotorchio.transfer.claims import Claim, has_neighbours, memory_at
+from aiotorchio.transfer.claims import Claim, busy, has_neighbours, memory_at
 from aiotorchio.transfer.fit import ObjectFit
 from aiotorchio.transfer.modules import WithModules
 from aiotorchio.transfer.ties import Ties, differ
@@ -221,6 +221,12 @@ class Placement:
             claim = Claim(matched.extents, lambda name: memory_at(places[name]))
         self._claims.append(claim)
         claim.make()
+        # Before the claim, the swap of another load may have moved tensors to other memory.
+        spans = (span for extents in matched.extents.values() for span in extents)
+        for start, _, name in interruptible(spans):
+            address, _, offset, _, dtype = places[name][:5]
+            if not (start == address + offset * dtype.itemsize == self.by_name[name].data_ptr()):
+                raise busy(name)
 
     @property
     def has_neighbours(self) -> bool:
