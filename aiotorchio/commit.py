@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import anyio
 import anyio.lowlevel
 
-from aiotorchio.collection import release
+from aiotorchio.common.gc_pause import release
 from aiotorchio.threads import run_in_thread
 
 __all__ = ["Commit", "carry_out", "carry_out_blocking"]

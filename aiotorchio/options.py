@@ -12,8 +12,8 @@ from typing import Any, TypedDict
 
 import torch
 
+from aiotorchio.common.torch_private import real_tensors, skipped_data
 from aiotorchio.drive import Request
-from aiotorchio.graph._torch import real_tensors, skipped_data
 from aiotorchio.graph.allowlist import paths_of
 from aiotorchio.graph.flatten import announce, flatten, is_small
 from aiotorchio.graph.into import examined

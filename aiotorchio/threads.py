@@ -18,8 +18,8 @@ import anyio.lowlevel
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
+from aiotorchio.common.interrupt import Interrupt
 from aiotorchio.errors import AiotorchioError
-from aiotorchio.interrupt import Interrupt
 from aiotorchio.streams.base import asyncio_loop
 
 __all__ = ["Task", "run_in_thread"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import aiotorchio
-from aiotorchio.collection import collection_paused
+from aiotorchio.common.gc_pause import collection_paused
 from tests.speed import patience
 
 
@@ -72,7 +72,7 @@ def test_who_has_turned_it_off_by_a_threshold_finds_it_off() -> None:
 def test_a_process_that_is_forked_meanwhile_collects() -> None:
     program = """
 import gc, os
-from aiotorchio.collection import collection_paused
+from aiotorchio.common.gc_pause import collection_paused
 before = gc.get_threshold()
 with collection_paused():
     child = os.fork()

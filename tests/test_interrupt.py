@@ -16,10 +16,11 @@ import torch
 
 import aiotorchio
 from aiotorchio import Limits, MismatchError, threads
+from aiotorchio.common.interrupt import Interrupt, Interrupted, check_interrupt, interruptible
+from aiotorchio.common.sparse_indices import check_compressed_indices, check_coo_indices
 from aiotorchio.graph import pickled, tree
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.arguments import Checks
-from aiotorchio.graph.indices import check_compressed_indices, check_coo_indices
 from aiotorchio.graph.into import match
 from aiotorchio.graph.names import Placeholder, check_names, rows_by_name, specs_of
 from aiotorchio.graph.nested import NestedMaker
@@ -28,7 +29,6 @@ from aiotorchio.graph.prescan import prescan
 from aiotorchio.graph.rebuild import build_tensors, check_tree
 from aiotorchio.graph.select import revise, selected
 from aiotorchio.graph.table import Table
-from aiotorchio.interrupt import Interrupt, Interrupted, check_interrupt, interruptible
 from aiotorchio.memory.route import copy_elements
 from aiotorchio.memory.staging import Here
 from aiotorchio.memory.swap import swap_bytes

@@ -37,7 +37,7 @@ from aiotorchio import (
     TruncatedError,
     UnsafeObjectError,
 )
-from aiotorchio.collection import release
+from aiotorchio.common.gc_pause import release
 from aiotorchio.graph.names import walk
 from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload

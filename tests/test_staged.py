@@ -34,9 +34,9 @@ from aiotorchio import (
     RemoteAbort,
     StreamPoisoned,
     TruncatedError,
-    collection,
 )
-from aiotorchio.interrupt import check_interrupt
+from aiotorchio.common import gc_pause
+from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.memory import staged
 from aiotorchio.memory.route import Route
 from aiotorchio.memory.staging import DeviceCopier
@@ -1225,7 +1225,7 @@ async def test_what_is_left_of_a_large_load_is_freed_in_a_thread(
 
     def release(*tables: Any) -> None:
         freed[threading.current_thread() is here] += sum(map(len, tables))
-        collection.release(*tables)
+        gc_pause.release(*tables)
 
     monkeypatch.setattr("aiotorchio.commit.release", release)
     monkeypatch.setattr("aiotorchio.transfer.receive.release", release)

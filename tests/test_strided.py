@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiotorchio.strided import Order, boxes
+from aiotorchio.common.strides import Order, boxes
 from tests.memory.layouts import nested, shapes
 
 

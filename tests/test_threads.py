@@ -12,7 +12,7 @@ import anyio.to_thread
 import pytest
 
 from aiotorchio import threads
-from aiotorchio.interrupt import check_interrupt
+from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.threads import run_in_thread
 from tests.speed import patience
 from tests.worlds import ANYIO_BACKENDS, until

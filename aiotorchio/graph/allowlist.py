@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common.torch_private import JAGGED_PARTS, REBUILD_JAGGED, JaggedTensor
 from aiotorchio.errors import UnsafeObjectError
 from aiotorchio.graph import plain
-from aiotorchio.graph._torch import JAGGED_PARTS, REBUILD_JAGGED, JaggedTensor
 from aiotorchio.graph.arguments import Checks
 from aiotorchio.graph.attributes import TypeName, set_attributes, tensor_class
 from aiotorchio.graph.dtypes import DTYPE_NAMES

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import torch
 
+from aiotorchio.common import torch_private
 from aiotorchio.errors import InvalidObjectError, LimitExceeded
-from aiotorchio.graph import _torch
 from aiotorchio.wire.limits import Limits
 
 __all__ = ["PER_BYTE", "Checks", "boolean", "expect", "part", "storage_dtype", "untyped_storage"]
@@ -138,7 +138,7 @@ def expect(value: Any, *kinds: type) -> Any:
 
 def part(value: Any) -> torch.Tensor:
     """A part that a tensor is made of; the methods of a subclass could tell anything about it."""
-    if type(value) not in (torch.Tensor, torch.nn.Parameter) and not _torch.is_fake(value):
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) and not torch_private.is_fake(value):
         raise InvalidObjectError(f"a part of a tensor that is a {type(value).__name__}")
     return cast(torch.Tensor, value)
 
@@ -151,7 +151,7 @@ def boolean(value: Any) -> bool:
 def untyped_storage(storage: Any) -> torch.UntypedStorage:
     """The storage, or the untyped one in it."""
     if isinstance(storage, torch.TypedStorage):
-        return _torch.untyped_storage_of(storage)
+        return torch_private.untyped_storage_of(storage)
     untyped: torch.UntypedStorage = expect(storage, torch.UntypedStorage)
     return untyped
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common.torch_private import JAGGED_PARTS, PARAMETER_MARK, JaggedTensor
 from aiotorchio.errors import UnsafeObjectError
-from aiotorchio.graph._torch import JAGGED_PARTS, PARAMETER_MARK, JaggedTensor
 from aiotorchio.graph.plain import is_dunder
 
 __all__ = ["TypeName", "set_attributes", "tensor_class"]

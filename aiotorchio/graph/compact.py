@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from aiotorchio.strided import Order, Part, order_of
+from aiotorchio.common.strides import Order, Part, order_of
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import META_LOCATION, StorageRow, TensorRow
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from aiotorchio.collection import collection_paused
+from aiotorchio.common.gc_pause import collection_paused
+from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, MismatchError
 from aiotorchio.graph import pickled
 from aiotorchio.graph.allowlist import Allowlist
@@ -35,7 +36,6 @@ from aiotorchio.graph.noted import (
     stand_ins,
 )
 from aiotorchio.graph.plain import check_hashes
-from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.wire.header import TensorRow, shortened
 
 __all__ = ["Composites"]

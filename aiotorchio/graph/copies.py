@@ -11,11 +11,11 @@ from dataclasses import replace
 import msgspec
 import torch
 
-from aiotorchio.graph._torch import location_tags, over_storage
+from aiotorchio.common.interrupt import interruptible
+from aiotorchio.common.torch_private import location_tags, over_storage
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
 from aiotorchio.graph.flatten import Flattened
 from aiotorchio.graph.versions import Versions
-from aiotorchio.interrupt import interruptible
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import META_LOCATION, StorageRow
 

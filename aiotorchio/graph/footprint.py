@@ -9,8 +9,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
-from aiotorchio.interrupt import interruptible
-from aiotorchio.strided import order_of
+from aiotorchio.common.interrupt import interruptible
+from aiotorchio.common.strides import order_of
 
 __all__ = [
     "Extents",

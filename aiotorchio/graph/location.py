@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from aiotorchio.common.torch_private import known_location, untyped_storage_of
 from aiotorchio.errors import InvalidObjectError, LimitExceeded
-from aiotorchio.graph._torch import known_location, untyped_storage_of
 from aiotorchio.wire.header import META_LOCATION, Header
 
 __all__ = ["Destinations", "MapLocation"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from aiotorchio.graph._torch import over_storage
+from aiotorchio.common.torch_private import over_storage
 
 __all__ = ["is_mapped", "may_be_mapped", "plain_of", "without_files"]
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common import torch_private
+from aiotorchio.common.interrupt import interruptible
 from aiotorchio.errors import MismatchError
-from aiotorchio.graph import _torch
 from aiotorchio.graph.metadata import without_mark
 from aiotorchio.graph.module_state import IN_PLACE, NOTHING, Entries, StateDict, find
 from aiotorchio.graph.modules import EXTRA_STATE, UNKNOWN_MAX, ModuleDestination
 from aiotorchio.graph.tensor_load import spread_misfit
-from aiotorchio.interrupt import interruptible
 from aiotorchio.wire.header import shortened
 
 __all__ = ["ModuleLoad", "is_extra_state"]
@@ -181,22 +181,22 @@ class ModuleLoad:
                 yield from self._load(below, missing, unexpected, errors)
         if called:
             with self._refusing(path):
-                _torch.run_load_post_hooks(submodule, missing, unexpected)
+                torch_private.run_load_post_hooks(submodule, missing, unexpected)
 
     def _state_of(self, path: str, entries: Entries) -> StateDict:
-        copies = _torch.reads_copies(self._destination.submodule(path))
+        copies = torch_private.reads_copies(self._destination.submodule(path))
         return StateDict(entries.below(path), self._destination.tensors, copies=copies)
 
     def _call(
         self, path: str, state: StateDict, versions: Mapping[str, Any], *found: list[str]
     ) -> None:
         submodule = self._destination.submodule(path)
-        tensors = _torch.persistent_tensors(submodule).values()
+        tensors = torch_private.persistent_tensors(submodule).values()
         inference = any(not _is_lazy(each) and each.is_inference() for each in tensors)
         with torch.inference_mode() if inference else contextlib.nullcontext():
             prefix = path + "." if path else ""
             version = versions.get(path, {})
-            _torch.load_from_state_dict(submodule, state, prefix, version, *found)
+            torch_private.load_from_state_dict(submodule, state, prefix, version, *found)
 
     @contextmanager
     def _refusing(self, path: str) -> Iterator[None]:
@@ -246,7 +246,9 @@ class ModuleLoad:
         return [
             f"{path}.{name}".lstrip(".")
             for path in self._paths
-            for name, tensor in _torch.persistent_tensors(destination.submodule(path)).items()
+            for name, tensor in torch_private.persistent_tensors(
+                destination.submodule(path)
+            ).items()
             if _is_lazy(tensor)
         ]
 
@@ -270,7 +272,7 @@ class ModuleLoad:
             state, errors = self._state_of(path, before), list[str]()
             try:
                 self._call(path, state, self._versions, [], [], errors)
-                _torch.run_load_post_hooks(destination.submodule(path), [], [])
+                torch_private.run_load_post_hooks(destination.submodule(path), [], [])
             except Exception as error:
                 # Whatever the caller's code raises: the others take back what they had all the
                 # same, and this is told if anything is not as before.

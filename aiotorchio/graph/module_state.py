@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common.interrupt import interruptible
 from aiotorchio.graph.modules import beginnings
-from aiotorchio.interrupt import interruptible
 
 __all__ = ["IN_PLACE", "NOTHING", "Entries", "StateDict", "find"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from aiotorchio.graph import _torch
+from aiotorchio.common import torch_private
 from aiotorchio.graph.survey import survey
 
 __all__ = [
@@ -111,7 +111,7 @@ class ModuleDestination:
         for name in self.tensors:
             path = self.owner(name)
             key = name.removeprefix(path + "." if path else "")
-            own = _torch.persistent_tensors(self._submodules[path])
+            own = torch_private.persistent_tensors(self._submodules[path])
             if key not in own and not self.judges(name):
                 raise ValueError(
                     f"state_dict() of {type(self.module).__name__} shows {self.prefix + name!r}, "
@@ -122,7 +122,7 @@ class ModuleDestination:
     def attributes(self) -> Iterator[Any]:
         """Everything that the submodules have and that is neither in ``state_dict()`` nor below."""
         for submodule in self._submodules.values():
-            yield from _torch.passing_buffers(submodule)
+            yield from torch_private.passing_buffers(submodule)
             yield from (value for key, value in vars(submodule).items() if key not in _ENTRIES)
 
     def submodule(self, path: str) -> torch.nn.Module:
@@ -157,7 +157,7 @@ class ModuleDestination:
         """The parameter or buffer behind an entry of ``others`` that torch's own code loads."""
         path = self.others[name]
         submodule = self._submodules[path]
-        own = _torch.persistent_tensors(submodule)
+        own = torch_private.persistent_tensors(submodule)
         return None if self.judges(name) else own.get(name.removeprefix(path + "." if path else ""))
 
     def needs(self, name: str) -> bool:
@@ -167,7 +167,7 @@ class ModuleDestination:
         path = self.others[name]
         if name.removeprefix(path + "." if path else "") == EXTRA_STATE:
             # As torch: what a class shows and does not take back is not missed.
-            return _torch.takes_extra_state(self.submodule(path))
+            return torch_private.takes_extra_state(self.submodule(path))
         return self.loaded_by_torch(name) is not None
 
     def refuses(self, name: str) -> bool:
@@ -189,9 +189,9 @@ class ModuleDestination:
         if not counts and not self._renames:
             return False
         path = self.owner(name)
-        if counts and _torch.is_norm(self._submodules[path]):
+        if counts and torch_private.is_norm(self._submodules[path]):
             return True
-        while not _torch.renames(self._submodules[path]):
+        while not torch_private.renames(self._submodules[path]):
             if not path:
                 return False
             path = self.owner(path)
@@ -202,9 +202,9 @@ class ModuleDestination:
         path = self.others[name]
         submodule = self._submodules[path]
         key = name.removeprefix(path + "." if path else "")
-        if key in _torch.persistent_tensors(submodule) or self.judges(name):
+        if key in torch_private.persistent_tensors(submodule) or self.judges(name):
             return None
-        if key == EXTRA_STATE and _torch.takes_extra_state(submodule):
+        if key == EXTRA_STATE and torch_private.takes_extra_state(submodule):
             return None
         return (
             f"state_dict() of {type(submodule).__name__} makes it, and nothing there loads it; "
@@ -221,7 +221,7 @@ def other_views(
     that are a tensor or have tensors in them (an item, or an attribute of an object).
     """
     own = {id(tensor): tensor for tensor in tensors if has_memory(tensor)}
-    storages = {_torch.storage_key(tensor.untyped_storage()) for tensor in own.values()}
+    storages = {torch_private.storage_key(tensor.untyped_storage()) for tensor in own.values()}
     found: dict[int, torch.Tensor] = {}
     attributes = (value for tensor in own.values() for value in _values(tensor))
     for value in chain(attributes, *(module.attributes() for module in modules)):
@@ -230,7 +230,7 @@ def other_views(
                 isinstance(each, torch.Tensor)
                 and id(each) not in own
                 and has_memory(each)
-                and _torch.storage_key(each.untyped_storage()) in storages
+                and torch_private.storage_key(each.untyped_storage()) in storages
             ):
                 found[id(each)] = each
     return list(found.values())

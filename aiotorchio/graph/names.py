@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import MismatchError, ProtocolError
 from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.places import Path, SharedContainers, items_of, key_text, utf8
-from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.wire.header import Header, TensorRow, describe, shortened
 
 __all__ = [

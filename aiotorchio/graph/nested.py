@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common import torch_private
+from aiotorchio.common.sparse_indices import IN_PYTHON, steps
 from aiotorchio.errors import InvalidObjectError, LimitExceeded
-from aiotorchio.graph import _torch
 from aiotorchio.graph.arguments import Checks, boolean, expect, part
-from aiotorchio.graph.indices import IN_PYTHON, steps
 
 __all__ = ["NestedMaker"]
 
@@ -64,7 +64,7 @@ class NestedMaker:
                 elements += self._part(most, offset, size, stride)
         if elements * buffer.dtype.itemsize > self._checks.limits.dense_nbytes:
             raise LimitExceeded(f"a nested tensor of {elements} elements")
-        return _torch.nested_view(buffer, sizes, strides, offsets)
+        return torch_private.nested_view(buffer, sizes, strides, offsets)
 
     def _part(self, most: int, offset: int, size: list[int], stride: list[int]) -> int:
         """How many elements a part has; it must lie within the first ``most`` of the buffer."""
@@ -84,9 +84,9 @@ class NestedMaker:
         """A nested tensor of the jagged layout: parts of one tensor, between offsets."""
         given = dict(expect(arguments, dict))
         values, offsets = part(given.pop("values", None)), given.pop("offsets", None)
-        lengths, ragged = given.pop("lengths", None), given.pop(_torch.RAGGED_DIM, 1)
+        lengths, ragged = given.pop("lengths", None), given.pop(torch_private.RAGGED_DIM, 1)
         # A copy: the pickle can still write to its own.
-        cache = dict(expect(given.pop(_torch.NOTED_LENGTHS, {}), dict))
+        cache = dict(expect(given.pop(torch_private.NOTED_LENGTHS, {}), dict))
         requires_grad = boolean(given.pop("requires_grad", False))
         if given or values.layout is not torch.strided or values.is_nested:
             raise InvalidObjectError("a jagged tensor of other parts than its layout has")
@@ -101,14 +101,14 @@ class NestedMaker:
             raise InvalidObjectError("a jagged tensor without an offset and a length for each part")
         self._checks.charge_sparse(count)
         # On meta there are no numbers, and nothing is read by them.
-        if offsets.device.type != "meta" and not _torch.is_fake(offsets):
+        if offsets.device.type != "meta" and not torch_private.is_fake(offsets):
             self._check_parts(values, ragged - 1, offsets, lengths, cache)
-        return _torch.JaggedTensor(
+        return torch_private.JaggedTensor(
             values,
             offsets,
             lengths=lengths,
             requires_grad=requires_grad,
-            **{_torch.RAGGED_DIM: ragged, _torch.NOTED_LENGTHS: cache},
+            **{torch_private.RAGGED_DIM: ragged, torch_private.NOTED_LENGTHS: cache},
         )
 
     def _check_parts(

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.places import leaves_of
-from aiotorchio.interrupt import check_interrupt, interruptible
 
 __all__ = [
     "CONTAINERS",

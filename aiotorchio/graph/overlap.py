@@ -10,9 +10,9 @@ import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.graph.footprint import Extents, Footprint, Origin, runs_of
 from aiotorchio.graph.strip import drawn_conflict, drawn_filled
-from aiotorchio.interrupt import check_interrupt, interruptible
 
 __all__ = ["conflict", "filled"]
 

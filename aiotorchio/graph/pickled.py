@@ -15,6 +15,13 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common.interrupt import check_interrupt
+from aiotorchio.common.torch_private import (
+    WeightsOnlyUnpickler,
+    is_fake,
+    typed_storage,
+    untyped_storage_of,
+)
 from aiotorchio.errors import (
     AiotorchioError,
     InvalidObjectError,
@@ -23,19 +30,12 @@ from aiotorchio.errors import (
     ProtocolError,
     UnsafeObjectError,
 )
-from aiotorchio.graph._torch import (
-    WeightsOnlyUnpickler,
-    is_fake,
-    typed_storage,
-    untyped_storage_of,
-)
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
 from aiotorchio.graph.mapped import may_be_mapped, plain_of, without_files
 from aiotorchio.graph.metadata import without_mark
 from aiotorchio.graph.reduced import over_origin, plain_origin
 from aiotorchio.graph.table import Table
-from aiotorchio.interrupt import check_interrupt
 from aiotorchio.wire import bounds
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import MIXED_UNITS

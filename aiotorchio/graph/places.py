@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import LimitExceeded
-from aiotorchio.interrupt import check_interrupt, interruptible
 
 __all__ = ["TEXT_MAX", "Path", "SharedContainers", "items_of", "key_text", "leaves_of", "utf8"]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common.torch_private import get_layout
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, UnsafeObjectError
-from aiotorchio.graph._torch import get_layout
 from aiotorchio.graph.metadata import drop_mark
 from aiotorchio.wire import bounds
 

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
-from aiotorchio.collection import collection_paused
-from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, UnsafeObjectError
-from aiotorchio.graph import pickled, tree
-from aiotorchio.graph._torch import (
+from aiotorchio.common.gc_pause import collection_paused
+from aiotorchio.common.interrupt import interruptible
+from aiotorchio.common.torch_private import (
     Blanks,
     make_parameter,
     over_storage,
     real_tensors,
     set_view_bits,
 )
+from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, UnsafeObjectError
+from aiotorchio.graph import pickled, tree
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.composite import Composites
 from aiotorchio.graph.dtypes import torch_dtype
@@ -26,7 +27,6 @@ from aiotorchio.graph.opcodes import globals_of
 from aiotorchio.graph.prescan import prescan
 from aiotorchio.graph.reduced import without_class
 from aiotorchio.graph.unpack import AT_ONCE_NBYTES, drop
-from aiotorchio.interrupt import interruptible
 from aiotorchio.wire.header import (
     CONJUGATE,
     META_LOCATION,

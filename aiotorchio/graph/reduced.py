@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from aiotorchio.graph._torch import (
+from aiotorchio.common.torch_private import (
     REBUILD_FROM_TYPE,
     REBUILD_META,
     REBUILD_PARAMETER,

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import LimitExceeded, MismatchError, ProtocolError
 from aiotorchio.graph.places import Path, SharedContainers, items_of, key_text, utf8
-from aiotorchio.interrupt import check_interrupt, interruptible
 
 __all__ = ["Select", "revise", "selected"]
 

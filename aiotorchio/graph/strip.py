@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import torch
 
+from aiotorchio.common.interrupt import interruptible
+from aiotorchio.common.strides import boxes, order_of
 from aiotorchio.graph.footprint import Extents, Footprint, Origin
-from aiotorchio.interrupt import interruptible
-from aiotorchio.strided import boxes, order_of
 
 __all__ = ["drawn_conflict", "drawn_filled"]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from aiotorchio.graph import _torch
+from aiotorchio.common import torch_private
 
 __all__ = ["Survey", "survey"]
 
@@ -63,26 +63,28 @@ def survey(module: torch.nn.Module) -> Survey:
         kind = kinds.get(type(each))
         if kind is None:
             kind = kinds[type(each)] = _Kind(
-                _torch.is_fsdp1(each),
-                _torch.is_norm(each),
-                _torch.takes_extra_state(each),
-                _torch.loads_by_code(each),
+                torch_private.is_fsdp1(each),
+                torch_private.is_norm(each),
+                torch_private.takes_extra_state(each),
+                torch_private.loads_by_code(each),
             )
         if kind.sharded and sharded is None:
             sharded = path
         norms = norms or kind.norm
-        renaming = kind.renames or (_torch.has_load_pre_hooks(each) and _torch.renames(each))
+        renaming = kind.renames or (
+            torch_private.has_load_pre_hooks(each) and torch_private.renames(each)
+        )
         renames = renames or renaming
-        if _torch.has_load_post_hooks(each):
+        if torch_private.has_load_post_hooks(each):
             active.add(path)
-            excuses = excuses or _torch.excuses(each)
+            excuses = excuses or torch_private.excuses(each)
         if renaming or kind.extra:
             active.add(path)
-        for parameter in _torch.parameters_of(each):
+        for parameter in torch_private.parameters_of(each):
             if parameter is not None:
                 own[id(parameter)] = parameter
         if each._buffers:
-            own.update((id(it), it) for it in _torch.persistent_tensors(each).values())
+            own.update((id(it), it) for it in torch_private.persistent_tensors(each).values())
         if each._modules:
             prefix = path + "." if path else ""
             waiting += [

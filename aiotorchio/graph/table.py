@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from aiotorchio.graph._torch import (
+from aiotorchio.common.torch_private import (
     has_names,
     is_fake,
     location_tags,

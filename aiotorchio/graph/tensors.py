@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common import torch_private
 from aiotorchio.errors import InvalidObjectError, UnsafeObjectError
-from aiotorchio.graph import _torch
 from aiotorchio.graph.arguments import (
     PER_BYTE,
     Checks,
@@ -69,13 +69,15 @@ class TensorMaker:
         if kind == "quantized":
             raise InvalidObjectError(f"a tensor of {dtype} without a scale")
         untyped = self._checks.view(storage, dtype, offset, size, stride)
-        tensor = _torch.over_storage(untyped, dtype, offset, size, stride)
+        tensor = torch_private.over_storage(untyped, dtype, offset, size, stride)
         if metadata is not None:
             if type(metadata) is not dict or not metadata.keys() <= {"conj", "neg"}:
                 raise InvalidObjectError("a tensor with metadata other than conj and neg")
             if kind != "complex" and ("conj" in metadata or kind != "float"):
                 raise InvalidObjectError(f"conjugate or negative view of {dtype}")
-            _torch.set_view_bits(tensor, conjugate="conj" in metadata, negative="neg" in metadata)
+            torch_private.set_view_bits(
+                tensor, conjugate="conj" in metadata, negative="neg" in metadata
+            )
         return tensor.requires_grad_(boolean(requires_grad))
 
     def meta(self, dtype: Any, size: Any, stride: Any, requires_grad: Any) -> torch.Tensor:
@@ -118,7 +120,7 @@ class TensorMaker:
             # Beyond, torch makes a tensor that can't be used.
             if not -(2**31) <= expect(params[2], int) < 2**31:
                 raise InvalidObjectError(f"zero point {params[2]}")
-            tensor = _torch.empty_affine_quantized(
+            tensor = torch_private.empty_affine_quantized(
                 [0], scale=params[1], zero_point=params[2], dtype=dtype, device=untyped.device
             )
         elif len(params) == 4 and any(params[0] is known for known in _PER_CHANNEL):
@@ -133,7 +135,7 @@ class TensorMaker:
                     f"for {size[axis]} channels"
                 )
             empty = [0 if n != axis else size[axis] for n in range(len(size))]
-            tensor = _torch.empty_per_channel_quantized(
+            tensor = torch_private.empty_per_channel_quantized(
                 empty,
                 scales=scales,
                 zero_points=zero_points,
@@ -156,7 +158,7 @@ class TensorMaker:
             self._checks.charge_sparse(indices.shape[-1] if indices.dim() else 0)
             part(values)
             coalesced = boolean(data[3]) if len(data) == 4 else None
-            return _torch.make_coo(indices, values, size, coalesced)
+            return torch_private.make_coo(indices, values, size, coalesced)
         if any(layout is known for known in _COMPRESSED) and len(data) == 4:
             compressed, plain, values, size = data
             self._checks.check_shape(size)
@@ -164,7 +166,7 @@ class TensorMaker:
             self._checks.charge(plain)
             self._checks.charge_sparse(compressed.numel() + plain.numel())
             part(values)
-            return _torch.make_compressed(compressed, plain, values, size, layout)
+            return torch_private.make_compressed(compressed, plain, values, size, layout)
         raise InvalidObjectError(f"a sparse tensor of other parts than its layout has: {len(data)}")
 
     def wrapper(
@@ -180,11 +182,11 @@ class TensorMaker:
     ) -> torch.Tensor:
         """A subclass without a storage; its parts follow as attributes."""
         kind = tensor_class(kind)
-        if issubclass(kind, _torch.JaggedTensor):
+        if issubclass(kind, torch_private.JaggedTensor):
             raise UnsafeObjectError("a jagged tensor whose parts are set as attributes")
         expect(dtype, torch.dtype)
         self._checks.span(dtype, size, stride, limit=_INT64_MAX)
-        return _torch.make_wrapper_subclass(
+        return torch_private.make_wrapper_subclass(
             kind,
             size,
             strides=stride,

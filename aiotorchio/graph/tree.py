@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 import torch
 
-from aiotorchio.collection import collection_paused
+from aiotorchio.common.gc_pause import collection_paused
+from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, ProtocolError
 from aiotorchio.graph.budget import too_wide
 from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
@@ -24,7 +25,6 @@ from aiotorchio.graph.plain import check_hashes
 from aiotorchio.graph.table import Table
 from aiotorchio.graph.tags import Tag
 from aiotorchio.graph.unpack import drop, unpacked
-from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.wire.limits import Limits
 
 __all__ = ["NotATreeError", "decode", "decoder", "encode"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from aiotorchio.graph._torch import active_fake_mode, fake_storage, skipped_data
+from aiotorchio.common.torch_private import active_fake_mode, fake_storage, skipped_data
 
 __all__ = ["Unwritten", "unwritten"]
 

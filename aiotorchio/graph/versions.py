@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from aiotorchio.graph._torch import versions_of
+from aiotorchio.common.torch_private import versions_of
 from aiotorchio.wire.header import TensorRow, describe
 
 __all__ = ["Versions"]

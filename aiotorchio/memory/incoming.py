@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from aiotorchio.collection import collection_paused
-from aiotorchio.interrupt import check_interrupt, interruptible
+from aiotorchio.common.gc_pause import collection_paused
+from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.memory.host import HUGE_PAGE, copy_small, scratch, use_huge_pages, view_of
 from aiotorchio.memory.outgoing import (
     SMALL_STORAGE,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from aiotorchio.common.strides import Part, boxes
 from aiotorchio.memory.route import CARRIERS, alias
 from aiotorchio.memory.staging import Copier
-from aiotorchio.strided import Part, boxes
 
 __all__ = ["Packed"]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common.interrupt import check_interrupt
+from aiotorchio.common.strides import boxes, order_of
 from aiotorchio.errors import MismatchError
-from aiotorchio.interrupt import check_interrupt
 from aiotorchio.memory.host import copy_bytes, first_byte, view_of
 from aiotorchio.memory.staging import Copier
-from aiotorchio.strided import boxes, order_of
 
 __all__ = [
     "CARRIERS",

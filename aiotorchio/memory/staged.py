@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from aiotorchio.interrupt import check_interrupt, interruptible
+from aiotorchio.common.interrupt import check_interrupt, interruptible
+from aiotorchio.common.strides import boxes, order_of
 from aiotorchio.memory.host import first_byte
 from aiotorchio.memory.route import CARRIERS, alias, copy_elements, memory_of, moved, place_of
 from aiotorchio.memory.staging import Copier, bytes_of
-from aiotorchio.strided import boxes, order_of
 
 __all__ = ["BackMemory", "Exchange", "Swap", "note_change"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from aiotorchio.interrupt import interruptible
+from aiotorchio.common.interrupt import interruptible
 from aiotorchio.memory.staging import bytes_of
 
 __all__ = ["swap_bytes"]

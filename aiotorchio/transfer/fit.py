@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common.interrupt import interruptible
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.into import Known
 from aiotorchio.graph.pickled import STORAGE
@@ -22,7 +23,6 @@ from aiotorchio.graph.strays import (
     refused_extra_states,
 )
 from aiotorchio.graph.tensor_load import TensorLoad, is_copied_whole
-from aiotorchio.interrupt import interruptible
 from aiotorchio.memory.staged import Exchange, Swap
 from aiotorchio.transfer.modules import WithModules, with_modules
 from aiotorchio.transfer.wanted import Into, Wanted

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
+from aiotorchio.common.interrupt import interruptible
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.module_load import ModuleLoad
 from aiotorchio.graph.tensor_load import TensorLoad
-from aiotorchio.interrupt import interruptible
 from aiotorchio.memory.staged import Exchange, Swap
 from aiotorchio.transfer.wanted import Into
 

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common.interrupt import check_interrupt, interruptible
+from aiotorchio.common.strides import order_of
+from aiotorchio.common.torch_private import real_tensors
 from aiotorchio.errors import InvalidObjectError
-from aiotorchio.graph._torch import real_tensors
 from aiotorchio.graph.composite import Composites
 from aiotorchio.graph.into import Match, match
 from aiotorchio.graph.location import Destinations
 from aiotorchio.graph.modules import has_memory, other_views
 from aiotorchio.graph.names import rows_by_name
 from aiotorchio.graph.rebuild import build_tensor
-from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.route import (
     Comparison,
@@ -33,7 +34,6 @@ from aiotorchio.memory.route import (
 from aiotorchio.memory.staged import BackMemory, Exchange, Swap
 from aiotorchio.memory.staging import Copier, DeviceCopier
 from aiotorchio.memory.swap import swap_bytes
-from aiotorchio.strided import order_of
 from aiotorchio.transfer.claims import Claim, busy, has_neighbours, memory_at
 from aiotorchio.transfer.fit import ObjectFit
 from aiotorchio.transfer.modules import WithModules

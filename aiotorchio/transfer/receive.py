@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from aiotorchio.collection import release
+from aiotorchio.common.gc_pause import release
 from aiotorchio.drive import Fill, Request
 from aiotorchio.errors import AiotorchioError, LimitExceeded, MismatchError, UnsafeObjectError
 from aiotorchio.graph.allowlist import Allowlist

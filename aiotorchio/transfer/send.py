@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common.torch_private import real_tensors
 from aiotorchio.drive import END, Next, Request, Send
 from aiotorchio.errors import AiotorchioError
-from aiotorchio.graph._torch import real_tensors
 from aiotorchio.graph.flatten import Flattened
 from aiotorchio.graph.modules import has_memory
 from aiotorchio.graph.names import TensorSpec

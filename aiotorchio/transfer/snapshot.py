@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from aiotorchio.graph._torch import real_tensors, skipped_data
+from aiotorchio.common.torch_private import real_tensors, skipped_data
 from aiotorchio.graph.copies import copied
 from aiotorchio.graph.flatten import Flattened, flatten
 from aiotorchio.memory.staging import DeviceCopier

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from aiotorchio.common.interrupt import interruptible
+from aiotorchio.common.strides import order_of
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.footprint import Extents
 from aiotorchio.graph.sharing import view_of_row
-from aiotorchio.interrupt import interruptible
-from aiotorchio.strided import order_of
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import Header, Layout, TensorRow, shortened
 

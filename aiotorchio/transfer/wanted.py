@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common.interrupt import interruptible
 from aiotorchio.graph.into import destinations_of
 from aiotorchio.graph.location import MapLocation
 from aiotorchio.graph.modules import ModuleDestination
 from aiotorchio.graph.select import Select, selected
 from aiotorchio.graph.unwritten import Unwritten
-from aiotorchio.interrupt import interruptible
 from aiotorchio.memory.staged import BackMemory
 from aiotorchio.transfer.steps import Progress
 

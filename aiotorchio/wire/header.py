@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from aiotorchio.collection import collection_paused
+from aiotorchio.common.gc_pause import collection_paused
+from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, printable
-from aiotorchio.interrupt import check_interrupt, interruptible
 from aiotorchio.wire import bounds
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.limits import Limits

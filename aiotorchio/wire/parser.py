@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aiotorchio.collection import release
+from aiotorchio.common.gc_pause import release
 from aiotorchio.errors import (
     ChecksumError,
     LimitExceeded,

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aiotorchio
-from aiotorchio.graph._torch import typed_storage
+from aiotorchio.common.strides import Part
+from aiotorchio.common.torch_private import typed_storage
 from aiotorchio.graph.flatten import Flattened, flatten
 from aiotorchio.memory.swap import swap_bytes
-from aiotorchio.strided import Part
 from aiotorchio.wire.header import validate
 from tests.corpus import assert_same
 from tests.graph import forge

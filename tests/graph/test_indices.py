@@ -17,10 +17,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aiotorchio import Limits
-from aiotorchio.graph import _torch
-from aiotorchio.graph import indices as indices_module
+from aiotorchio.common import sparse_indices as indices_module
+from aiotorchio.common import torch_private
+from aiotorchio.common.sparse_indices import check_compressed_indices, check_coo_indices, steps
 from aiotorchio.graph.arguments import Checks
-from aiotorchio.graph.indices import check_compressed_indices, check_coo_indices, steps
 from aiotorchio.graph.nested import NestedMaker
 from tests.tiers import examples
 
@@ -255,20 +255,28 @@ def large(count: int, width: int = 100) -> Iterator[tuple[str, Callable[[], Any]
     rows = count // width
     starts, indices = torch.arange(rows + 1) * width, torch.arange(width).repeat(rows)
     values = torch.ones(len(indices))
-    yield "coo", lambda: _torch.make_coo(indices[None], values, (width,), False)
+    yield "coo", lambda: torch_private.make_coo(indices[None], values, (width,), False)
     columns = torch.stack([torch.arange(rows).repeat_interleave(width), indices])
-    yield "coalesced", lambda: _torch.make_coo(columns, values, (rows, width), True)
+    yield "coalesced", lambda: torch_private.make_coo(columns, values, (rows, width), True)
     for layout in COMPRESSED:
         given = values[:, None, None] if layout in (BSR, BSC) else values
         size = (rows, width) if layout in (CSR, BSR) else (width, rows)
-        make = functools.partial(_torch.make_compressed, starts, indices, given, size, layout)
+        make = functools.partial(
+            torch_private.make_compressed, starts, indices, given, size, layout
+        )
         yield str(layout), make
     ends = torch.tensor([0, width]).expand(rows, 2).contiguous()
     batches, blank = indices.view(rows, width), torch.ones(rows, width)
-    yield "batches", lambda: _torch.make_compressed(ends, batches, blank, (rows, 1, width), CSR)
+    yield (
+        "batches",
+        lambda: torch_private.make_compressed(ends, batches, blank, (rows, 1, width), CSR),
+    )
     order, other = transposed([0, 1], rows, 50), transposed([0], rows, 50)
     blanks, shape = torch.ones(rows, 50, 1), (rows, 50, 1, 1)
-    yield "batches in order", lambda: _torch.make_compressed(order, other, blanks, shape, CSR)
+    yield (
+        "batches in order",
+        lambda: torch_private.make_compressed(order, other, blanks, shape, CSR),
+    )
     shown = torch.ones(count)
     maker = NestedMaker(Checks(Limits(total_nbytes=2**50)))
     for lengths in (None, torch.zeros(count, dtype=torch.int32)):

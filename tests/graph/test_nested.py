@@ -17,8 +17,9 @@ import torch
 import torch._dynamo  # allows what torch hangs on the lengths that it has noted
 
 from aiotorchio import InvalidObjectError, LimitExceeded, Limits, UnsafeObjectError
-from aiotorchio.graph import _torch, nested
-from aiotorchio.graph import indices as indices_module
+from aiotorchio.common import sparse_indices as indices_module
+from aiotorchio.common import torch_private
+from aiotorchio.graph import nested
 from aiotorchio.graph.arguments import Checks
 from aiotorchio.graph.nested import NestedMaker
 from tests.corpus import assert_same
@@ -177,7 +178,7 @@ def test_sums_that_overflow(
 
 def test_parts_of_the_strided_layout_lie_in_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the elements of each part are, one by one; torch is given none of these."""
-    monkeypatch.setattr(_torch, "nested_view", lambda *parts: "made")
+    monkeypatch.setattr(torch_private, "nested_view", lambda *parts: "made")
     monkeypatch.setattr(indices_module, "STEP", 64)
     draw, verdicts, limit = random.Random(1), {True: 0, False: 0}, 6
     for _ in range(examples(5000)):

@@ -11,10 +11,10 @@ from unittest import mock
 import pytest
 import torch
 
+from aiotorchio.common.strides import order_of
 from aiotorchio.graph import overlap, strip
 from aiotorchio.graph.footprint import Extents, Footprint, Origin
 from aiotorchio.graph.overlap import conflict, filled
-from aiotorchio.strided import order_of
 
 
 def at(start: int, itemsize: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Footprint:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import aiotorchio
-from aiotorchio.graph import _torch
+from aiotorchio.common import torch_private
 from tests import corpus
 
 PACKAGE = Path(aiotorchio.__file__).parent
@@ -19,7 +19,7 @@ PACKAGE = Path(aiotorchio.__file__).parent
 
 def test_no_other_module_uses_private_names_of_torch() -> None:
     for path in PACKAGE.rglob("*.py"):
-        if path.name == "_torch.py":
+        if path.name == "torch_private.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and re.match(r"_(?!_)", node.attr):
@@ -33,18 +33,22 @@ def test_no_other_module_uses_private_names_of_torch() -> None:
 def test_storages() -> None:
     tensor = torch.ones(2)
     storage = tensor.untyped_storage()
-    assert _torch.storage_key(storage) == _torch.storage_key(tensor[1:].untyped_storage())
-    assert _torch.storage_key(storage) != _torch.storage_key(torch.ones(2).untyped_storage())
-    typed = _torch.typed_storage(storage, torch.float32)
+    assert torch_private.storage_key(storage) == torch_private.storage_key(
+        tensor[1:].untyped_storage()
+    )
+    assert torch_private.storage_key(storage) != torch_private.storage_key(
+        torch.ones(2).untyped_storage()
+    )
+    typed = torch_private.typed_storage(storage, torch.float32)
     assert typed.dtype is torch.float32
-    assert _torch.untyped_storage_of(typed) is storage
+    assert torch_private.untyped_storage_of(typed) is storage
 
 
 @pytest.mark.parametrize("conjugate", [False, True])
 @pytest.mark.parametrize("negative", [False, True])
 def test_view_bits(conjugate: bool, negative: bool) -> None:
     tensor = torch.tensor([1 + 2j])
-    _torch.set_view_bits(tensor, conjugate=conjugate, negative=negative)
+    torch_private.set_view_bits(tensor, conjugate=conjugate, negative=negative)
     assert (tensor.is_conj(), tensor.is_neg()) == (conjugate, negative)
     wanted = (1 - 2j) if conjugate else (1 + 2j)
     assert tensor.item() == (-wanted if negative else wanted)
@@ -53,7 +57,7 @@ def test_view_bits(conjugate: bool, negative: bool) -> None:
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_parameters(requires_grad: bool) -> None:
     tensor = torch.ones(2)
-    made = _torch.make_parameter(tensor, requires_grad)
+    made = torch_private.make_parameter(tensor, requires_grad)
     corpus.assert_same(made, torch.nn.Parameter(torch.ones(2), requires_grad))
     assert made.data_ptr() == tensor.data_ptr()
     assert made.is_leaf
@@ -61,7 +65,7 @@ def test_parameters(requires_grad: bool) -> None:
 
 
 def test_names_of_dimensions() -> None:
-    assert not _torch.has_names(torch.ones(1))
+    assert not torch_private.has_names(torch.ones(1))
 
 
 @pytest.mark.parametrize(
@@ -75,21 +79,21 @@ def test_names_of_dimensions() -> None:
     ],
 )
 def test_names_of_python_2(module: str, name: str, path: str) -> None:
-    assert _torch.python_name(module, name) == path
+    assert torch_private.python_name(module, name) == path
 
 
 def test_sparse_tensors_are_checked_without_the_flag_of_the_process() -> None:
     indices, values = torch.tensor([[0, 1]]), torch.ones(2)
-    made = _torch.make_coo(indices, values, (3,), True)
+    made = torch_private.make_coo(indices, values, (3,), True)
     wanted = torch.sparse_coo_tensor(
         indices, values, (3,), is_coalesced=True, check_invariants=True
     )
     corpus.assert_same(made, wanted)
     for bad in (torch.tensor([[0, 3]]), torch.tensor([[0, -1]]), torch.tensor([[1, 1]])):
         with pytest.raises(RuntimeError):
-            _torch.make_coo(bad, values, (3,), True)
+            torch_private.make_coo(bad, values, (3,), True)
     with pytest.raises(RuntimeError):
-        _torch.make_compressed(
+        torch_private.make_compressed(
             torch.tensor([0, 2]), torch.tensor([0, 9]), values, (1, 3), torch.sparse_csr
         )
     assert not torch.sparse.check_sparse_tensor_invariants.is_enabled()
@@ -97,7 +101,7 @@ def test_sparse_tensors_are_checked_without_the_flag_of_the_process() -> None:
 
 def test_the_unpickler_sees_only_its_own_list() -> None:
     data = b"\x80\x02cmy\nname\n)R."
-    unpickler = _torch.WeightsOnlyUnpickler(
+    unpickler = torch_private.WeightsOnlyUnpickler(
         io.BytesIO(data),
         allowed={"my.name": lambda: 7},
         persistent_load=lambda reference: None,

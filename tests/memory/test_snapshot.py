@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import aiotorchio
+from aiotorchio.common.strides import Part
 from aiotorchio.drive import drive_blocking
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.memory.host import view_of
@@ -21,7 +22,6 @@ from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.memory.snapshot import Snapshot
 from aiotorchio.memory.staging import Here
 from aiotorchio.streams.blocking import BlockingStream
-from aiotorchio.strided import Part
 from aiotorchio.transfer.send import prepare, send_message
 from tests.corpus import assert_same
 from tests.memory.layouts import CHUNK, CopierOnCpu, filled, joined, layout, staged, staging

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import aiotorchio
+from aiotorchio.common.torch_private import typed_storage
 from aiotorchio.errors import RemoteAbort
-from aiotorchio.graph._torch import typed_storage
 from aiotorchio.graph.dtypes import TORCH_DTYPES
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.wire.composer import Composer

@@ -18,7 +18,7 @@ from itertools import pairwise
 
 import torch
 
-from aiotorchio.interrupt import check_interrupt
+from aiotorchio.common.interrupt import check_interrupt
 
 __all__ = ["IN_PYTHON", "check_compressed_indices", "check_coo_indices", "steps"]
 

@@ -17,7 +17,7 @@ from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 from torch.nested._internal.nested_tensor import NestedTensor as JaggedTensor
 from torch.utils.hooks import warn_if_has_hooks
 
-from aiotorchio.graph.indices import check_compressed_indices, check_coo_indices
+from aiotorchio.common.sparse_indices import check_compressed_indices, check_coo_indices
 
 __all__ = [
     "BLOCKED_MODULES",

@@ -1,0 +1,1 @@
+"""Ground floor: private names of torch, strides, the garbage collector, cancellation of threads."""
