@@ -28,13 +28,13 @@ from aiotorchio.errors import (
     UnsafeObjectError,
 )
 from aiotorchio.files import get_unsafe_globals, load, save
-from aiotorchio.graph.names import TensorSpec
+from aiotorchio.limits import Limits
 from aiotorchio.many import StreamReader, StreamWriter
 from aiotorchio.message import Message
+from aiotorchio.table.names import TensorSpec
 from aiotorchio.transfer.send import Summary
 from aiotorchio.transfer.snapshot import Snapshot, snapshot
 from aiotorchio.transfer.wanted import DoubleBuffer
-from aiotorchio.wire.limits import Limits
 
 __version__ = version("aiotorchio")
 

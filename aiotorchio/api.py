@@ -27,8 +27,8 @@ from aiotorchio.drive import (
     pace_of_save,
 )
 from aiotorchio.graph.location import MapLocation
-from aiotorchio.graph.names import TensorSpec
 from aiotorchio.graph.select import Select
+from aiotorchio.limits import Limits
 from aiotorchio.options import (
     DEFAULT_CHUNK_SIZE,
     Destination,
@@ -45,11 +45,11 @@ from aiotorchio.streams.select import (
     open_sink,
     open_source,
 )
+from aiotorchio.table.names import TensorSpec
 from aiotorchio.threads import Task, run_in_thread
 from aiotorchio.transfer.receive import Loaded, receive_message
 from aiotorchio.transfer.send import Summary
 from aiotorchio.transfer.steps import Progress
-from aiotorchio.wire.limits import Limits
 from aiotorchio.wire.parser import Work
 
 __all__ = [

@@ -19,6 +19,7 @@ from aiotorchio.drive import (
     pace_of_save,
 )
 from aiotorchio.graph.location import MapLocation
+from aiotorchio.limits import Limits
 from aiotorchio.options import (
     OtherLoadKeywords,
     OtherSaveKeywords,
@@ -33,7 +34,6 @@ from aiotorchio.streams.guard import exclusive
 from aiotorchio.streams.select import open_blocking_sink, open_blocking_source
 from aiotorchio.transfer.receive import IncomingMessage, Loaded, receive_message
 from aiotorchio.transfer.send import Summary
-from aiotorchio.wire.limits import Limits
 
 __all__ = ["get_unsafe_globals", "load", "save"]
 

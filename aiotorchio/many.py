@@ -8,6 +8,7 @@ from typing import Any, Unpack, get_args
 
 from aiotorchio.api import load_from_stream, save_to_stream
 from aiotorchio.drive import drive, pace_of_load
+from aiotorchio.limits import Limits
 from aiotorchio.message import Message, Unread
 from aiotorchio.options import LoadKeywords, StreamSaveKeywords, checked_limits
 from aiotorchio.streams.guard import exclusive
@@ -15,7 +16,6 @@ from aiotorchio.streams.iterables import resumable
 from aiotorchio.streams.select import open_source
 from aiotorchio.transfer.receive import IncomingMessage
 from aiotorchio.transfer.send import Summary
-from aiotorchio.wire.limits import Limits
 
 __all__ = ["StreamReader", "StreamWriter"]
 

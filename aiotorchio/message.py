@@ -16,7 +16,6 @@ import torch
 from aiotorchio.commit import carry_out
 from aiotorchio.drive import Request, Turns, drive
 from aiotorchio.errors import StreamBusy, StreamPoisoned
-from aiotorchio.graph.names import TensorSpec
 from aiotorchio.options import (
     MessageKeywords,
     TensorKeywords,
@@ -27,6 +26,7 @@ from aiotorchio.options import (
     trusted,
 )
 from aiotorchio.streams.base import Source
+from aiotorchio.table.names import TensorSpec
 from aiotorchio.transfer.receive import IncomingMessage
 from aiotorchio.transfer.tensors import TensorStream
 from aiotorchio.transfer.wanted import TensorOptions

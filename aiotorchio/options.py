@@ -18,17 +18,17 @@ from aiotorchio.graph.allowlist import paths_of
 from aiotorchio.graph.flatten import announce, flatten, is_small
 from aiotorchio.graph.into import examined
 from aiotorchio.graph.location import MapLocation
-from aiotorchio.graph.names import TensorSpec
 from aiotorchio.graph.select import Select
 from aiotorchio.graph.unwritten import Unwritten, unwritten
+from aiotorchio.limits import Limits
 from aiotorchio.memory.staging import DeviceCopier
+from aiotorchio.table.names import TensorSpec
 from aiotorchio.transfer.receive import LoadOptions
 from aiotorchio.transfer.send import Summary, prepare, send_message, send_produced
 from aiotorchio.transfer.snapshot import Snapshot
 from aiotorchio.transfer.steps import Progress
 from aiotorchio.transfer.wanted import DoubleBuffer, Into, TensorOptions
 from aiotorchio.wire.header import ALIGNMENT, CHUNK_SIZE_MIN
-from aiotorchio.wire.limits import Limits
 
 __all__ = [
     "DEFAULT_CHUNK_SIZE",

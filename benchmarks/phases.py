@@ -23,13 +23,13 @@ from common import state_of
 from aiotorchio.graph import tree
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.graph.rebuild import build_tensors, check_tree
+from aiotorchio.limits import Limits
 from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.options import DEFAULT_CHUNK_SIZE
 from aiotorchio.transfer.plan import Placement
 from aiotorchio.transfer.wanted import TensorOptions
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.header import Layout, decode_header, encode_header, validate
-from aiotorchio.wire.limits import Limits
 
 
 def milliseconds(work: Callable[[], Any]) -> float:

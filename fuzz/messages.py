@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from aiotorchio.errors import AiotorchioError
+from aiotorchio.limits import Limits
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.frames import (
     ABORT,
@@ -25,7 +26,6 @@ from aiotorchio.wire.frames import (
     message_id,
 )
 from aiotorchio.wire.header import Layout, decode_header
-from aiotorchio.wire.limits import Limits
 
 __all__ = ["Draft", "Frame", "dissect", "vary", "vary_frames"]
 

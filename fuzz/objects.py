@@ -15,11 +15,11 @@ import torch
 import aiotorchio
 from aiotorchio.errors import AiotorchioError, ProtocolError
 from aiotorchio.graph.flatten import Flattened
-from aiotorchio.graph.names import walk
 from aiotorchio.graph.rebuild import Rebuilder, check_tree
 from aiotorchio.graph.select import revise
+from aiotorchio.limits import Limits
+from aiotorchio.table.names import walk
 from aiotorchio.wire.header import Codec, Header
-from aiotorchio.wire.limits import Limits
 from fuzz.oracle import Find, check_refusal
 from tests import corpus
 from tests.graph import forge, hostile

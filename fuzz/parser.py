@@ -14,10 +14,10 @@ from random import Random
 from typing import Any
 
 from aiotorchio.errors import AiotorchioError, TruncatedError
+from aiotorchio.limits import Limits
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.frames import ABORT_REASON_MAX, HEADER, SKELETON
 from aiotorchio.wire.header import Header, Layout
-from aiotorchio.wire.limits import Limits
 from aiotorchio.wire.parser import (
     ChunkReceived,
     ChunkStarted,

@@ -17,7 +17,7 @@ from aiotorchio.errors import AiotorchioError
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.opcodes import opcodes
 from aiotorchio.graph.rebuild import build_tensors
-from aiotorchio.wire.limits import Limits
+from aiotorchio.limits import Limits
 from fuzz.objects import (
     HEADER,
     OFFSET,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aiotorchio.graph import pickled, tree
-from aiotorchio.graph.table import Table
+from aiotorchio.table.table import Table
 from fuzz.messages import dissect
 from tests import corpus
 from tests.graph import forge, hostile

@@ -22,17 +22,17 @@ from aiotorchio.graph import pickled, tree
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.arguments import Checks
 from aiotorchio.graph.into import match
-from aiotorchio.graph.names import Placeholder, check_names, rows_by_name, specs_of
 from aiotorchio.graph.nested import NestedMaker
 from aiotorchio.graph.opcodes import globals_of
 from aiotorchio.graph.prescan import prescan
 from aiotorchio.graph.rebuild import build_tensors, check_tree
 from aiotorchio.graph.select import revise, selected
-from aiotorchio.graph.table import Table
 from aiotorchio.memory.route import copy_elements
 from aiotorchio.memory.staging import Here
 from aiotorchio.memory.swap import swap_bytes
 from aiotorchio.streams.base import asyncio_loop
+from aiotorchio.table.names import Placeholder, check_names, rows_by_name, specs_of
+from aiotorchio.table.table import Table
 from aiotorchio.threads import run_in_thread
 from aiotorchio.wire.header import decode_header, encode_header, validate
 from tests.graph import forge

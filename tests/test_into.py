@@ -23,8 +23,8 @@ from torch import nn
 import aiotorchio
 from aiotorchio import MismatchError, StreamPoisoned, UnsafeObjectError
 from aiotorchio.graph import pickled
-from aiotorchio.graph.names import walk
 from aiotorchio.memory import incoming
+from aiotorchio.table.names import walk
 from tests import corpus
 from tests.graph import forge
 from tests.places import (

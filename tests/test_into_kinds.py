@@ -312,7 +312,7 @@ def test_names_and_places_that_are_too_long_all_in_all(monkeypatch: pytest.Monke
         with pytest.raises(MismatchError):
             aiotorchio.load(io.BytesIO(data), into=into)
         with monkeypatch.context() as patch:
-            patch.setattr("aiotorchio.graph.places.TEXT_MAX", 1000)
+            patch.setattr("aiotorchio.table.containers.TEXT_MAX", 1000)
             patch.setattr("aiotorchio.graph.strays.TEXT_MAX", 1000)
             with pytest.raises(LimitExceeded, match=r"more than [13]000 characters"):
                 aiotorchio.load(io.BytesIO(data), into=into)

@@ -582,7 +582,7 @@ def test_nothing_is_looked_at_in_a_pickle_that_is_not_accepted(
 
 
 async def test_names_that_are_too_long_all_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotorchio.graph.places.TEXT_MAX", 1000)
+    monkeypatch.setattr("aiotorchio.table.containers.TEXT_MAX", 1000)
     value = {"k" * 100: {f"{n}": wrapped({"wrapped": forge.tensor(0)}) for n in range(20)}}
     with pytest.raises(MismatchError, match="more than 1000 characters"):
         await iterated(crafted(value, THING), **TRUST)

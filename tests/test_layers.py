@@ -20,33 +20,60 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob(
 # always import from itself; what is at the top of the package is a room of one module.
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
+    "limits": (set(), set()),
     "common": (set(), {"torch"}),
-    "wire": ({"errors", "common"}, {"msgspec", "xxhash"}),
-    "graph": ({"errors", "common", "wire"}, {"msgspec", "torch"}),
+    "wire": ({"errors", "limits", "common"}, {"msgspec", "xxhash"}),
+    "table": ({"errors", "common", "wire"}, {"torch"}),
+    "graph": ({"errors", "limits", "common", "wire", "table"}, {"msgspec", "torch"}),
     "memory": ({"errors", "common"}, {"torch"}),
     "streams": ({"errors"}, {"anyio"}),
     "tls": (set(), set()),
     "threads": ({"errors", "common", "streams"}, {"anyio"}),
     "commit": ({"common", "threads"}, {"anyio"}),
-    "drive": ({"wire", "streams", "threads"}, {"anyio"}),
+    "drive": ({"limits", "wire", "streams", "threads"}, {"anyio"}),
     "transfer": (
-        {"errors", "common", "wire", "graph", "memory", "streams", "threads", "drive"},
+        {
+            "errors",
+            "limits",
+            "common",
+            "wire",
+            "table",
+            "graph",
+            "memory",
+            "streams",
+            "threads",
+            "drive",
+        },
         {"torch"},
     ),
-    "options": ({"common", "wire", "graph", "memory", "drive", "transfer"}, {"torch"}),
+    "options": (
+        {"limits", "common", "wire", "table", "graph", "memory", "drive", "transfer"},
+        {"torch"},
+    ),
     "message": (
-        {"errors", "graph", "streams", "commit", "drive", "transfer", "options"},
+        {"errors", "table", "streams", "commit", "drive", "transfer", "options"},
         {"anyio", "torch"},
     ),
     "api": (
-        {"wire", "graph", "streams", "threads", "commit", "drive", "transfer", "options"},
+        {
+            "limits",
+            "wire",
+            "table",
+            "graph",
+            "streams",
+            "threads",
+            "commit",
+            "drive",
+            "transfer",
+            "options",
+        },
         {"torch"},
     ),
-    "many": ({"wire", "streams", "drive", "transfer", "options", "message", "api"}, set()),
-    "files": ({"wire", "graph", "streams", "commit", "drive", "transfer", "options"}, set()),
+    "many": ({"limits", "streams", "drive", "transfer", "options", "message", "api"}, set()),
+    "files": ({"limits", "graph", "streams", "commit", "drive", "transfer", "options"}, set()),
     "compat": ({"errors", "graph", "files"}, set()),
     "__init__": (
-        {"errors", "wire", "graph", "tls", "transfer", "message", "api", "many", "files"},
+        {"errors", "limits", "table", "tls", "transfer", "message", "api", "many", "files"},
         set(),
     ),
 }
@@ -55,7 +82,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
 PUBLIC_BY_CUSTOM = {
     # The versions of a state dict: an attribute that nn.Module.state_dict() sets.
     ("graph/tree.py", "_metadata"),
-    ("graph/names.py", "_metadata"),
+    ("table/names.py", "_metadata"),
 }
 
 

@@ -38,11 +38,11 @@ from aiotorchio import (
     UnsafeObjectError,
 )
 from aiotorchio.common.gc_pause import release
-from aiotorchio.graph.names import walk
 from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.swap import swap_bytes
 from aiotorchio.message import Unread
+from aiotorchio.table.names import walk
 from aiotorchio.transfer import receive
 from aiotorchio.wire.frames import END, FRAME_HEAD_SIZE, PREFACE_SIZE, FrameHead
 from tests.corpus import Tagged, assert_same

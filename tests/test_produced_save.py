@@ -29,7 +29,7 @@ from aiotorchio import (
     TensorSpec,
     TruncatedError,
 )
-from aiotorchio.graph.dtypes import DTYPE_NAMES
+from aiotorchio.table.torch_dtypes import DTYPE_NAMES
 from aiotorchio.wire.dtypes import DTYPES
 from tests.corpus import assert_same
 from tests.test_api import SMALL, encoded, failing

@@ -16,11 +16,11 @@ from aiotorchio.errors import UnsafeObjectError
 from aiotorchio.graph import plain
 from aiotorchio.graph.arguments import Checks
 from aiotorchio.graph.attributes import TypeName, set_attributes, tensor_class
-from aiotorchio.graph.dtypes import DTYPE_NAMES
 from aiotorchio.graph.nested import NestedMaker
 from aiotorchio.graph.reduced import as_kind, from_type
 from aiotorchio.graph.tensors import TensorMaker
-from aiotorchio.wire.limits import Limits
+from aiotorchio.limits import Limits
+from aiotorchio.table.torch_dtypes import DTYPE_NAMES
 
 __all__ = ["Allowlist", "paths_of"]
 

@@ -13,7 +13,7 @@ import torch
 
 from aiotorchio.common import torch_private
 from aiotorchio.errors import InvalidObjectError, LimitExceeded
-from aiotorchio.wire.limits import Limits
+from aiotorchio.limits import Limits
 
 __all__ = ["PER_BYTE", "Checks", "boolean", "expect", "part", "storage_dtype", "untyped_storage"]
 

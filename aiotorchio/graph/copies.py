@@ -13,9 +13,9 @@ import torch
 
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.torch_private import location_tags, over_storage
-from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
 from aiotorchio.graph.flatten import Flattened
-from aiotorchio.graph.versions import Versions
+from aiotorchio.table.torch_dtypes import DTYPE_NAMES, torch_dtype
+from aiotorchio.table.versions import Versions
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import META_LOCATION, StorageRow
 

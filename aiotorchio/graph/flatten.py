@@ -16,11 +16,11 @@ import torch
 from aiotorchio.common.strides import Part
 from aiotorchio.common.torch_private import warn_if_has_hooks
 from aiotorchio.graph import pickled, tree
-from aiotorchio.graph.compact import compact as without_gaps
-from aiotorchio.graph.dtypes import DTYPE_NAMES
-from aiotorchio.graph.names import TensorSpec, walk
-from aiotorchio.graph.table import Table
-from aiotorchio.graph.versions import Versions
+from aiotorchio.table.compact import compact as without_gaps
+from aiotorchio.table.names import TensorSpec, walk
+from aiotorchio.table.table import Table
+from aiotorchio.table.torch_dtypes import DTYPE_NAMES
+from aiotorchio.table.versions import Versions
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import META_LOCATION, Codec, Header
 

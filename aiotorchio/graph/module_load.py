@@ -18,10 +18,10 @@ import torch
 from aiotorchio.common import torch_private
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.errors import MismatchError
-from aiotorchio.graph.metadata import without_mark
 from aiotorchio.graph.module_state import IN_PLACE, NOTHING, Entries, StateDict, find
 from aiotorchio.graph.modules import EXTRA_STATE, UNKNOWN_MAX, ModuleDestination
 from aiotorchio.graph.tensor_load import spread_misfit
+from aiotorchio.table.state_metadata import without_mark
 from aiotorchio.wire.header import shortened
 
 __all__ = ["ModuleLoad", "is_extra_state"]

@@ -15,7 +15,7 @@ import torch
 
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.graph.allowlist import Allowlist
-from aiotorchio.graph.places import leaves_of
+from aiotorchio.table.containers import leaves_of
 
 __all__ = [
     "CONTAINERS",

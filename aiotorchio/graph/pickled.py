@@ -31,11 +31,11 @@ from aiotorchio.errors import (
     UnsafeObjectError,
 )
 from aiotorchio.graph.allowlist import Allowlist
-from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
-from aiotorchio.graph.mapped import may_be_mapped, plain_of, without_files
-from aiotorchio.graph.metadata import without_mark
 from aiotorchio.graph.reduced import over_origin, plain_origin
-from aiotorchio.graph.table import Table
+from aiotorchio.table.mapped_files import may_be_mapped, plain_of, without_files
+from aiotorchio.table.state_metadata import without_mark
+from aiotorchio.table.table import Table
+from aiotorchio.table.torch_dtypes import DTYPE_NAMES, torch_dtype
 from aiotorchio.wire import bounds
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import MIXED_UNITS

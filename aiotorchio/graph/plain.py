@@ -15,7 +15,7 @@ import torch
 
 from aiotorchio.common.torch_private import get_layout
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, UnsafeObjectError
-from aiotorchio.graph.metadata import drop_mark
+from aiotorchio.table.state_metadata import drop_mark
 from aiotorchio.wire import bounds
 
 __all__ = [

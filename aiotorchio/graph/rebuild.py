@@ -21,12 +21,13 @@ from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, 
 from aiotorchio.graph import pickled, tree
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.composite import Composites
-from aiotorchio.graph.dtypes import torch_dtype
-from aiotorchio.graph.names import Placeholder, check_names
 from aiotorchio.graph.opcodes import globals_of
 from aiotorchio.graph.prescan import prescan
 from aiotorchio.graph.reduced import without_class
 from aiotorchio.graph.unpack import AT_ONCE_NBYTES, drop
+from aiotorchio.limits import Limits
+from aiotorchio.table.names import Placeholder, check_names
+from aiotorchio.table.torch_dtypes import torch_dtype
 from aiotorchio.wire.header import (
     CONJUGATE,
     META_LOCATION,
@@ -38,7 +39,6 @@ from aiotorchio.wire.header import (
     TensorRow,
     describe,
 )
-from aiotorchio.wire.limits import Limits
 
 __all__ = ["Rebuilder", "build_tensor", "build_tensors", "check_tree"]
 

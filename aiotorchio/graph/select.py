@@ -14,7 +14,7 @@ import torch
 
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import LimitExceeded, MismatchError, ProtocolError
-from aiotorchio.graph.places import Path, SharedContainers, items_of, key_text, utf8
+from aiotorchio.table.containers import Path, SharedContainers, items_of, key_text, utf8
 
 __all__ = ["Select", "revise", "selected"]
 

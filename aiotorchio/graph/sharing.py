@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from aiotorchio.common.interrupt import interruptible
-from aiotorchio.graph.dtypes import torch_dtype
 from aiotorchio.graph.footprint import Extents, Origin, extents_of, footprint
 from aiotorchio.graph.overlap import conflict, filled
+from aiotorchio.table.torch_dtypes import torch_dtype
 from aiotorchio.wire.header import CONJUGATE, NEGATIVE, Header, TensorRow, shortened
 
 __all__ = ["VIEW_BITS", "Sharing", "filled_by_others", "shared", "view_of_row"]

@@ -17,7 +17,7 @@ from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import LimitExceeded, MismatchError
 from aiotorchio.graph.module_load import is_extra_state
 from aiotorchio.graph.modules import ModuleDestination
-from aiotorchio.graph.places import TEXT_MAX, Path, items_of, key_text, leaves_of, utf8
+from aiotorchio.table.containers import TEXT_MAX, Path, items_of, key_text, leaves_of, utf8
 from aiotorchio.wire.header import shortened
 
 __all__ = ["check_strays", "does_not_fit", "named_tensors", "refused_extra_states"]

@@ -23,7 +23,7 @@ from aiotorchio.graph.arguments import (
     storage_dtype,
 )
 from aiotorchio.graph.attributes import set_attributes, tensor_class
-from aiotorchio.graph.dtypes import DTYPE_NAMES
+from aiotorchio.table.torch_dtypes import DTYPE_NAMES
 from aiotorchio.wire.dtypes import DTYPES
 
 __all__ = ["TensorMaker"]

@@ -19,13 +19,13 @@ from aiotorchio.common.gc_pause import collection_paused
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, ProtocolError
 from aiotorchio.graph.budget import too_wide
-from aiotorchio.graph.dtypes import DTYPE_NAMES, torch_dtype
-from aiotorchio.graph.metadata import drop_mark, without_mark
 from aiotorchio.graph.plain import check_hashes
-from aiotorchio.graph.table import Table
 from aiotorchio.graph.tags import Tag
 from aiotorchio.graph.unpack import drop, unpacked
-from aiotorchio.wire.limits import Limits
+from aiotorchio.limits import Limits
+from aiotorchio.table.state_metadata import drop_mark, without_mark
+from aiotorchio.table.table import Table
+from aiotorchio.table.torch_dtypes import DTYPE_NAMES, torch_dtype
 
 __all__ = ["NotATreeError", "decode", "decoder", "encode"]
 

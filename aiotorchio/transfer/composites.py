@@ -11,9 +11,9 @@ from aiotorchio.drive import Request
 from aiotorchio.errors import AiotorchioError
 from aiotorchio.graph.composite import Composites
 from aiotorchio.graph.rebuild import Rebuilder
+from aiotorchio.limits import Limits
 from aiotorchio.transfer.wanted import TensorOptions
 from aiotorchio.wire.header import Header
-from aiotorchio.wire.limits import Limits
 from aiotorchio.wire.parser import SkeletonReceived, Work
 
 __all__ = ["find_composites"]

@@ -19,7 +19,6 @@ from aiotorchio.graph.composite import Composites
 from aiotorchio.graph.into import Match, match
 from aiotorchio.graph.location import Destinations
 from aiotorchio.graph.modules import has_memory, other_views
-from aiotorchio.graph.names import rows_by_name
 from aiotorchio.graph.rebuild import build_tensor
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.route import (
@@ -34,6 +33,7 @@ from aiotorchio.memory.route import (
 from aiotorchio.memory.staged import BackMemory, Exchange, Swap
 from aiotorchio.memory.staging import Copier, DeviceCopier
 from aiotorchio.memory.swap import swap_bytes
+from aiotorchio.table.names import rows_by_name
 from aiotorchio.transfer.claims import Claim, busy, has_neighbours, memory_at
 from aiotorchio.transfer.fit import ObjectFit
 from aiotorchio.transfer.modules import WithModules

@@ -15,14 +15,15 @@ from aiotorchio.drive import Fill, Request
 from aiotorchio.errors import AiotorchioError, LimitExceeded, MismatchError, UnsafeObjectError
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.composite import Composites
-from aiotorchio.graph.names import TensorSpec, count_unnamed, specs_of
 from aiotorchio.graph.opcodes import globals_of, is_blocked
 from aiotorchio.graph.pickled import STORAGE
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.graph.select import revise
+from aiotorchio.limits import Limits
 from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.staged import Exchange, Swap, note_change
+from aiotorchio.table.names import TensorSpec, count_unnamed, specs_of
 from aiotorchio.threads import Task
 from aiotorchio.transfer.composites import find_composites
 from aiotorchio.transfer.modules import WithModules
@@ -38,7 +39,6 @@ from aiotorchio.transfer.steps import (
 )
 from aiotorchio.transfer.wanted import Into, TensorOptions
 from aiotorchio.wire.header import META_LOCATION, Header, Layout
-from aiotorchio.wire.limits import Limits
 from aiotorchio.wire.parser import (
     ChunkReceived,
     ChunkStarted,

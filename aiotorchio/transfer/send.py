@@ -15,13 +15,13 @@ from aiotorchio.drive import END, Next, Request, Send
 from aiotorchio.errors import AiotorchioError
 from aiotorchio.graph.flatten import Flattened
 from aiotorchio.graph.modules import has_memory
-from aiotorchio.graph.names import TensorSpec
-from aiotorchio.graph.versions import Versions
 from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.memory.produced import ProducedPayload
 from aiotorchio.memory.snapshot import Snapshot
 from aiotorchio.memory.staging import Copier, DeviceCopier, Here
 from aiotorchio.streams.base import Buffer
+from aiotorchio.table.names import TensorSpec
+from aiotorchio.table.versions import Versions
 from aiotorchio.transfer.steps import INLINE_ROWS, Progress, work
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.header import Header, Layout

@@ -13,9 +13,9 @@ from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.drive import Request
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.composite import Composites
-from aiotorchio.graph.names import count_unnamed
 from aiotorchio.graph.rebuild import build_tensor, check_tree
 from aiotorchio.memory.incoming import IncomingPayload
+from aiotorchio.table.names import count_unnamed
 from aiotorchio.transfer.receive import IncomingMessage
 from aiotorchio.transfer.steps import INLINE_NBYTES, INLINE_SKELETON, in_turns, work
 from aiotorchio.transfer.wanted import TensorOptions

@@ -17,9 +17,9 @@ import msgspec
 from aiotorchio.common.gc_pause import collection_paused
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, printable
+from aiotorchio.limits import Limits
 from aiotorchio.wire import bounds
 from aiotorchio.wire.dtypes import DTYPES
-from aiotorchio.wire.limits import Limits
 
 __all__ = [
     "ALIGNMENT",

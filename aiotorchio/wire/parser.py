@@ -27,6 +27,7 @@ from aiotorchio.errors import (
     RemoteAbort,
     TruncatedError,
 )
+from aiotorchio.limits import Limits
 from aiotorchio.wire.frames import (
     ABORT,
     ABORT_REASON_MAX,
@@ -46,7 +47,6 @@ from aiotorchio.wire.frames import (
     message_id,
 )
 from aiotorchio.wire.header import Header, Layout, decode_header, validate
-from aiotorchio.wire.limits import Limits
 
 __all__ = [
     "ChunkReceived",

@@ -11,7 +11,7 @@ from torch import _weights_only_unpickler
 
 import aiotorchio
 from aiotorchio.graph.allowlist import Allowlist
-from aiotorchio.wire.limits import Limits
+from aiotorchio.limits import Limits
 from tests import corpus
 from tests.graph import forge
 from tests.graph.forge import call, name, pickled, strided, subclassed

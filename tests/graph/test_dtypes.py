@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 import aiotorchio
-from aiotorchio.graph.dtypes import DTYPE_NAMES, TORCH_DTYPES, torch_dtype
+from aiotorchio.table.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES, torch_dtype
 from aiotorchio.wire.dtypes import DTYPES
 from tests import corpus
 

@@ -19,17 +19,17 @@ from hypothesis import strategies as st
 import aiotorchio
 from aiotorchio import Limits, MismatchError, ProtocolError, TensorSpec
 from aiotorchio.graph import tree
-from aiotorchio.graph.dtypes import torch_dtype
-from aiotorchio.graph.names import (
+from aiotorchio.graph.rebuild import check_tree
+from aiotorchio.table.containers import key_text
+from aiotorchio.table.names import (
     Placeholder,
     check_names,
     rows_by_name,
     specs_of,
     walk,
 )
-from aiotorchio.graph.places import key_text
-from aiotorchio.graph.rebuild import check_tree
-from aiotorchio.graph.table import Table
+from aiotorchio.table.table import Table
+from aiotorchio.table.torch_dtypes import torch_dtype
 from aiotorchio.wire.header import Header, TensorRow
 from tests import corpus
 from tests.graph import forge

@@ -11,9 +11,9 @@ import torch
 import aiotorchio
 from aiotorchio.graph import pickled
 from aiotorchio.graph.allowlist import Allowlist
-from aiotorchio.graph.table import Table
+from aiotorchio.limits import Limits
+from aiotorchio.table.table import Table
 from aiotorchio.wire.header import MIXED_UNITS
-from aiotorchio.wire.limits import Limits
 from tests import corpus
 from tests.graph import forge
 

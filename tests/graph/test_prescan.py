@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError, UnsafeObjectError
 from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.prescan import _ACTIONS, prescan
+from aiotorchio.limits import Limits
 from aiotorchio.options import trusted
-from aiotorchio.wire.limits import Limits
 from tests import corpus
 from tests.graph import forge, hostile
 from tests.graph.lowered import lowered

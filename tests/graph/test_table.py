@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from aiotorchio.graph.table import Table
+from aiotorchio.table.table import Table
 from aiotorchio.wire.header import (
     CONJUGATE,
     MIXED_UNITS,

@@ -16,7 +16,7 @@ import aiotorchio
 from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError
 from aiotorchio.graph import measure, tree
 from aiotorchio.graph.growth import check_growth
-from aiotorchio.graph.table import Table
+from aiotorchio.table.table import Table
 from aiotorchio.wire import bounds
 from aiotorchio.wire.bounds import Bounds
 from tests import corpus

@@ -13,8 +13,8 @@ from torch import nn
 
 import aiotorchio
 from aiotorchio.graph.flatten import flatten
-from aiotorchio.graph.versions import Versions
 from aiotorchio.memory.staging import bytes_of
+from aiotorchio.table.versions import Versions
 from tests.corpus import assert_same
 
 WHEN = "while it was sent"

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiotorchio.errors import MismatchError
-from aiotorchio.graph.dtypes import TORCH_DTYPES
 from aiotorchio.memory.host import view_of
 from aiotorchio.memory.route import Route, alias, copy_elements, place_of
 from aiotorchio.memory.staging import Copier, DeviceCopier, bytes_of
+from aiotorchio.table.torch_dtypes import TORCH_DTYPES
 from tests.memory.layouts import (
     META,
     CountingCopier,

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiotorchio.errors import MismatchError
-from aiotorchio.graph.dtypes import TORCH_DTYPES
 from aiotorchio.memory import staged
 from aiotorchio.memory.host import view_of
 from aiotorchio.memory.route import place_of
 from aiotorchio.memory.staged import BackMemory, Exchange, Swap, note_change
+from aiotorchio.table.torch_dtypes import TORCH_DTYPES
 from tests.memory.layouts import (
     CountingCopier,
     View,

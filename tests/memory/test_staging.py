@@ -17,6 +17,7 @@ import torch
 import aiotorchio
 from aiotorchio.drive import Request, drive, drive_blocking
 from aiotorchio.graph.flatten import flatten
+from aiotorchio.limits import Limits
 from aiotorchio.memory import staging
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.outgoing import OutgoingPayload
@@ -27,7 +28,6 @@ from aiotorchio.streams.iterables import IterableSource
 from aiotorchio.transfer.plan import Placement
 from aiotorchio.transfer.receive import receive_message
 from aiotorchio.transfer.send import prepare, send_message
-from aiotorchio.wire.limits import Limits
 from tests.memory.layouts import CopierOnCpu, staged
 
 CHUNK = 4096

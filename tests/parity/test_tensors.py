@@ -25,7 +25,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.testing._internal.two_tensor import TwoTensor
 
 import aiotorchio
-from aiotorchio.graph.dtypes import DTYPE_NAMES
+from aiotorchio.table.torch_dtypes import DTYPE_NAMES
 from tests import corpus
 from tests.corpus import Tagged, assert_same, of_dtype
 from tests.graph import forge

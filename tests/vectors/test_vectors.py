@@ -17,8 +17,8 @@ import torch
 import aiotorchio
 from aiotorchio.common.torch_private import typed_storage
 from aiotorchio.errors import RemoteAbort
-from aiotorchio.graph.dtypes import TORCH_DTYPES
 from aiotorchio.graph.flatten import flatten
+from aiotorchio.table.torch_dtypes import TORCH_DTYPES
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import Header, Layout

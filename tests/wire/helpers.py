@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from aiotorchio.errors import AiotorchioError
+from aiotorchio.limits import Limits
 from aiotorchio.wire.frames import (
     CHUNK,
     END,
@@ -21,7 +22,6 @@ from aiotorchio.wire.frames import (
     frame_digest,
     message_id,
 )
-from aiotorchio.wire.limits import Limits
 from aiotorchio.wire.parser import (
     ChunkReceived,
     ChunkStarted,

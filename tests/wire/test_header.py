@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, ProtocolError
+from aiotorchio.limits import Limits
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import (
     Header,
@@ -20,7 +21,6 @@ from aiotorchio.wire.header import (
     encode_header,
     validate,
 )
-from aiotorchio.wire.limits import Limits
 from tests.wire.helpers import LIMITS, NONCE, fields, pack
 
 INT64_MAX = 2**63 - 1

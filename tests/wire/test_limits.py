@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from aiotorchio.wire import limits as limits_module
-from aiotorchio.wire.limits import Limits
+from aiotorchio import limits as limits_module
+from aiotorchio.limits import Limits
 
 
 def test_defaults_are_those_of_the_specification() -> None:

@@ -19,6 +19,7 @@ from aiotorchio.errors import (
     RemoteAbort,
     TruncatedError,
 )
+from aiotorchio.limits import Limits
 from aiotorchio.wire.frames import (
     ABORT,
     CHUNK,
@@ -28,7 +29,6 @@ from aiotorchio.wire.frames import (
     FrameHead,
     encode_preface,
 )
-from aiotorchio.wire.limits import Limits
 from aiotorchio.wire.parser import (
     ChunkReceived,
     ChunkStarted,

@@ -10,8 +10,8 @@ from aiotorchio.common.torch_private import (
     location_tags,
     storage_key,
 )
-from aiotorchio.graph.dtypes import DTYPE_NAMES
-from aiotorchio.graph.mapped import plain_of
+from aiotorchio.table.mapped_files import plain_of
+from aiotorchio.table.torch_dtypes import DTYPE_NAMES
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import (
     CONJUGATE,

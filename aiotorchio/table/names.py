@@ -17,8 +17,8 @@ import torch
 
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import MismatchError, ProtocolError
-from aiotorchio.graph.dtypes import torch_dtype
-from aiotorchio.graph.places import Path, SharedContainers, items_of, key_text, utf8
+from aiotorchio.table.containers import Path, SharedContainers, items_of, key_text, utf8
+from aiotorchio.table.torch_dtypes import torch_dtype
 from aiotorchio.wire.header import Header, TensorRow, describe, shortened
 
 __all__ = [

@@ -1,0 +1,1 @@
+"""Tensors and storages <-> rows of the header: torch, no I/O."""
