@@ -12,10 +12,10 @@ import torch
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.strides import order_of
 from aiotorchio.errors import MismatchError
-from aiotorchio.graph.footprint import Extents
 from aiotorchio.graph.modules import UNKNOWN_MAX, ModuleDestination, has_memory
 from aiotorchio.graph.sharing import VIEW_BITS, filled_by_others, shared
 from aiotorchio.graph.tensor_load import is_copied_whole, kind_of, spread_misfit
+from aiotorchio.overlap.extents import Extents
 from aiotorchio.table.names import count_unnamed, rows_by_name, walk
 from aiotorchio.table.torch_dtypes import torch_dtype
 from aiotorchio.wire.header import CONJUGATE, META_LOCATION, NEGATIVE, Header, shortened

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from aiotorchio.common.interrupt import interruptible
-from aiotorchio.graph.footprint import Extents, Origin, extents_of, footprint
-from aiotorchio.graph.overlap import conflict, filled
+from aiotorchio.overlap.conflicts import conflict, filled
+from aiotorchio.overlap.extents import Extents, Origin, extents_of, footprint
 from aiotorchio.table.torch_dtypes import torch_dtype
 from aiotorchio.wire.header import CONJUGATE, NEGATIVE, Header, TensorRow, shortened
 

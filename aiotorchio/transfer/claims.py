@@ -16,8 +16,8 @@ import torch
 
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.strides import order_of
-from aiotorchio.graph.footprint import Extents, Footprint, Origin, extents_of, footprint
-from aiotorchio.graph.overlap import conflict
+from aiotorchio.overlap.conflicts import conflict
+from aiotorchio.overlap.extents import Extents, Footprint, Origin, extents_of, footprint
 from aiotorchio.wire.header import shortened
 
 __all__ = ["Claim", "busy", "claims", "has_neighbours", "memory_at"]

@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.strides import order_of
 from aiotorchio.errors import MismatchError
-from aiotorchio.graph.footprint import Extents
 from aiotorchio.graph.sharing import view_of_row
+from aiotorchio.overlap.extents import Extents
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import Header, Layout, TensorRow, shortened
 

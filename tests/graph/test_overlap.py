@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from aiotorchio.common.strides import order_of
-from aiotorchio.graph import overlap, strip
-from aiotorchio.graph.footprint import Extents, Footprint, Origin
-from aiotorchio.graph.overlap import conflict, filled
+from aiotorchio.overlap import conflicts, drawing
+from aiotorchio.overlap.conflicts import conflict, filled
+from aiotorchio.overlap.extents import Extents, Footprint, Origin
 
 
 def at(start: int, itemsize: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Footprint:
@@ -90,8 +90,8 @@ def test_conflicts_are_those_of_the_bytes(seed: int, arithmetic: bool) -> None:
     rng = random.Random(seed)
     outcomes = set()
     with (
-        mock.patch.object(strip, "_STRIP_UNITS", rng.choice([8, 24, 2**10])),
-        mock.patch.object(overlap, "_STEPS_MAX", 100 if arithmetic else 0),
+        mock.patch.object(drawing, "_STRIP_UNITS", rng.choice([8, 24, 2**10])),
+        mock.patch.object(conflicts, "_STEPS_MAX", 100 if arithmetic else 0),
     ):
         for _ in range(100):
             footprints, origins = random_tensors(rng)
@@ -110,7 +110,7 @@ def test_conflicts_are_those_of_the_bytes(seed: int, arithmetic: bool) -> None:
 def test_what_is_filled_is_filled_byte_by_byte(seed: int) -> None:
     rng = random.Random(seed)
     outcomes = set()
-    with mock.patch.object(strip, "_STRIP_UNITS", rng.choice([8, 24, 2**10])):
+    with mock.patch.object(drawing, "_STRIP_UNITS", rng.choice([8, 24, 2**10])):
         for _ in range(150):
             footprints, _ = random_tensors(rng)
             targets = {name: footprints.pop(name) for name in list(footprints)[:2]}
@@ -128,7 +128,7 @@ def test_what_is_filled_is_filled_byte_by_byte(seed: int) -> None:
 
 
 def no_drawing() -> AbstractContextManager[object]:
-    return mock.patch.object(overlap, "drawn_conflict", side_effect=AssertionError)
+    return mock.patch.object(conflicts, "drawn_conflict", side_effect=AssertionError)
 
 
 def test_ten_thousand_columns_of_one_matrix_need_no_drawing() -> None:

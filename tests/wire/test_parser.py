@@ -604,7 +604,7 @@ def test_the_end_is_told_before_its_errors(ending: bytes) -> None:
 
 def test_the_room_needs_neither_torch_nor_io() -> None:
     """Its modules are imported into a package whose own ``__init__``, with torch, does not run."""
-    modules = ["aiotorchio.errors"]
+    modules = ["aiotorchio.errors", "aiotorchio.limits"]
     modules += [f"aiotorchio.wire.{path.stem}" for path in (FILE / "wire").glob("[!_]*.py")]
     code = f"""
 import importlib, sys, types

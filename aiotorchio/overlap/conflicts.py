@@ -11,8 +11,8 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from aiotorchio.common.interrupt import check_interrupt, interruptible
-from aiotorchio.graph.footprint import Extents, Footprint, Origin, runs_of
-from aiotorchio.graph.strip import drawn_conflict, drawn_filled
+from aiotorchio.overlap.drawing import drawn_conflict, drawn_filled
+from aiotorchio.overlap.extents import Extents, Footprint, Origin, runs_of
 
 __all__ = ["conflict", "filled"]
 

@@ -14,7 +14,7 @@ import torch
 
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.strides import boxes, order_of
-from aiotorchio.graph.footprint import Extents, Footprint, Origin
+from aiotorchio.overlap.extents import Extents, Footprint, Origin
 
 __all__ = ["drawn_conflict", "drawn_filled"]
 

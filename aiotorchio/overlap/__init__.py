@@ -1,0 +1,1 @@
+"""Which strided tensors share bytes of memory: arithmetic, no I/O."""
