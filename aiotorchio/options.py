@@ -12,9 +12,9 @@ from typing import Any, TypedDict
 
 import torch
 
+from aiotorchio.codecs.pickled.allowlist import paths_of
 from aiotorchio.common.torch_private import real_tensors, skipped_data
 from aiotorchio.drive import Request
-from aiotorchio.graph.allowlist import paths_of
 from aiotorchio.graph.flatten import announce, flatten, is_small
 from aiotorchio.graph.into import examined
 from aiotorchio.graph.location import MapLocation

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from common import state_of
 
-from aiotorchio.graph import tree
+from aiotorchio.codecs.tree import codec as tree_codec
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.graph.rebuild import build_tensors, check_tree
 from aiotorchio.limits import Limits
@@ -105,7 +105,9 @@ def main() -> None:
             "plan the memory": placement.payload,
             "cut arenas into storages": payload.storages,
             "make the tensors": lambda: build_tensors(header, storages),
-            "make the object": lambda: tree.decode(skeleton, tensors, depth_limit=limits.depth),
+            "make the object": lambda: tree_codec.decode(
+                skeleton, tensors, depth_limit=limits.depth
+            ),
         },
     }
     print(f"{arguments.count:,} tensors of {arguments.nbytes:,} bytes\n")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import _utils
 
+from aiotorchio.codecs.pickled.allowlist import Allowlist
+from aiotorchio.codecs.pickled.opcodes import opcodes
 from aiotorchio.errors import AiotorchioError
-from aiotorchio.graph.allowlist import Allowlist
-from aiotorchio.graph.opcodes import opcodes
 from aiotorchio.graph.rebuild import build_tensors
 from aiotorchio.limits import Limits
 from fuzz.objects import (

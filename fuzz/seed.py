@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from aiotorchio.graph import pickled, tree
+from aiotorchio.codecs.pickled import codec as pickle_codec
+from aiotorchio.codecs.tree import codec as tree_codec
 from aiotorchio.table.table import Table
 from fuzz.messages import dissect
 from tests import corpus
@@ -74,8 +75,8 @@ def _trees() -> Iterator[bytes]:
             yield case.skeleton
     for obj in _objects():
         try:
-            yield tree.encode(obj, Table())
-        except tree.NotATreeError:
+            yield tree_codec.encode(obj, Table())
+        except tree_codec.NotATreeError:
             continue
 
 
@@ -84,7 +85,7 @@ def _pickles() -> Iterator[bytes]:
         if not key.startswith("cut_"):
             yield case.skeleton
     for obj in _objects():
-        yield pickled.dump(obj, Table(), pickle_module=pickle, pickle_protocol=2)
+        yield pickle_codec.dump(obj, Table(), pickle_module=pickle, pickle_protocol=2)
     # In the rows of the table that the harness has, honest ones of the kinds that have none.
     for honest in (
         hostile.sparse("sparse_coo", forge.tensor(1), forge.tensor(0), (4,)),

@@ -10,9 +10,9 @@ from random import Random
 
 import msgspec
 
+from aiotorchio.codecs.tree import chunked_decode
+from aiotorchio.codecs.tree.precheck import check_growth
 from aiotorchio.errors import AiotorchioError
-from aiotorchio.graph import unpack
-from aiotorchio.graph.growth import check_growth
 from aiotorchio.graph.rebuild import build_tensors
 from fuzz.messages import vary
 from fuzz.objects import (
@@ -83,7 +83,7 @@ def _check_growth(data: bytes) -> None:
         depth += 1
     if passed:
         lists: list[list[object]] = [[]]
-        unpack._unpack(data, lists)
+        chunked_decode._unpack(data, lists)
         if msgspec.msgpack.encode(lists[0][0]) != msgspec.msgpack.encode(value):
             raise Find("in parts it is another value")
     if passed and not plain:

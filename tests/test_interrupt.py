@@ -16,15 +16,16 @@ import torch
 
 import aiotorchio
 from aiotorchio import Limits, MismatchError, threads
+from aiotorchio.codecs.pickled import codec as pickle_codec
+from aiotorchio.codecs.pickled.allowlist import Allowlist
+from aiotorchio.codecs.pickled.checks import Checks
+from aiotorchio.codecs.pickled.opcodes import globals_of
+from aiotorchio.codecs.pickled.safe_nested import NestedMaker
+from aiotorchio.codecs.pickled.scan import prescan
+from aiotorchio.codecs.tree import codec as tree_codec
 from aiotorchio.common.interrupt import Interrupt, Interrupted, check_interrupt, interruptible
 from aiotorchio.common.sparse_indices import check_compressed_indices, check_coo_indices
-from aiotorchio.graph import pickled, tree
-from aiotorchio.graph.allowlist import Allowlist
-from aiotorchio.graph.arguments import Checks
 from aiotorchio.graph.into import match
-from aiotorchio.graph.nested import NestedMaker
-from aiotorchio.graph.opcodes import globals_of
-from aiotorchio.graph.prescan import prescan
 from aiotorchio.graph.rebuild import build_tensors, check_tree
 from aiotorchio.graph.select import revise, selected
 from aiotorchio.memory.route import copy_elements
@@ -117,20 +118,22 @@ def names_in_rows(count: int) -> Any:
 
 HEADER = names_in_rows(COUNT)
 ENCODED = encode_header(HEADER)
-TREE = tree.encode([n % 2 == 0 for n in range(COUNT)], Table())
-TENSORS = tree.encode({name: n for n, name in enumerate(NAMES)}, Table())
-LISTS = tree.encode([[n] for n in range(COUNT)], Table())
+TREE = tree_codec.encode([n % 2 == 0 for n in range(COUNT)], Table())
+TENSORS = tree_codec.encode({name: n for n, name in enumerate(NAMES)}, Table())
+LISTS = tree_codec.encode([[n] for n in range(COUNT)], Table())
 CALLS = forge.pickled([forge.ordered_dict()] * 200)
 PICKLE = pickle.dumps([(n, str(n)) for n in range(COUNT)], 2)
 MATRIX = torch.zeros(3000, 2000)
 
 
 def load_pickled(skeleton: bytes) -> Any:
-    return pickled.load(skeleton, [], [], allowlist=ALLOWLIST, encoding="utf-8", depth_limit=256)
+    return pickle_codec.load(
+        skeleton, [], [], allowlist=ALLOWLIST, encoding="utf-8", depth_limit=256
+    )
 
 
 def load_tree(skeleton: bytes) -> Callable[[], Any]:
-    return functools.partial(tree.decode, skeleton, [], depth_limit=256)
+    return functools.partial(tree_codec.decode, skeleton, [], depth_limit=256)
 
 
 def match_nothing() -> None:
@@ -182,8 +185,8 @@ LONG_WORK: dict[str, Callable[[], Any]] = {
     ),
     "jagged offsets": lambda: NESTED.jagged({"values": MANY, "offsets": MANY}),
     "nested parts": lambda: NESTED.strided(MANY, ONES, ONES, ONES[:, 0].contiguous()),
-    "encode": lambda: tree.encode(dict.fromkeys(NAMES, 1), Table()),
-    "dump": lambda: pickled.dump(
+    "encode": lambda: tree_codec.encode(dict.fromkeys(NAMES, 1), Table()),
+    "dump": lambda: pickle_codec.dump(
         [(n, str(n)) for n in range(COUNT)], Table(), pickle_module=pickle, pickle_protocol=2
     ),
     "swap_bytes": lambda: swap_bytes(torch.UntypedStorage(32 * 2**20), 4),

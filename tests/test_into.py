@@ -22,7 +22,7 @@ from torch import nn
 
 import aiotorchio
 from aiotorchio import MismatchError, StreamPoisoned, UnsafeObjectError
-from aiotorchio.graph import pickled
+from aiotorchio.codecs.pickled import codec as pickle_codec
 from aiotorchio.memory import incoming
 from aiotorchio.table.names import walk
 from tests import corpus
@@ -509,7 +509,7 @@ def test_tensors_with_attributes_come_back_as_they_were(weights_only: bool) -> N
 
 def test_tensors_with_attributes_of_earlier_senders(monkeypatch: pytest.MonkeyPatch) -> None:
     """They stood in the pickle as made over a storage."""
-    monkeypatch.setattr(pickled, "_over_row", lambda tensor, reduced, table: reduced)
+    monkeypatch.setattr(pickle_codec, "_over_row", lambda tensor, reduced, table: reduced)
     sent = state_of_tensors_with_attributes()
     loaded = load(encoded(sent), safe_globals=[corpus.Tagged])
     sent["named"] = torch.nn.Parameter(sent["named"].data)

@@ -665,7 +665,7 @@ def test_the_mark_of_assign_does_not_travel(codec: str) -> None:
 @pytest.mark.parametrize("codec", ["tree", "pickle"])
 def test_a_mark_that_was_sent_does_not_count(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for room in ("tree", "pickled"):
-        monkeypatch.setattr(f"aiotorchio.graph.{room}.without_mark", lambda metadata: metadata)
+        monkeypatch.setattr(f"aiotorchio.codecs.{room}.codec.without_mark", lambda metadata: metadata)
     message: Any = nn.Linear(2, 2).state_dict()
     nn.Linear(2, 2).load_state_dict(message, assign=True)
     obj = {"a": message} if codec == "tree" else {"a": message, "b": {1.5: 2}}
@@ -696,7 +696,7 @@ def test_a_mark_in_a_full_pickle_does_not_count() -> None:
     module.register_load_state_dict_post_hook(lambda *_: None)
     weight = module.weight
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aiotorchio.graph.pickled.without_mark", lambda metadata: metadata)
+        patch.setattr("aiotorchio.codecs.pickled.codec.without_mark", lambda metadata: metadata)
         shared = {"w": 1.5}
         data = encoded({"module": message, "a": shared, "b": shared})
     into = {"module": module}

@@ -576,7 +576,7 @@ def test_nothing_is_looked_at_in_a_pickle_that_is_not_accepted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = encoded({"w": torch.ones(2), "coo": torch.eye(2).to_sparse()})
-    monkeypatch.setattr("aiotorchio.graph.pickled.load_with", None)
+    monkeypatch.setattr("aiotorchio.codecs.pickled.codec.load_with", None)
     with pytest.raises(UnsafeObjectError, match="allow_pickle is False"):
         aiotorchio.load(io.BytesIO(data), select="w", allow_pickle=False)
 

@@ -25,7 +25,11 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "wire": ({"errors", "limits", "common"}, {"msgspec", "xxhash"}),
     "table": ({"errors", "common", "wire"}, {"torch"}),
     "overlap": ({"common"}, {"torch"}),
-    "graph": ({"errors", "limits", "common", "wire", "table", "overlap"}, {"msgspec", "torch"}),
+    "codecs": ({"errors", "limits", "common", "wire", "table"}, {"msgspec", "torch"}),
+    "graph": (
+        {"errors", "limits", "common", "wire", "table", "overlap", "codecs"},
+        {"msgspec", "torch"},
+    ),
     "memory": ({"errors", "common"}, {"torch"}),
     "streams": ({"errors"}, {"anyio"}),
     "tls": (set(), set()),
@@ -40,6 +44,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
             "wire",
             "table",
             "overlap",
+            "codecs",
             "graph",
             "memory",
             "streams",
@@ -49,7 +54,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     "options": (
-        {"limits", "common", "wire", "table", "graph", "memory", "drive", "transfer"},
+        {"limits", "common", "wire", "table", "codecs", "graph", "memory", "drive", "transfer"},
         {"torch"},
     ),
     "message": (
@@ -83,7 +88,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
 # What ordinary code of torch hangs on objects of the user, so that every writer must know it.
 PUBLIC_BY_CUSTOM = {
     # The versions of a state dict: an attribute that nn.Module.state_dict() sets.
-    ("graph/tree.py", "_metadata"),
+    ("codecs/tree/codec.py", "_metadata"),
     ("table/names.py", "_metadata"),
 }
 

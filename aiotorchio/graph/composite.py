@@ -18,12 +18,9 @@ from typing import Any
 
 import torch
 
-from aiotorchio.common.gc_pause import collection_paused
-from aiotorchio.common.interrupt import check_interrupt, interruptible
-from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, MismatchError
-from aiotorchio.graph import pickled
-from aiotorchio.graph.allowlist import Allowlist
-from aiotorchio.graph.noted import (
+from aiotorchio.codecs.pickled import codec as pickle_codec
+from aiotorchio.codecs.pickled.allowlist import Allowlist
+from aiotorchio.codecs.pickled.recorded_calls import (
     CONTAINERS,
     DICTS,
     Call,
@@ -35,7 +32,10 @@ from aiotorchio.graph.noted import (
     parts_of,
     stand_ins,
 )
-from aiotorchio.graph.plain import check_hashes
+from aiotorchio.codecs.pickled.safe_builtins import check_hashes
+from aiotorchio.common.gc_pause import collection_paused
+from aiotorchio.common.interrupt import check_interrupt, interruptible
+from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, MismatchError
 from aiotorchio.wire.header import TensorRow, shortened
 
 __all__ = ["Composites"]
@@ -81,16 +81,16 @@ class Composites:
 
         def refer(pid: Any) -> Reference:
             if type(pid) is int:
-                row = pickled.checked_row(pid, len(rows), "tensor")
+                row = pickle_codec.checked_row(pid, len(rows), "tensor")
                 return references.setdefault(pid, Reference(pid, rows[row].storage))
-            index, name = pickled.storage_reference(pid)
-            pickled.checked_row(index, storages, "storage")
+            index, name = pickle_codec.storage_reference(pid)
+            pickle_codec.checked_row(index, storages, "storage")
             return references.setdefault((index, name), Reference(pid, index))
 
         # Nothing of the caller's runs: its code has stand-ins.
         seals = Seals()
         with collection_paused():
-            obj = pickled.load_with(
+            obj = pickle_codec.load_with(
                 skeleton,
                 refer,
                 allowed=stand_ins(allowlist, seals),
@@ -284,7 +284,7 @@ class Composites:
         parts = (self._make(part, tensor_of) for part in interruptible(parts_of(value)))
         if isinstance(value, Call):
             args, *state = parts
-            return pickled.carry_out(
+            return pickle_codec.carry_out(
                 value.function,
                 args,
                 state,
@@ -309,7 +309,7 @@ class Composites:
             return made
 
         # Classes that the caller trusts are hashed and compared.
-        return pickled.translated(fill, self._offset)
+        return pickle_codec.translated(fill, self._offset)
 
     def _resolved(self, reference: Reference, tensor_of: Callable[..., torch.Tensor]) -> Any:
         index = reference.storage
@@ -321,7 +321,7 @@ class Composites:
             raise AssertionError("a part of a tensor that was not received")
         if type(reference.pid) is int:
             return tensor_of(reference.pid, storage)
-        return pickled.storage_for(reference.pid, storage)
+        return pickle_codec.storage_for(reference.pid, storage)
 
 
 class _MadeOfItselfError(Exception):

@@ -13,9 +13,10 @@ from typing import Any
 import msgspec
 import torch
 
+from aiotorchio.codecs.pickled import codec as pickle_codec
+from aiotorchio.codecs.tree import codec as tree_codec
 from aiotorchio.common.strides import Part
 from aiotorchio.common.torch_private import warn_if_has_hooks
-from aiotorchio.graph import pickled, tree
 from aiotorchio.table.compact import compact as without_gaps
 from aiotorchio.table.names import TensorSpec, walk
 from aiotorchio.table.table import Table
@@ -110,8 +111,8 @@ def flatten(
     codec: Codec = "tree"
     table = Table(skip)
     try:
-        skeleton = tree.encode(obj, table)
-    except tree.NotATreeError as reason:
+        skeleton = tree_codec.encode(obj, table)
+    except tree_codec.NotATreeError as reason:
         if not allow_pickle:
             raise ValueError(
                 f"allow_pickle is False, and the object needs pickle: {reason}"
@@ -119,7 +120,7 @@ def flatten(
         codec, table = "pickle", Table(skip)
         # For this thread, too: torch refuses there what it cannot send without its bytes.
         with contextlib.nullcontext() if skip is None else skip:
-            skeleton = pickled.dump(
+            skeleton = pickle_codec.dump(
                 obj, table, pickle_module=pickle_module, pickle_protocol=pickle_protocol
             )
         _add_names(obj, table)

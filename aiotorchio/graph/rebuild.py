@@ -8,6 +8,13 @@ from typing import Any
 
 import torch
 
+from aiotorchio.codecs.pickled import codec as pickle_codec
+from aiotorchio.codecs.pickled.allowlist import Allowlist
+from aiotorchio.codecs.pickled.opcodes import globals_of
+from aiotorchio.codecs.pickled.reduced import without_class
+from aiotorchio.codecs.pickled.scan import prescan
+from aiotorchio.codecs.tree import codec as tree_codec
+from aiotorchio.codecs.tree.chunked_decode import AT_ONCE_NBYTES, drop
 from aiotorchio.common.gc_pause import collection_paused
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.torch_private import (
@@ -18,13 +25,7 @@ from aiotorchio.common.torch_private import (
     set_view_bits,
 )
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, UnsafeObjectError
-from aiotorchio.graph import pickled, tree
-from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.composite import Composites
-from aiotorchio.graph.opcodes import globals_of
-from aiotorchio.graph.prescan import prescan
-from aiotorchio.graph.reduced import without_class
-from aiotorchio.graph.unpack import AT_ONCE_NBYTES, drop
 from aiotorchio.limits import Limits
 from aiotorchio.table.names import Placeholder, check_names
 from aiotorchio.table.torch_dtypes import torch_dtype
@@ -117,7 +118,9 @@ def check_tree(
 ) -> None:
     """Refuse a bad skeleton of the tree codec; see ``Rebuilder.check`` and ``tree.decode``."""
     depth, wide_keys = limits.depth, limits.wide_keys
-    with tree.decoder(skeleton, depth_limit=depth, wide_keys=wide_keys, offset=offset) as decoded:
+    with tree_codec.decoder(
+        skeleton, depth_limit=depth, wide_keys=wide_keys, offset=offset
+    ) as decoded:
         obj = decoded([Placeholder(index) for index in interruptible(range(len(rows)))])
         try:
             if names:
@@ -303,7 +306,7 @@ class Rebuilder:
         # Destinations can be of any class, and the pickle can make a tensor of each of them.
         tensors = [without_class(tensor) for tensor in interruptible(tensors)]
         if self._weights_only:
-            return pickled.load(
+            return pickle_codec.load(
                 self._skeleton,
                 tensors,
                 storages,
@@ -312,7 +315,7 @@ class Rebuilder:
                 depth_limit=self._limits.depth,
                 offset=self._offset,
             )
-        return pickled.load_trusted(
+        return pickle_codec.load_trusted(
             self._skeleton,
             tensors,
             storages,
@@ -323,7 +326,7 @@ class Rebuilder:
         )
 
     def _build_tree(self, tensors: Sequence[Any]) -> Any:
-        return tree.decode(
+        return tree_codec.decode(
             self._skeleton,
             tensors,
             depth_limit=self._limits.depth,

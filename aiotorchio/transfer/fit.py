@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from aiotorchio.codecs.pickled.codec import STORAGE
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.into import Known
-from aiotorchio.graph.pickled import STORAGE
 from aiotorchio.graph.strays import (
     check_strays,
     does_not_fit,

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from aiotorchio.codecs.pickled.allowlist import Allowlist
+from aiotorchio.codecs.pickled.codec import STORAGE
+from aiotorchio.codecs.pickled.opcodes import globals_of, is_blocked
 from aiotorchio.common.gc_pause import release
 from aiotorchio.drive import Fill, Request
 from aiotorchio.errors import AiotorchioError, LimitExceeded, MismatchError, UnsafeObjectError
-from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.graph.composite import Composites
-from aiotorchio.graph.opcodes import globals_of, is_blocked
-from aiotorchio.graph.pickled import STORAGE
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.graph.select import revise
 from aiotorchio.limits import Limits

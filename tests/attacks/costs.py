@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import aiotorchio
-from aiotorchio.graph.tags import Tag
+from aiotorchio.codecs.tree.tags import Tag
 from aiotorchio.wire.frames import CHUNK, HEADER, SKELETON
 from tests.attacks.cases import MIB, Case, row_name
 from tests.attacks.loaders import LOADERS, WAITING_LOADERS

@@ -16,7 +16,7 @@ from typing import Any
 import msgpack
 import torch
 
-from aiotorchio.graph import prescan
+from aiotorchio.codecs.pickled import scan
 from tests.graph.forge import (
     Code,
     assemble,
@@ -210,7 +210,7 @@ def unsafe() -> dict[str, Any]:
 
 
 def unknown_opcodes() -> dict[str, bytes]:
-    known = prescan._ACTIONS
+    known = scan._ACTIONS
     codes = {op.name: op.code.encode("latin-1") for op in pickletools.opcodes}
     cases = {
         f"opcode_{opcode}": b"\x80\x02" + code + b"\x00" * 16

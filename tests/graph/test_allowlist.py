@@ -10,7 +10,7 @@ import torch
 from torch import _weights_only_unpickler
 
 import aiotorchio
-from aiotorchio.graph.allowlist import Allowlist
+from aiotorchio.codecs.pickled.allowlist import Allowlist
 from aiotorchio.limits import Limits
 from tests import corpus
 from tests.graph import forge

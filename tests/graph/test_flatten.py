@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import aiotorchio
+from aiotorchio.codecs.pickled.scan import prescan
 from aiotorchio.graph.flatten import Flattened, flatten
-from aiotorchio.graph.prescan import prescan
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.options import trusted
 from aiotorchio.wire.header import validate
@@ -206,7 +206,7 @@ def test_pickles_of_honest_objects_pass_the_scan() -> None:
     scanned = 0
     for name in sorted(PICKLED):
         parts = forge.flattened(corpus.make(name))
-        from aiotorchio.graph.allowlist import Allowlist
+        from aiotorchio.codecs.pickled.allowlist import Allowlist
 
         options = corpus.LOAD_OPTIONS.get(name, {})
         allowed = Allowlist(trusted(options.get("safe_globals", ())), aiotorchio.Limits(), None)

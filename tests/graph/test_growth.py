@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiotorchio.codecs.tree import precheck
+from aiotorchio.codecs.tree.precheck import check_growth
+from aiotorchio.codecs.tree.size_estimate import EXTENSIONS, MAPS, measured
 from aiotorchio.errors import LimitExceeded, ProtocolError
-from aiotorchio.graph import growth
-from aiotorchio.graph.growth import check_growth
-from aiotorchio.graph.measure import EXTENSIONS, MAPS, measured
 
 HEADS = [bytes([head]) for head in range(256)]
 VALUES = st.recursive(
@@ -91,7 +91,7 @@ def test_bytes_of_texts_are_no_heads(text: bytes, head: int) -> None:
 def test_arrays_are_counted_as_many_as_are_nested_or_more(value: Any) -> None:
     data = msgpack.packb(value)
     # Beside those of a tensor, which hold no other.
-    assert growth._containers(data, 2**40)[0] + 1 >= measured(data)[1]
+    assert precheck._containers(data, 2**40)[0] + 1 >= measured(data)[1]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_the_quick_bound_of_memory_is_one(value: bytes) -> None:
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # The list that holds them has a place for each: in the object, there is another one.
-    bound = growth._MEMORY_PER_BYTE * len(data) + growth._containers(data, 2**40)[1]
+    bound = precheck._MEMORY_PER_BYTE * len(data) + precheck._containers(data, 2**40)[1]
     assert taken + 8 * len(decoded) <= bound + 10_000
 
 

@@ -17,11 +17,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aiotorchio import Limits
+from aiotorchio.codecs.pickled.checks import Checks
+from aiotorchio.codecs.pickled.safe_nested import NestedMaker
 from aiotorchio.common import sparse_indices as indices_module
 from aiotorchio.common import torch_private
 from aiotorchio.common.sparse_indices import check_compressed_indices, check_coo_indices, steps
-from aiotorchio.graph.arguments import Checks
-from aiotorchio.graph.nested import NestedMaker
 from tests.tiers import examples
 
 CSR, CSC, BSR, BSC = torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc

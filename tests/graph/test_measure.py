@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiotorchio.codecs.tree import codec as tree_codec
+from aiotorchio.codecs.tree.size_estimate import measured
 from aiotorchio.errors import ProtocolError
-from aiotorchio.graph import tree
-from aiotorchio.graph.measure import measured
 from tests.speed import patience
 
 VALUES = st.recursive(
@@ -129,7 +129,7 @@ def test_no_object_takes_more(node: bytes) -> None:
     count = max(1, 40_000 // len(node))
     data = b"\xdd" + (count + 1).to_bytes(4, "big") + b"\x00" + node * count
     tracemalloc.start()
-    obj = tree.decode(data, [], depth_limit=256)
+    obj = tree_codec.decode(data, [], depth_limit=256)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(obj) == count

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import aiotorchio
 from aiotorchio import Limits, MismatchError, ProtocolError, TensorSpec
-from aiotorchio.graph import tree
+from aiotorchio.codecs.tree import codec as tree_codec
 from aiotorchio.graph.rebuild import check_tree
 from aiotorchio.table.containers import key_text
 from aiotorchio.table.names import (
@@ -127,7 +127,7 @@ def check(obj: Any, change: Callable[[list[TensorRow]], None] = lambda rows: Non
     change(rows)
     if parts.header.codec == "tree":
         stand_ins = [Placeholder(n) for n in range(len(rows))]
-        check_names(tree.decode(parts.skeleton, stand_ins, depth_limit=256), rows)
+        check_names(tree_codec.decode(parts.skeleton, stand_ins, depth_limit=256), rows)
 
 
 def check_skeleton(obj: Any) -> None:

@@ -17,11 +17,11 @@ import torch
 import torch._dynamo  # allows what torch hangs on the lengths that it has noted
 
 from aiotorchio import InvalidObjectError, LimitExceeded, Limits, UnsafeObjectError
+from aiotorchio.codecs.pickled import safe_nested
+from aiotorchio.codecs.pickled.checks import Checks
+from aiotorchio.codecs.pickled.safe_nested import NestedMaker
 from aiotorchio.common import sparse_indices as indices_module
 from aiotorchio.common import torch_private
-from aiotorchio.graph import nested
-from aiotorchio.graph.arguments import Checks
-from aiotorchio.graph.nested import NestedMaker
 from tests.corpus import assert_same
 from tests.graph import forge
 from tests.graph.forge import Code, call, get, name, new, put, rebuild, subclassed, tensor
@@ -171,7 +171,7 @@ def test_sums_that_overflow(
     """By the check itself: no message has such numbers here, which other readers would follow."""
     shown = torch.empty(count, 0, device="meta")
     for in_python in (512, 0):
-        monkeypatch.setattr(nested, "IN_PYTHON", in_python)
+        monkeypatch.setattr(safe_nested, "IN_PYTHON", in_python)
         with pytest.raises(InvalidObjectError, match="beyond its values"):
             NestedMaker(Checks(Limits()))._check_parts(shown, 0, offsets, lengths, {})
 
@@ -229,7 +229,7 @@ def test_limits_of_the_strided_layout(key: str) -> None:
 def test_parts_of_the_jagged_layout_lie_in_the_values(
     monkeypatch: pytest.MonkeyPatch, in_python: int, step: int
 ) -> None:
-    monkeypatch.setattr(nested, "IN_PYTHON", in_python)
+    monkeypatch.setattr(safe_nested, "IN_PYTHON", in_python)
     monkeypatch.setattr(indices_module, "STEP", step)
     draw, verdicts, limit = random.Random(2), {True: 0, False: 0}, 5
     for _ in range(examples(5000)):
@@ -249,10 +249,10 @@ def test_parts_of_the_jagged_layout_lie_in_the_values(
         other = None if lengths is None else torch.tensor(lengths, dtype=torch.int64)
         if right:
             wanted = (sum(sizes), min(sizes, default=0), max(sizes, default=0))
-            assert nested._lengths_within(given, other, limit) == wanted
+            assert safe_nested._lengths_within(given, other, limit) == wanted
         else:
             with pytest.raises(InvalidObjectError, match="beyond its values"):
-                nested._lengths_within(given, other, limit)
+                safe_nested._lengths_within(given, other, limit)
     assert min(verdicts.values()) > 100, verdicts
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import aiotorchio
-from aiotorchio.graph import pickled
-from aiotorchio.graph.allowlist import Allowlist
+from aiotorchio.codecs.pickled import codec as pickle_codec
+from aiotorchio.codecs.pickled.allowlist import Allowlist
 from aiotorchio.limits import Limits
 from aiotorchio.table.table import Table
 from aiotorchio.wire.header import MIXED_UNITS
@@ -22,7 +22,7 @@ def read(skeleton: bytes, *, trusted: bool = False, allowlist: Any = None) -> An
     tensors, storages = [torch.ones(1)], [torch.UntypedStorage(8)]
     allowlist = allowlist or Allowlist((), Limits(), None)
     if trusted:
-        return pickled.load_trusted(
+        return pickle_codec.load_trusted(
             skeleton,
             tensors,
             storages,
@@ -31,7 +31,7 @@ def read(skeleton: bytes, *, trusted: bool = False, allowlist: Any = None) -> An
             encoding="utf-8",
             offset=7,
         )
-    return pickled.load(
+    return pickle_codec.load(
         skeleton,
         tensors,
         storages,
@@ -49,13 +49,13 @@ def test_references() -> None:
         wrap_storage=tensor.untyped_storage(), dtype=torch.int64, _internal=True
     )
     bare = torch.UntypedStorage(5)
-    skeleton = pickled.dump(
+    skeleton = pickle_codec.dump(
         [tensor, typed, bare, bare], table, pickle_module=pickle, pickle_protocol=2
     )
     assert len(table.tensors) == 1
     assert [(row.nbytes, row.unit) for row in table.storages] == [(24, 8), (5, MIXED_UNITS)]
     assert skeleton.count(b"storage") == 1  # the word is memoized
-    loaded = pickled.load(
+    loaded = pickle_codec.load(
         skeleton,
         [tensor],
         table.sources,

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from aiotorchio.codecs.pickled.allowlist import Allowlist
+from aiotorchio.codecs.pickled.scan import _ACTIONS, prescan
 from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError, UnsafeObjectError
-from aiotorchio.graph.allowlist import Allowlist
-from aiotorchio.graph.prescan import _ACTIONS, prescan
 from aiotorchio.limits import Limits
 from aiotorchio.options import trusted
 from tests import corpus

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from aiotorchio import InvalidObjectError, LimitExceeded, Limits
+from aiotorchio.codecs.pickled import safe_nested
 from aiotorchio.common import sparse_indices
-from aiotorchio.graph import nested
 from tests.corpus import assert_same
 from tests.graph import forge, hostile
 
@@ -85,6 +85,6 @@ def test_nothing_is_checked_beyond_the_limit(
 
     monkeypatch.setattr(sparse_indices, "IN_PYTHON", 0)
     monkeypatch.setattr(sparse_indices, "steps", steps)
-    monkeypatch.setattr(nested, "steps", steps)
+    monkeypatch.setattr(safe_nested, "steps", steps)
     with pytest.raises(LimitExceeded, match="sparse_nnz"):
         forge.load_pickle(skeleton, tensors, limits=Limits(sparse_nnz=count - 1))

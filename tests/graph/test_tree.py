@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import aiotorchio
+from aiotorchio.codecs.tree import codec as tree_codec
+from aiotorchio.codecs.tree import size_estimate
+from aiotorchio.codecs.tree.precheck import check_growth
 from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError
-from aiotorchio.graph import measure, tree
-from aiotorchio.graph.growth import check_growth
 from aiotorchio.table.table import Table
 from aiotorchio.wire import bounds
 from aiotorchio.wire.bounds import Bounds
@@ -52,17 +53,17 @@ def trees() -> st.SearchStrategy[Any]:
 
 
 def decode(skeleton: bytes, tensors: Any = (), depth_limit: int = 256) -> Any:
-    return tree.decode(skeleton, tensors, depth_limit=depth_limit, offset=100)
+    return tree_codec.decode(skeleton, tensors, depth_limit=depth_limit, offset=100)
 
 
 @given(trees())
 def test_round_trip(obj: Any) -> None:
-    corpus.assert_same(decode(tree.encode(obj, Table())), obj)
+    corpus.assert_same(decode(tree_codec.encode(obj, Table())), obj)
 
 
 @given(trees(), st.data())
 def test_any_damage_is_an_error_or_another_object(obj: Any, data: st.DataObject) -> None:
-    skeleton = bytearray(tree.encode(obj, Table()))
+    skeleton = bytearray(tree_codec.encode(obj, Table()))
     at = data.draw(st.integers(0, len(skeleton) - 1))
     skeleton[at] ^= data.draw(st.integers(1, 255))
     try:
@@ -73,7 +74,7 @@ def test_any_damage_is_an_error_or_another_object(obj: Any, data: st.DataObject)
 
 def test_the_bytes_are_those_of_the_format() -> None:
     obj = {"a": [1, (2.5, None)], 3: OrderedDict(b=torch.ones(1)), "s": {b"x"}, "c": 1j}
-    assert msgpack.unpackb(tree.encode(obj, Table()), strict_map_key=False) == [
+    assert msgpack.unpackb(tree_codec.encode(obj, Table()), strict_map_key=False) == [
         *(2, "a", [0, 1, [1, 2.5, None]]),
         *(3, [3, [], "b", [5, 0]], "s", [4, b"x"], "c", [6, 0.0, 1.0]),
     ]
@@ -91,8 +92,8 @@ def test_the_bytes_are_those_of_the_format() -> None:
     ids=lambda obj: "object()" if type(obj) is object else repr(obj),
 )
 def test_what_is_left_to_pickle(obj: object) -> None:
-    with pytest.raises(tree.NotATreeError):
-        tree.encode(obj, Table())
+    with pytest.raises(tree_codec.NotATreeError):
+        tree_codec.encode(obj, Table())
 
 
 NO_ROW = "that is sparse, quantized or nested, of a subclass, or has Python attributes"
@@ -112,8 +113,8 @@ NO_ROW = "that is sparse, quantized or nested, of a subclass, or has Python attr
     ],
 )
 def test_why_an_object_is_left_to_pickle(obj: object, why: str) -> None:
-    with pytest.raises(tree.NotATreeError) as caught:
-        tree.encode(obj, Table())
+    with pytest.raises(tree_codec.NotATreeError) as caught:
+        tree_codec.encode(obj, Table())
     assert str(caught.value) == why
     file = io.BytesIO()
     with pytest.raises(ValueError, match="allow_pickle is False, and the object needs pickle: "):
@@ -124,19 +125,19 @@ def test_why_an_object_is_left_to_pickle(obj: object, why: str) -> None:
 def test_shared_containers_are_left_to_pickle() -> None:
     tensor = torch.ones(1)
     for shared in ([1], {1: 2}, {1}, (1, [2]), (tensor,), OrderedDict()):
-        with pytest.raises(tree.NotATreeError, match="another place"):
-            tree.encode([shared, shared], Table())
+        with pytest.raises(tree_codec.NotATreeError, match="another place"):
+            tree_codec.encode([shared, shared], Table())
     for unseen in ((1, "a", None), (), torch.ones(1), "x", 2**100):
-        assert tree.encode([unseen, unseen], Table())
+        assert tree_codec.encode([unseen, unseen], Table())
 
 
 def test_depth() -> None:
     deep: Any = 1
     for _ in range(100):
         deep = [deep]
-    skeleton = tree.encode(deep, Table())
-    with pytest.raises(tree.NotATreeError, match="nested deeper than 100 levels"):
-        tree.encode([deep], Table())
+    skeleton = tree_codec.encode(deep, Table())
+    with pytest.raises(tree_codec.NotATreeError, match="nested deeper than 100 levels"):
+        tree_codec.encode([deep], Table())
     corpus.assert_same(decode(skeleton, depth_limit=100), deep)
     with pytest.raises(LimitExceeded, match="99 levels"):
         decode(skeleton, depth_limit=99)
@@ -155,13 +156,13 @@ def test_growth_walks_over_every_kind_of_value(monkeypatch: pytest.MonkeyPatch) 
     packer = msgpack.Packer(strict_types=True)
     data = packer.pack([texts, numbers, constants, [[]] * 16, [0] * 70_000])
     expected = (
-        measure._NESTED_NBYTES * (6 + 16)
-        + sum(measure._TEXT_NBYTES + 4 * len(packer.pack(text)) for text in texts)
-        + measure._NUMBER_NBYTES * len(numbers)
-        + measure._CONSTANT_NBYTES * (len(constants) + 70_000)
+        size_estimate._NESTED_NBYTES * (6 + 16)
+        + sum(size_estimate._TEXT_NBYTES + 4 * len(packer.pack(text)) for text in texts)
+        + size_estimate._NUMBER_NBYTES * len(numbers)
+        + size_estimate._CONSTANT_NBYTES * (len(constants) + 70_000)
     )
     # Heads of texts are counted above, and -1 is one of the numbers that Python keeps.
-    assert abs(measure.measured(data)[0] - expected) < 300
+    assert abs(size_estimate.measured(data)[0] - expected) < 300
     monkeypatch.setattr(bounds, "BOUNDS", Bounds(memory_floor=0))
     check_growth(b"\xc6\x00\x00\x10\x00" + b"\x90" * 4096, 256)
     with pytest.raises(LimitExceeded):
@@ -176,4 +177,4 @@ def test_growth_walks_over_every_kind_of_value(monkeypatch: pytest.MonkeyPatch) 
 def test_maps_and_extensions_are_refused_before_they_are_built(head: str) -> None:
     data = b"\x92\x00" + bytes.fromhex(head) + b"\x01" * 18
     with pytest.raises(ProtocolError, match="a map or an extension"):
-        tree.decode(data, [], depth_limit=256)
+        tree_codec.decode(data, [], depth_limit=256)

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiotorchio.codecs.tree import chunked_decode
+from aiotorchio.codecs.tree.chunked_decode import drop, unpacked
+from aiotorchio.codecs.tree.precheck import check_growth
 from aiotorchio.errors import LimitExceeded, ProtocolError
-from aiotorchio.graph import unpack
-from aiotorchio.graph.growth import check_growth
-from aiotorchio.graph.unpack import drop, unpacked
 from tests.corpus import assert_same
 
 VALUES = st.recursive(
@@ -30,7 +30,7 @@ VALUES = st.recursive(
 @pytest.fixture(autouse=True)
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is long."""
-    monkeypatch.setattr(unpack, "AT_ONCE_NBYTES", -1)
+    monkeypatch.setattr(chunked_decode, "AT_ONCE_NBYTES", -1)
 
 
 def value_of(data: bytes) -> Any:
@@ -102,12 +102,12 @@ def test_what_is_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(data)
         return msgspec.msgpack.decode(data)
 
-    monkeypatch.setattr(unpack, "_decode", decode)
+    monkeypatch.setattr(chunked_decode, "_decode", decode)
     data = msgpack.packb([[0]] * 100)
     for nbytes, arrays, whole in ((len(data), 101, True), (len(data) - 1, 101, False),
                                   (len(data), 100, False)):  # fmt: skip
-        monkeypatch.setattr(unpack, "AT_ONCE_NBYTES", nbytes)
-        monkeypatch.setattr(unpack, "_ARRAYS_MAX", arrays)
+        monkeypatch.setattr(chunked_decode, "AT_ONCE_NBYTES", nbytes)
+        monkeypatch.setattr(chunked_decode, "_ARRAYS_MAX", arrays)
         calls.clear()
         assert value_of(data) == [[0]] * 100
         assert (calls == [data]) == whole
@@ -126,7 +126,7 @@ def test_whoever_counts_arrays_says_how_many() -> None:
 def test_lists_do_not_all_live_until_the_end() -> None:
     """A chain of references would hold what is freed bit by bit until the last bit."""
     lists: list[list[Any]] = [[]]
-    unpack._unpack(msgpack.packb([[n] for n in range(1000)]), lists)
+    chunked_decode._unpack(msgpack.packb([[n] for n in range(1000)]), lists)
     with unpacked(msgpack.packb([[n] for n in range(1000)]), 256) as value:
         assert len(value) == 1000
         alive = sum(type(each) is list for each in gc.get_objects())

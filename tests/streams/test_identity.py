@@ -15,7 +15,7 @@ import torch
 
 import aiotorchio
 from aiotorchio import StreamBusy, StreamPoisoned, TruncatedError, compat
-from aiotorchio.graph import plain
+from aiotorchio.codecs.pickled import safe_builtins
 from aiotorchio.streams import guard, iterables
 from aiotorchio.streams.identity import IdentityTable
 from tests.places import encoded
@@ -320,11 +320,11 @@ async def test_an_option_that_is_no_text() -> None:
 @pytest.mark.parametrize("items", [torch.ones(2), torch.ones(0), (1,), Odd()])
 def test_a_set_from_what_a_sender_made(items: Any) -> None:
     with pytest.raises(aiotorchio.UnsafeObjectError, match="a set from"):
-        plain.make_set(items)
-    assert plain.make_set(()) == plain.make_set([]) == set()
+        safe_builtins.make_set(items)
+    assert safe_builtins.make_set(()) == safe_builtins.make_set([]) == set()
 
 
 @pytest.mark.parametrize("codec", [torch.ones(2), b"latin1", Odd()])
 def test_bytes_from_what_a_sender_made(codec: Any) -> None:
     with pytest.raises(aiotorchio.UnsafeObjectError, match="latin-1"):
-        plain.encode("text", codec)
+        safe_builtins.encode("text", codec)

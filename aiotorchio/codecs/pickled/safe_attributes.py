@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from aiotorchio.codecs.pickled.safe_builtins import is_dunder
 from aiotorchio.common.torch_private import JAGGED_PARTS, PARAMETER_MARK, JaggedTensor
 from aiotorchio.errors import UnsafeObjectError
-from aiotorchio.graph.plain import is_dunder
 
 __all__ = ["TypeName", "set_attributes", "tensor_class"]
 

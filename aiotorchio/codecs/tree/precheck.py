@@ -11,9 +11,16 @@ from __future__ import annotations
 
 import re
 
+from aiotorchio.codecs.tree.size_estimate import (
+    ARRAYS,
+    EXTENSIONS,
+    MAPS,
+    TEXTS,
+    container_nbytes,
+    measured,
+)
 from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.errors import LimitExceeded, ProtocolError
-from aiotorchio.graph.measure import ARRAYS, EXTENSIONS, MAPS, TEXTS, container_nbytes, measured
 from aiotorchio.wire import bounds
 
 __all__ = ["SHORT_VALUE", "check_growth"]

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
+from aiotorchio.codecs.pickled import safe_builtins
+from aiotorchio.codecs.pickled.checks import Checks
+from aiotorchio.codecs.pickled.reduced import as_kind, from_type
+from aiotorchio.codecs.pickled.safe_attributes import TypeName, set_attributes, tensor_class
+from aiotorchio.codecs.pickled.safe_nested import NestedMaker
+from aiotorchio.codecs.pickled.safe_tensors import TensorMaker
 from aiotorchio.common.torch_private import JAGGED_PARTS, REBUILD_JAGGED, JaggedTensor
 from aiotorchio.errors import UnsafeObjectError
-from aiotorchio.graph import plain
-from aiotorchio.graph.arguments import Checks
-from aiotorchio.graph.attributes import TypeName, set_attributes, tensor_class
-from aiotorchio.graph.nested import NestedMaker
-from aiotorchio.graph.reduced import as_kind, from_type
-from aiotorchio.graph.tensors import TensorMaker
 from aiotorchio.limits import Limits
 from aiotorchio.table.torch_dtypes import DTYPE_NAMES
 
@@ -51,23 +51,23 @@ class Allowlist:
     """
 
     def __init__(self, safe_globals: Iterable[Any], limits: Limits, map_location: Any) -> None:
-        dicts = self._dicts = plain.OrderedDicts()
+        dicts = self._dicts = safe_builtins.OrderedDicts()
         checks = self._checks = Checks(limits)
         tensors, nested = TensorMaker(checks, map_location), NestedMaker(checks)
         self.globals: dict[str, Any] = {
-            "builtins.bytearray": plain.make_bytearray,
-            "builtins.bytes": plain.make_bytes,
-            "builtins.complex": plain.make_complex,
-            "builtins.frozenset": plain.make_frozenset,
-            "builtins.set": plain.make_set,
-            "_codecs.encode": plain.encode,
-            "collections.Counter": plain.make_counter,
+            "builtins.bytearray": safe_builtins.make_bytearray,
+            "builtins.bytes": safe_builtins.make_bytes,
+            "builtins.complex": safe_builtins.make_complex,
+            "builtins.frozenset": safe_builtins.make_frozenset,
+            "builtins.set": safe_builtins.make_set,
+            "_codecs.encode": safe_builtins.encode,
+            "collections.Counter": safe_builtins.make_counter,
             "collections.OrderedDict": dicts.make,
-            "torch.Size": plain.make_size,
+            "torch.Size": safe_builtins.make_size,
             "torch.Tensor": TypeName(torch.Tensor),
-            "torch.device": plain.make_device,
+            "torch.device": safe_builtins.make_device,
             "torch.nn.parameter.Parameter": TypeName(torch.nn.Parameter),
-            "torch.serialization._get_layout": plain.make_layout,
+            "torch.serialization._get_layout": safe_builtins.make_layout,
             "torch._tensor._rebuild_from_type_v2": self._subclass,
             "torch._utils._rebuild_device_tensor_from_cpu_tensor": tensors.on_device,
             "torch._utils._rebuild_meta_tensor_no_storage": tensors.meta,

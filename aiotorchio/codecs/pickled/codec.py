@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from aiotorchio.codecs.pickled.allowlist import Allowlist
+from aiotorchio.codecs.pickled.reduced import over_origin, plain_origin
 from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.common.torch_private import (
     WeightsOnlyUnpickler,
@@ -30,8 +32,6 @@ from aiotorchio.errors import (
     ProtocolError,
     UnsafeObjectError,
 )
-from aiotorchio.graph.allowlist import Allowlist
-from aiotorchio.graph.reduced import over_origin, plain_origin
 from aiotorchio.table.mapped_files import may_be_mapped, plain_of, without_files
 from aiotorchio.table.state_metadata import without_mark
 from aiotorchio.table.table import Table

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Iterator
 
+from aiotorchio.codecs.pickled.refusals import opcode_refused, protocol_refused
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.torch_private import BLOCKED_MODULES, python_name
 from aiotorchio.errors import LimitExceeded, ProtocolError, UnsafeObjectError
-from aiotorchio.graph.refusals import opcode_refused, protocol_refused
 from aiotorchio.wire import bounds
 
 __all__ = ["globals_of", "is_blocked", "opcodes", "path_of"]

@@ -23,13 +23,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Container, Mapping, Sequence
 
+from aiotorchio.codecs.pickled import refusals
+from aiotorchio.codecs.pickled.abstract_stack import Machine
+from aiotorchio.codecs.pickled.budget import Budget, Measure
+from aiotorchio.codecs.pickled.opcodes import is_blocked, opcodes, path_of
 from aiotorchio.common.gc_pause import collection_paused
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.errors import AiotorchioError, ProtocolError, UnsafeObjectError
-from aiotorchio.graph import refusals
-from aiotorchio.graph.budget import Budget, Measure
-from aiotorchio.graph.machine import Machine
-from aiotorchio.graph.opcodes import is_blocked, opcodes, path_of
 
 __all__ = ["prescan"]
 

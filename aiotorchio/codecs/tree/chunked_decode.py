@@ -14,10 +14,10 @@ from typing import Any
 
 import msgspec
 
+from aiotorchio.codecs.tree.precheck import SHORT_VALUE, check_growth
+from aiotorchio.codecs.tree.size_estimate import ARRAYS, TEXTS
 from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.errors import ProtocolError
-from aiotorchio.graph.growth import SHORT_VALUE, check_growth
-from aiotorchio.graph.measure import ARRAYS, TEXTS
 
 __all__ = ["AT_ONCE_NBYTES", "drop", "unpacked"]
 

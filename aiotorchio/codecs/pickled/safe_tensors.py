@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-from aiotorchio.common import torch_private
-from aiotorchio.errors import InvalidObjectError, UnsafeObjectError
-from aiotorchio.graph.arguments import (
+from aiotorchio.codecs.pickled.checks import (
     PER_BYTE,
     Checks,
     boolean,
@@ -22,7 +20,9 @@ from aiotorchio.graph.arguments import (
     part,
     storage_dtype,
 )
-from aiotorchio.graph.attributes import set_attributes, tensor_class
+from aiotorchio.codecs.pickled.safe_attributes import set_attributes, tensor_class
+from aiotorchio.common import torch_private
+from aiotorchio.errors import InvalidObjectError, UnsafeObjectError
 from aiotorchio.table.torch_dtypes import DTYPE_NAMES
 from aiotorchio.wire.dtypes import DTYPES
 

@@ -15,13 +15,13 @@ from typing import Any
 import msgspec
 import torch
 
+from aiotorchio.codecs.pickled.budget import too_wide
+from aiotorchio.codecs.pickled.safe_builtins import check_hashes
+from aiotorchio.codecs.tree.chunked_decode import drop, unpacked
+from aiotorchio.codecs.tree.tags import Tag
 from aiotorchio.common.gc_pause import collection_paused
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, ProtocolError
-from aiotorchio.graph.budget import too_wide
-from aiotorchio.graph.plain import check_hashes
-from aiotorchio.graph.tags import Tag
-from aiotorchio.graph.unpack import drop, unpacked
 from aiotorchio.limits import Limits
 from aiotorchio.table.state_metadata import drop_mark, without_mark
 from aiotorchio.table.table import Table

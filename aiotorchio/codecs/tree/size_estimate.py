@@ -5,9 +5,9 @@ Slow, in Python: for what looks as if it took too much. Whoever is in a hurry lo
 
 from __future__ import annotations
 
+from aiotorchio.codecs.tree.tags import Tag
 from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.errors import ProtocolError
-from aiotorchio.graph.tags import Tag
 
 __all__ = ["ARRAYS", "EXTENSIONS", "MAPS", "TEXTS", "container_nbytes", "measured"]
 

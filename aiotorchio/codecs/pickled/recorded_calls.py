@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from aiotorchio.codecs.pickled.allowlist import Allowlist
 from aiotorchio.common.interrupt import check_interrupt, interruptible
-from aiotorchio.graph.allowlist import Allowlist
 from aiotorchio.table.containers import leaves_of
 
 __all__ = [

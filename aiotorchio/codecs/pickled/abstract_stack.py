@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from aiotorchio.codecs.pickled.budget import Budget, Measure
 from aiotorchio.errors import ProtocolError
-from aiotorchio.graph.budget import Budget, Measure
 
 __all__ = ["Machine"]
 

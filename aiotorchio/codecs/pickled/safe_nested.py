@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from aiotorchio.codecs.pickled.checks import Checks, boolean, expect, part
 from aiotorchio.common import torch_private
 from aiotorchio.common.sparse_indices import IN_PYTHON, steps
 from aiotorchio.errors import InvalidObjectError, LimitExceeded
-from aiotorchio.graph.arguments import Checks, boolean, expect, part
 
 __all__ = ["NestedMaker"]
 

@@ -1,0 +1,1 @@
+"""Objects <-> skeletons, in two codecs."""

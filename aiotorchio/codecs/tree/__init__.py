@@ -1,0 +1,1 @@
+"""The tree codec: MessagePack, no pickle (SPEC.md section 6.1)."""
