@@ -26,7 +26,7 @@ from aiotorchio.drive import (
     pace_of_load,
     pace_of_save,
 )
-from aiotorchio.graph.location import MapLocation
+from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.select import Select
 from aiotorchio.limits import Limits
 from aiotorchio.options import (
@@ -40,11 +40,11 @@ from aiotorchio.options import (
     outgoing_message,
 )
 from aiotorchio.streams.base import coalesce
-from aiotorchio.streams.guard import exclusive
-from aiotorchio.streams.select import (
+from aiotorchio.streams.detect import (
     open_sink,
     open_source,
 )
+from aiotorchio.streams.guard import exclusive
 from aiotorchio.table.names import TensorSpec
 from aiotorchio.threads import Task, run_in_thread
 from aiotorchio.transfer.receive import Loaded, receive_message

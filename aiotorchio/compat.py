@@ -29,7 +29,7 @@ from typing import Any
 
 from aiotorchio.errors import AiotorchioError
 from aiotorchio.files import load, save
-from aiotorchio.graph.location import MapLocation
+from aiotorchio.graph.devices import MapLocation
 
 __all__ = ["streaming_load", "streaming_save"]
 

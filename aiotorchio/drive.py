@@ -18,7 +18,7 @@ import anyio.lowlevel
 from aiotorchio.limits import Limits
 from aiotorchio.streams.base import Buffer, Driver, Sink, Source, asyncio_loop
 from aiotorchio.streams.blocking import BlockingStream
-from aiotorchio.streams.pace import CallAt, Pace
+from aiotorchio.streams.deadlines import CallAt, Pace
 from aiotorchio.threads import Task, run_in_thread
 from aiotorchio.wire.parser import HeaderReceived, MessageEnded, ReadBytes, Work
 

@@ -18,7 +18,7 @@ from aiotorchio.drive import (
     pace_of_load,
     pace_of_save,
 )
-from aiotorchio.graph.location import MapLocation
+from aiotorchio.graph.devices import MapLocation
 from aiotorchio.limits import Limits
 from aiotorchio.options import (
     OtherLoadKeywords,
@@ -30,8 +30,8 @@ from aiotorchio.options import (
     outgoing_message,
     trusted,
 )
+from aiotorchio.streams.detect import open_blocking_sink, open_blocking_source
 from aiotorchio.streams.guard import exclusive
-from aiotorchio.streams.select import open_blocking_sink, open_blocking_source
 from aiotorchio.transfer.receive import IncomingMessage, Loaded, receive_message
 from aiotorchio.transfer.send import Summary
 

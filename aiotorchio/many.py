@@ -11,9 +11,9 @@ from aiotorchio.drive import drive, pace_of_load
 from aiotorchio.limits import Limits
 from aiotorchio.message import Message, Unread
 from aiotorchio.options import LoadKeywords, StreamSaveKeywords, checked_limits
+from aiotorchio.streams.detect import open_source
 from aiotorchio.streams.guard import exclusive
 from aiotorchio.streams.iterables import resumable
-from aiotorchio.streams.select import open_source
 from aiotorchio.transfer.receive import IncomingMessage
 from aiotorchio.transfer.send import Summary
 

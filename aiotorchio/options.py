@@ -15,13 +15,13 @@ import torch
 from aiotorchio.codecs.pickled.allowlist import paths_of
 from aiotorchio.common.torch_private import real_tensors, skipped_data
 from aiotorchio.drive import Request
+from aiotorchio.graph.data_free import Unwritten, unwritten
+from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.flatten import announce, flatten, is_small
-from aiotorchio.graph.into import examined
-from aiotorchio.graph.location import MapLocation
 from aiotorchio.graph.select import Select
-from aiotorchio.graph.unwritten import Unwritten, unwritten
+from aiotorchio.graph.targets import examined
 from aiotorchio.limits import Limits
-from aiotorchio.memory.staging import DeviceCopier
+from aiotorchio.memory.device_copy import DeviceCopier
 from aiotorchio.table.names import TensorSpec
 from aiotorchio.transfer.receive import LoadOptions
 from aiotorchio.transfer.send import Summary, prepare, send_message, send_produced

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import aiotorchio
+from aiotorchio.streams.detect import open_blocking_source
 from aiotorchio.streams.guard import exclusive
-from aiotorchio.streams.select import open_blocking_source
 from tests.corpus import assert_same
 from tests.graph import forge
 from tests.graph.lowered import lowered

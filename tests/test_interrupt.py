@@ -25,12 +25,12 @@ from aiotorchio.codecs.pickled.scan import prescan
 from aiotorchio.codecs.tree import codec as tree_codec
 from aiotorchio.common.interrupt import Interrupt, Interrupted, check_interrupt, interruptible
 from aiotorchio.common.sparse_indices import check_compressed_indices, check_coo_indices
-from aiotorchio.graph.into import match
 from aiotorchio.graph.rebuild import build_tensors, check_tree
 from aiotorchio.graph.select import revise, selected
-from aiotorchio.memory.route import copy_elements
-from aiotorchio.memory.staging import Here
-from aiotorchio.memory.swap import swap_bytes
+from aiotorchio.graph.targets import match
+from aiotorchio.memory.byteorder import swap_bytes
+from aiotorchio.memory.device_copy import Here
+from aiotorchio.memory.routes import copy_elements
 from aiotorchio.streams.base import asyncio_loop
 from aiotorchio.table.names import Placeholder, check_names, rows_by_name, specs_of
 from aiotorchio.table.table import Table

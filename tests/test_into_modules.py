@@ -19,7 +19,7 @@ from torch import nn
 
 import aiotorchio
 from aiotorchio import LimitExceeded, MismatchError
-from aiotorchio.graph.survey import survey
+from aiotorchio.graph.module_survey import survey
 from tests.places import Pieces, all_modes, encoded, into_options, load, safe_modes
 
 pytestmark = pytest.mark.anyio
@@ -665,7 +665,9 @@ def test_the_mark_of_assign_does_not_travel(codec: str) -> None:
 @pytest.mark.parametrize("codec", ["tree", "pickle"])
 def test_a_mark_that_was_sent_does_not_count(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for room in ("tree", "pickled"):
-        monkeypatch.setattr(f"aiotorchio.codecs.{room}.codec.without_mark", lambda metadata: metadata)
+        monkeypatch.setattr(
+            f"aiotorchio.codecs.{room}.codec.without_mark", lambda metadata: metadata
+        )
     message: Any = nn.Linear(2, 2).state_dict()
     nn.Linear(2, 2).load_state_dict(message, assign=True)
     obj = {"a": message} if codec == "tree" else {"a": message, "b": {1.5: 2}}
@@ -982,7 +984,7 @@ def test_a_checkpointed_module() -> None:
 
 def test_no_more_unknown_names_than_code_is_given() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        for room in ("into", "module_load"):
+        for room in ("targets", "module_load"):
             patch.setattr(f"aiotorchio.graph.{room}.UNKNOWN_MAX", 2)
         message = OldName(old=True).state_dict() | {f"x{n}": torch.ones(1) for n in range(3)}
         with pytest.raises(MismatchError) as caught:

@@ -23,7 +23,7 @@ from aiotorchio import (
     TruncatedError,
     UnsafeObjectError,
 )
-from aiotorchio.graph.composite import Composites
+from aiotorchio.graph.composites import Composites
 from aiotorchio.wire import bounds
 from aiotorchio.wire.header import Header
 from tests import corpus

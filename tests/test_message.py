@@ -38,9 +38,9 @@ from aiotorchio import (
     UnsafeObjectError,
 )
 from aiotorchio.common.gc_pause import release
+from aiotorchio.memory.byteorder import swap_bytes
 from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
-from aiotorchio.memory.swap import swap_bytes
 from aiotorchio.message import Unread
 from aiotorchio.table.names import walk
 from aiotorchio.transfer import receive

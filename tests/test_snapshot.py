@@ -20,7 +20,7 @@ from torch import nn
 
 import aiotorchio
 from aiotorchio import ChecksumError, RemoteAbort, StreamWriter, options
-from aiotorchio.memory.staging import bytes_of
+from aiotorchio.memory.device_copy import bytes_of
 from aiotorchio.transfer import send
 from tests.corpus import assert_same
 from tests.memory.test_snapshot import Maps, maps

@@ -37,9 +37,9 @@ from aiotorchio import (
 )
 from aiotorchio.common import gc_pause
 from aiotorchio.common.interrupt import check_interrupt
-from aiotorchio.memory import staged
-from aiotorchio.memory.route import Route
-from aiotorchio.memory.staging import DeviceCopier
+from aiotorchio.memory import atomic
+from aiotorchio.memory.device_copy import DeviceCopier
+from aiotorchio.memory.routes import Route
 from aiotorchio.threads import run_in_thread
 from tests import corpus
 from tests.places import (
@@ -630,7 +630,7 @@ async def test_a_release_that_swallows_what_failed(
 ) -> None:
     target = Target(mode, SMALL)
     fail = raising(ZeroDivisionError)
-    for kind in (staged.Exchange, staged.Swap):
+    for kind in (atomic.Exchange, atomic.Swap):
 
         def fail_at_the_end(self: Any, apply: Any = kind.apply) -> None:
             apply(self)
@@ -663,7 +663,7 @@ async def test_a_swallowed_error_leaves_nothing_for_the_collector(
     target = Target(mode, SMALL)
     lock = Released(target.tensors["a"], raising(ZeroDivisionError))
     made: list[weakref.ref[Any]] = []
-    apply = {kind: kind.apply for kind in (staged.Exchange, staged.Swap)}
+    apply = {kind: kind.apply for kind in (atomic.Exchange, atomic.Swap)}
     for kind in apply:
 
         def note(self: Any, kind: Any = kind) -> None:
@@ -807,7 +807,7 @@ def test_interrupts_while_it_is_undone(mode: str, monkeypatch: pytest.MonkeyPatc
     """Ctrl-C comes again, and again."""
     target = Target(mode, SMALL)
     left = [2]
-    for kind in (staged.Exchange, staged.Swap):
+    for kind in (atomic.Exchange, atomic.Swap):
 
         def undo(self: Any, undo: Any = kind.undo) -> None:
             if left[0]:
@@ -931,7 +931,7 @@ class FailingCopy:
 def test_an_exchange_that_fails_is_undone(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staged, "_STEP", 4096)
+    monkeypatch.setattr(atomic, "_STEP", 4096)
     for count in itertools.count(1):
         target = Target("staged", CHUNKED)
         copy = FailingCopy(count, error)
@@ -1007,7 +1007,7 @@ def test_a_swap_that_fails_at_its_end_is_undone(monkeypatch: pytest.MonkeyPatch)
             raise RuntimeError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(staged, "note_change", fail_once)
+        patch.setattr(atomic, "note_change", fail_once)
         with pytest.raises(RuntimeError, match="no"):
             load(MESSAGE, **target.options)
     target.assert_old()
@@ -1132,7 +1132,7 @@ async def test_a_change_that_is_cancelled_natively_is_undone_when_it_is_whole(
     cancel: Cancel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, gate = Target("staged", CHUNKED), Gate()
-    monkeypatch.setattr(staged.Exchange, "apply", gate.hold(staged.Exchange.apply))
+    monkeypatch.setattr(atomic.Exchange, "apply", gate.hold(atomic.Exchange.apply))
     call = aiotorchio.load_from_stream(Pieces(MESSAGE, 2**16), **target.options)
     await cancelled_in_its_thread(call, gate, cancel)
     target.assert_old()
@@ -1144,13 +1144,13 @@ async def test_a_change_that_is_cancelled_natively_while_it_is_undone(
 ) -> None:
     target, gate = Target("staged", CHUNKED), Gate()
 
-    def fail(self: staged.Exchange) -> None:
+    def fail(self: atomic.Exchange) -> None:
         apply(self)
         raise ZeroDivisionError
 
-    apply = staged.Exchange.apply
-    monkeypatch.setattr(staged.Exchange, "apply", fail)
-    monkeypatch.setattr(staged.Exchange, "undo", gate.hold(staged.Exchange.undo))
+    apply = atomic.Exchange.apply
+    monkeypatch.setattr(atomic.Exchange, "apply", fail)
+    monkeypatch.setattr(atomic.Exchange, "undo", gate.hold(atomic.Exchange.undo))
     call = aiotorchio.load_from_stream(Pieces(MESSAGE, 2**16), **target.options)
     await cancelled_in_its_thread(call, gate, cancel)
     target.assert_old()
@@ -1230,7 +1230,7 @@ async def test_what_is_left_of_a_large_load_is_freed_in_a_thread(
     monkeypatch.setattr("aiotorchio.commit.release", release)
     monkeypatch.setattr("aiotorchio.transfer.receive.release", release)
     swaps: list[Any] = []
-    for kind in (staged.Exchange, staged.Swap):
+    for kind in (atomic.Exchange, atomic.Swap):
         made = kind.__init__
 
         def init(self: Any, *args: Any, made: Any = made) -> None:
@@ -1282,7 +1282,7 @@ async def test_a_change_in_a_scope_that_is_cancelled_is_undone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     target, gate = Target("staged", CHUNKED), Gate()
-    monkeypatch.setattr(staged.Exchange, "apply", gate.hold(staged.Exchange.apply))
+    monkeypatch.setattr(atomic.Exchange, "apply", gate.hold(atomic.Exchange.apply))
 
     async def cancel() -> None:
         await until(gate.entered.is_set)

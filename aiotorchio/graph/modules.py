@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from aiotorchio.common import torch_private
-from aiotorchio.graph.survey import survey
+from aiotorchio.graph.module_survey import survey
 
 __all__ = [
     "EXTRA_STATE",

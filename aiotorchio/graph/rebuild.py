@@ -25,7 +25,7 @@ from aiotorchio.common.torch_private import (
     set_view_bits,
 )
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, UnsafeObjectError
-from aiotorchio.graph.composite import Composites
+from aiotorchio.graph.composites import Composites
 from aiotorchio.limits import Limits
 from aiotorchio.table.names import Placeholder, check_names
 from aiotorchio.table.torch_dtypes import torch_dtype

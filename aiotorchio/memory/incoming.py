@@ -16,14 +16,14 @@ import torch
 
 from aiotorchio.common.gc_pause import collection_paused
 from aiotorchio.common.interrupt import check_interrupt, interruptible
+from aiotorchio.memory.device_copy import Copier, DeviceCopier, Slabs, bytes_of
 from aiotorchio.memory.host import HUGE_PAGE, copy_small, scratch, use_huge_pages, view_of
 from aiotorchio.memory.outgoing import (
     SMALL_STORAGE,
     NeedsStaging,
     needs_staging,
 )
-from aiotorchio.memory.route import Route
-from aiotorchio.memory.staging import Copier, DeviceCopier, Slabs, bytes_of
+from aiotorchio.memory.routes import Route
 
 __all__ = ["IncomingPayload"]
 

@@ -9,9 +9,9 @@ from typing import cast
 import torch
 
 from aiotorchio.common.strides import Part
+from aiotorchio.memory.device_copy import Copier, DeviceCopier, Here, OnDevice, Slabs, bytes_of
+from aiotorchio.memory.gather import Packed
 from aiotorchio.memory.host import copy_small, view_of
-from aiotorchio.memory.packed import Packed
-from aiotorchio.memory.staging import Copier, DeviceCopier, Here, OnDevice, Slabs, bytes_of
 
 __all__ = ["SMALL_STORAGE", "NeedsStaging", "OutgoingPayload", "needs_staging"]
 

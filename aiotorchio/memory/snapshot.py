@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from aiotorchio.memory.device_copy import Copier, Here, OnDevice, Slabs
 from aiotorchio.memory.outgoing import OutgoingPayload
-from aiotorchio.memory.staging import Copier, Here, OnDevice, Slabs
 
 __all__ = ["Snapshot"]
 

@@ -14,7 +14,7 @@ from http.client import IncompleteRead
 import anyio
 
 from aiotorchio.errors import TransferTimeout, TruncatedError
-from aiotorchio.streams.pace import Pace
+from aiotorchio.streams.deadlines import Pace
 
 __all__ = [
     "Buffer",

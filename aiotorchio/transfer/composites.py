@@ -9,7 +9,7 @@ from typing import Any
 
 from aiotorchio.drive import Request
 from aiotorchio.errors import AiotorchioError
-from aiotorchio.graph.composite import Composites
+from aiotorchio.graph.composites import Composites
 from aiotorchio.graph.rebuild import Rebuilder
 from aiotorchio.limits import Limits
 from aiotorchio.transfer.wanted import TensorOptions

@@ -15,15 +15,15 @@ import torch
 from aiotorchio.codecs.pickled.codec import STORAGE
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.errors import MismatchError
-from aiotorchio.graph.into import Known
 from aiotorchio.graph.strays import (
     check_strays,
     does_not_fit,
     named_tensors,
     refused_extra_states,
 )
+from aiotorchio.graph.targets import Known
 from aiotorchio.graph.tensor_load import TensorLoad, is_copied_whole
-from aiotorchio.memory.staged import Exchange, Swap
+from aiotorchio.memory.atomic import Exchange, Swap
 from aiotorchio.transfer.modules import WithModules, with_modules
 from aiotorchio.transfer.wanted import Into, Wanted
 from aiotorchio.wire.header import Header, shortened

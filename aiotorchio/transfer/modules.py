@@ -9,7 +9,7 @@ from aiotorchio.common.interrupt import interruptible
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.module_load import ModuleLoad
 from aiotorchio.graph.tensor_load import TensorLoad
-from aiotorchio.memory.staged import Exchange, Swap
+from aiotorchio.memory.atomic import Exchange, Swap
 from aiotorchio.transfer.wanted import Into
 
 __all__ = ["WithModules", "with_modules"]

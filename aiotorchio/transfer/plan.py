@@ -15,13 +15,16 @@ from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.common.strides import order_of
 from aiotorchio.common.torch_private import real_tensors
 from aiotorchio.errors import InvalidObjectError
-from aiotorchio.graph.composite import Composites
-from aiotorchio.graph.into import Match, match
-from aiotorchio.graph.location import Destinations
+from aiotorchio.graph.composites import Composites
+from aiotorchio.graph.devices import Destinations
 from aiotorchio.graph.modules import has_memory, other_views
 from aiotorchio.graph.rebuild import build_tensor
+from aiotorchio.graph.targets import Match, match
+from aiotorchio.memory.atomic import BackMemory, Exchange, Swap
+from aiotorchio.memory.byteorder import swap_bytes
+from aiotorchio.memory.device_copy import Copier, DeviceCopier
 from aiotorchio.memory.incoming import IncomingPayload
-from aiotorchio.memory.route import (
+from aiotorchio.memory.routes import (
     Comparison,
     Route,
     copy_elements,
@@ -30,9 +33,6 @@ from aiotorchio.memory.route import (
     place_of,
     same_elements,
 )
-from aiotorchio.memory.staged import BackMemory, Exchange, Swap
-from aiotorchio.memory.staging import Copier, DeviceCopier
-from aiotorchio.memory.swap import swap_bytes
 from aiotorchio.table.names import rows_by_name
 from aiotorchio.transfer.claims import Claim, busy, has_neighbours, memory_at
 from aiotorchio.transfer.fit import ObjectFit

@@ -16,13 +16,13 @@ from aiotorchio.codecs.pickled.opcodes import globals_of, is_blocked
 from aiotorchio.common.gc_pause import release
 from aiotorchio.drive import Fill, Request
 from aiotorchio.errors import AiotorchioError, LimitExceeded, MismatchError, UnsafeObjectError
-from aiotorchio.graph.composite import Composites
+from aiotorchio.graph.composites import Composites
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.graph.select import revise
 from aiotorchio.limits import Limits
+from aiotorchio.memory.atomic import Exchange, Swap, note_change
 from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
-from aiotorchio.memory.staged import Exchange, Swap, note_change
 from aiotorchio.table.names import TensorSpec, count_unnamed, specs_of
 from aiotorchio.threads import Task
 from aiotorchio.transfer.composites import find_composites

@@ -15,10 +15,10 @@ from aiotorchio.drive import END, Next, Request, Send
 from aiotorchio.errors import AiotorchioError
 from aiotorchio.graph.flatten import Flattened
 from aiotorchio.graph.modules import has_memory
+from aiotorchio.memory.device_copy import Copier, DeviceCopier, Here
 from aiotorchio.memory.outgoing import OutgoingPayload
-from aiotorchio.memory.produced import ProducedPayload
 from aiotorchio.memory.snapshot import Snapshot
-from aiotorchio.memory.staging import Copier, DeviceCopier, Here
+from aiotorchio.memory.streamed import ProducedPayload
 from aiotorchio.streams.base import Buffer
 from aiotorchio.table.names import TensorSpec
 from aiotorchio.table.versions import Versions

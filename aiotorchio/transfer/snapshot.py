@@ -10,7 +10,7 @@ import torch
 from aiotorchio.common.torch_private import real_tensors, skipped_data
 from aiotorchio.graph.copies import copied
 from aiotorchio.graph.flatten import Flattened, flatten
-from aiotorchio.memory.staging import DeviceCopier
+from aiotorchio.memory.device_copy import DeviceCopier
 from aiotorchio.transfer.send import Prepared, prepare
 from aiotorchio.transfer.steps import INLINE_ROWS
 from aiotorchio.wire.header import CHUNK_SIZE_MIN

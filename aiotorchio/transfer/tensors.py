@@ -12,7 +12,7 @@ import torch
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.drive import Request
 from aiotorchio.errors import MismatchError
-from aiotorchio.graph.composite import Composites
+from aiotorchio.graph.composites import Composites
 from aiotorchio.graph.rebuild import build_tensor, check_tree
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.table.names import count_unnamed

@@ -18,7 +18,7 @@ import aiotorchio
 from aiotorchio.common.strides import Part
 from aiotorchio.common.torch_private import typed_storage
 from aiotorchio.graph.flatten import Flattened, flatten
-from aiotorchio.memory.swap import swap_bytes
+from aiotorchio.memory.byteorder import swap_bytes
 from aiotorchio.wire.header import validate
 from tests.corpus import assert_same
 from tests.graph import forge

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from aiotorchio import MismatchError, ProtocolError
-from aiotorchio.graph.into import destinations_of, match
 from aiotorchio.graph.modules import has_memory
+from aiotorchio.graph.targets import destinations_of, match
 from aiotorchio.wire.header import Header
 from tests import corpus
 from tests.graph import forge

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import aiotorchio
-from aiotorchio.graph import location
-from aiotorchio.graph.location import Destinations, MapLocation
+from aiotorchio.graph import devices
+from aiotorchio.graph.devices import Destinations, MapLocation
 from aiotorchio.wire.header import Header
 from tests import corpus
 from tests.graph import forge
@@ -146,7 +146,7 @@ def test_a_location_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(tag)
         return torch.device("cpu")
 
-    monkeypatch.setattr(location, "known_location", known)
+    monkeypatch.setattr(devices, "known_location", known)
     Destinations(at_locations(300, 3), None)
     assert sorted(asked) == ["cuda:0", "cuda:1", "cuda:2"]
 

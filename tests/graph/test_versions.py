@@ -13,7 +13,7 @@ from torch import nn
 
 import aiotorchio
 from aiotorchio.graph.flatten import flatten
-from aiotorchio.memory.staging import bytes_of
+from aiotorchio.memory.device_copy import bytes_of
 from aiotorchio.table.versions import Versions
 from tests.corpus import assert_same
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from aiotorchio.memory.device_copy import Copier
 from aiotorchio.memory.host import view_of
 from aiotorchio.memory.incoming import IncomingPayload
-from aiotorchio.memory.staging import Copier
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CHUNK = 4096

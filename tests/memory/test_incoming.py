@@ -21,7 +21,7 @@ from aiotorchio.memory import incoming as incoming_module
 from aiotorchio.memory.host import view_of
 from aiotorchio.memory.incoming import ARENA_MAX, IncomingPayload
 from aiotorchio.memory.outgoing import SMALL_STORAGE as SMALL
-from aiotorchio.memory.route import Route
+from aiotorchio.memory.routes import Route
 from tests.memory.layouts import (
     CHUNK,
     CPU,

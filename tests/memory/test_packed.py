@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiotorchio.common.strides import Part, order_of
+from aiotorchio.memory.device_copy import Here, bytes_of
+from aiotorchio.memory.gather import Packed
 from aiotorchio.memory.host import view_of
 from aiotorchio.memory.outgoing import SMALL_STORAGE as SMALL
 from aiotorchio.memory.outgoing import OutgoingPayload
-from aiotorchio.memory.packed import Packed
-from aiotorchio.memory.staging import Here, bytes_of
 from tests.memory.layouts import CopierOnCpu, View, raw, shapes, staging, views
 from tests.tiers import examples
 

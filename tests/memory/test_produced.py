@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiotorchio.memory.produced import ProducedPayload
-from aiotorchio.memory.staging import bytes_of
+from aiotorchio.memory.device_copy import bytes_of
+from aiotorchio.memory.streamed import ProducedPayload
 from tests.memory.layouts import CopierOnCpu, CountingCopier, filled, joined, layout, staging
 from tests.tiers import examples
 

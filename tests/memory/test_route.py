@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiotorchio.errors import MismatchError
+from aiotorchio.memory.device_copy import Copier, DeviceCopier, bytes_of
 from aiotorchio.memory.host import view_of
-from aiotorchio.memory.route import Route, alias, copy_elements, place_of
-from aiotorchio.memory.staging import Copier, DeviceCopier, bytes_of
+from aiotorchio.memory.routes import Route, alias, copy_elements, place_of
 from aiotorchio.table.torch_dtypes import TORCH_DTYPES
 from tests.memory.layouts import (
     META,

@@ -16,11 +16,11 @@ import aiotorchio
 from aiotorchio.common.strides import Part
 from aiotorchio.drive import drive_blocking
 from aiotorchio.graph.flatten import flatten
+from aiotorchio.memory.device_copy import Here
 from aiotorchio.memory.host import view_of
 from aiotorchio.memory.outgoing import SMALL_STORAGE as SMALL
 from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.memory.snapshot import Snapshot
-from aiotorchio.memory.staging import Here
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.transfer.send import prepare, send_message
 from tests.corpus import assert_same

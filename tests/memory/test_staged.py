@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiotorchio.errors import MismatchError
-from aiotorchio.memory import staged
+from aiotorchio.memory import atomic
+from aiotorchio.memory.atomic import BackMemory, Exchange, Swap, note_change
 from aiotorchio.memory.host import view_of
-from aiotorchio.memory.route import place_of
-from aiotorchio.memory.staged import BackMemory, Exchange, Swap, note_change
+from aiotorchio.memory.routes import place_of
 from aiotorchio.table.torch_dtypes import TORCH_DTYPES
 from tests.memory.layouts import (
     CountingCopier,
@@ -78,7 +78,7 @@ def destinations_of_each_kind() -> list[torch.Tensor]:
 @given(st.lists(destinations(), max_size=4), st.sampled_from([64, 2**22]))
 def test_bytes_are_exchanged_and_come_back(tensors: list[torch.Tensor], step: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staged, "_STEP", step)
+        patch.setattr(atomic, "_STEP", step)
         before, elements = storages_of(tensors), [copy_of(tensor) for tensor in tensors]
         exchange = Exchange(tensors, COPIER)
         arrived = receive(exchange)
@@ -103,7 +103,7 @@ def test_any_dtype_can_be_exchanged(name: str) -> None:
 
 
 def test_whichever_copy_fails_all_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staged, "_STEP", 48)
+    monkeypatch.setattr(atomic, "_STEP", 48)
     tensors = destinations_of_each_kind()
     whole = CountingCopier()
     Exchange(tensors, whole).apply()
@@ -145,7 +145,7 @@ def test_what_was_not_exchanged_need_not_be_undone() -> None:
 
 
 def test_little_memory_is_taken_beside_the_shadows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staged, "_STEP", 256)
+    monkeypatch.setattr(atomic, "_STEP", 256)
     copier = CountingCopier()
     Exchange([torch.zeros(50, 50), torch.zeros(64, 40)[:, ::4]], copier).apply()
     assert 128 < copier.largest <= 256

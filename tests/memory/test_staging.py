@@ -18,10 +18,10 @@ import aiotorchio
 from aiotorchio.drive import Request, drive, drive_blocking
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.limits import Limits
-from aiotorchio.memory import staging
+from aiotorchio.memory import device_copy
+from aiotorchio.memory.device_copy import DeviceCopier, OnDevice, Slabs, bytes_of
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.outgoing import OutgoingPayload
-from aiotorchio.memory.staging import DeviceCopier, OnDevice, Slabs, bytes_of
 from aiotorchio.options import load_options
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.iterables import IterableSource
@@ -222,7 +222,7 @@ class AcceleratorEvent:
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
     module = Accelerator()
-    monkeypatch.setattr(staging, "_accelerator_in_use", lambda: ("cpu", module))
+    monkeypatch.setattr(device_copy, "_accelerator_in_use", lambda: ("cpu", module))
     return module
 
 
@@ -291,8 +291,8 @@ def test_a_snapshot_is_waited_for(accelerator: Accelerator) -> None:
 
 def test_no_device_needs_no_streams() -> None:
     if not torch.accelerator.is_available():
-        assert staging._accelerator_in_use() == (None, None)
-    assert staging._indices(None, in_use=True) == ()
+        assert device_copy._accelerator_in_use() == (None, None)
+    assert device_copy._indices(None, in_use=True) == ()
 
 
 def test_a_device_that_tells_nothing_about_its_memory_counts_as_used() -> None:
@@ -300,7 +300,7 @@ def test_a_device_that_tells_nothing_about_its_memory_counts_as_used() -> None:
         def device_count(self) -> int:
             return 3
 
-    assert list(staging._indices(Silent(), in_use=True)) == [0, 1, 2]
+    assert list(device_copy._indices(Silent(), in_use=True)) == [0, 1, 2]
 
 
 def test_an_allocator_without_statistics() -> None:
@@ -308,7 +308,7 @@ def test_an_allocator_without_statistics() -> None:
         def memory_stats_as_nested_dict(self, index: int) -> dict[str, Any]:
             raise RuntimeError("this allocator has no statistics")
 
-    assert list(staging._indices(Pluggable(), in_use=True)) == [0, 1]
+    assert list(device_copy._indices(Pluggable(), in_use=True)) == [0, 1]
 
 
 def test_a_device_that_did_not_look_used_is_waited_for_as_a_whole(accelerator: Accelerator) -> None:
@@ -350,7 +350,7 @@ def test_accelerators(module: Any, found: bool, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     expected = ("xpu", module) if found else (None, None)
-    assert staging._accelerator_in_use() == expected
+    assert device_copy._accelerator_in_use() == expected
 
 
 @cuda

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aiotorchio.memory import swap
+from aiotorchio.memory import byteorder
+from aiotorchio.memory.byteorder import swap_bytes
 from aiotorchio.memory.host import view_of
-from aiotorchio.memory.swap import swap_bytes
 
 
 def reversed_numbers(data: bytes, unit: int) -> bytes:
@@ -27,7 +27,7 @@ def test_numbers_are_reversed_and_the_rest_is_left(unit: int, nbytes: int) -> No
 
 
 def test_large_storages_are_swapped_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swap, "_STEP", 16)
+    monkeypatch.setattr(byteorder, "_STEP", 16)
     data = bytes(range(100))
     storage = torch.UntypedStorage(100)
     view_of(storage)[:] = data

@@ -12,7 +12,7 @@ from anyio import CancelScope
 
 from aiotorchio.errors import TransferTimeout
 from aiotorchio.streams.base import Driver
-from aiotorchio.streams.pace import Pace
+from aiotorchio.streams.deadlines import Pace
 
 
 class Clock:

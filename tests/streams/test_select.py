@@ -12,13 +12,13 @@ import pytest
 from aiotorchio.streams._anyio import AnyioSink, AnyioSource
 from aiotorchio.streams._asyncio import AsyncioSource
 from aiotorchio.streams.blocking import BlockingStream
-from aiotorchio.streams.iterables import IterableSource
-from aiotorchio.streams.select import (
+from aiotorchio.streams.detect import (
     open_blocking_sink,
     open_blocking_source,
     open_sink,
     open_source,
 )
+from aiotorchio.streams.iterables import IterableSource
 from aiotorchio.streams.sockets import SocketSink, SocketSource
 
 pytestmark = pytest.mark.anyio

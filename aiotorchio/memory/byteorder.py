@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from aiotorchio.common.interrupt import interruptible
-from aiotorchio.memory.staging import bytes_of
+from aiotorchio.memory.device_copy import bytes_of
 
 __all__ = ["swap_bytes"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from aiotorchio.common.strides import Part, boxes
-from aiotorchio.memory.route import CARRIERS, alias
-from aiotorchio.memory.staging import Copier
+from aiotorchio.memory.device_copy import Copier
+from aiotorchio.memory.routes import CARRIERS, alias
 
 __all__ = ["Packed"]
 

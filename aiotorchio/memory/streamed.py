@@ -6,10 +6,10 @@ from collections.abc import Generator, Sequence
 
 import torch
 
+from aiotorchio.memory.device_copy import Copier, Slabs
 from aiotorchio.memory.host import first_byte, view_of
 from aiotorchio.memory.outgoing import NeedsStaging, needs_staging
-from aiotorchio.memory.route import alias
-from aiotorchio.memory.staging import Copier, Slabs
+from aiotorchio.memory.routes import alias
 
 __all__ = ["ProducedPayload"]
 

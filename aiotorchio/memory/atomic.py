@@ -16,9 +16,9 @@ import torch
 
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.common.strides import boxes, order_of
+from aiotorchio.memory.device_copy import Copier, bytes_of
 from aiotorchio.memory.host import first_byte
-from aiotorchio.memory.route import CARRIERS, alias, copy_elements, memory_of, moved, place_of
-from aiotorchio.memory.staging import Copier, bytes_of
+from aiotorchio.memory.routes import CARRIERS, alias, copy_elements, memory_of, moved, place_of
 
 __all__ = ["BackMemory", "Exchange", "Swap", "note_change"]
 

@@ -13,8 +13,8 @@ import torch
 from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.common.strides import boxes, order_of
 from aiotorchio.errors import MismatchError
+from aiotorchio.memory.device_copy import Copier
 from aiotorchio.memory.host import copy_bytes, first_byte, view_of
-from aiotorchio.memory.staging import Copier
 
 __all__ = [
     "CARRIERS",
