@@ -13,6 +13,9 @@ from importlib.metadata import version
 
 from aiotorchio import tls
 from aiotorchio.api import iter_bytes, load_from_stream, save_to_stream
+from aiotorchio.engine.selection import DoubleBuffer
+from aiotorchio.engine.send import Summary
+from aiotorchio.engine.snapshot import Snapshot, snapshot
 from aiotorchio.errors import (
     AiotorchioError,
     ChecksumError,
@@ -32,9 +35,6 @@ from aiotorchio.limits import Limits
 from aiotorchio.many import StreamReader, StreamWriter
 from aiotorchio.message import Message
 from aiotorchio.table.names import TensorSpec
-from aiotorchio.transfer.send import Summary
-from aiotorchio.transfer.snapshot import Snapshot, snapshot
-from aiotorchio.transfer.wanted import DoubleBuffer
 
 __version__ = version("aiotorchio")
 

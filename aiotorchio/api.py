@@ -15,8 +15,8 @@ from typing import Any, Unpack
 
 import torch
 
-from aiotorchio.commit import carry_out
-from aiotorchio.drive import (
+from aiotorchio.engine.commit import carry_out
+from aiotorchio.engine.drivers import (
     Next,
     Request,
     Send,
@@ -26,6 +26,10 @@ from aiotorchio.drive import (
     pace_of_load,
     pace_of_save,
 )
+from aiotorchio.engine.receive import Loaded, receive_message
+from aiotorchio.engine.send import Summary
+from aiotorchio.engine.steps import Progress
+from aiotorchio.engine.threads import Task, run_in_thread
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.select import Select
 from aiotorchio.limits import Limits
@@ -46,10 +50,6 @@ from aiotorchio.streams.detect import (
 )
 from aiotorchio.streams.guard import exclusive
 from aiotorchio.table.names import TensorSpec
-from aiotorchio.threads import Task, run_in_thread
-from aiotorchio.transfer.receive import Loaded, receive_message
-from aiotorchio.transfer.send import Summary
-from aiotorchio.transfer.steps import Progress
 from aiotorchio.wire.parser import Work
 
 __all__ = [

@@ -11,13 +11,15 @@ import time
 from collections.abc import AsyncIterable, Generator, Iterable, Iterator
 from typing import Any, Unpack
 
-from aiotorchio.commit import carry_out_blocking
-from aiotorchio.drive import (
+from aiotorchio.engine.commit import carry_out_blocking
+from aiotorchio.engine.drivers import (
     Request,
     drive_blocking,
     pace_of_load,
     pace_of_save,
 )
+from aiotorchio.engine.receive import IncomingMessage, Loaded, receive_message
+from aiotorchio.engine.send import Summary
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.limits import Limits
 from aiotorchio.options import (
@@ -32,8 +34,6 @@ from aiotorchio.options import (
 )
 from aiotorchio.streams.detect import open_blocking_sink, open_blocking_source
 from aiotorchio.streams.guard import exclusive
-from aiotorchio.transfer.receive import IncomingMessage, Loaded, receive_message
-from aiotorchio.transfer.send import Summary
 
 __all__ = ["get_unsafe_globals", "load", "save"]
 

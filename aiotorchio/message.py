@@ -13,8 +13,11 @@ import anyio.from_thread
 import anyio.lowlevel
 import torch
 
-from aiotorchio.commit import carry_out
-from aiotorchio.drive import Request, Turns, drive
+from aiotorchio.engine.commit import carry_out
+from aiotorchio.engine.drivers import Request, Turns, drive
+from aiotorchio.engine.iterate import TensorStream
+from aiotorchio.engine.receive import IncomingMessage
+from aiotorchio.engine.selection import TensorOptions
 from aiotorchio.errors import StreamBusy, StreamPoisoned
 from aiotorchio.options import (
     MessageKeywords,
@@ -27,9 +30,6 @@ from aiotorchio.options import (
 )
 from aiotorchio.streams.base import Source
 from aiotorchio.table.names import TensorSpec
-from aiotorchio.transfer.receive import IncomingMessage
-from aiotorchio.transfer.tensors import TensorStream
-from aiotorchio.transfer.wanted import TensorOptions
 
 __all__ = ["Message", "Unread"]
 

@@ -14,7 +14,12 @@ import torch
 
 from aiotorchio.codecs.pickled.allowlist import paths_of
 from aiotorchio.common.torch_private import real_tensors, skipped_data
-from aiotorchio.drive import Request
+from aiotorchio.engine.drivers import Request
+from aiotorchio.engine.receive import LoadOptions
+from aiotorchio.engine.selection import DoubleBuffer, Into, TensorOptions
+from aiotorchio.engine.send import Summary, prepare, send_message, send_produced
+from aiotorchio.engine.snapshot import Snapshot
+from aiotorchio.engine.steps import Progress
 from aiotorchio.graph.data_free import Unwritten, unwritten
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.flatten import announce, flatten, is_small
@@ -23,11 +28,6 @@ from aiotorchio.graph.targets import examined
 from aiotorchio.limits import Limits
 from aiotorchio.memory.device_copy import DeviceCopier
 from aiotorchio.table.names import TensorSpec
-from aiotorchio.transfer.receive import LoadOptions
-from aiotorchio.transfer.send import Summary, prepare, send_message, send_produced
-from aiotorchio.transfer.snapshot import Snapshot
-from aiotorchio.transfer.steps import Progress
-from aiotorchio.transfer.wanted import DoubleBuffer, Into, TensorOptions
 from aiotorchio.wire.header import ALIGNMENT, CHUNK_SIZE_MIN
 
 __all__ = [

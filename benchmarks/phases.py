@@ -4,7 +4,7 @@
     python benchmarks/phases.py --count 100000 --nbytes 1024
 
 One process, no sockets, Python's collector off; medians of seven, in milliseconds. These are the
-steps that ``transfer/send.py`` and ``transfer/receive.py`` take, by their inner names: they may be
+steps that ``engine/send.py`` and ``engine/receive.py`` take, by their inner names: they may be
 others in another version.
 """
 
@@ -21,13 +21,13 @@ import torch
 from common import state_of
 
 from aiotorchio.codecs.tree import codec as tree_codec
+from aiotorchio.engine.placement import Placement
+from aiotorchio.engine.selection import TensorOptions
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.graph.rebuild import build_tensors, check_tree
 from aiotorchio.limits import Limits
 from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.options import DEFAULT_CHUNK_SIZE
-from aiotorchio.transfer.plan import Placement
-from aiotorchio.transfer.wanted import TensorOptions
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.header import Layout, decode_header, encode_header, validate
 

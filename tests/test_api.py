@@ -609,8 +609,8 @@ class FailingCopier:
 @pytest.fixture
 def failing_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from aiotorchio import options
+    from aiotorchio.engine.send import prepare
     from aiotorchio.memory.outgoing import OutgoingPayload
-    from aiotorchio.transfer.send import prepare
 
     def staged(*args: Any, **options: Any) -> OutgoingPayload:
         device = {"copier": FailingCopier(), "staged": lambda device: True}

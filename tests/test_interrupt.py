@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import aiotorchio
-from aiotorchio import Limits, MismatchError, threads
+from aiotorchio import Limits, MismatchError
 from aiotorchio.codecs.pickled import codec as pickle_codec
 from aiotorchio.codecs.pickled.allowlist import Allowlist
 from aiotorchio.codecs.pickled.checks import Checks
@@ -25,6 +25,8 @@ from aiotorchio.codecs.pickled.scan import prescan
 from aiotorchio.codecs.tree import codec as tree_codec
 from aiotorchio.common.interrupt import Interrupt, Interrupted, check_interrupt, interruptible
 from aiotorchio.common.sparse_indices import check_compressed_indices, check_coo_indices
+from aiotorchio.engine import threads
+from aiotorchio.engine.threads import run_in_thread
 from aiotorchio.graph.rebuild import build_tensors, check_tree
 from aiotorchio.graph.select import revise, selected
 from aiotorchio.graph.targets import match
@@ -34,7 +36,6 @@ from aiotorchio.memory.routes import copy_elements
 from aiotorchio.streams.base import asyncio_loop
 from aiotorchio.table.names import Placeholder, check_names, rows_by_name, specs_of
 from aiotorchio.table.table import Table
-from aiotorchio.threads import run_in_thread
 from aiotorchio.wire.header import decode_header, encode_header, validate
 from tests.graph import forge
 

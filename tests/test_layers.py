@@ -33,10 +33,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "memory": ({"errors", "common"}, {"torch"}),
     "streams": ({"errors"}, {"anyio"}),
     "tls": (set(), set()),
-    "threads": ({"errors", "common", "streams"}, {"anyio"}),
-    "commit": ({"common", "threads"}, {"anyio"}),
-    "drive": ({"limits", "wire", "streams", "threads"}, {"anyio"}),
-    "transfer": (
+    "engine": (
         {
             "errors",
             "limits",
@@ -48,39 +45,20 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
             "graph",
             "memory",
             "streams",
-            "threads",
-            "drive",
         },
-        {"torch"},
-    ),
-    "options": (
-        {"limits", "common", "wire", "table", "codecs", "graph", "memory", "drive", "transfer"},
-        {"torch"},
-    ),
-    "message": (
-        {"errors", "table", "streams", "commit", "drive", "transfer", "options"},
         {"anyio", "torch"},
     ),
-    "api": (
-        {
-            "limits",
-            "wire",
-            "table",
-            "graph",
-            "streams",
-            "threads",
-            "commit",
-            "drive",
-            "transfer",
-            "options",
-        },
+    "options": (
+        {"limits", "common", "wire", "table", "codecs", "graph", "memory", "engine"},
         {"torch"},
     ),
-    "many": ({"limits", "streams", "drive", "transfer", "options", "message", "api"}, set()),
-    "files": ({"limits", "graph", "streams", "commit", "drive", "transfer", "options"}, set()),
+    "message": ({"errors", "table", "streams", "engine", "options"}, {"anyio", "torch"}),
+    "api": ({"limits", "wire", "table", "graph", "streams", "engine", "options"}, {"torch"}),
+    "many": ({"limits", "streams", "engine", "options", "message", "api"}, set()),
+    "files": ({"limits", "graph", "streams", "engine", "options"}, set()),
     "compat": ({"errors", "graph", "files"}, set()),
     "__init__": (
-        {"errors", "limits", "table", "tls", "transfer", "message", "api", "many", "files"},
+        {"errors", "limits", "table", "tls", "engine", "message", "api", "many", "files"},
         set(),
     ),
 }

@@ -24,8 +24,8 @@ from torch import nn
 
 import aiotorchio
 from aiotorchio import DoubleBuffer, MismatchError, TruncatedError
+from aiotorchio.engine.claims import Claim, claims
 from aiotorchio.memory import incoming
-from aiotorchio.transfer.claims import Claim, claims
 from tests import corpus
 from tests.graph import forge
 from tests.places import (

@@ -20,8 +20,8 @@ from torch import nn
 
 import aiotorchio
 from aiotorchio import ChecksumError, RemoteAbort, StreamWriter, options
+from aiotorchio.engine import send
 from aiotorchio.memory.device_copy import bytes_of
-from aiotorchio.transfer import send
 from tests.corpus import assert_same
 from tests.memory.test_snapshot import Maps, maps
 from tests.worlds import (

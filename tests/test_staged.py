@@ -37,10 +37,10 @@ from aiotorchio import (
 )
 from aiotorchio.common import gc_pause
 from aiotorchio.common.interrupt import check_interrupt
+from aiotorchio.engine.threads import run_in_thread
 from aiotorchio.memory import atomic
 from aiotorchio.memory.device_copy import DeviceCopier
 from aiotorchio.memory.routes import Route
-from aiotorchio.threads import run_in_thread
 from tests import corpus
 from tests.places import (
     LAYOUTS,
@@ -789,7 +789,7 @@ async def test_an_undo_goes_on_without_a_thread(way: str, monkeypatch: pytest.Mo
     target = Target("staged", SMALL)
 
     def leave() -> None:
-        monkeypatch.setattr("aiotorchio.commit.run_in_thread", no_thread)
+        monkeypatch.setattr("aiotorchio.engine.commit.run_in_thread", no_thread)
         raise ZeroDivisionError
 
     async def no_thread(task: object, **_: Any) -> None:
@@ -1218,8 +1218,8 @@ async def test_what_is_left_of_a_large_load_is_freed_in_a_thread(
     mode: str, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twenty thousand shadows took a tenth of a second on the event loop."""
-    monkeypatch.setattr("aiotorchio.commit._FREED_AT_ONCE", 0)
-    monkeypatch.setattr("aiotorchio.transfer.receive._RELEASED_ROWS", 0)
+    monkeypatch.setattr("aiotorchio.engine.commit._FREED_AT_ONCE", 0)
+    monkeypatch.setattr("aiotorchio.engine.receive._RELEASED_ROWS", 0)
     target, freed = Target(mode, CHUNKED), Counter[bool]()
     here = threading.current_thread()
 
@@ -1227,8 +1227,8 @@ async def test_what_is_left_of_a_large_load_is_freed_in_a_thread(
         freed[threading.current_thread() is here] += sum(map(len, tables))
         gc_pause.release(*tables)
 
-    monkeypatch.setattr("aiotorchio.commit.release", release)
-    monkeypatch.setattr("aiotorchio.transfer.receive.release", release)
+    monkeypatch.setattr("aiotorchio.engine.commit.release", release)
+    monkeypatch.setattr("aiotorchio.engine.receive.release", release)
     swaps: list[Any] = []
     for kind in (atomic.Exchange, atomic.Swap):
         made = kind.__init__
@@ -1266,7 +1266,7 @@ async def test_a_change_stays_if_no_thread_can_free_what_is_left(
         # The work before may need one.
         start(thread)
 
-    monkeypatch.setattr("aiotorchio.commit._FREED_AT_ONCE", 0)
+    monkeypatch.setattr("aiotorchio.engine.commit._FREED_AT_ONCE", 0)
     monkeypatch.setattr(threading.Thread, "start", start_others)
     target = Target("staged", SMALL)
     await aiotorchio.load_from_stream(Pieces(SMALL_MESSAGE, 2**16), **target.options)

@@ -11,9 +11,9 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
-from aiotorchio import threads
 from aiotorchio.common.interrupt import check_interrupt
-from aiotorchio.threads import run_in_thread
+from aiotorchio.engine import threads
+from aiotorchio.engine.threads import run_in_thread
 from tests.speed import patience
 from tests.worlds import ANYIO_BACKENDS, until
 

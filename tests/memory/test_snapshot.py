@@ -14,7 +14,8 @@ import torch
 
 import aiotorchio
 from aiotorchio.common.strides import Part
-from aiotorchio.drive import drive_blocking
+from aiotorchio.engine.drivers import drive_blocking
+from aiotorchio.engine.send import prepare, send_message
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.memory.device_copy import Here
 from aiotorchio.memory.host import view_of
@@ -22,7 +23,6 @@ from aiotorchio.memory.outgoing import SMALL_STORAGE as SMALL
 from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.memory.snapshot import Snapshot
 from aiotorchio.streams.blocking import BlockingStream
-from aiotorchio.transfer.send import prepare, send_message
 from tests.corpus import assert_same
 from tests.memory.layouts import CHUNK, CopierOnCpu, filled, joined, layout, staged, staging
 

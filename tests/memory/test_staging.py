@@ -15,7 +15,10 @@ import pytest
 import torch
 
 import aiotorchio
-from aiotorchio.drive import Request, drive, drive_blocking
+from aiotorchio.engine.drivers import Request, drive, drive_blocking
+from aiotorchio.engine.placement import Placement
+from aiotorchio.engine.receive import receive_message
+from aiotorchio.engine.send import prepare, send_message
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.limits import Limits
 from aiotorchio.memory import device_copy
@@ -25,9 +28,6 @@ from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.options import load_options
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.iterables import IterableSource
-from aiotorchio.transfer.plan import Placement
-from aiotorchio.transfer.receive import receive_message
-from aiotorchio.transfer.send import prepare, send_message
 from tests.memory.layouts import CopierOnCpu, staged
 
 CHUNK = 4096

@@ -30,8 +30,8 @@ from aiotorchio import (
     StreamPoisoned,
     TransferTimeout,
     TruncatedError,
-    threads,
 )
+from aiotorchio.engine import threads
 from aiotorchio.streams import guard
 from aiotorchio.streams.guard import Direction
 from tests.corpus import assert_same

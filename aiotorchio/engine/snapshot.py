@@ -8,11 +8,11 @@ from typing import Any, NoReturn
 import torch
 
 from aiotorchio.common.torch_private import real_tensors, skipped_data
+from aiotorchio.engine.send import Prepared, prepare
+from aiotorchio.engine.steps import INLINE_ROWS
 from aiotorchio.graph.copies import copied
 from aiotorchio.graph.flatten import Flattened, flatten
 from aiotorchio.memory.device_copy import DeviceCopier
-from aiotorchio.transfer.send import Prepared, prepare
-from aiotorchio.transfer.steps import INLINE_ROWS
 from aiotorchio.wire.header import CHUNK_SIZE_MIN
 
 __all__ = ["Snapshot", "snapshot"]

@@ -14,6 +14,11 @@ import torch
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.common.strides import order_of
 from aiotorchio.common.torch_private import real_tensors
+from aiotorchio.engine.claims import Claim, busy, has_neighbours, memory_at
+from aiotorchio.engine.fit import ObjectFit
+from aiotorchio.engine.module_commit import WithModules
+from aiotorchio.engine.selection import Into, TensorOptions, Wanted
+from aiotorchio.engine.ties import Ties, differ
 from aiotorchio.errors import InvalidObjectError
 from aiotorchio.graph.composites import Composites
 from aiotorchio.graph.devices import Destinations
@@ -34,11 +39,6 @@ from aiotorchio.memory.routes import (
     same_elements,
 )
 from aiotorchio.table.names import rows_by_name
-from aiotorchio.transfer.claims import Claim, busy, has_neighbours, memory_at
-from aiotorchio.transfer.fit import ObjectFit
-from aiotorchio.transfer.modules import WithModules
-from aiotorchio.transfer.ties import Ties, differ
-from aiotorchio.transfer.wanted import Into, TensorOptions, Wanted
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import META_LOCATION, MIXED_UNITS, Header, Layout
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from aiotorchio.common.interrupt import check_interrupt, interruptible
-from aiotorchio.drive import Request
+from aiotorchio.engine.drivers import Request
+from aiotorchio.engine.receive import IncomingMessage
+from aiotorchio.engine.selection import TensorOptions
+from aiotorchio.engine.steps import INLINE_NBYTES, INLINE_SKELETON, in_turns, work
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.composites import Composites
 from aiotorchio.graph.rebuild import build_tensor, check_tree
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.table.names import count_unnamed
-from aiotorchio.transfer.receive import IncomingMessage
-from aiotorchio.transfer.steps import INLINE_NBYTES, INLINE_SKELETON, in_turns, work
-from aiotorchio.transfer.wanted import TensorOptions
 from aiotorchio.wire.parser import Work
 
 __all__ = ["NamedTensors", "TensorStream"]

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import anyio
 import anyio.lowlevel
 
+from aiotorchio.engine.threads import Task, run_in_thread
 from aiotorchio.limits import Limits
 from aiotorchio.streams.base import Buffer, Driver, Sink, Source, asyncio_loop
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.deadlines import CallAt, Pace
-from aiotorchio.threads import Task, run_in_thread
 from aiotorchio.wire.parser import HeaderReceived, MessageEnded, ReadBytes, Work
 
 __all__ = [

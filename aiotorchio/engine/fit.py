@@ -14,6 +14,8 @@ import torch
 
 from aiotorchio.codecs.pickled.codec import STORAGE
 from aiotorchio.common.interrupt import interruptible
+from aiotorchio.engine.module_commit import WithModules, with_modules
+from aiotorchio.engine.selection import Into, Wanted
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.strays import (
     check_strays,
@@ -24,8 +26,6 @@ from aiotorchio.graph.strays import (
 from aiotorchio.graph.targets import Known
 from aiotorchio.graph.tensor_load import TensorLoad, is_copied_whole
 from aiotorchio.memory.atomic import Exchange, Swap
-from aiotorchio.transfer.modules import WithModules, with_modules
-from aiotorchio.transfer.wanted import Into, Wanted
 from aiotorchio.wire.header import Header, shortened
 
 __all__ = ["ObjectFit"]

@@ -6,11 +6,11 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from aiotorchio.common.interrupt import interruptible
+from aiotorchio.engine.selection import Into
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.module_load import ModuleLoad
 from aiotorchio.graph.tensor_load import TensorLoad
 from aiotorchio.memory.atomic import Exchange, Swap
-from aiotorchio.transfer.wanted import Into
 
 __all__ = ["WithModules", "with_modules"]
 

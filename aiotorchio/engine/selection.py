@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from aiotorchio.common.interrupt import interruptible
+from aiotorchio.engine.steps import Progress
 from aiotorchio.graph.data_free import Unwritten
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.modules import ModuleDestination
 from aiotorchio.graph.select import Select, selected
 from aiotorchio.graph.targets import destinations_of
 from aiotorchio.memory.atomic import BackMemory
-from aiotorchio.transfer.steps import Progress
 
 __all__ = ["DoubleBuffer", "Into", "TensorOptions", "Wanted"]
 

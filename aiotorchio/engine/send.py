@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from aiotorchio.common.torch_private import real_tensors
-from aiotorchio.drive import END, Next, Request, Send
+from aiotorchio.engine.drivers import END, Next, Request, Send
+from aiotorchio.engine.steps import INLINE_ROWS, Progress, work
 from aiotorchio.errors import AiotorchioError
 from aiotorchio.graph.flatten import Flattened
 from aiotorchio.graph.modules import has_memory
@@ -22,7 +23,6 @@ from aiotorchio.memory.streamed import ProducedPayload
 from aiotorchio.streams.base import Buffer
 from aiotorchio.table.names import TensorSpec
 from aiotorchio.table.versions import Versions
-from aiotorchio.transfer.steps import INLINE_ROWS, Progress, work
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.header import Header, Layout
 from aiotorchio.wire.parser import MessageEnded

@@ -14,7 +14,21 @@ from aiotorchio.codecs.pickled.allowlist import Allowlist
 from aiotorchio.codecs.pickled.codec import STORAGE
 from aiotorchio.codecs.pickled.opcodes import globals_of, is_blocked
 from aiotorchio.common.gc_pause import release
-from aiotorchio.drive import Fill, Request
+from aiotorchio.engine.composite_names import find_composites
+from aiotorchio.engine.drivers import Fill, Request
+from aiotorchio.engine.module_commit import WithModules
+from aiotorchio.engine.placement import Placement
+from aiotorchio.engine.selection import Into, TensorOptions
+from aiotorchio.engine.steps import (
+    INLINE_HEADER,
+    INLINE_NBYTES,
+    INLINE_ROWS,
+    INLINE_SKELETON,
+    Progress,
+    in_turns,
+    work,
+)
+from aiotorchio.engine.threads import Task
 from aiotorchio.errors import AiotorchioError, LimitExceeded, MismatchError, UnsafeObjectError
 from aiotorchio.graph.composites import Composites
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
@@ -24,20 +38,6 @@ from aiotorchio.memory.atomic import Exchange, Swap, note_change
 from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.table.names import TensorSpec, count_unnamed, specs_of
-from aiotorchio.threads import Task
-from aiotorchio.transfer.composites import find_composites
-from aiotorchio.transfer.modules import WithModules
-from aiotorchio.transfer.plan import Placement
-from aiotorchio.transfer.steps import (
-    INLINE_HEADER,
-    INLINE_NBYTES,
-    INLINE_ROWS,
-    INLINE_SKELETON,
-    Progress,
-    in_turns,
-    work,
-)
-from aiotorchio.transfer.wanted import Into, TensorOptions
 from aiotorchio.wire.header import META_LOCATION, Header, Layout
 from aiotorchio.wire.parser import (
     ChunkReceived,

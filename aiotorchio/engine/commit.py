@@ -19,7 +19,7 @@ import anyio
 import anyio.lowlevel
 
 from aiotorchio.common.gc_pause import release
-from aiotorchio.threads import run_in_thread
+from aiotorchio.engine.threads import run_in_thread
 
 __all__ = ["Commit", "carry_out", "carry_out_blocking"]
 

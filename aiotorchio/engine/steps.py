@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
-from aiotorchio.drive import Checkpoint, Request
-from aiotorchio.threads import Task
+from aiotorchio.engine.drivers import Checkpoint, Request
+from aiotorchio.engine.threads import Task
 from aiotorchio.wire.parser import Work
 
 __all__ = [

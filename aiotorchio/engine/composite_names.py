@@ -7,12 +7,12 @@ import pickle
 from collections.abc import Generator
 from typing import Any
 
-from aiotorchio.drive import Request
+from aiotorchio.engine.drivers import Request
+from aiotorchio.engine.selection import TensorOptions
 from aiotorchio.errors import AiotorchioError
 from aiotorchio.graph.composites import Composites
 from aiotorchio.graph.rebuild import Rebuilder
 from aiotorchio.limits import Limits
-from aiotorchio.transfer.wanted import TensorOptions
 from aiotorchio.wire.header import Header
 from aiotorchio.wire.parser import SkeletonReceived, Work
 
