@@ -12,7 +12,10 @@ sent to many receivers, as a ``Snapshot``. ``Limits`` says what a load accepts,
 from importlib.metadata import version
 
 from aiotorchio import tls
-from aiotorchio.api import iter_bytes, load_from_stream, save_to_stream
+from aiotorchio.api.blocking import get_unsafe_globals, load, save
+from aiotorchio.api.connection import StreamReader, StreamWriter
+from aiotorchio.api.message import Message
+from aiotorchio.api.streams import iter_bytes, load_from_stream, save_to_stream
 from aiotorchio.engine.selection import DoubleBuffer
 from aiotorchio.engine.send import Summary
 from aiotorchio.engine.snapshot import Snapshot, snapshot
@@ -30,10 +33,7 @@ from aiotorchio.errors import (
     TruncatedError,
     UnsafeObjectError,
 )
-from aiotorchio.files import get_unsafe_globals, load, save
 from aiotorchio.limits import Limits
-from aiotorchio.many import StreamReader, StreamWriter
-from aiotorchio.message import Message
 from aiotorchio.table.names import TensorSpec
 
 __version__ = version("aiotorchio")

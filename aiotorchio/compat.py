@@ -27,8 +27,8 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+from aiotorchio.api.blocking import load, save
 from aiotorchio.errors import AiotorchioError
-from aiotorchio.files import load, save
 from aiotorchio.graph.devices import MapLocation
 
 __all__ = ["streaming_load", "streaming_save"]

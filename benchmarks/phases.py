@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from common import state_of
 
+from aiotorchio.api.options import DEFAULT_CHUNK_SIZE
 from aiotorchio.codecs.tree import codec as tree_codec
 from aiotorchio.engine.placement import Placement
 from aiotorchio.engine.selection import TensorOptions
@@ -27,7 +28,6 @@ from aiotorchio.graph.flatten import flatten
 from aiotorchio.graph.rebuild import build_tensors, check_tree
 from aiotorchio.limits import Limits
 from aiotorchio.memory.outgoing import OutgoingPayload
-from aiotorchio.options import DEFAULT_CHUNK_SIZE
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.header import Layout, decode_header, encode_header, validate
 

@@ -608,7 +608,7 @@ class FailingCopier:
 
 @pytest.fixture
 def failing_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aiotorchio import options
+    from aiotorchio.api import options
     from aiotorchio.engine.send import prepare
     from aiotorchio.memory.outgoing import OutgoingPayload
 

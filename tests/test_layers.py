@@ -48,19 +48,23 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         },
         {"anyio", "torch"},
     ),
-    "options": (
-        {"limits", "common", "wire", "table", "codecs", "graph", "memory", "engine"},
-        {"torch"},
+    "api": (
+        {
+            "errors",
+            "limits",
+            "common",
+            "wire",
+            "table",
+            "codecs",
+            "graph",
+            "memory",
+            "streams",
+            "engine",
+        },
+        {"anyio", "torch"},
     ),
-    "message": ({"errors", "table", "streams", "engine", "options"}, {"anyio", "torch"}),
-    "api": ({"limits", "wire", "table", "graph", "streams", "engine", "options"}, {"torch"}),
-    "many": ({"limits", "streams", "engine", "options", "message", "api"}, set()),
-    "files": ({"limits", "graph", "streams", "engine", "options"}, set()),
-    "compat": ({"errors", "graph", "files"}, set()),
-    "__init__": (
-        {"errors", "limits", "table", "tls", "engine", "message", "api", "many", "files"},
-        set(),
-    ),
+    "compat": ({"errors", "graph", "api"}, set()),
+    "__init__": ({"errors", "limits", "table", "tls", "engine", "api"}, set()),
 }
 
 # What ordinary code of torch hangs on objects of the user, so that every writer must know it.

@@ -37,12 +37,12 @@ from aiotorchio import (
     TruncatedError,
     UnsafeObjectError,
 )
+from aiotorchio.api.message import Unread
 from aiotorchio.common.gc_pause import release
 from aiotorchio.engine import receive
 from aiotorchio.memory.byteorder import swap_bytes
 from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
-from aiotorchio.message import Unread
 from aiotorchio.table.names import walk
 from aiotorchio.wire.frames import END, FRAME_HEAD_SIZE, PREFACE_SIZE, FrameHead
 from tests.corpus import Tagged, assert_same

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 import aiotorchio
-from aiotorchio import ChecksumError, RemoteAbort, StreamWriter, options
+from aiotorchio import ChecksumError, RemoteAbort, StreamWriter
+from aiotorchio.api import options
 from aiotorchio.engine import send
 from aiotorchio.memory.device_copy import bytes_of
 from tests.corpus import assert_same

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import aiotorchio
+from aiotorchio.api.options import trusted
 from aiotorchio.codecs.pickled.scan import prescan
 from aiotorchio.graph.flatten import Flattened, flatten
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
-from aiotorchio.options import trusted
 from aiotorchio.wire.header import validate
 from tests import corpus
 from tests.graph import forge

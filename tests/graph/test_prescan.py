@@ -11,11 +11,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from aiotorchio.api.options import trusted
 from aiotorchio.codecs.pickled.allowlist import Allowlist
 from aiotorchio.codecs.pickled.scan import _ACTIONS, prescan
 from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError, UnsafeObjectError
 from aiotorchio.limits import Limits
-from aiotorchio.options import trusted
 from tests import corpus
 from tests.graph import forge, hostile
 from tests.graph.lowered import lowered

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import aiotorchio
+from aiotorchio.api.options import load_options
 from aiotorchio.engine.drivers import Request, drive, drive_blocking
 from aiotorchio.engine.placement import Placement
 from aiotorchio.engine.receive import receive_message
@@ -25,7 +26,6 @@ from aiotorchio.memory import device_copy
 from aiotorchio.memory.device_copy import DeviceCopier, OnDevice, Slabs, bytes_of
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.outgoing import OutgoingPayload
-from aiotorchio.options import load_options
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.iterables import IterableSource
 from tests.memory.layouts import CopierOnCpu, staged

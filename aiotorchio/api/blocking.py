@@ -11,6 +11,16 @@ import time
 from collections.abc import AsyncIterable, Generator, Iterable, Iterator
 from typing import Any, Unpack
 
+from aiotorchio.api.options import (
+    OtherLoadKeywords,
+    OtherSaveKeywords,
+    check_keywords,
+    check_lock,
+    checked_limits,
+    load_options,
+    outgoing_message,
+    trusted,
+)
 from aiotorchio.engine.commit import carry_out_blocking
 from aiotorchio.engine.drivers import (
     Request,
@@ -22,16 +32,6 @@ from aiotorchio.engine.receive import IncomingMessage, Loaded, receive_message
 from aiotorchio.engine.send import Summary
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.limits import Limits
-from aiotorchio.options import (
-    OtherLoadKeywords,
-    OtherSaveKeywords,
-    check_keywords,
-    check_lock,
-    checked_limits,
-    load_options,
-    outgoing_message,
-    trusted,
-)
 from aiotorchio.streams.detect import open_blocking_sink, open_blocking_source
 from aiotorchio.streams.guard import exclusive
 

@@ -13,13 +13,7 @@ import anyio.from_thread
 import anyio.lowlevel
 import torch
 
-from aiotorchio.engine.commit import carry_out
-from aiotorchio.engine.drivers import Request, Turns, drive
-from aiotorchio.engine.iterate import TensorStream
-from aiotorchio.engine.receive import IncomingMessage
-from aiotorchio.engine.selection import TensorOptions
-from aiotorchio.errors import StreamBusy, StreamPoisoned
-from aiotorchio.options import (
+from aiotorchio.api.options import (
     MessageKeywords,
     TensorKeywords,
     check_keywords,
@@ -28,6 +22,12 @@ from aiotorchio.options import (
     tensor_options,
     trusted,
 )
+from aiotorchio.engine.commit import carry_out
+from aiotorchio.engine.drivers import Request, Turns, drive
+from aiotorchio.engine.iterate import TensorStream
+from aiotorchio.engine.receive import IncomingMessage
+from aiotorchio.engine.selection import TensorOptions
+from aiotorchio.errors import StreamBusy, StreamPoisoned
 from aiotorchio.streams.base import Source
 from aiotorchio.table.names import TensorSpec
 

@@ -15,6 +15,16 @@ from typing import Any, Unpack
 
 import torch
 
+from aiotorchio.api.options import (
+    DEFAULT_CHUNK_SIZE,
+    Destination,
+    SaveKeywords,
+    check_keywords,
+    check_lock,
+    checked_limits,
+    load_options,
+    outgoing_message,
+)
 from aiotorchio.engine.commit import carry_out
 from aiotorchio.engine.drivers import (
     Next,
@@ -33,16 +43,6 @@ from aiotorchio.engine.threads import Task, run_in_thread
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.select import Select
 from aiotorchio.limits import Limits
-from aiotorchio.options import (
-    DEFAULT_CHUNK_SIZE,
-    Destination,
-    SaveKeywords,
-    check_keywords,
-    check_lock,
-    checked_limits,
-    load_options,
-    outgoing_message,
-)
 from aiotorchio.streams.base import coalesce
 from aiotorchio.streams.detect import (
     open_sink,

@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import AsyncIterable, AsyncIterator, Coroutine
 from typing import Any, Unpack, get_args
 
-from aiotorchio.api import load_from_stream, save_to_stream
+from aiotorchio.api.message import Message, Unread
+from aiotorchio.api.options import LoadKeywords, StreamSaveKeywords, checked_limits
+from aiotorchio.api.streams import load_from_stream, save_to_stream
 from aiotorchio.engine.drivers import drive, pace_of_load
 from aiotorchio.engine.receive import IncomingMessage
 from aiotorchio.engine.send import Summary
 from aiotorchio.limits import Limits
-from aiotorchio.message import Message, Unread
-from aiotorchio.options import LoadKeywords, StreamSaveKeywords, checked_limits
 from aiotorchio.streams.detect import open_source
 from aiotorchio.streams.guard import exclusive
 from aiotorchio.streams.iterables import resumable
