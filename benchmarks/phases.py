@@ -58,7 +58,7 @@ def main() -> None:
     header, limits = flattened.header, Limits()
     layout, encoded = Layout(header), encode_header(header)
     skeleton, rows = flattened.skeleton, header.tensors
-    options = TensorOptions(map_location=None, select=None, progress=None, unwritten=None)
+    options = TensorOptions(map_location=None, select=None, progress=None, data_free=None)
 
     def outgoing() -> OutgoingPayload:
         return OutgoingPayload(flattened.storages, layout.offsets, layout.nbytes, layout.chunk_size)

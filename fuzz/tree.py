@@ -11,7 +11,7 @@ from random import Random
 import msgspec
 
 from aiotorchio.codecs.tree import chunked_decode
-from aiotorchio.codecs.tree.precheck import check_growth
+from aiotorchio.codecs.tree.precheck import check_size
 from aiotorchio.errors import AiotorchioError
 from aiotorchio.graph.rebuild import build_tensors
 from fuzz.messages import vary
@@ -68,7 +68,7 @@ def mutate(data: bytes, max_size: int, random: Random, mutate_bytes: MutateBytes
 def _check_growth(data: bytes) -> None:
     """Compare what looks at the bytes with what decodes them."""
     try:
-        check_growth(data, LIMITS.depth)
+        check_size(data, LIMITS.depth)
         passed = True
     except AiotorchioError:
         passed = False

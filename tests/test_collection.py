@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import aiotorchio
-from aiotorchio.common.gc_pause import collection_paused
+from aiotorchio.common.gc_pause import gc_paused
 from tests.speed import patience
 
 
@@ -30,22 +30,22 @@ def as_it_was() -> Iterator[None]:
 
 
 def test_it_waits_inside_and_goes_on_behind() -> None:
-    with collection_paused():
+    with gc_paused():
         assert paused()
     assert not paused()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError, GeneratorExit])
 def test_it_goes_on_whatever_was_raised(error: type[BaseException]) -> None:
-    with pytest.raises(error), collection_paused():
+    with pytest.raises(error), gc_paused():
         raise error
     assert not paused()
-    with collection_paused():
+    with gc_paused():
         assert paused()
 
 
 def test_who_turns_it_off_meanwhile_finds_it_off() -> None:
-    with collection_paused():
+    with gc_paused():
         gc.disable()
     assert not gc.isenabled()
     gc.enable()
@@ -53,7 +53,7 @@ def test_who_turns_it_off_meanwhile_finds_it_off() -> None:
 
 def test_who_sets_other_thresholds_meanwhile_finds_them() -> None:
     before = gc.get_threshold()
-    with collection_paused():
+    with gc_paused():
         gc.set_threshold(123, 4, 5)
     assert gc.get_threshold() == (123, 4, 5)
     gc.set_threshold(*before)
@@ -62,7 +62,7 @@ def test_who_sets_other_thresholds_meanwhile_finds_them() -> None:
 def test_who_has_turned_it_off_by_a_threshold_finds_it_off() -> None:
     before = gc.get_threshold()
     gc.set_threshold(0)
-    with collection_paused():
+    with gc_paused():
         assert paused()
     assert paused()
     gc.set_threshold(*before)
@@ -91,14 +91,14 @@ def test_blocks_that_overlap_do_not_hold_it_up_for_good() -> None:
     first_left, second_may_leave = threading.Event(), threading.Event()
 
     def first() -> None:
-        with collection_paused():
+        with gc_paused():
             first_entered.set()
             assert second_entered.wait(30)
         first_left.set()
 
     def second() -> None:
         assert first_entered.wait(30)
-        with collection_paused():
+        with gc_paused():
             second_entered.set()
             assert second_may_leave.wait(30)
 
@@ -110,7 +110,7 @@ def test_blocks_that_overlap_do_not_hold_it_up_for_good() -> None:
     second_may_leave.set()
     for thread in threads:
         thread.join()
-    with collection_paused():
+    with gc_paused():
         assert paused()
 
 

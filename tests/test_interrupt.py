@@ -21,7 +21,7 @@ from aiotorchio.codecs.pickled.allowlist import Allowlist
 from aiotorchio.codecs.pickled.checks import Checks
 from aiotorchio.codecs.pickled.opcodes import globals_of
 from aiotorchio.codecs.pickled.safe_nested import NestedMaker
-from aiotorchio.codecs.pickled.scan import prescan
+from aiotorchio.codecs.pickled.scan import scan_pickle
 from aiotorchio.codecs.tree import codec as tree_codec
 from aiotorchio.common.interrupt import Interrupt, Interrupted, check_interrupt, interruptible
 from aiotorchio.common.sparse_indices import check_compressed_indices, check_coo_indices
@@ -139,7 +139,7 @@ def load_tree(skeleton: bytes) -> Callable[[], Any]:
 
 def match_nothing() -> None:
     with contextlib.suppress(MismatchError):
-        match(HEADER, {}, wanted=NAMES_SET, all_wanted=False, strict=True, cast=False)
+        match(HEADER, {}, selection=NAMES_SET, all_selected=False, strict=True, cast=False)
 
 
 NAMES_SET = set(NAMES)
@@ -165,7 +165,7 @@ LONG_WORK: dict[str, Callable[[], Any]] = {
     "flat list": load_tree(TREE),
     "flat dict": load_tree(TENSORS),
     "nested lists": load_tree(LISTS),
-    "prescan": lambda: prescan(PICKLE, ALLOWLIST.globals, (), depth_limit=256, wide_keys=10**6),
+    "prescan": lambda: scan_pickle(PICKLE, ALLOWLIST.globals, (), depth_limit=256, wide_keys=10**6),
     "globals_of": lambda: globals_of(PICKLE),
     "unpickler": lambda: load_pickled(PICKLE),
     "unpickler, calls": lambda: load_pickled(CALLS),

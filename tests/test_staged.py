@@ -630,7 +630,7 @@ async def test_a_release_that_swallows_what_failed(
 ) -> None:
     target = Target(mode, SMALL)
     fail = raising(ZeroDivisionError)
-    for kind in (atomic.Exchange, atomic.Swap):
+    for kind in (atomic.Exchange, atomic.BufferSwap):
 
         def fail_at_the_end(self: Any, apply: Any = kind.apply) -> None:
             apply(self)
@@ -663,7 +663,7 @@ async def test_a_swallowed_error_leaves_nothing_for_the_collector(
     target = Target(mode, SMALL)
     lock = Released(target.tensors["a"], raising(ZeroDivisionError))
     made: list[weakref.ref[Any]] = []
-    apply = {kind: kind.apply for kind in (atomic.Exchange, atomic.Swap)}
+    apply = {kind: kind.apply for kind in (atomic.Exchange, atomic.BufferSwap)}
     for kind in apply:
 
         def note(self: Any, kind: Any = kind) -> None:
@@ -807,7 +807,7 @@ def test_interrupts_while_it_is_undone(mode: str, monkeypatch: pytest.MonkeyPatc
     """Ctrl-C comes again, and again."""
     target = Target(mode, SMALL)
     left = [2]
-    for kind in (atomic.Exchange, atomic.Swap):
+    for kind in (atomic.Exchange, atomic.BufferSwap):
 
         def undo(self: Any, undo: Any = kind.undo) -> None:
             if left[0]:
@@ -1230,7 +1230,7 @@ async def test_what_is_left_of_a_large_load_is_freed_in_a_thread(
     monkeypatch.setattr("aiotorchio.engine.commit.release", release)
     monkeypatch.setattr("aiotorchio.engine.receive.release", release)
     swaps: list[Any] = []
-    for kind in (atomic.Exchange, atomic.Swap):
+    for kind in (atomic.Exchange, atomic.BufferSwap):
         made = kind.__init__
 
         def init(self: Any, *args: Any, made: Any = made) -> None:

@@ -21,12 +21,12 @@ from aiotorchio.api.options import (
     outgoing_message,
     trusted,
 )
-from aiotorchio.engine.commit import carry_out_blocking
+from aiotorchio.engine.commit import apply_commit_blocking
 from aiotorchio.engine.drivers import (
     Request,
     drive_blocking,
-    pace_of_load,
-    pace_of_save,
+    load_deadline,
+    save_deadline,
 )
 from aiotorchio.engine.receive import IncomingMessage, Loaded, receive_message
 from aiotorchio.engine.send import Summary
@@ -116,7 +116,7 @@ def _replaced(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 def _save(message: Generator[Request, Any, Summary], file: Any, limits: Limits) -> Summary:
     with exclusive(file, "save", open_blocking_sink) as stream:
-        stream.pace = pace_of_save(limits, time.monotonic)
+        stream.deadline = save_deadline(limits, time.monotonic)
         return drive_blocking(message, stream)
 
 
@@ -211,11 +211,11 @@ def _load(file: Any, message: Generator[Request, Any, Loaded], limits: Limits, l
             open(file, "rb") if is_path else contextlib.nullcontext(file) as opened,
             exclusive(opened, "load", open_blocking_source) as stream,
         ):
-            stream.pace = pace_of_load(limits, time.monotonic)
+            stream.deadline = load_deadline(limits, time.monotonic)
             loaded = drive_blocking(message, stream)
             unfinished.callback(loaded.close)
         # After all that can fail, such as closing the file: what raises must leave the
         # destinations as they were.
         if loaded.commit is not None:
-            carry_out_blocking(loaded.commit, lock)
+            apply_commit_blocking(loaded.commit, lock)
         return loaded.obj

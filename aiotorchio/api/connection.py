@@ -9,7 +9,7 @@ from typing import Any, Unpack, get_args
 from aiotorchio.api.message import Message, Unread
 from aiotorchio.api.options import LoadKeywords, StreamSaveKeywords, checked_limits
 from aiotorchio.api.streams import load_from_stream, save_to_stream
-from aiotorchio.engine.drivers import drive, pace_of_load
+from aiotorchio.engine.drivers import drive, load_deadline
 from aiotorchio.engine.receive import IncomingMessage
 from aiotorchio.engine.send import Summary
 from aiotorchio.limits import Limits
@@ -99,7 +99,7 @@ class StreamReader:
         checked = checked_limits(limits)
         incoming = IncomingMessage(checked)
         with exclusive(self._stream, "load", open_source) as source:
-            source.pace = pace_of_load(checked)
+            source.deadline = load_deadline(checked)
             async with contextlib.aclosing(source):
                 await drive(incoming.open(), source)
                 await drive(incoming.describe(), source)

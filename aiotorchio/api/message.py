@@ -22,7 +22,7 @@ from aiotorchio.api.options import (
     tensor_options,
     trusted,
 )
-from aiotorchio.engine.commit import carry_out
+from aiotorchio.engine.commit import apply_commit
 from aiotorchio.engine.drivers import Request, Turns, drive
 from aiotorchio.engine.iterate import TensorStream
 from aiotorchio.engine.receive import IncomingMessage
@@ -134,7 +134,7 @@ class Message:
         loaded = await self.drive(self._incoming.load(checked))
         try:
             if loaded.commit is not None:
-                await carry_out(loaded.commit, checked.lock)
+                await apply_commit(loaded.commit, checked.lock)
         finally:
             loaded.close()
         return loaded.obj

@@ -17,12 +17,12 @@ from aiotorchio.common.torch_private import real_tensors, skipped_data
 from aiotorchio.engine.drivers import Request
 from aiotorchio.engine.receive import LoadOptions
 from aiotorchio.engine.selection import DoubleBuffer, Into, TensorOptions
-from aiotorchio.engine.send import Summary, prepare, send_message, send_produced
+from aiotorchio.engine.send import Summary, prepare, send_message, send_streamed
 from aiotorchio.engine.snapshot import Snapshot
 from aiotorchio.engine.steps import Progress
-from aiotorchio.graph.data_free import Unwritten, unwritten
+from aiotorchio.graph.data_free import DataFree, data_free
 from aiotorchio.graph.devices import MapLocation
-from aiotorchio.graph.flatten import announce, flatten, is_small
+from aiotorchio.graph.flatten import flatten, flatten_specs, is_small
 from aiotorchio.graph.select import Select
 from aiotorchio.graph.targets import examined
 from aiotorchio.limits import Limits
@@ -32,8 +32,8 @@ from aiotorchio.wire.header import ALIGNMENT, CHUNK_SIZE_MIN
 
 __all__ = [
     "DEFAULT_CHUNK_SIZE",
-    "Destination",
     "LoadKeywords",
+    "LoadTarget",
     "MessageKeywords",
     "OtherLoadKeywords",
     "OtherSaveKeywords",
@@ -54,7 +54,7 @@ DEFAULT_CHUNK_SIZE = 4 * 2**20
 PRODUCER = f"aiotorchio/{version('aiotorchio')} torch/{torch.__version__}"
 
 
-Destination = Mapping[str, Any] | torch.nn.Module | DoubleBuffer
+LoadTarget = Mapping[str, Any] | torch.nn.Module | DoubleBuffer
 
 
 class OtherSaveKeywords(TypedDict, total=False):
@@ -100,7 +100,7 @@ class OtherLoadKeywords(TypedDict, total=False):
     weights_only: bool | None
     allow_pickle: bool
     safe_globals: Iterable[Any]
-    into: Destination | None
+    into: LoadTarget | None
     strict: bool
     cast: bool
     staged: bool
@@ -185,13 +185,13 @@ def outgoing_message(
         if snapshot or compact or skipped_data() is not None:
             raise ValueError("snapshot, compact and skip_data have no meaning with specs")
         header = functools.partial(
-            announce,
-            _announced(specs),
+            flatten_specs,
+            _checked_specs(specs),
             chunk_size=chunk_size,
             metadata=metadata,
             producer=PRODUCER,
         )
-        return send_produced(_iterator(obj), header, checksum=checksum, progress=progress)
+        return send_streamed(_iterator(obj), header, checksum=checksum, progress=progress)
     if isinstance(obj, Snapshot):
         if snapshot or compact:
             raise ValueError("snapshot and compact have no meaning for a Snapshot")
@@ -235,20 +235,20 @@ def _until_now() -> DeviceCopier:
     return DeviceCopier(until_now=True)
 
 
-def _announced(specs: Mapping[str, TensorSpec | torch.Tensor]) -> dict[str, TensorSpec]:
+def _checked_specs(specs: Mapping[str, TensorSpec | torch.Tensor]) -> dict[str, TensorSpec]:
     if not isinstance(specs, Mapping):
         raise TypeError(
             f"specs maps names to TensorSpec or tensors; it is no {type(specs).__name__}"
         )
-    announced = {}
+    checked = {}
     for name, spec in specs.items():
         if not isinstance(name, str) or not isinstance(spec, TensorSpec | torch.Tensor):
             raise TypeError(f"specs maps names to TensorSpec or tensors, not {name!r} to {spec!r}")
         if any("\ud800" <= letter <= "\udfff" for letter in name):
             raise ValueError(f"the header is UTF-8, which cannot carry the name {name!r}")
         # A plain str: subclasses, such as numpy's, would have to be pickled.
-        announced[str(name)] = TensorSpec.of(spec) if isinstance(spec, torch.Tensor) else spec
-    return announced
+        checked[str(name)] = TensorSpec.of(spec) if isinstance(spec, torch.Tensor) else spec
+    return checked
 
 
 def _iterator(pairs: Any) -> Any:
@@ -273,7 +273,7 @@ def tensor_options(
         map_location=map_location,
         select=_reusable(select),
         progress=progress,
-        unwritten=_unwritten(map_location),
+        data_free=_data_free(map_location),
         safe_globals=trusted(safe_globals),
     )
 
@@ -284,7 +284,7 @@ def load_options(
     weights_only: bool | None = True,
     allow_pickle: bool = True,
     safe_globals: Iterable[Any] = (),
-    into: Destination | None = None,
+    into: LoadTarget | None = None,
     strict: bool = True,
     cast: bool = False,
     staged: bool = False,
@@ -321,7 +321,7 @@ def load_options(
         raise ValueError("strict, cast, staged and lock have no meaning without into")
     if lock is not None and not staged and not isinstance(into, DoubleBuffer):
         raise ValueError("lock has no meaning without staged=True or a DoubleBuffer")
-    without_numbers = _unwritten(map_location)
+    without_numbers = _data_free(map_location)
     if without_numbers is not None and into is not None:
         raise ValueError("into has no meaning inside of skip_data or FakeTensorMode")
     return LoadOptions(
@@ -333,7 +333,7 @@ def load_options(
         lock=lock,
         select=_reusable(select),
         progress=progress,
-        unwritten=without_numbers,
+        data_free=without_numbers,
         pickle_module=pickle if pickle_module is None else pickle_module,
         encoding=encoding,
     )
@@ -370,7 +370,7 @@ def checked_limits(limits: Limits | None) -> Limits:
 _default_limits = functools.cache(Limits)
 
 
-def _into(into: Destination, *, strict: bool, cast: bool, staged: bool) -> Into:
+def _into(into: LoadTarget, *, strict: bool, cast: bool, staged: bool) -> Into:
     back = into.memory if isinstance(into, DoubleBuffer) else None
     destination = into.destination if isinstance(into, DoubleBuffer) else into
     tensors, modules = examined(destination)
@@ -402,8 +402,8 @@ def trusted(safe_globals: Iterable[Any]) -> tuple[Any, ...]:
     return *torch.serialization.get_safe_globals(), *given
 
 
-def _unwritten(map_location: MapLocation) -> Unwritten | None:
-    wanted = unwritten()
+def _data_free(map_location: MapLocation) -> DataFree | None:
+    wanted = data_free()
     if wanted is not None and wanted.fake_mode is not None and callable(map_location):
         raise ValueError("a callable map_location has nothing to place inside of FakeTensorMode")
     return wanted

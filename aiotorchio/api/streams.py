@@ -17,7 +17,7 @@ import torch
 
 from aiotorchio.api.options import (
     DEFAULT_CHUNK_SIZE,
-    Destination,
+    LoadTarget,
     SaveKeywords,
     check_keywords,
     check_lock,
@@ -25,16 +25,16 @@ from aiotorchio.api.options import (
     load_options,
     outgoing_message,
 )
-from aiotorchio.engine.commit import carry_out
+from aiotorchio.engine.commit import apply_commit
 from aiotorchio.engine.drivers import (
     Next,
     Request,
     Send,
     Turns,
     drive,
+    load_deadline,
     next_item,
-    pace_of_load,
-    pace_of_save,
+    save_deadline,
 )
 from aiotorchio.engine.receive import Loaded, receive_message
 from aiotorchio.engine.send import Summary
@@ -177,7 +177,7 @@ def save_to_stream(
 
 async def _save(message: Generator[Request, Any, Summary], stream: Any, limits: Limits) -> Summary:
     with exclusive(stream, "save", open_sink) as sink:
-        sink.pace = pace_of_save(limits)
+        sink.deadline = save_deadline(limits)
         return await drive(message, sink)
 
 
@@ -189,7 +189,7 @@ def load_from_stream(
     allow_pickle: bool = True,
     safe_globals: Iterable[Any] = (),
     limits: Limits | None = None,
-    into: Destination | None = None,
+    into: LoadTarget | None = None,
     strict: bool = True,
     cast: bool = False,
     staged: bool = False,
@@ -320,13 +320,13 @@ async def _load(
 ) -> Any:
     with contextlib.ExitStack() as unfinished:
         with exclusive(stream, "load", open_source) as source:
-            source.pace = pace_of_load(limits)
+            source.deadline = load_deadline(limits)
             async with contextlib.aclosing(source):
                 loaded = await drive(message, source)
                 unfinished.callback(loaded.close)
         # Behind all that can fail: what raises must leave the destinations as they were.
         if loaded.commit is not None:
-            await carry_out(loaded.commit, lock)
+            await apply_commit(loaded.commit, lock)
         return loaded.obj
 
 
@@ -374,9 +374,9 @@ async def _pieces(
             await turns.item()
             task: Task | None = None
             match request:
-                case Send(buffers, task, passing):
+                case Send(buffers, task, transient):
                     for piece in coalesce(buffers):
-                        if isinstance(piece, memoryview) and not passing:
+                        if isinstance(piece, memoryview) and not transient:
                             yield piece.toreadonly()
                         else:
                             yield bytes(piece)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
-__all__ = ["collection_paused", "release"]
+__all__ = ["gc_paused", "release"]
 
 _AT_ONCE = 10_000
 _paused = Lock()
@@ -22,7 +22,7 @@ _thresholds = gc.get_threshold()
 
 
 @contextmanager
-def collection_paused() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Hold the collector up until the end of the block, in all threads.
 
     To be held around code of ours alone, which waits for nobody. If another block does so already,

@@ -50,7 +50,7 @@ class Claim:
 
     @classmethod
     def of_storages(cls, places: Mapping[str, Sequence[Any]]) -> Claim:
-        """A claim of the whole storages of tensors, by their ``memory.route.place_of``."""
+        """A claim of the whole storages of tensors, by their ``memory.route.placement_of``."""
         spans: dict[torch.device, list[tuple[int, int, str]]] = {}
         names = {place[:2]: name for name, place in places.items()}
         for name in names.values():
@@ -144,7 +144,7 @@ def has_neighbours(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def memory_at(place: Sequence[Any]) -> Footprint:
-    """The memory of a tensor, from its ``memory.route.place_of``."""
+    """The memory of a tensor, from its ``memory.route.placement_of``."""
     address, _, offset, _, dtype, shape, stride = place
     start = address + offset * dtype.itemsize
     end = start + order_of(shape, stride).extent * dtype.itemsize

@@ -21,7 +21,7 @@ import anyio.lowlevel
 from aiotorchio.common.gc_pause import release
 from aiotorchio.engine.threads import run_in_thread
 
-__all__ = ["Commit", "carry_out", "carry_out_blocking"]
+__all__ = ["Commit", "apply_commit", "apply_commit_blocking"]
 
 # Tensors that an event loop frees in its thread.
 _FREED_AT_ONCE = 1000
@@ -35,8 +35,8 @@ class Commit(Protocol):
         quick: Whether ``apply`` takes so little time that an event loop calls it in its thread.
     """
 
-    prepares: bool
-    quick: bool
+    needs_prepare: bool
+    is_instant: bool
 
     @property
     def tables(self) -> list[list[Any]]:
@@ -61,7 +61,7 @@ class Commit(Protocol):
         """Take back what the caller's code did: in the caller's thread, behind ``undo``."""
 
 
-async def carry_out(commit: Commit, lock: AbstractAsyncContextManager[Any] | None) -> None:
+async def apply_commit(commit: Commit, lock: AbstractAsyncContextManager[Any] | None) -> None:
     """Change the destinations of a message: all of them, or none if this raises.
 
     An error of the lock's release, or a native cancellation during it, comes after the change:
@@ -77,9 +77,9 @@ async def carry_out(commit: Commit, lock: AbstractAsyncContextManager[Any] | Non
             try:
                 commit.note()
                 # If they are interrupted, what they have changed by then is undone.
-                if commit.prepares:
+                if commit.needs_prepare:
                     await run_in_thread(commit.prepare)
-                await run_in_thread(commit.apply) if not commit.quick else commit.apply()
+                await run_in_thread(commit.apply) if not commit.is_instant else commit.apply()
                 for _ in commit.finish():
                     await anyio.lowlevel.checkpoint()
             except BaseException as error:
@@ -140,7 +140,7 @@ class _Lock:
 async def _undo(commit: Commit) -> None:
     """Undo a change, even if this task is cancelled again; without effect if that was done."""
     # A coroutine that is being closed must not wait.
-    if commit.quick or isinstance(sys.exception(), GeneratorExit):
+    if commit.is_instant or isinstance(sys.exception(), GeneratorExit):
         commit.undo()
         commit.restore()
         return
@@ -152,14 +152,14 @@ async def _undo(commit: Commit) -> None:
         commit.restore()
 
 
-def carry_out_blocking(commit: Commit, lock: AbstractContextManager[Any] | None) -> None:
-    """Change the destinations of a message, as ``carry_out`` does, for the blocking twins."""
+def apply_commit_blocking(commit: Commit, lock: AbstractContextManager[Any] | None) -> None:
+    """Change the destinations of a message, as ``apply_commit`` does, for the blocking twins."""
     failure: BaseException | None = None
     try:
         with contextlib.nullcontext() if lock is None else lock:
             try:
                 commit.note()
-                if commit.prepares:
+                if commit.needs_prepare:
                     commit.prepare()
                 commit.apply()
                 for _ in commit.finish():

@@ -17,9 +17,9 @@ import anyio.lowlevel
 
 from aiotorchio.engine.threads import Task, run_in_thread
 from aiotorchio.limits import Limits
-from aiotorchio.streams.base import Buffer, Driver, Sink, Source, asyncio_loop
+from aiotorchio.streams.base import Buffer, Endpoint, Sink, Source, asyncio_loop
 from aiotorchio.streams.blocking import BlockingStream
-from aiotorchio.streams.deadlines import CallAt, Pace
+from aiotorchio.streams.deadlines import CallAt, Deadline
 from aiotorchio.wire.parser import HeaderReceived, MessageEnded, ReadBytes, Work
 
 __all__ = [
@@ -32,9 +32,9 @@ __all__ = [
     "Turns",
     "drive",
     "drive_blocking",
+    "load_deadline",
     "next_item",
-    "pace_of_load",
-    "pace_of_save",
+    "save_deadline",
 ]
 
 T = TypeVar("T")
@@ -54,8 +54,8 @@ class Send:
     """
 
     buffers: Sequence[Buffer]
-    meanwhile: Task | None = None
-    passing: bool = False
+    background: Task | None = None
+    transient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Fill:
     """Asks to fill buffers, and to run a task in the meantime; answer: bytes written."""
 
     buffers: Sequence[memoryview]
-    meanwhile: Task | None = None
+    background: Task | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +84,10 @@ Request = ReadBytes | Fill | Send | Work | Next | Checkpoint | HeaderReceived | 
 Clock = Callable[[], float]
 
 
-def pace_of_load(limits: Limits, clock: Clock | None = None) -> Pace:
+def load_deadline(limits: Limits, clock: Clock | None = None) -> Deadline:
     """The patience of a load with its sender; by default by the clock of the event loop."""
     clock, call_at = _clock_of_the_loop() if clock is None else (clock, None)
-    return Pace(
+    return Deadline(
         clock,
         limits.idle_timeout,
         limits.least_rate,
@@ -98,10 +98,10 @@ def pace_of_load(limits: Limits, clock: Clock | None = None) -> Pace:
     )
 
 
-def pace_of_save(limits: Limits, clock: Clock | None = None) -> Pace:
+def save_deadline(limits: Limits, clock: Clock | None = None) -> Deadline:
     """The patience of a save with its receiver; likewise."""
     clock, call_at = _clock_of_the_loop() if clock is None else (clock, None)
-    return Pace(
+    return Deadline(
         clock,
         limits.write_timeout,
         limits.least_rate,
@@ -178,14 +178,14 @@ def _uncancellable(request: Request) -> bool:
 async def _perform(request: Request, stream: Any) -> Any:
     match request:
         case ReadBytes(size):
-            return await _paced(stream, stream.read, size)
-        case Fill(buffers, meanwhile):
-            fill = functools.partial(_paced, stream, stream.fill, buffers)
-            filled, _ = await _with(meanwhile, fill)
+            return await _with_deadline(stream, stream.read, size)
+        case Fill(buffers, background):
+            fill = functools.partial(_with_deadline, stream, stream.fill, buffers)
+            filled, _ = await _with(background, fill)
             return filled
-        case Send(buffers, meanwhile):
-            send = functools.partial(_paced, stream, stream.send, buffers)
-            _, result = await _with(meanwhile, send)
+        case Send(buffers, background):
+            send = functools.partial(_with_deadline, stream, stream.send, buffers)
+            _, result = await _with(background, send)
             return result
         case Work(task, to_its_end):
             return await run_in_thread(task, to_its_end=to_its_end)
@@ -199,25 +199,27 @@ async def _perform(request: Request, stream: Any) -> Any:
             stream.in_message = False
 
 
-async def _paced(stream: Driver, transfer: Callable[[Any], Awaitable[T]], argument: Any) -> T:
+async def _with_deadline(
+    stream: Endpoint, transfer: Callable[[Any], Awaitable[T]], argument: Any
+) -> T:
     """Wait for the peer, as long as its pace allows."""
-    pace = stream.pace
-    if pace is None:
+    deadline = stream.deadline
+    if deadline is None:
         return await transfer(argument)
     with anyio.CancelScope() as scope:
-        pace.begin(scope)
+        deadline.begin(scope)
         try:
             return await transfer(argument)
         finally:
-            pace.end()
+            deadline.end()
     # A frame may be half sent: nothing goes behind it, not even why.
-    stream.failure = pace.error()
+    stream.failure = deadline.error()
     raise stream.failure
 
 
-def _header_received(stream: Driver) -> None:
-    if stream.pace is not None:
-        stream.pace.handshake_over()
+def _header_received(stream: Endpoint) -> None:
+    if stream.deadline is not None:
+        stream.deadline.handshake_over()
 
 
 async def next_item(iterator: Iterator[Any] | AsyncIterator[Any]) -> Any:
@@ -279,15 +281,15 @@ def drive_blocking(message: Generator[Request, Any, T], stream: BlockingStream) 
 def _perform_blocking(request: Request, stream: BlockingStream) -> Any:
     match request:
         case ReadBytes(size):
-            return _paced_blocking(stream, stream.read, size)
-        case Fill(buffers, meanwhile):
-            filled = _paced_blocking(stream, stream.fill, buffers)
-            if meanwhile:
-                meanwhile()
+            return _with_deadline_blocking(stream, stream.read, size)
+        case Fill(buffers, background):
+            filled = _with_deadline_blocking(stream, stream.fill, buffers)
+            if background:
+                background()
             return filled
-        case Send(buffers, meanwhile):
-            _paced_blocking(stream, stream.send, buffers)
-            return meanwhile() if meanwhile else None
+        case Send(buffers, background):
+            _with_deadline_blocking(stream, stream.send, buffers)
+            return background() if background else None
         case Work(task):
             return task()
         case Next(iterator):
@@ -301,11 +303,11 @@ def _perform_blocking(request: Request, stream: BlockingStream) -> Any:
             stream.in_message = False
 
 
-def _paced_blocking(stream: Driver, transfer: Callable[[Any], T], argument: Any) -> T:
-    if stream.pace is None:
+def _with_deadline_blocking(stream: Endpoint, transfer: Callable[[Any], T], argument: Any) -> T:
+    if stream.deadline is None:
         return transfer(argument)
-    stream.pace.begin()
+    stream.deadline.begin()
     try:
         return transfer(argument)
     finally:
-        stream.pace.end()
+        stream.deadline.end()

@@ -15,7 +15,7 @@ import torch
 from aiotorchio.codecs.pickled.codec import STORAGE
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.engine.module_commit import WithModules, with_modules
-from aiotorchio.engine.selection import Into, Wanted
+from aiotorchio.engine.selection import Into, Selection
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.strays import (
     check_strays,
@@ -25,7 +25,7 @@ from aiotorchio.graph.strays import (
 )
 from aiotorchio.graph.targets import Known
 from aiotorchio.graph.tensor_load import TensorLoad, is_copied_whole
-from aiotorchio.memory.atomic import Exchange, Swap
+from aiotorchio.memory.atomic import BufferSwap, Exchange
 from aiotorchio.wire.header import Header, shortened
 
 __all__ = ["ObjectFit"]
@@ -50,18 +50,18 @@ class ObjectFit:
         self,
         header: Header,
         into: Into,
-        wanted: Wanted,
+        selection: Selection,
         names: Mapping[str, int],
         filled: Iterable[str],
     ) -> None:
-        self._into, self._wanted, self._names, self._filled = into, wanted, names, filled
+        self._into, self._wanted, self._names, self._filled = into, selection, names, filled
         self._pickled = header.codec == "pickle"
         self.whole: dict[str, torch.Tensor] = {}
         if self._pickled:
             self.whole = {
                 name: tensor
                 for name, tensor in interruptible(into.tensors.items())
-                if name in wanted and name not in names and is_copied_whole(tensor)
+                if name in selection and name not in names and is_copied_whole(tensor)
             }
         self._received: dict[str, torch.Tensor] = {}
         self.rehearses = bool(self.whole) or any(module.others for module in into.modules)
@@ -146,8 +146,8 @@ class ObjectFit:
         return {*names, *self.whole} if self.whole else names
 
     def loads(
-        self, tensors: Exchange | Swap | None, obj: Any
-    ) -> Exchange | Swap | WithModules | None:
+        self, tensors: Exchange | BufferSwap | None, obj: Any
+    ) -> Exchange | BufferSwap | WithModules | None:
         """The commit of the message.
 
         Args:
@@ -161,13 +161,13 @@ class ObjectFit:
 
     def _loads(
         self,
-        tensors: Exchange | Swap | None,
+        tensors: Exchange | BufferSwap | None,
         obj: Any,
         received: Mapping[str, torch.Tensor],
         *,
         kept: bool,
         rehearsal: bool = False,
-    ) -> Exchange | Swap | WithModules | None:
+    ) -> Exchange | BufferSwap | WithModules | None:
         strict = self._into.strict
         whole = TensorLoad(self.whole, received, strict=strict, staged=kept, rehearsal=rehearsal)
         names = [*self._names, *self._filled]

@@ -107,9 +107,13 @@ class TensorStream:
         composites = self._place.composites
         # An earlier attempt may have been cancelled in the middle.
         self._waiting.clear()
-        header, layout, wanted = self._message.header, self._message.layout, self._place.wanted
+        header, layout, selection = (
+            self._message.header,
+            self._message.layout,
+            self._place.selection,
+        )
         unnamed = 0
-        if wanted.all:
+        if selection.all:
             unnamed = count_unnamed(header, composites.rows, composites.storages)
         if unnamed:
             reason = f" ({composites.refused})" if composites.refused else ""
@@ -120,7 +124,7 @@ class TensorStream:
             )
         rows_of: dict[int, list[int]] = {}
         for index, row in interruptible(enumerate(header.tensors)):
-            if any(name in wanted for name in row.names):
+            if any(name in selection for name in row.names):
                 rows_of.setdefault(row.storage, []).append(index)
         # What has no bytes comes right behind what came before it.
         end = 0
@@ -140,7 +144,7 @@ class TensorStream:
 
     def _take(self) -> Generator[Request, Any, NamedTensors]:
         place, payload, header = self._place, self._payload, self._message.header
-        wanted = place.wanted
+        selection = place.selection
 
         def gather() -> tuple[list[tuple[int, list[int]]], list[torch.UntypedStorage | None]]:
             ready, found = [], []
@@ -150,7 +154,7 @@ class TensorStream:
                 storage = None
                 if index >= 0:
                     storage = payload.storage(index)
-                    payload.let_go(index)
+                    payload.release(index)
                     place.put_one_in_order(index, storage)
                 ready.append((index, rows))
                 found.append(storage)
@@ -170,7 +174,7 @@ class TensorStream:
                     for row in rows:
                         tensor = tensor_of(row, storage)
                         names = dict.fromkeys(header.tensors[row].names)
-                        tensors += [(name, tensor) for name in names if name in wanted]
+                        tensors += [(name, tensor) for name in names if name in selection]
                     if composites.names:
                         composites.hold(index, storage)
                         tensors += composites.made(index, tensor_of)

@@ -10,7 +10,7 @@ from aiotorchio.engine.selection import Into
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.module_load import ModuleLoad
 from aiotorchio.graph.tensor_load import TensorLoad
-from aiotorchio.memory.atomic import Exchange, Swap
+from aiotorchio.memory.atomic import BufferSwap, Exchange
 
 __all__ = ["WithModules", "with_modules"]
 
@@ -25,11 +25,11 @@ class WithModules:
     """
 
     def __init__(
-        self, tensors: Exchange | Swap | None, loads: Sequence[ModuleLoad | TensorLoad]
+        self, tensors: Exchange | BufferSwap | None, loads: Sequence[ModuleLoad | TensorLoad]
     ) -> None:
         self._tensors, self._loads = tensors, loads
-        self.prepares = tensors is not None and tensors.prepares
-        self.quick = tensors is None or tensors.quick
+        self.needs_prepare = tensors is not None and tensors.needs_prepare
+        self.is_instant = tensors is None or tensors.is_instant
         self.shadows = [] if tensors is None else tensors.shadows
 
     @property
@@ -79,15 +79,15 @@ class WithModules:
 
 
 def with_modules(
-    tensors: Exchange | Swap | None,
+    tensors: Exchange | BufferSwap | None,
     into: Into,
     received: Any,
     names: Iterable[str],
-    wanted: Container[str],
+    selection: Container[str],
     whole: TensorLoad,
     *,
     staged: bool,
-) -> Exchange | Swap | WithModules | None:
+) -> Exchange | BufferSwap | WithModules | None:
     """A change of tensors, together with what else is to be loaded, if anything is.
 
     Args:
@@ -96,7 +96,7 @@ def with_modules(
         received: The object.
         names: Of tensors that have their numbers: those of the message, and destinations that
             others of them fill.
-        wanted: Whether a name counts.
+        selection: Whether a name counts.
         whole: Tensors that are copied as a whole.
         staged: Whether all tensors are as before until then.
 
@@ -107,9 +107,9 @@ def with_modules(
     loads: list[ModuleLoad | TensorLoad] = [whole]
     if modules:
         strict = into.strict
-        names = [name for name in interruptible(names) if name in wanted]
+        names = [name for name in interruptible(names) if name in selection]
         loads += [
-            ModuleLoad(module, received, names, wanted, strict=strict, staged=staged)
+            ModuleLoad(module, received, names, selection, strict=strict, staged=staged)
             for module in modules
         ]
     loads = [load for load in loads if load.has_steps]

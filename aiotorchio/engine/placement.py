@@ -17,15 +17,15 @@ from aiotorchio.common.torch_private import real_tensors
 from aiotorchio.engine.claims import Claim, busy, has_neighbours, memory_at
 from aiotorchio.engine.fit import ObjectFit
 from aiotorchio.engine.module_commit import WithModules
-from aiotorchio.engine.selection import Into, TensorOptions, Wanted
+from aiotorchio.engine.selection import Into, Selection, TensorOptions
 from aiotorchio.engine.ties import Ties, differ
 from aiotorchio.errors import InvalidObjectError
 from aiotorchio.graph.composites import Composites
-from aiotorchio.graph.devices import Destinations
+from aiotorchio.graph.devices import DeviceMap
 from aiotorchio.graph.modules import has_memory, other_views
 from aiotorchio.graph.rebuild import build_tensor
 from aiotorchio.graph.targets import Match, match
-from aiotorchio.memory.atomic import BackMemory, Exchange, Swap
+from aiotorchio.memory.atomic import BackMemory, BufferSwap, Exchange
 from aiotorchio.memory.byteorder import swap_bytes
 from aiotorchio.memory.device_copy import Copier, DeviceCopier
 from aiotorchio.memory.incoming import IncomingPayload
@@ -35,7 +35,7 @@ from aiotorchio.memory.routes import (
     copy_elements,
     memory_of,
     moved,
-    place_of,
+    placement_of,
     same_elements,
 )
 from aiotorchio.table.names import rows_by_name
@@ -55,7 +55,7 @@ class _Rows:
     """What becomes of the rows of one storage."""
 
     into: list[int] = field(default_factory=list)
-    fresh: bool = False
+    owned: bool = False
     left_out: bool = False
 
 
@@ -79,10 +79,10 @@ class Placement:
         commit: What changes the destinations, when all is received; None if nothing waits for it.
     """
 
-    wanted: Wanted
+    selection: Selection
     composites: Composites
     by_name: dict[str, torch.Tensor]
-    given: dict[int, torch.Tensor]
+    prebuilt: dict[int, torch.Tensor]
     _number_of: dict[str, int]
     _found_at: dict[str, tuple[Any, ...]]
     _ties: Ties
@@ -106,17 +106,17 @@ class Placement:
         self._into = into
         self._named_only = named_only
         # In the caller's thread: "cuda" is the device that is current there, as is a stream.
-        self._unwritten = options.unwritten
-        fake = options.unwritten is not None and options.unwritten.fake_mode is not None
-        self._devices = Destinations(header, options.map_location, fake=fake)
+        self._data_free = options.data_free
+        fake = options.data_free is not None and options.data_free.fake_mode is not None
+        self._devices = DeviceMap(header, options.map_location, fake=fake)
         self._copier = copier or DeviceCopier()
         self._incoming = incoming
-        self._swapped = header.byteorder != sys.byteorder
+        self._foreign_byteorder = header.byteorder != sys.byteorder
         # Row, destination, where that was, and the error if it is compared, not copied.
-        self._late: list[tuple[int, torch.Tensor, object, Callable[[], Exception] | None]] = []
+        self._deferred: list[tuple[int, torch.Tensor, object, Callable[[], Exception] | None]] = []
         self._number_of, self._storages, self._places = {}, [], []
         self.composites = Composites.none()
-        self.commit: Exchange | Swap | WithModules | None = None
+        self.commit: Exchange | BufferSwap | WithModules | None = None
         self._fit: ObjectFit | None = None
         self._claims: list[BackMemory | Claim] = []
 
@@ -140,16 +140,17 @@ class Placement:
     @property
     def finish_nbytes(self) -> int:
         """Bytes to be swapped, or copied to destinations, when all have arrived."""
-        swapped = self._layout.total if self._swapped else 0
+        swapped = self._layout.total if self._foreign_byteorder else 0
         copied = sum(
-            destination.numel() * destination.element_size() for _, destination, _, _ in self._late
+            destination.numel() * destination.element_size()
+            for _, destination, _, _ in self._deferred
         )
         return swapped + copied
 
     @property
     def by_name_only(self) -> bool:
         """Whether names of the header matter."""
-        return self._named_only or self._into is not None or not self.wanted.all
+        return self._named_only or self._into is not None or not self.selection.all
 
     def decide(self, composites: Composites | None = None) -> None:
         """Compare the message with what the caller has and wants; comes first.
@@ -163,7 +164,9 @@ class Placement:
             RuntimeError: Another load is using the ``DoubleBuffer``, or receiving into a tensor.
         """
         rows = self._header.tensors
-        if self._swapped and any(row.unit == MIXED_UNITS for row in self._header.storages):
+        if self._foreign_byteorder and any(
+            row.unit == MIXED_UNITS for row in self._header.storages
+        ):
             raise InvalidObjectError(
                 f"a storage of numbers of several sizes can't be read on a "
                 f"{sys.byteorder}-endian machine",
@@ -176,32 +179,34 @@ class Placement:
             self._number_of = rows_by_name(rows)
         self.composites = composites or Composites.none()
         names = [*self._number_of, *(into.names if into else ()), *self.composites.names]
-        self.wanted = Wanted(select, names, self.composites.refused)
+        self.selection = Selection(select, names, self.composites.refused)
         # A load makes all of them, and leaves out of the object what is not wanted.
         others = interruptible(self.composites.names) if self._named_only else ()
-        self.composites.choose([name for name in others if name in self.wanted])
-        if into is not None and not self.wanted.all:
-            self.wanted.add(into.parts(self._number_of, self.wanted))
+        self.composites.choose([name for name in others if name in self.selection])
+        if into is not None and not self.selection.all:
+            self.selection.add(into.parts(self._number_of, self.selection))
         matched = Match({}, [], {}, set())
         if into is not None:
             matched = match(
                 self._header,
                 into.tensors,
                 into.modules,
-                wanted=self.wanted,
-                all_wanted=self.wanted.all,
+                selection=self.selection,
+                all_selected=self.selection.all,
                 strict=into.strict,
                 cast=into.cast,
             )
         self.by_name = matched.tensors
         self._ties = Ties(self._header, self._layout, matched.ties, self._number_of)
         if into is not None:
-            self._fit = ObjectFit(self._header, into, self.wanted, self._number_of, matched.filled)
-        self.given = {}
-        self._found_at = {name: place_of(tensor) for name, tensor in self.by_name.items()}
+            self._fit = ObjectFit(
+                self._header, into, self.selection, self._number_of, matched.filled
+            )
+        self.prebuilt = {}
+        self._found_at = {name: placement_of(tensor) for name, tensor in self.by_name.items()}
         for name, tensor in self.by_name.items():
-            self.given.setdefault(self._number_of[name], tensor)
-        every = [_Rows(fresh=True)] * len(self._header.storages)
+            self.prebuilt.setdefault(self._number_of[name], tensor)
+        every = [_Rows(owned=True)] * len(self._header.storages)
         self._storages = self._all_rows() if self.by_name_only else every
         self._places = [self._place(index) for index in interruptible(range(len(self._storages)))]
         if matched.ties:
@@ -243,18 +248,18 @@ class Placement:
         storages = [_Rows(left_out=self._named_only) for _ in interruptible(self._header.storages)]
         for index, row in interruptible(enumerate(self._header.tensors)):
             storage = storages[row.storage]
-            if index in self.given:
+            if index in self.prebuilt:
                 storage.into.append(index)
             elif (row.names or self._named_only) and not any(
-                name in self.wanted for name in row.names
+                name in self.selection for name in row.names
             ):
                 storage.left_out = True
                 if not self._named_only:
-                    self.given[index] = self._on_meta(index)
+                    self.prebuilt[index] = self._on_meta(index)
             else:
-                storage.fresh = True
+                storage.owned = True
         for number in interruptible(self.composites.storages):
-            storages[number].fresh = True
+            storages[number].owned = True
         return storages
 
     def close(self) -> None:
@@ -265,11 +270,11 @@ class Placement:
     def _place(self, index: int) -> torch.device | None:
         """Where a storage goes; None: it is not made."""
         rows = self._storages[index]
-        if not rows.fresh and (rows.into or rows.left_out):
+        if not rows.owned and (rows.into or rows.left_out):
             routed = not rows.into or self._can_be_routed(index, rows)
             return None if routed else _CPU
         device = self._devices.device(index)
-        if self._unwritten is not None:
+        if self._data_free is not None:
             return torch.device(META_LOCATION)
         # What destinations are copied from must be there.
         return _CPU if rows.into and device.type == META_LOCATION else device
@@ -278,16 +283,16 @@ class Placement:
         """Whether bytes can go to the destinations while they arrive, in the order of the wire."""
         tensors = [self._header.tensors[row] for row in rows.into]
         orders = [order_of(row.shape, row.stride) for row in tensors]
-        ways = sum(
+        spans = sum(
             order.extent * DTYPES[row.dtype].itemsize
             for order, row in zip(orders, tensors, strict=True)
         )
         # Few elements over a long way would be looked for in many chunks, and so would many tensors
         # over the same way.
         return (
-            not self._swapped
+            not self._foreign_byteorder
             and index not in self._ties.mixed
-            and ways <= _SPREAD_MAX * self._header.storages[index].nbytes
+            and spans <= _SPREAD_MAX * self._header.storages[index].nbytes
             and all(o.distinct and o.extent <= _SPREAD_MAX * o.count for o in orders)
         )
 
@@ -303,13 +308,13 @@ class Placement:
             for row, name in ((n, name) for n in rows.into for name in names_of_row[n]):
                 tensor, error = filled[name], self._error_if_other(name, filled)
                 if self._places[index] is not None:
-                    self._late.append((row, tensor, place_of(tensor), error))
+                    self._deferred.append((row, tensor, placement_of(tensor), error))
                 elif tensor.numel() and error is None:
                     routes.append(Route(start, self._on_meta(row), tensor))
                 elif tensor.numel() and error is not None:
                     routes.append(Comparison(start, self._on_meta(row), tensor, error))
         # What is compared, with what was copied.
-        self._late.sort(key=lambda late: late[-1] is not None)
+        self._deferred.sort(key=lambda late: late[-1] is not None)
         return self._incoming(
             self._layout.offsets,
             self._layout.nbytes,
@@ -325,7 +330,7 @@ class Placement:
         if self._into is None:
             return {}
         tensors = list(self.by_name.values())
-        if [place_of(tensor) for tensor in tensors] != list(self._found_at.values()):
+        if [placement_of(tensor) for tensor in tensors] != list(self._found_at.values()):
             raise moved()
         if self._into.back is not None:
             everything = [each for each in self._into.tensors.values() if has_memory(each)]
@@ -348,7 +353,7 @@ class Placement:
     @property
     def rehearses(self) -> bool:
         """Whether the object decides what fits, not only the header."""
-        return self._fit is not None and self._unwritten is None and self._fit.rehearses
+        return self._fit is not None and self._data_free is None and self._fit.rehearses
 
     def note_skeleton(self, skeleton: bytes) -> None:
         """See what may be in the object that has no row; see ``ObjectFit``."""
@@ -382,20 +387,20 @@ class Placement:
 
     def put_in_order(self, storages: Sequence[torch.UntypedStorage | None]) -> None:
         """Put storages into the byte order of this machine."""
-        if self._swapped:
+        if self._foreign_byteorder:
             for index, storage in interruptible(enumerate(storages)):
                 self.put_one_in_order(index, storage)
 
     def put_one_in_order(self, index: int, storage: torch.UntypedStorage | None) -> None:
         """Put one storage into the byte order of this machine."""
-        if self._swapped and storage is not None and storage.device.type != META_LOCATION:
+        if self._foreign_byteorder and storage is not None and storage.device.type != META_LOCATION:
             swap_bytes(storage, self._header.storages[index].unit)
 
-    def copy_late(self, storages: Sequence[torch.UntypedStorage | None]) -> None:
+    def copy_deferred(self, storages: Sequence[torch.UntypedStorage | None]) -> None:
         """Copy what could not go to its destination while it arrived."""
-        for index, destination, place, error in self._late:
+        for index, destination, place, error in self._deferred:
             check_interrupt()
-            if place_of(destination) != place:
+            if placement_of(destination) != place:
                 raise moved()
             row = self._header.tensors[index]
             storage = storages[row.storage]
@@ -411,30 +416,30 @@ class Placement:
     @property
     def relocates(self) -> bool:
         """Whether storages do not stay where they were received."""
-        return self._unwritten is not None or self._devices.relocates
+        return self._data_free is not None or self._devices.relocates
 
     def relocated(
         self, index: int, storage: torch.UntypedStorage | None
     ) -> torch.UntypedStorage | None:
         """A storage where ``map_location`` or a restorer of the caller's puts it."""
-        if storage is None or (self._storages[index].into and not self._storages[index].fresh):
+        if storage is None or (self._storages[index].into and not self._storages[index].owned):
             return storage
-        if self._unwritten is not None:
+        if self._data_free is not None:
             device = self._devices.device(index)
             if device.type != META_LOCATION:
-                storage = self._unwritten.storage(storage.nbytes(), device)
+                storage = self._data_free.storage(storage.nbytes(), device)
         return self._devices.relocate(index, storage)
 
     def building(self) -> AbstractContextManager[Any]:
         """To be held while tensors are made over the relocated storages."""
         # Another task of this thread may be in a FakeTensorMode.
-        return real_tensors() if self._unwritten is None else self._unwritten.building()
+        return real_tensors() if self._data_free is None else self._data_free.building()
 
     def unreliable(
         self, storages: Iterable[torch.UntypedStorage | None]
     ) -> Iterable[torch.UntypedStorage | None]:
         """Those of the storages of the object whose numbers nothing may rely on."""
-        writes_nothing = self._unwritten is not None and self._unwritten.fake_mode is None
+        writes_nothing = self._data_free is not None and self._data_free.fake_mode is None
         if writes_nothing:
             return storages
         return [tensor.untyped_storage() for tensor in self.by_name.values()]
@@ -445,7 +450,7 @@ class Placement:
         # In a pickle, a tensor can be made of that of its row: with attributes, for example.
         whole = self._fit is not None and bool(self._fit.whole)
         pickled = (bool(self.by_name) or whole) and self._header.codec == "pickle"
-        return pickled or not self.wanted.all or len(self.by_name) > len(self.given)
+        return pickled or not self.selection.all or len(self.by_name) > len(self.prebuilt)
 
     @property
     def names(self) -> Collection[str]:
@@ -461,4 +466,4 @@ class Placement:
         destination = None if self._fit is None else self._fit.take(name, tensor)
         if destination is not None:
             return destination
-        return self.by_name.get(name, tensor) if name in self.wanted else None
+        return self.by_name.get(name, tensor) if name in self.selection else None

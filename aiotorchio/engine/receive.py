@@ -34,7 +34,7 @@ from aiotorchio.graph.composites import Composites
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.graph.select import revise
 from aiotorchio.limits import Limits
-from aiotorchio.memory.atomic import Exchange, Swap, note_change
+from aiotorchio.memory.atomic import BufferSwap, Exchange, note_change
 from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.table.names import TensorSpec, count_unnamed, specs_of
@@ -83,7 +83,7 @@ class Loaded:
     """
 
     obj: Any
-    commit: Exchange | Swap | WithModules | None
+    commit: Exchange | BufferSwap | WithModules | None
     close: Callable[[], None]
 
 
@@ -227,7 +227,7 @@ class IncomingMessage:
         yield from work(note, inline=inline)
         move: Task | None = None
         for _ in range(self.layout.chunks):
-            move = yield from self.chunk(payload, options.progress, meanwhile=move)
+            move = yield from self.chunk(payload, options.progress, background=move)
         yield from self.end()
         if move is not None:
             yield Work(move)
@@ -238,7 +238,7 @@ class IncomingMessage:
             note()
             storages = payload.storages()
             place.put_in_order(storages)
-            place.copy_late(storages)
+            place.copy_deferred(storages)
             return storages
 
         inline = inline and self._is_small(rebuilder)
@@ -250,7 +250,7 @@ class IncomingMessage:
         def build() -> Any:
             # Tensors made in inference mode could not be trained on, wherever they go.
             with torch.inference_mode(False), place.building():
-                tensors = build_tensors(self.header, storages, place.given)
+                tensors = build_tensors(self.header, storages, place.prebuilt)
                 obj = rebuilder.build(tensors, storages, place.unreliable(storages))
             place.check(obj)
             return revise(obj, place.names, place.revision) if place.revises else obj
@@ -371,7 +371,7 @@ class IncomingMessage:
                 yield from self.end()
 
     def chunk(
-        self, payload: IncomingPayload, progress: Progress | None, *, meanwhile: Task | None = None
+        self, payload: IncomingPayload, progress: Progress | None, *, background: Task | None = None
     ) -> Generator[Request, Any, Task | None]:
         """Receive the next chunk; returns what moves it on."""
         started = yield from self._until(ChunkStarted)
@@ -386,7 +386,7 @@ class IncomingMessage:
         buffers, move = found
         # It would keep the memory of its buffers alive.
         del found
-        arrived = yield from self._until(ChunkReceived, answer=buffers, meanwhile=meanwhile)
+        arrived = yield from self._until(ChunkReceived, answer=buffers, background=background)
         self.chunks_left -= 1
         if progress:
             progress(arrived.offset + arrived.length, self.layout.total)
@@ -400,7 +400,7 @@ class IncomingMessage:
             raise AssertionError("a step after the end")
 
     def _until(
-        self, kind: type[Event], *, answer: Any = None, meanwhile: Task | None = None
+        self, kind: type[Event], *, answer: Any = None, background: Task | None = None
     ) -> Generator[Request, Any, Event]:
         """Pass the parser's requests on to the driver until it has this kind of event."""
         while True:
@@ -410,7 +410,7 @@ class IncomingMessage:
                 case ReadBytes() | Work():
                     answer = yield step
                 case FillBuffers(buffers):
-                    answer = yield Fill(buffers, meanwhile=meanwhile)
+                    answer = yield Fill(buffers, background=background)
                 case HeaderReceived():
                     yield step
                 case MessageEnded():

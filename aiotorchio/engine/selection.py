@@ -10,14 +10,14 @@ import torch
 
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.engine.steps import Progress
-from aiotorchio.graph.data_free import Unwritten
+from aiotorchio.graph.data_free import DataFree
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.modules import ModuleDestination
 from aiotorchio.graph.select import Select, selected
-from aiotorchio.graph.targets import destinations_of
+from aiotorchio.graph.targets import target_tensors
 from aiotorchio.memory.atomic import BackMemory
 
-__all__ = ["DoubleBuffer", "Into", "TensorOptions", "Wanted"]
+__all__ = ["DoubleBuffer", "Into", "Selection", "TensorOptions"]
 
 
 class DoubleBuffer:
@@ -50,7 +50,7 @@ class DoubleBuffer:
     """
 
     def __init__(self, destination: Mapping[str, Any] | torch.nn.Module) -> None:
-        destinations_of(destination)
+        target_tensors(destination)
         self.destination = destination
         self._memory = BackMemory()
 
@@ -67,7 +67,7 @@ class TensorOptions:
     map_location: MapLocation
     select: Select | None
     progress: Progress | None
-    unwritten: Unwritten | None
+    data_free: DataFree | None
     safe_globals: Sequence[Any] = ()
 
 
@@ -99,18 +99,18 @@ class Into:
             for name in module.others:
                 yield module.prefix + name
 
-    def parts(self, names: Iterable[str], wanted: Container[str]) -> Iterator[str]:
+    def parts(self, names: Iterable[str], selection: Container[str]) -> Iterator[str]:
         """Those of the names that are in entries which are wanted: extra state is given whole."""
         modules = [module for module in self.modules if module.others]
         for name in interruptible(names) if modules else ():
             for module in modules:
                 if name.startswith(module.prefix):
                     entry = module.entry(name.removeprefix(module.prefix))
-                    if entry is not None and module.prefix + entry in wanted:
+                    if entry is not None and module.prefix + entry in selection:
                         yield name
 
 
-class Wanted:
+class Selection:
     """Which names count.
 
     Args:

@@ -18,8 +18,8 @@ from aiotorchio.graph.flatten import Flattened
 from aiotorchio.graph.modules import has_memory
 from aiotorchio.memory.device_copy import Copier, DeviceCopier, Here
 from aiotorchio.memory.outgoing import OutgoingPayload
-from aiotorchio.memory.snapshot import Snapshot
-from aiotorchio.memory.streamed import ProducedPayload
+from aiotorchio.memory.snapshot import SnapshotPayload
+from aiotorchio.memory.streamed import StreamedPayload
 from aiotorchio.streams.base import Buffer
 from aiotorchio.table.names import TensorSpec
 from aiotorchio.table.versions import Versions
@@ -27,7 +27,7 @@ from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.header import Header, Layout
 from aiotorchio.wire.parser import MessageEnded
 
-__all__ = ["Prepared", "Summary", "prepare", "send_message", "send_produced"]
+__all__ = ["Prepared", "Summary", "prepare", "send_message", "send_streamed"]
 
 _CHANGED = "while it was sent: pass snapshot=True to send the state as it is when the call is made"
 
@@ -71,7 +71,7 @@ class Prepared:
 
     flattened: Flattened
     layout: Layout
-    payload: OutgoingPayload | Snapshot
+    payload: OutgoingPayload | SnapshotPayload
     watched: bool
 
 
@@ -105,7 +105,7 @@ def prepare(
     if not snapshot:
         return Prepared(flattened, layout, payload, watched=True)
     chunks = map(layout.chunk, range(layout.chunks))
-    copies = Snapshot(payload, chunks, layout.chunk_size, copier)
+    copies = SnapshotPayload(payload, chunks, layout.chunk_size, copier)
     flattened.versions.check(
         "while the snapshot was taken: no other thread may change it meanwhile"
     )
@@ -149,7 +149,7 @@ def send_message(
     begun = False
     layout, payload = ready.layout, ready.payload
     # The look at the version counters takes 0.2 us a tensor.
-    few = len(ready.flattened.header.tensors) <= INLINE_ROWS
+    small = len(ready.flattened.header.tensors) <= INLINE_ROWS
 
     def compose(index: int) -> list[Buffer]:
         with real_tensors():
@@ -164,15 +164,15 @@ def send_message(
 
     def send_end(unsent: list[Buffer]) -> Generator[Request, Any, int]:
         nonlocal begun
-        buffers = unsent + (yield from work(compose_end, inline=few))
+        buffers = unsent + (yield from work(compose_end, inline=small))
         begun = True
         yield Send(buffers)
         return _size(buffers)
 
     frame: list[Buffer] = []
-    away = payload.has_staged or payload.has_packed or payload.small > INLINE_ROWS
+    in_thread = payload.has_device_copies or payload.has_gathered or payload.small > INLINE_ROWS
     if layout.chunks:
-        frame = yield from work(functools.partial(compose, 0), inline=not away)
+        frame = yield from work(functools.partial(compose, 0), inline=not in_thread)
     nbytes, ended = 0, False
     try:
         for index in range(layout.chunks):
@@ -180,13 +180,15 @@ def send_message(
             last = index == layout.chunks - 1
             if last and not payload.borrows:
                 # Nobody can change these bytes any more: the end may go with them.
-                buffers += yield from work(compose_end, inline=few)
+                buffers += yield from work(compose_end, inline=small)
                 ended = True
             upcoming = None if last else functools.partial(compose, index + 1)
             begun = True
             # What takes its time is composed while the chunk before it is on the wire.
             frame = yield Send(
-                buffers, meanwhile=upcoming if away else None, passing=payload.has_staged
+                buffers,
+                background=upcoming if in_thread else None,
+                transient=payload.has_device_copies,
             )
             nbytes += _size(buffers)
             if last and not ended:
@@ -194,7 +196,7 @@ def send_message(
                 ended = True
             if progress:
                 progress(sum(layout.chunk(index)), layout.total)
-            if upcoming and not away:
+            if upcoming and not in_thread:
                 frame = upcoming()
         if not ended:
             nbytes += yield from send_end(unsent)
@@ -236,13 +238,13 @@ def _size(buffers: Sequence[Buffer]) -> int:
     return sum(map(len, buffers))
 
 
-def send_produced(
+def send_streamed(
     pairs: AsyncIterator[tuple[str, torch.Tensor]] | Iterator[tuple[str, torch.Tensor]],
     flatten: Callable[[], Flattened],
     *,
     checksum: bool,
     progress: Progress | None = None,
-    produced: Callable[..., ProducedPayload] = ProducedPayload,
+    streamed: Callable[..., StreamedPayload] = StreamedPayload,
 ) -> Generator[Request, Any, Summary]:
     """Likewise for tensors that come from an iterator, of which no more than one is held.
 
@@ -251,7 +253,7 @@ def send_produced(
         flatten: Gives the header and the skeleton; there are no storages yet.
         checksum: Whether chunks carry a digest.
         progress: Called with bytes done and bytes in total, after each chunk.
-        produced: In place of the default payload, for tests.
+        streamed: In place of the default payload, for tests.
 
     Yields:
         What it waits for.
@@ -264,10 +266,11 @@ def send_produced(
     header = flattened.header
     layout = Layout(header)
     composer = Composer(header, layout, checksum=checksum)
-    payload = produced(layout.offsets, layout.nbytes, layout.chunk_size, copier=copier)
+    payload = streamed(layout.offsets, layout.nbytes, layout.chunk_size, copier=copier)
     # Half a millisecond for a hundred.
-    tensors: _Produced = yield from work(
-        functools.partial(_Produced, pairs, header), inline=len(header.tensors) <= INLINE_ROWS
+    tensors: _StreamedTensors = yield from work(
+        functools.partial(_StreamedTensors, pairs, header),
+        inline=len(header.tensors) <= INLINE_ROWS,
     )
     # At once: the receiver can prepare while the first tensor is made.
     opening = composer.opening(flattened.skeleton)
@@ -278,7 +281,7 @@ def send_produced(
             start, length = layout.chunk(index)
             frame = composer.chunk((yield from tensors.fill(payload.chunk(start, length))))
             nbytes += _size(frame)
-            yield Send(frame, passing=True)
+            yield Send(frame, transient=True)
             # Its tensor must be free before the next one is made.
             del frame
             if progress:
@@ -294,7 +297,7 @@ def send_produced(
     return _summary(flattened, layout, composer, nbytes + _size(end))
 
 
-class _Produced:
+class _StreamedTensors:
     """Takes tensors from an iterator, and compares them with what was announced."""
 
     def __init__(self, pairs: Any, header: Header) -> None:

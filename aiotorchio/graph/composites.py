@@ -5,7 +5,7 @@ each is made of, and the tensors themselves, each as soon as its storages are th
 
 The weights-only unpickler runs over the skeleton once, as in a load, but every function that makes
 a tensor, and everything that the caller trusts, has a stand-in that only notes the call. A noted
-call is carried out by the same unpickler and the same allowlist (``pickled.carry_out``), when all
+call is carried out by the same unpickler and the same allowlist (``pickled.replay``), when all
 that it needs has arrived. So nothing runs here that a load would not run, and nothing is built of a
 tensor that is not wanted.
 """
@@ -24,16 +24,16 @@ from aiotorchio.codecs.pickled.recorded_calls import (
     CONTAINERS,
     DICTS,
     Call,
+    Proxy,
     Reference,
     Seals,
-    StandIn,
     calls_in,
     origin_of,
     parts_of,
-    stand_ins,
+    proxies,
 )
 from aiotorchio.codecs.pickled.safe_builtins import check_hashes
-from aiotorchio.common.gc_pause import collection_paused
+from aiotorchio.common.gc_pause import gc_paused
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, MismatchError
 from aiotorchio.wire.header import TensorRow, shortened
@@ -89,11 +89,11 @@ class Composites:
 
         # Nothing of the caller's runs: its code has stand-ins.
         seals = Seals()
-        with collection_paused():
+        with gc_paused():
             obj = pickle_codec.load_with(
                 skeleton,
                 refer,
-                allowed=stand_ins(allowlist, seals),
+                allowed=proxies(allowlist, seals),
                 allowlist=allowlist,
                 encoding=encoding,
                 depth_limit=depth_limit,
@@ -152,19 +152,19 @@ class Composites:
             return issubclass(function, torch.Tensor)
         return self._allowlist.makes_tensors(function)
 
-    def choose(self, wanted: Iterable[str]) -> None:
+    def choose(self, selection: Iterable[str]) -> None:
         """Prepare for those of these names, once; all else is not made, and forgotten here.
 
         Raises:
             MismatchError: A tensor that is made of itself.
             LimitExceeded: Nested deeper than Python can follow.
         """
-        with collection_paused():
-            self._choose(wanted)
+        with gc_paused():
+            self._choose(selection)
 
-    def _choose(self, wanted: Iterable[str]) -> None:
+    def _choose(self, selection: Iterable[str]) -> None:
         names: dict[int, tuple[Any, list[str]]] = {}
-        for name in interruptible(wanted):
+        for name in interruptible(selection):
             call = self.names[name]
             names.setdefault(id(call), (call, []))[1].append(name)
         for call, called in interruptible(names.values(), 100):
@@ -196,7 +196,7 @@ class Composites:
 
     def _survey(self, value: Any) -> int | None:
         """Count who needs what below a value, once, and return the last storage that it needs."""
-        if isinstance(value, StandIn):
+        if isinstance(value, Proxy):
             return -1
         key = id(value)
         if key in self._last:
@@ -218,7 +218,7 @@ class Composites:
         for part in interruptible(parts_of(value)):
             needed = self._survey(part)
             if needed is not None:
-                if not isinstance(part, StandIn):
+                if not isinstance(part, Proxy):
                     self._uses[id(part)] += 1
                 last = needed if last is None else max(last, needed)
         self._open.discard(key)
@@ -264,7 +264,7 @@ class Composites:
                 yield name, tensor
 
     def _make(self, value: Any, tensor_of: Callable[..., torch.Tensor]) -> Any:
-        if isinstance(value, StandIn):
+        if isinstance(value, Proxy):
             return value.held[0]
         key = id(value)
         if self._last.get(key) is None:
@@ -284,7 +284,7 @@ class Composites:
         parts = (self._make(part, tensor_of) for part in interruptible(parts_of(value)))
         if isinstance(value, Call):
             args, *state = parts
-            return pickle_codec.carry_out(
+            return pickle_codec.replay(
                 value.function,
                 args,
                 state,

@@ -15,11 +15,11 @@ import torch
 
 from aiotorchio.common.torch_private import active_fake_mode, fake_storage, skipped_data
 
-__all__ = ["Unwritten", "unwritten"]
+__all__ = ["DataFree", "data_free"]
 
 
 @dataclass(frozen=True, slots=True)
-class Unwritten:
+class DataFree:
     """What takes the place of storages that are not received.
 
     Attributes:
@@ -39,9 +39,9 @@ class Unwritten:
         return contextlib.nullcontext() if self.fake_mode is None else self.fake_mode
 
 
-def unwritten() -> Unwritten | None:
+def data_free() -> DataFree | None:
     """What this thread has asked for; None: tensors with their numbers."""
     mode = active_fake_mode()
     if mode is None and skipped_data() is None:
         return None
-    return Unwritten(mode)
+    return DataFree(mode)

@@ -12,7 +12,7 @@ from aiotorchio.common.torch_private import known_location, untyped_storage_of
 from aiotorchio.errors import InvalidObjectError, LimitExceeded
 from aiotorchio.wire.header import META_LOCATION, Header
 
-__all__ = ["Destinations", "MapLocation"]
+__all__ = ["DeviceMap", "MapLocation"]
 
 MapLocation = (
     torch.device
@@ -42,7 +42,7 @@ class _Destination:
     restore: Callable[[torch.UntypedStorage], torch.UntypedStorage] | None = None
 
 
-class Destinations:
+class DeviceMap:
     """Where each storage of a message goes.
 
     To be made in the caller's thread: there, ``"cuda"`` is the device that is current.

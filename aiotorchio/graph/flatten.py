@@ -25,7 +25,7 @@ from aiotorchio.table.versions import Versions
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import META_LOCATION, Codec, Header
 
-__all__ = ["Flattened", "announce", "flatten", "is_small"]
+__all__ = ["Flattened", "flatten", "flatten_specs", "is_small"]
 
 # Taking an object apart takes about 4 us for each thing in it.
 _SMALL_COUNT = 200
@@ -148,7 +148,7 @@ def flatten(
     return Flattened(header, skeleton, table.sources, parts, left_out, whole, versions)
 
 
-def announce(
+def flatten_specs(
     specs: Mapping[str, TensorSpec], *, chunk_size: int, metadata: Mapping[str, str], producer: str
 ) -> Flattened:
     """The header and the skeleton of a dict of tensors that are not made yet.

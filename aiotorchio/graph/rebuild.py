@@ -12,10 +12,10 @@ from aiotorchio.codecs.pickled import codec as pickle_codec
 from aiotorchio.codecs.pickled.allowlist import Allowlist
 from aiotorchio.codecs.pickled.opcodes import globals_of
 from aiotorchio.codecs.pickled.reduced import without_class
-from aiotorchio.codecs.pickled.scan import prescan
+from aiotorchio.codecs.pickled.scan import scan_pickle
 from aiotorchio.codecs.tree import codec as tree_codec
 from aiotorchio.codecs.tree.chunked_decode import AT_ONCE_NBYTES, drop
-from aiotorchio.common.gc_pause import collection_paused
+from aiotorchio.common.gc_pause import gc_paused
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.torch_private import (
     Blanks,
@@ -67,7 +67,7 @@ def build_tensors(
     tensors = []
     given = given or {}
     blanks: Blanks = {}
-    with collection_paused():
+    with gc_paused():
         for index, row in interruptible(enumerate(header.tensors)):
             tensor = given.get(index)
             if tensor is None:
@@ -213,7 +213,7 @@ class Rebuilder:
                 look=look,
             )
         elif self._weights_only:
-            self._given_state = prescan(
+            self._given_state = scan_pickle(
                 self._skeleton,
                 self._allowlist.globals,
                 self._allowlist.stateful,

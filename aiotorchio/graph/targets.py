@@ -20,13 +20,13 @@ from aiotorchio.table.names import count_unnamed, rows_by_name, walk
 from aiotorchio.table.torch_dtypes import torch_dtype
 from aiotorchio.wire.header import CONJUGATE, META_LOCATION, NEGATIVE, Header, shortened
 
-__all__ = ["Known", "Match", "destinations_of", "examined", "match"]
+__all__ = ["Known", "Match", "examined", "match", "target_tensors"]
 
 # Of each kind of misfit, as many as a person reads.
 _SHOWN = 20
 
 
-def destinations_of(into: Any) -> dict[str, torch.Tensor]:
+def target_tensors(into: Any) -> dict[str, torch.Tensor]:
     """The tensors of a destination that are received into, by name; see ``examined``."""
     return examined(into)[0]
 
@@ -86,8 +86,8 @@ def match(
     destinations: Mapping[str, torch.Tensor],
     modules: Sequence[ModuleDestination] = (),
     *,
-    wanted: Container[str],
-    all_wanted: bool,
+    selection: Container[str],
+    all_selected: bool,
     strict: bool,
     cast: bool,
 ) -> Match:
@@ -98,8 +98,8 @@ def match(
         destinations: By name.
         modules: Which may have more to do with the message than those of their tensors that are
             among the destinations.
-        wanted: Whether a name counts, at either side.
-        all_wanted: Whether tensors without a name count, too.
+        selection: Whether a name counts, at either side.
+        all_selected: Whether tensors without a name count, too.
         strict: Whether both sides must have the same names.
         cast: Whether a destination may have another dtype, as far as ``torch.can_cast`` allows.
 
@@ -110,21 +110,21 @@ def match(
     found = {
         name: tensor
         for name, tensor in interruptible(destinations.items())
-        if name in names and name in wanted
+        if name in names and name in selection
     }
     reasons = {
         name: _misfit(header, names[name], tensor, cast=cast)
         for name, tensor in interruptible(found.items(), 100)
     }
     misfits = {name: reason for name, reason in reasons.items() if reason is not None}
-    misfits |= _refusals(header, names, modules, wanted)
+    misfits |= _refusals(header, names, modules, selection)
     fitting = {name: each for name, each in found.items() if name not in misfits}
     sharing = shared(header, names, fitting)
     misfits |= sharing.misfits
     missing, unexpected, unnamed, compared = [], [], 0, False
     filled: set[str] = set()
     if strict:
-        missing = [name for name in destinations if name in wanted and name not in names]
+        missing = [name for name in destinations if name in selection and name not in names]
         if missing:
             others = {
                 name: destinations[name] for name in missing if _has_places(destinations[name])
@@ -142,7 +142,7 @@ def match(
         unexpected = [
             name
             for name in interruptible(names)
-            if name in wanted and name not in destinations and not known.takes(name)
+            if name in selection and name not in destinations and not known.takes(name)
         ]
         misfits |= known.refused
         unnamed = count_unnamed(header)
@@ -150,7 +150,7 @@ def match(
         compared = any(module.others for module in modules) or any(
             name not in names and is_copied_whole(tensor) for name, tensor in destinations.items()
         )
-    refused = unnamed and all_wanted and not compared
+    refused = unnamed and all_selected and not compared
     if misfits or missing or unexpected or refused:
         # It may be among those that have no name.
         absent = "no tensor of this name" if unnamed else "not in the message"
@@ -229,14 +229,14 @@ def _refusals(
     header: Header,
     names: Mapping[str, int],
     modules: Iterable[ModuleDestination],
-    wanted: Container[str],
+    selection: Container[str],
 ) -> dict[str, str]:
     """Entries of state dicts that are there on both sides, and that nobody would load."""
     refused = {}
     for module in modules:
         for entry in module.others:
             name = module.prefix + entry
-            if name not in wanted or name not in names:
+            if name not in selection or name not in names:
                 continue
             reason = module.refusal(entry)
             if reason is None:

@@ -1,9 +1,9 @@
 """All or nothing: what arrives waits in memory of its own until it is whole.
 
 ``Exchange`` makes that memory for one message, and exchanges its bytes with those of the
-destinations, which stay where they are. ``Swap`` takes memory that is kept from message to message
-(``BackMemory``), and exchanges the memory itself: nothing is copied. Both have ``shadows``, which
-take the bytes until then: one for each destination, tied ones in common.
+destinations, which stay where they are. ``BufferSwap`` takes memory that is kept from message to
+message (``BackMemory``), and exchanges the memory itself: nothing is copied. Both have ``shadows``,
+which take the bytes until then: one for each destination, tied ones in common.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.common.strides import boxes, order_of
 from aiotorchio.memory.device_copy import Copier, bytes_of
 from aiotorchio.memory.host import first_byte
-from aiotorchio.memory.routes import CARRIERS, alias, copy_elements, memory_of, moved, place_of
+from aiotorchio.memory.routes import CARRIERS, alias, copy_elements, memory_of, moved, placement_of
 
-__all__ = ["BackMemory", "Exchange", "Swap", "note_change"]
+__all__ = ["BackMemory", "BufferSwap", "Exchange", "note_change"]
 
 # Bytes that are exchanged at a time.
 _STEP = 4 * 2**20
@@ -38,10 +38,10 @@ class _Places:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
-        self.each: list[Any] = [place_of(tensor) for tensor in tensors]
+        self.each: list[Any] = [placement_of(tensor) for tensor in tensors]
 
     def check(self) -> None:
-        if [place_of(tensor) for tensor in self._tensors] != self.each:
+        if [placement_of(tensor) for tensor in self._tensors] != self.each:
             raise moved()
 
 
@@ -53,7 +53,7 @@ class Exchange:
         copier: Moves bytes on the device of a tensor.
     """
 
-    prepares = quick = False
+    needs_prepare = is_instant = False
 
     def __init__(self, tensors: Sequence[torch.Tensor], copier: Copier) -> None:
         self._tensors = tensors
@@ -191,7 +191,7 @@ class BackMemory:
 
     def swap(
         self, tensors: Sequence[torch.Tensor], received: Sequence[torch.Tensor], copier: Copier
-    ) -> Swap:
+    ) -> BufferSwap:
         """Get the memory ready for the message that has claimed it.
 
         Args:
@@ -211,7 +211,7 @@ class BackMemory:
             front = storages[key]
             behind[key] = torch.UntypedStorage(front.nbytes(), device=front.device)
         self._behind = behind
-        return Swap(tensors, received, behind, self._note, copier)
+        return BufferSwap(tensors, received, behind, self._note, copier)
 
     def _note(self, moved: Iterable[tuple[torch.UntypedStorage, torch.UntypedStorage]]) -> None:
         """Note pairs of storages that are in front now, and behind."""
@@ -224,7 +224,7 @@ def _key(storage: torch.UntypedStorage) -> object:
     return storage.device, storage.data_ptr(), storage.nbytes()
 
 
-class Swap:
+class BufferSwap:
     """Lets tensors show other memory: takes microseconds a tensor, whatever its size.
 
     What is in a storage beside the tensors that are received is copied: all tensors over it move.
@@ -237,7 +237,7 @@ class Swap:
         copier: Moves bytes on the device of a tensor.
     """
 
-    quick = True
+    is_instant = True
 
     def __init__(
         self,
@@ -276,7 +276,7 @@ class Swap:
             for key, front in fronts.items()
             for start, end in _gaps(covered[key], front.nbytes())
         ]
-        self.prepares = bool(self._rest or self._scattered)
+        self.needs_prepare = bool(self._rest or self._scattered)
         self._note, self._copier = note, copier
         self._changing = False
 

@@ -8,10 +8,10 @@ from aiotorchio.common.strides import Part, boxes
 from aiotorchio.memory.device_copy import Copier
 from aiotorchio.memory.routes import CARRIERS, alias
 
-__all__ = ["Packed"]
+__all__ = ["Gathered"]
 
 
-class Packed:
+class Gathered:
     """Copies ranges of such bytes out of a storage.
 
     Args:

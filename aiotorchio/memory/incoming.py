@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from aiotorchio.common.gc_pause import collection_paused
+from aiotorchio.common.gc_pause import gc_paused
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.memory.device_copy import Copier, DeviceCopier, Slabs, bytes_of
 from aiotorchio.memory.host import HUGE_PAGE, copy_small, scratch, use_huge_pages, view_of
 from aiotorchio.memory.outgoing import (
     SMALL_STORAGE,
-    NeedsStaging,
-    needs_staging,
+    NeedsDeviceCopy,
+    needs_device_copy,
 )
 from aiotorchio.memory.routes import Route
 
@@ -78,7 +78,7 @@ class IncomingPayload:
         routes: Iterable[Route] = (),
         *,
         copier: Copier | None = None,
-        staged: NeedsStaging = needs_staging,
+        staged: NeedsDeviceCopy = needs_device_copy,
     ) -> None:
         self._offsets, self._nbytes, self._sizes = offsets, nbytes, sizes
         self._devices = devices
@@ -125,7 +125,7 @@ class IncomingPayload:
         for route in interruptible(ordered):
             large = route.end - route.start >= SMALL_STORAGE
             on_host = not self._needs_staging(route.device)
-            if route.plain and large and on_host and id(route) not in shared:
+            if route.is_contiguous and large and on_host and id(route) not in shared:
                 straight.append(route)
             else:
                 others.append(route)
@@ -312,7 +312,7 @@ class IncomingPayload:
 
     def storages(self) -> list[torch.UntypedStorage | None]:
         """The storage of each row, when all chunks have arrived; None where there is none."""
-        with collection_paused():
+        with gc_paused():
             return [self.storage(row) for row in interruptible(range(len(self._offsets)))]
 
     def storage(self, row: int) -> torch.UntypedStorage | None:
@@ -329,7 +329,7 @@ class IncomingPayload:
         # A storage of its own that shares the memory of the arena.
         return _slice_of(whole, slice(at, at + self._nbytes[row]))
 
-    def let_go(self, row: int) -> None:
+    def release(self, row: int) -> None:
         """Forget the storage of a row, and those before it, which are with the caller now."""
         region = self._region_of[row]
         if region is not None and row == region.rows[-1]:

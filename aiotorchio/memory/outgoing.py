@@ -10,10 +10,10 @@ import torch
 
 from aiotorchio.common.strides import Part
 from aiotorchio.memory.device_copy import Copier, DeviceCopier, Here, OnDevice, Slabs, bytes_of
-from aiotorchio.memory.gather import Packed
+from aiotorchio.memory.gather import Gathered
 from aiotorchio.memory.host import copy_small, view_of
 
-__all__ = ["SMALL_STORAGE", "NeedsStaging", "OutgoingPayload", "needs_staging"]
+__all__ = ["SMALL_STORAGE", "NeedsDeviceCopy", "OutgoingPayload", "needs_device_copy"]
 
 # Storages below this size are sent and received together. Each on its own would cost a view
 # (12 us, most of it garbage collection), a place in the system call and a call of the hash:
@@ -23,10 +23,10 @@ SMALL_STORAGE = 64 * 2**10
 # Up to 63 bytes align a storage, and up to 15 more the first part of one.
 _PADDING = memoryview(bytes(128))
 
-NeedsStaging = Callable[[torch.device], bool]
+NeedsDeviceCopy = Callable[[torch.device], bool]
 
 
-def needs_staging(device: torch.device) -> bool:
+def needs_device_copy(device: torch.device) -> bool:
     """Whether memory of this device is out of reach for sockets."""
     return device.type != "cpu"
 
@@ -60,7 +60,7 @@ class OutgoingPayload:
         *,
         parts: Mapping[int, Sequence[Part]] | None = None,
         copier: Copier | None = None,
-        staged: NeedsStaging = needs_staging,
+        staged: NeedsDeviceCopy = needs_device_copy,
     ) -> None:
         # What is sent as a piece: a storage with bytes (empty ones share their offset with the
         # next one), or a part of one.
@@ -69,7 +69,7 @@ class OutgoingPayload:
         self._storages: list[torch.UntypedStorage] = []
         self._sizes: list[int] = []  # of the storages
         self._firsts: list[int] = []  # bytes of the storages before the pieces
-        self._packed: dict[int, Packed] = {}
+        self._packed: dict[int, Gathered] = {}
         for row, size in enumerate(nbytes):
             if not size:
                 continue
@@ -77,7 +77,7 @@ class OutgoingPayload:
             if parts and row in parts:
                 for part in parts[row]:
                     if not part.dense:
-                        self._packed[len(self._starts)] = Packed(storage, part)
+                        self._packed[len(self._starts)] = Gathered(storage, part)
                     self._add(storage, storage.nbytes(), offsets[row] + part.at, part.nbytes)
                     self._firsts.append(part.start)
             else:
@@ -92,12 +92,14 @@ class OutgoingPayload:
         ]
         for n in self._packed:
             self._small[n] = False
-        self.has_staged = any(self._staged)
-        self.has_packed = bool(self._packed)
+        self.has_device_copies = any(self._staged)
+        self.has_gathered = bool(self._packed)
         self.small = sum(self._small)
         self.borrows = False
         # Without a device there is nothing but views to stage.
-        self._slabs = Slabs(chunk_size, copier or DeviceCopier()) if self.has_staged else None
+        self._slabs = (
+            Slabs(chunk_size, copier or DeviceCopier()) if self.has_device_copies else None
+        )
 
     def _add(self, storage: torch.UntypedStorage, size: int, start: int, nbytes: int) -> None:
         self._storages.append(storage)

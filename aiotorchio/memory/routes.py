@@ -24,7 +24,7 @@ __all__ = [
     "copy_elements",
     "memory_of",
     "moved",
-    "place_of",
+    "placement_of",
     "same_elements",
 ]
 
@@ -63,7 +63,7 @@ def alias(
         return tensor.set_(storage, offset, shape, stride)
 
 
-def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+def placement_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """All that must stay the same while others write to the memory of a tensor."""
     storage = tensor.untyped_storage()
     memory = (storage.data_ptr(), storage.nbytes(), tensor.storage_offset())
@@ -113,7 +113,7 @@ class Route:
         "_tensor",
         "_view",
         "end",
-        "plain",
+        "is_contiguous",
         "start",
     )
 
@@ -131,10 +131,10 @@ class Route:
         self.start = storage_start + first_byte(source)
         self.end = self.start + order.extent * self._itemsize
         self._tensor = tensor
-        self._place = place_of(tensor)
+        self._place = placement_of(tensor)
         self._storage = tensor.untyped_storage()
         same_numbers = source.dtype == tensor.dtype and not source.is_conj() and not source.is_neg()
-        self.plain = (
+        self.is_contiguous = (
             same_numbers
             and not by_elements
             and order.dense
@@ -143,7 +143,7 @@ class Route:
         self._first_byte = first_byte(tensor)
         self._view: memoryview | None = None
         self._bytes: torch.Tensor | None = None
-        if self.plain:
+        if self.is_contiguous:
             return
         carrier = CARRIERS[self._itemsize]
         self._source_dtype = carrier if same_numbers else source.dtype
@@ -176,7 +176,7 @@ class Route:
         Raises:
             MismatchError: It has another shape, dtype or memory.
         """
-        if place_of(self._tensor) != self._place:
+        if placement_of(self._tensor) != self._place:
             raise moved()
 
     def view(self, start: int, end: int) -> memoryview:
@@ -196,7 +196,7 @@ class Route:
         """
         start = max(self.start, slab_start)
         end = min(self.end, slab_start + len(slab))
-        if not self.plain:
+        if not self.is_contiguous:
             self._take_elements(slab, slab_start, start, end, copier)
         elif copier is None:
             # Two slices and a copy_() would take ten times as long for a tensor of 4 KiB.

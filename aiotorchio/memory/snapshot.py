@@ -16,14 +16,14 @@ import torch
 from aiotorchio.memory.device_copy import Copier, Here, OnDevice, Slabs
 from aiotorchio.memory.outgoing import OutgoingPayload
 
-__all__ = ["Snapshot"]
+__all__ = ["SnapshotPayload"]
 
 # malloc would keep chunks that were freed; these go back to the system. (MAP_POPULATE would take a
 # third less time, and hold the interpreter's lock for all of it.)
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
-class Snapshot:
+class SnapshotPayload:
     """Chunks of a payload, each to be taken once, in order.
 
     Args:
@@ -39,7 +39,7 @@ class Snapshot:
         borrows: Never: nobody changes what is sent.
     """
 
-    borrows = has_packed = False
+    borrows = has_gathered = False
     small = 0
 
     def __init__(
@@ -49,7 +49,7 @@ class Snapshot:
         chunk_size: int,
         copier: Callable[[], Copier],
     ) -> None:
-        self.has_staged = payload.has_staged
+        self.has_device_copies = payload.has_device_copies
         self._chunks = deque(_copied(list(payload.pieces(*chunk))) for chunk in chunks)
         self._slabs = Slabs(chunk_size, copier())
 

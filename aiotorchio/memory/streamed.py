@@ -8,13 +8,13 @@ import torch
 
 from aiotorchio.memory.device_copy import Copier, Slabs
 from aiotorchio.memory.host import first_byte, view_of
-from aiotorchio.memory.outgoing import NeedsStaging, needs_staging
+from aiotorchio.memory.outgoing import NeedsDeviceCopy, needs_device_copy
 from aiotorchio.memory.routes import alias
 
-__all__ = ["ProducedPayload"]
+__all__ = ["StreamedPayload"]
 
 
-class ProducedPayload:
+class StreamedPayload:
     """Chunks of tensors that come one by one, of which no more than one is held.
 
     Args:
@@ -32,7 +32,7 @@ class ProducedPayload:
         chunk_size: int,
         *,
         copier: Copier,
-        staged: NeedsStaging = needs_staging,
+        staged: NeedsDeviceCopy = needs_device_copy,
     ) -> None:
         self._offsets, self._nbytes = offsets, nbytes
         self._row = 0

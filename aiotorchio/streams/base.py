@@ -14,12 +14,12 @@ from http.client import IncompleteRead
 import anyio
 
 from aiotorchio.errors import TransferTimeout, TruncatedError
-from aiotorchio.streams.deadlines import Pace
+from aiotorchio.streams.deadlines import Deadline
 
 __all__ = [
     "Buffer",
     "Cursor",
-    "Driver",
+    "Endpoint",
     "Sink",
     "Source",
     "asyncio_loop",
@@ -37,7 +37,7 @@ PIECE_SIZE, _PIECE_SIZE_MIN = 256 * 2**10, 4096
 _BUFFERS_MAX = 1024
 
 
-class Driver:
+class Endpoint:
     """What sources and sinks have in common.
 
     Attributes:
@@ -50,12 +50,12 @@ class Driver:
 
     in_message = False
     failure: Exception | None = None
-    pace: Pace | None = None
+    deadline: Deadline | None = None
 
     @property
     def piece_size(self) -> int:
         """Bytes to hand over in one go: whoever is just fast enough must be seen to take them."""
-        most = PIECE_SIZE if self.pace is None else min(self.pace.least_nbytes, PIECE_SIZE)
+        most = PIECE_SIZE if self.deadline is None else min(self.deadline.least_nbytes, PIECE_SIZE)
         return max(int(most), _PIECE_SIZE_MIN)
 
     def moved(self, count: int) -> None:
@@ -63,11 +63,11 @@ class Driver:
         if not count:
             return
         self.in_message = True
-        if self.pace is not None:
-            self.pace.moved(count)
+        if self.deadline is not None:
+            self.deadline.moved(count)
 
 
-class Source(Driver, ABC):
+class Source(Endpoint, ABC):
     """Takes bytes off a stream: exactly those that are asked for, none beyond."""
 
     async def read(self, size: int) -> bytes:
@@ -99,7 +99,7 @@ class Source(Driver, ABC):
         """Give the stream back to its owner, who may use it again."""
 
 
-class Sink(Driver, ABC):
+class Sink(Endpoint, ABC):
     """Puts bytes on a stream."""
 
     async def send(self, buffers: Sequence[Buffer]) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from aiotorchio.errors import AiotorchioError
-from aiotorchio.streams.base import PIECE_SIZE, Buffer, Driver, coalesce, connection_errors
+from aiotorchio.streams.base import PIECE_SIZE, Buffer, Endpoint, coalesce, connection_errors
 
 __all__ = ["BlockingStream"]
 
 
-class BlockingStream(Driver):
+class BlockingStream(Endpoint):
     """Reads and writes a blocking file.
 
     Of the time that it takes, only what has passed is known: nothing interrupts a file.
@@ -81,8 +81,8 @@ class BlockingStream(Driver):
         if self._seekable:
             return
         super().moved(count)
-        if self.pace is not None and self.pace.left() <= 0:
-            raise self.pace.error()
+        if self.deadline is not None and self.deadline.left() <= 0:
+            raise self.deadline.error()
 
     def abort(self) -> None:
         """Break a connection, so that the peer does not wait for the rest."""

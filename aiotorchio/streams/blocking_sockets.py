@@ -78,9 +78,9 @@ class _BlockingSocket(BlockingStream):
         """Call with seconds to wait for, again and again while it has nothing to return yet."""
         end = math.inf if self._timeout is None else time.monotonic() + self._timeout
         while True:
-            patience = math.inf if self.pace is None else self.pace.left()
-            if self.pace is not None and patience <= 0:
-                raise self.pace.error()
+            patience = math.inf if self.deadline is None else self.deadline.left()
+            if self.deadline is not None and patience <= 0:
+                raise self.deadline.error()
             patience = min(patience, end - time.monotonic())
             if patience <= 0:
                 raise TimeoutError("timed out")

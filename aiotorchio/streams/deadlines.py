@@ -10,7 +10,7 @@ from anyio import CancelScope
 
 from aiotorchio.errors import TransferTimeout
 
-__all__ = ["CallAt", "Pace"]
+__all__ = ["CallAt", "Deadline"]
 
 CallAt = Callable[[float, Callable[[], None]], Any]
 
@@ -19,7 +19,7 @@ CallAt = Callable[[float, Callable[[], None]], Any]
 _FOREVER = 10**9
 
 
-class Pace:
+class Deadline:
     """The patience with the peer of one message, as ``Limits`` says it.
 
     Time passes between ``begin`` and ``end`` only: what the peer waits for is no fault of its own.

@@ -17,7 +17,7 @@ from aiotorchio.streams.identity import IdentityTable
 __all__ = ["exclusive"]
 
 Direction = Literal["save", "load"]
-Driver = TypeVar("Driver", Source, Sink, BlockingStream)
+Endpoint = TypeVar("Endpoint", Source, Sink, BlockingStream)
 
 
 class _Call:
@@ -49,8 +49,8 @@ def _state(stream: Any, direction: Direction) -> _State:
 
 @contextmanager
 def exclusive(
-    stream: Any, direction: Direction, open_driver: Callable[[Any], Driver]
-) -> Iterator[Driver]:
+    stream: Any, direction: Direction, open_driver: Callable[[Any], Endpoint]
+) -> Iterator[Endpoint]:
     """Use a stream for one message.
 
     Args:
@@ -94,8 +94,8 @@ def exclusive(
                     other = _state(stream, "load" if direction == "save" else "save")
                     other.poison = other.poison or f"a {direction} did: {why}"
             finally:
-                if driver.pace is not None:
-                    driver.pace.close()
+                if driver.deadline is not None:
+                    driver.deadline.close()
                 driver.release()
     finally:
         state.calls.remove(claim)

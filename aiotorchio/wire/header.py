@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from aiotorchio.common.gc_pause import collection_paused
+from aiotorchio.common.gc_pause import gc_paused
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, printable
 from aiotorchio.limits import Limits
@@ -162,7 +162,7 @@ def decode_header(data: bytes, limits: Limits, *, offset: int = 0) -> Header:
             offset=offset,
         )
     try:
-        with collection_paused():
+        with gc_paused():
             return Header(*_decoder(limits.entries).decode(data))
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         many = _TOO_MANY.match(str(error))

@@ -13,7 +13,7 @@ import torch
 
 import aiotorchio
 from aiotorchio.api.options import trusted
-from aiotorchio.codecs.pickled.scan import prescan
+from aiotorchio.codecs.pickled.scan import scan_pickle
 from aiotorchio.graph.flatten import Flattened, flatten
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.wire.header import validate
@@ -210,7 +210,7 @@ def test_pickles_of_honest_objects_pass_the_scan() -> None:
 
         options = corpus.LOAD_OPTIONS.get(name, {})
         allowed = Allowlist(trusted(options.get("safe_globals", ())), aiotorchio.Limits(), None)
-        prescan(
+        scan_pickle(
             parts.skeleton, allowed.globals, allowed.stateful, depth_limit=256, wide_keys=30_000
         )
         scanned += 1

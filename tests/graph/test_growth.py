@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiotorchio.codecs.tree import precheck
-from aiotorchio.codecs.tree.precheck import check_growth
-from aiotorchio.codecs.tree.size_estimate import EXTENSIONS, MAPS, measured
+from aiotorchio.codecs.tree.precheck import check_size
+from aiotorchio.codecs.tree.size_estimate import EXTENSIONS, MAPS, estimate_size
 from aiotorchio.errors import LimitExceeded, ProtocolError
 
 HEADS = [bytes([head]) for head in range(256)]
@@ -33,7 +33,7 @@ def has_maps(value: Any) -> bool:
 
 def passes(data: bytes) -> bool:
     try:
-        check_growth(data, 256)
+        check_size(data, 256)
     except ProtocolError:
         return False
     return True
@@ -46,7 +46,7 @@ def test_what_has_no_maps_passes_and_does_not_when_it_is_cut(value: Any) -> None
     # A cut between two values leaves whole ones: the decoder refuses what is missing.
     for size in range(1, len(data)):
         if passes(data[:size]):
-            assert measured(data[:size])[0] > 0
+            assert estimate_size(data[:size])[0] > 0
 
 
 @given(VALUES, st.data())
@@ -66,7 +66,7 @@ def test_whatever_passes_has_no_maps(value: Any, drawn: st.DataObject) -> None:
 def test_both_walks_refuse_the_same(parts: list[bytes]) -> None:
     data = b"".join(parts)
     try:
-        measured(data)
+        estimate_size(data)
     except ProtocolError:
         assert not passes(data)
     else:
@@ -78,20 +78,20 @@ def test_both_walks_refuse_the_same(parts: list[bytes]) -> None:
 @pytest.mark.parametrize("head", sorted(MAPS | EXTENSIONS))
 def test_maps_and_extensions_are_found_behind_anything(before: bytes, head: int) -> None:
     with pytest.raises(ProtocolError, match="a map or an extension"):
-        check_growth(before + bytes([head]) + bytes(32), 256)
+        check_size(before + bytes([head]) + bytes(32), 256)
 
 
 @pytest.mark.parametrize("head", sorted(MAPS | EXTENSIONS))
 @pytest.mark.parametrize("text", [b"\xbf%s", b"\xd9\x1f%s", b"\xda\x00\x1f%s", b"\xc4\x1f%s"])
 def test_bytes_of_texts_are_no_heads(text: bytes, head: int) -> None:
-    check_growth(text.replace(b"%s", bytes([head]) * 31) + b"\x01", 256)
+    check_size(text.replace(b"%s", bytes([head]) * 31) + b"\x01", 256)
 
 
 @given(VALUES)
 def test_arrays_are_counted_as_many_as_are_nested_or_more(value: Any) -> None:
     data = msgpack.packb(value)
     # Beside those of a tensor, which hold no other.
-    assert precheck._containers(data, 2**40)[0] + 1 >= measured(data)[1]
+    assert precheck._containers(data, 2**40)[0] + 1 >= estimate_size(data)[1]
 
 
 @pytest.mark.parametrize(
@@ -141,10 +141,10 @@ def test_the_quick_bound_of_memory_is_one(value: bytes) -> None:
     "head", [b"\x91", b"\x92\x00", b"\x92\x05", b"\xdc\x00\x01", b"\xdd\0\0\0\x01"]
 )
 def test_what_is_too_deep(head: bytes) -> None:
-    check_growth(head * 9 + b"\xc0", 4)
+    check_size(head * 9 + b"\xc0", 4)
     with pytest.raises(LimitExceeded, match="nested deeper than 4 levels"):
-        check_growth(head * 10 + b"\xc0", 4)
+        check_size(head * 10 + b"\xc0", 4)
 
 
 def test_many_arrays_beside_each_other_are_not_deep() -> None:
-    check_growth(msgpack.packb([[0, [1]]] * 1000), 4)
+    check_size(msgpack.packb([[0, [1]]] * 1000), 4)

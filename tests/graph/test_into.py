@@ -14,7 +14,7 @@ from torch import nn
 
 from aiotorchio import MismatchError, ProtocolError
 from aiotorchio.graph.modules import has_memory
-from aiotorchio.graph.targets import destinations_of, match
+from aiotorchio.graph.targets import match, target_tensors
 from aiotorchio.wire.header import Header
 from tests import corpus
 from tests.graph import forge
@@ -32,14 +32,14 @@ def matched(
     strict: bool = True,
     cast: bool = False,
 ) -> dict[str, torch.Tensor]:
-    destinations = destinations_of(into)
+    destinations = target_tensors(into)
     header = obj if isinstance(obj, Header) else header_of(obj)
     names = destinations.keys() | {name for row in header.tensors for name in row.names}
     return match(
         header,
         destinations,
-        wanted=names if wanted is None else wanted,
-        all_wanted=wanted is None,
+        selection=names if wanted is None else wanted,
+        all_selected=wanted is None,
         strict=strict,
         cast=cast,
     ).tensors
@@ -70,17 +70,17 @@ A, B, C = torch.zeros(1), torch.zeros(2), torch.zeros(3)
 
 @pytest.mark.parametrize("kind", [dict, OrderedDict, MappingProxyType, UserDict])
 def test_a_mapping(kind: Any) -> None:
-    assert_are(destinations_of(kind({"a": A, "b.c": B})), {"a": A, "b.c": B})
+    assert_are(target_tensors(kind({"a": A, "b.c": B})), {"a": A, "b.c": B})
 
 
 def test_a_nested_mapping() -> None:
     into = {"model": OrderedDict(w=A), "steps": [B, (C,)], "epoch": 3, 7: {"x": A}, "none": None}
     expected = {"model.w": A, "steps.0": B, "steps.1.0": C, "7.x": A}
-    assert_are(destinations_of(into), expected)
+    assert_are(target_tensors(into), expected)
 
 
 def test_an_object_that_is_a_tensor_has_the_empty_name() -> None:
-    assert_are(destinations_of({"": A}), {"": A})
+    assert_are(target_tensors({"": A}), {"": A})
 
 
 class Model(nn.Module):
@@ -104,8 +104,8 @@ def test_a_module() -> None:
         "tied.weight": model.encoder.weight,
         "none.weight": model.none.weight,
     }
-    assert_are(destinations_of(model), expected)  # type: ignore[arg-type]
-    assert isinstance(destinations_of(model)["encoder.weight"], nn.Parameter)
+    assert_are(target_tensors(model), expected)  # type: ignore[arg-type]
+    assert isinstance(target_tensors(model)["encoder.weight"], nn.Parameter)
 
 
 def test_a_module_in_a_mapping() -> None:
@@ -113,7 +113,7 @@ def test_a_module_in_a_mapping() -> None:
     into = {"model": model, "more": MappingProxyType({"x": A, "y": {"z": model}})}
     expected = {"model.weight": model.weight, "model.bias": model.bias, "more.x": A}
     expected |= {"more.y.z.weight": model.weight, "more.y.z.bias": model.bias}
-    assert_are(destinations_of(into), expected)
+    assert_are(target_tensors(into), expected)
 
 
 def shared() -> object:
@@ -132,7 +132,7 @@ def test_what_is_in_several_places_has_the_names_that_its_sender_gives(
     make: Callable[[], object],
 ) -> None:
     """An object can be received into one like it."""
-    destinations = destinations_of(make())
+    destinations = target_tensors(make())
     assert list(matched(make(), make())) == list(destinations)
     assert len(set(map(id, destinations.values()))) == 1
 
@@ -148,30 +148,30 @@ class WithExtraState(Model):
 def test_extra_state_of_modules_is_no_destination() -> None:
     outer = nn.Sequential(WithExtraState())
     assert "0._extra_state" in outer.state_dict()
-    assert not any("_extra_state" in name for name in destinations_of(outer))
-    assert list(destinations_of(WithExtraState())) == list(destinations_of(Model()))
+    assert not any("_extra_state" in name for name in target_tensors(outer))
+    assert list(target_tensors(WithExtraState())) == list(target_tensors(Model()))
 
 
 def test_a_lazy_module_that_is_not_lazy_any_more() -> None:
     module = nn.LazyLinear(3)
     module(torch.zeros(1, 2))
-    assert_are(destinations_of(module), {"weight": module.weight, "bias": module.bias})
+    assert_are(target_tensors(module), {"weight": module.weight, "bias": module.bias})
 
 
 @pytest.mark.parametrize("into", [None, 5, [A], (A,), {A}, A, nn.Linear, "text"], ids=repr)
 def test_what_is_no_destination(into: Any) -> None:
     with pytest.raises(TypeError, match="into is a mapping"):
-        destinations_of(into)
+        target_tensors(into)
 
 
 @pytest.mark.parametrize("into", [{"a": {"b": A}, "a.b": B}, {1: A, "1": B}], ids=str)
 def test_two_destinations_of_one_name(into: Any) -> None:
     with pytest.raises(ValueError, match=r"two tensors named '(a\.b|1)'"):
-        destinations_of(into)
+        target_tensors(into)
 
 
 def test_one_destination_with_one_name_twice() -> None:
-    assert_are(destinations_of({"a": {"b": A}, "a.b": A}), {"a.b": A})
+    assert_are(target_tensors({"a": {"b": A}, "a.b": A}), {"a.b": A})
 
 
 # What fits

@@ -7,7 +7,7 @@ import torch
 
 import aiotorchio
 from aiotorchio.graph import devices
-from aiotorchio.graph.devices import Destinations, MapLocation
+from aiotorchio.graph.devices import DeviceMap, MapLocation
 from aiotorchio.wire.header import Header
 from tests import corpus
 from tests.graph import forge
@@ -26,7 +26,7 @@ def relocated(
 ) -> torch.UntypedStorage:
     header = forge.flattened([torch.ones(1)]).header
     header.locations = [location]
-    return Destinations(header, map_location).relocate(0, storage)
+    return DeviceMap(header, map_location).relocate(0, storage)
 
 
 def message() -> bytes:
@@ -147,26 +147,26 @@ def test_a_location_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.device("cpu")
 
     monkeypatch.setattr(devices, "known_location", known)
-    Destinations(at_locations(300, 3), None)
+    DeviceMap(at_locations(300, 3), None)
     assert sorted(asked) == ["cuda:0", "cuda:1", "cuda:2"]
 
 
 def test_locations_that_no_storage_has_do_not_matter() -> None:
     header = forge.flattened([torch.ones(1)]).header
     header.locations += [f"nowhere {n % 100}" for n in range(100_000)]
-    assert Destinations(header, None).device(0).type == "cpu"
+    assert DeviceMap(header, None).device(0).type == "cpu"
 
 
 def test_more_locations_than_any_machine_has() -> None:
     with pytest.raises(aiotorchio.LimitExceeded, match="2000 different locations"):
-        Destinations(at_locations(2000, 2000), None)
+        DeviceMap(at_locations(2000, 2000), None)
 
 
 def test_map_location_of_another_type() -> None:
     with pytest.raises(TypeError, match="map_location"):
         forge.round_trip(STATE, map_location=3)
     with pytest.raises(TypeError, match="map_location"):
-        Destinations(forge.flattened(STATE).header, 3)  # type: ignore[arg-type]
+        DeviceMap(forge.flattened(STATE).header, 3)  # type: ignore[arg-type]
 
 
 def test_map_location_of_tensors_without_storage() -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiotorchio.codecs.tree import codec as tree_codec
-from aiotorchio.codecs.tree.size_estimate import measured
+from aiotorchio.codecs.tree.size_estimate import estimate_size
 from aiotorchio.errors import ProtocolError
 from tests.speed import patience
 
@@ -35,7 +35,7 @@ def depth_of(value: Any) -> int:
 
 @given(VALUES)
 def test_the_depth_of_anything(value: Any) -> None:
-    assert measured(msgpack.packb(value))[1] == depth_of(value)
+    assert estimate_size(msgpack.packb(value))[1] == depth_of(value)
 
 
 @given(VALUES)
@@ -46,14 +46,14 @@ def test_the_memory_of_anything(value: Any) -> None:
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # Of texts, UTF-8 may be less than what they take.
-    assert taken <= measured(data)[0] + 3 * len(data) + 512
+    assert taken <= estimate_size(data)[0] + 3 * len(data) + 512
     del decoded
 
 
 @given(st.binary(max_size=100))
 def test_any_bytes(data: bytes) -> None:
     try:
-        memory, depth = measured(data)
+        memory, depth = estimate_size(data)
     except ProtocolError:
         return
     assert memory >= 0 and depth <= len(data)
@@ -61,7 +61,7 @@ def test_any_bytes(data: bytes) -> None:
 
 @pytest.mark.parametrize("head", [b"\xdc\x00\x01", b"\xdd\x00\x00\x00\x01", b"\x91"])
 def test_every_head_counts(head: bytes) -> None:
-    assert measured(head * 1000 + b"\xc0")[1] == 1000
+    assert estimate_size(head * 1000 + b"\xc0")[1] == 1000
 
 
 # Beyond every limit; not deep enough to harm a decoder that goes into it by recursion.
@@ -133,4 +133,4 @@ def test_no_object_takes_more(node: bytes) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(obj) == count
-    assert peak <= measured(data)[0] + 30_000
+    assert peak <= estimate_size(data)[0] + 30_000

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aiotorchio.api.options import trusted
 from aiotorchio.codecs.pickled.allowlist import Allowlist
-from aiotorchio.codecs.pickled.scan import _ACTIONS, prescan
+from aiotorchio.codecs.pickled.scan import _ACTIONS, scan_pickle
 from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError, UnsafeObjectError
 from aiotorchio.limits import Limits
 from tests import corpus
@@ -23,7 +23,7 @@ from tests.graph.lowered import lowered
 
 def scan(data: bytes, depth: int = 256, **options: Any) -> None:
     allowlist = Allowlist(trusted(options.get("safe_globals", ())), Limits(), None)
-    prescan(
+    scan_pickle(
         data,
         allowlist.globals,
         allowlist.stateful,

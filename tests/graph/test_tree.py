@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import aiotorchio
 from aiotorchio.codecs.tree import codec as tree_codec
 from aiotorchio.codecs.tree import size_estimate
-from aiotorchio.codecs.tree.precheck import check_growth
+from aiotorchio.codecs.tree.precheck import check_size
 from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError
 from aiotorchio.table.table import Table
 from aiotorchio.wire import bounds
@@ -162,13 +162,13 @@ def test_growth_walks_over_every_kind_of_value(monkeypatch: pytest.MonkeyPatch) 
         + size_estimate._CONSTANT_NBYTES * (len(constants) + 70_000)
     )
     # Heads of texts are counted above, and -1 is one of the numbers that Python keeps.
-    assert abs(size_estimate.measured(data)[0] - expected) < 300
+    assert abs(size_estimate.estimate_size(data)[0] - expected) < 300
     monkeypatch.setattr(bounds, "BOUNDS", Bounds(memory_floor=0))
-    check_growth(b"\xc6\x00\x00\x10\x00" + b"\x90" * 4096, 256)
+    check_size(b"\xc6\x00\x00\x10\x00" + b"\x90" * 4096, 256)
     with pytest.raises(LimitExceeded):
-        check_growth(b"\xdc\x10\x00" + b"\x90" * 4096, 256)
+        check_size(b"\xdc\x10\x00" + b"\x90" * 4096, 256)
     with pytest.raises(ProtocolError):
-        check_growth(b"\xc6\x00\x00\x20\x00" + b"\x90" * 4096, 256)
+        check_size(b"\xc6\x00\x00\x20\x00" + b"\x90" * 4096, 256)
 
 
 @pytest.mark.parametrize(

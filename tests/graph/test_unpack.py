@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from aiotorchio.codecs.tree import chunked_decode
 from aiotorchio.codecs.tree.chunked_decode import drop, unpacked
-from aiotorchio.codecs.tree.precheck import check_growth
+from aiotorchio.codecs.tree.precheck import check_size
 from aiotorchio.errors import LimitExceeded, ProtocolError
 from tests.corpus import assert_same
 
@@ -54,7 +54,7 @@ def test_any_bytes(data: bytes, drawn: st.DataObject) -> None:
     for _ in range(drawn.draw(st.integers(0, 3)) if data else 0):
         changed[drawn.draw(st.integers(0, len(data) - 1))] = drawn.draw(st.integers(0, 255))
     try:
-        check_growth(bytes(changed), 256)
+        check_size(bytes(changed), 256)
     except (ProtocolError, LimitExceeded):
         return
     try:
@@ -120,7 +120,7 @@ def test_lists_are_freed_in_parts() -> None:
 
 
 def test_whoever_counts_arrays_says_how_many() -> None:
-    assert check_growth(msgpack.packb([[0], [[1]], [5, 0]]), 256) == 5
+    assert check_size(msgpack.packb([[0], [[1]], [5, 0]]), 256) == 5
 
 
 def test_lists_do_not_all_live_until_the_end() -> None:

@@ -153,11 +153,11 @@ def test_what_is_let_go_is_kept_by_nobody(monkeypatch: pytest.MonkeyPatch) -> No
         return [storage() is not None for storage in (arena, large, last)]
 
     first, second = present(incoming.storage(0)), present(incoming.storage(2))
-    incoming.let_go(0)
-    incoming.let_go(1)
+    incoming.release(0)
+    incoming.release(1)
     assert alive() == [True, True, True]
-    incoming.let_go(2)
-    incoming.let_go(3)
+    incoming.release(2)
+    incoming.release(3)
     assert alive() == [True, False, True]
     # The one who has a slice of an arena has all of it.
     del second
@@ -183,7 +183,7 @@ def test_storages_are_taken_and_let_go_while_others_arrive() -> None:
         while waiting and offsets[waiting[0]] + sizes[waiting[0]] <= start + CHUNK:
             row = waiting.pop(0)
             assert bytes_at(incoming, row) == bytes(view_of(storages[row]))
-            incoming.let_go(row)
+            incoming.release(row)
     assert waiting == []
 
 

@@ -52,7 +52,7 @@ def test_any_storages_arrive_as_they_were(sizes: list[int], chunk: int, on_devic
     offsets, end = layout(sizes)
     copier = CopierOnCpu() if on_device else None
     outgoing = OutgoingPayload(storages, offsets, sizes, chunk, **staging(copier))
-    assert outgoing.has_staged == (on_device and any(sizes))
+    assert outgoing.has_device_copies == (on_device and any(sizes))
     data = sent(outgoing, end, chunk)
     assert data == joined(sizes, storages)
     copier = CopierOnCpu() if on_device else None

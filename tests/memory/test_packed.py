@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aiotorchio.common.strides import Part, order_of
 from aiotorchio.memory.device_copy import Here, bytes_of
-from aiotorchio.memory.gather import Packed
+from aiotorchio.memory.gather import Gathered
 from aiotorchio.memory.host import view_of
 from aiotorchio.memory.outgoing import SMALL_STORAGE as SMALL
 from aiotorchio.memory.outgoing import OutgoingPayload
@@ -44,7 +44,7 @@ def contiguous(tensor: torch.Tensor) -> bytes:
 def test_any_range(data: st.DataObject, view: View, dtype: torch.dtype) -> None:
     tensor = view.random(dtype)
     part = part_of(view, dtype.itemsize)
-    packed, expected = Packed(tensor.untyped_storage(), part), contiguous(tensor)
+    packed, expected = Gathered(tensor.untyped_storage(), part), contiguous(tensor)
     assert part.nbytes == len(expected)
     cut = st.sampled_from([*range(0, len(expected), 64), len(expected)])
     first, last = sorted((data.draw(cut), data.draw(cut)))
@@ -61,7 +61,7 @@ def test_any_range(data: st.DataObject, view: View, dtype: torch.dtype) -> None:
 def test_in_any_mode(requires_grad: bool) -> None:
     tensor = torch.rand(30, 40, requires_grad=requires_grad)
     with torch.inference_mode():
-        packed = Packed(tensor.untyped_storage(), Part(0, 8, 4, (30, 3), (40, 1)))
+        packed = Gathered(tensor.untyped_storage(), Part(0, 8, 4, (30, 3), (40, 1)))
         memory = torch.UntypedStorage(360)
         packed.copy(bytes_of(memory), 0, 360, Here())
     assert bytes(view_of(memory)) == bytes(raw(tensor.detach()[:, 2:5]).flatten().tolist())
@@ -70,7 +70,7 @@ def test_in_any_mode(requires_grad: bool) -> None:
 
 def test_beyond_the_storage() -> None:
     with pytest.raises(ValueError, match="beyond a storage of 400 bytes"):
-        Packed(torch.UntypedStorage(400), Part(0, 8, 4, (11, 3), (10, 1)))
+        Gathered(torch.UntypedStorage(400), Part(0, 8, 4, (11, 3), (10, 1)))
 
 
 # ------------------------------------------------------------------------------ in a payload

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiotorchio.memory.device_copy import bytes_of
-from aiotorchio.memory.streamed import ProducedPayload
+from aiotorchio.memory.streamed import StreamedPayload
 from tests.memory.layouts import CopierOnCpu, CountingCopier, filled, joined, layout, staging
 from tests.tiers import examples
 
@@ -36,7 +36,7 @@ class Producer:
 
 
 def chunk_of(
-    payload: ProducedPayload, make: Callable[[], torch.Tensor], start: int, length: int
+    payload: StreamedPayload, make: Callable[[], torch.Tensor], start: int, length: int
 ) -> list[memoryview]:
     steps = payload.chunk(start, length)
     try:
@@ -50,8 +50,8 @@ def chunk_of(
         return views
 
 
-def produced(
-    payload: ProducedPayload, make: Callable[[], torch.Tensor], end: int, chunk: int
+def streamed(
+    payload: StreamedPayload, make: Callable[[], torch.Tensor], end: int, chunk: int
 ) -> bytes:
     data = bytearray()
     for start in range(0, end, chunk):
@@ -72,9 +72,9 @@ def test_any_tensors_are_sent_one_at_a_time(sizes: list[int], chunk: int, on_dev
     offsets, end = layout(sizes)
     copier = CopierOnCpu()
     options = staging(copier) if on_device else {"copier": copier}
-    payload = ProducedPayload(offsets, sizes, chunk, **options)
+    payload = StreamedPayload(offsets, sizes, chunk, **options)
     producer = Producer(sizes)
-    assert produced(payload, producer, end, chunk) == joined(sizes, filled(sizes))
+    assert streamed(payload, producer, end, chunk) == joined(sizes, filled(sizes))
     # Empty ones behind the last byte are not asked for.
     assert producer.made == max((n + 1 for n, size in enumerate(sizes) if size), default=0)
     assert len(copier.slabs) <= 2
@@ -85,7 +85,7 @@ def test_any_tensors_are_sent_one_at_a_time(sizes: list[int], chunk: int, on_dev
 @given(sizes_of_tensors, chunk_sizes)
 def test_a_chunk_holds_while_the_next_one_is_made(sizes: list[int], chunk: int) -> None:
     offsets, end = layout(sizes)
-    payload = ProducedPayload(offsets, sizes, chunk, copier=CountingCopier())
+    payload = StreamedPayload(offsets, sizes, chunk, copier=CountingCopier())
     storages = filled(sizes)
     tensors = map(bytes_of, storages)
     sent: list[bytes] = []
@@ -116,13 +116,13 @@ def test_any_contiguous_tensor_is_sent_as_its_bytes() -> None:
         for inside in (False, True):
             given_out = iter(tensors)
             with torch.inference_mode(inside):
-                payload = ProducedPayload(offsets, sizes, chunk, copier=CountingCopier())
-                data = produced(payload, functools.partial(next, given_out), end, chunk)
+                payload = StreamedPayload(offsets, sizes, chunk, copier=CountingCopier())
+                data = streamed(payload, functools.partial(next, given_out), end, chunk)
             assert data == joined(sizes, storages)
 
 
 def test_large_tensors_are_sent_without_a_copy() -> None:
-    payload = ProducedPayload([0, 64], [10, 1000], 256, copier=CountingCopier())
+    payload = StreamedPayload([0, 64], [10, 1000], 256, copier=CountingCopier())
     small, large = torch.zeros(10, dtype=torch.uint8), torch.zeros(1000, dtype=torch.uint8)
     tensors = iter([small, large])
     slab, view = chunk_of(payload, lambda: next(tensors), 0, 256)
@@ -139,8 +139,8 @@ def test_what_aligns_is_zero_whatever_was_sent_before() -> None:
     """The slabs are used again and again."""
     sizes = [1] * 40
     offsets, end = layout(sizes)
-    payload = ProducedPayload(offsets, sizes, 128, copier=CountingCopier())
-    data = produced(payload, lambda: full()[:1], end, 128)
+    payload = StreamedPayload(offsets, sizes, 128, copier=CountingCopier())
+    data = streamed(payload, lambda: full()[:1], end, 128)
     assert data == (b"\xff" + bytes(63)) * 39 + b"\xff"
 
 
@@ -150,13 +150,13 @@ def full() -> torch.Tensor:
 
 def test_a_device_that_fails_stops_the_chunk() -> None:
     options = staging(CountingCopier(1))
-    payload = ProducedPayload([0], [128], 128, **options)
+    payload = StreamedPayload([0], [128], 128, **options)
     with pytest.raises(RuntimeError, match="device lost"):
         chunk_of(payload, full, 0, 128)
 
 
 def test_the_last_tensor_is_not_kept() -> None:
-    payload = ProducedPayload([0], [128], 64, copier=CountingCopier())
+    payload = StreamedPayload([0], [128], 64, copier=CountingCopier())
     tensor = full()
     gone = weakref.ref(tensor.untyped_storage())
     given_out = [tensor]

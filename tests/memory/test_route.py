@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from aiotorchio.errors import MismatchError
 from aiotorchio.memory.device_copy import Copier, DeviceCopier, bytes_of
 from aiotorchio.memory.host import view_of
-from aiotorchio.memory.routes import Route, alias, copy_elements, place_of
+from aiotorchio.memory.routes import Route, alias, copy_elements, placement_of
 from aiotorchio.table.torch_dtypes import TORCH_DTYPES
 from tests.memory.layouts import (
     META,
@@ -111,7 +111,7 @@ def test_the_same_layout_is_taken_as_it_lies(
     expected = with_elements_of(tensor, source)
     route = Route(start, on_meta(source), tensor)
     gaps = (route.end - route.start) // dtype.itemsize - source.numel()
-    assert route.plain == (gaps == 0)
+    assert route.is_contiguous == (gaps == 0)
     through(route, start, source, chunk, copier)
     assert bytes_of_storage(tensor) == expected
 
@@ -210,7 +210,7 @@ def test_a_tensor_without_dimensions(dtype: torch.dtype) -> None:
 
 def test_dimensions_of_one_element_do_not_matter() -> None:
     source = View((1, 5, 1), (77, 1, 0)).random(torch.int32)
-    assert Route(0, on_meta(source), torch.zeros(1, 5, 1, dtype=torch.int32)).plain
+    assert Route(0, on_meta(source), torch.zeros(1, 5, 1, dtype=torch.int32)).is_contiguous
 
 
 @pytest.mark.parametrize("stride", [1, 2], ids=["plain", "strided"])
@@ -366,8 +366,8 @@ def test_the_memory_of_a_plain_tensor_is_shown_by_the_range_of_the_payload() -> 
 
 def test_place_is_all_that_must_stay() -> None:
     tensor: Any = torch.nn.Parameter(torch.zeros(4))
-    place = place_of(tensor)
+    place = placement_of(tensor)
     with torch.no_grad():
         tensor.fill_(3)
-    assert place_of(tensor) == place_of(tensor.detach()) == place
-    assert place_of(torch.zeros(4)) != place
+    assert placement_of(tensor) == placement_of(tensor.detach()) == place
+    assert placement_of(torch.zeros(4)) != place

@@ -21,7 +21,7 @@ from aiotorchio.memory.device_copy import Here
 from aiotorchio.memory.host import view_of
 from aiotorchio.memory.outgoing import SMALL_STORAGE as SMALL
 from aiotorchio.memory.outgoing import OutgoingPayload
-from aiotorchio.memory.snapshot import Snapshot
+from aiotorchio.memory.snapshot import SnapshotPayload
 from aiotorchio.streams.blocking import BlockingStream
 from tests.corpus import assert_same
 from tests.memory.layouts import CHUNK, CopierOnCpu, filled, joined, layout, staged, staging
@@ -69,14 +69,16 @@ def test_what_was_there_is_sent(chunk: int, on_device: bool, maps: Maps) -> None
     copier = CopierOnCpu() if on_device else None
     payload = OutgoingPayload(storages, offsets, SIZES, chunk, **staging(copier))
     chunks = chunks_of(end, chunk)
-    snapshot = Snapshot(payload, chunks, chunk, CopierOnCpu if copier is None else lambda: copier)
+    snapshot = SnapshotPayload(
+        payload, chunks, chunk, CopierOnCpu if copier is None else lambda: copier
+    )
     for storage in storages:
         if storage.nbytes():
             view_of(storage)[:] = b"\xee" * storage.nbytes()
     storages[2].resize_(0)
     data = b"".join(b"".join(snapshot.chunk(*place)) for place in chunks)
     assert data == expected
-    assert not snapshot.borrows and snapshot.has_staged == on_device
+    assert not snapshot.borrows and snapshot.has_device_copies == on_device
     if copier is not None:
         assert len(copier.slabs) <= 2
 
@@ -85,7 +87,7 @@ def test_each_chunk_is_free_when_it_was_sent(maps: Maps) -> None:
     sizes = [10 * CHUNK]
     payload = OutgoingPayload(filled(sizes), [0], sizes, CHUNK)
     chunks = chunks_of(sizes[0], CHUNK)
-    snapshot = Snapshot(payload, chunks, CHUNK, Here)
+    snapshot = SnapshotPayload(payload, chunks, CHUNK, Here)
     assert len(maps.alive) == maps.made == 10
     for left, place in zip(reversed(range(10)), chunks, strict=True):
         views = snapshot.chunk(*place)
@@ -99,7 +101,7 @@ def test_a_view_that_is_kept_keeps_its_chunk_alone(maps: Maps) -> None:
     storages = filled(sizes)
     payload = OutgoingPayload(storages, [0], sizes, CHUNK)
     chunks = chunks_of(sizes[0], CHUNK)
-    snapshot = Snapshot(payload, chunks, CHUNK, Here)
+    snapshot = SnapshotPayload(payload, chunks, CHUNK, Here)
     kept = snapshot.chunk(*chunks[0])[0][5:10].toreadonly()
     for place in chunks[1:]:
         snapshot.chunk(*place)
@@ -113,7 +115,7 @@ def test_a_view_that_is_kept_keeps_its_chunk_alone(maps: Maps) -> None:
 def test_one_that_is_dropped_frees_all(maps: Maps) -> None:
     sizes = [10 * CHUNK, 77]
     payload = OutgoingPayload(filled(sizes), layout(sizes)[0], sizes, CHUNK)
-    snapshot = Snapshot(payload, chunks_of(layout(sizes)[1], CHUNK), CHUNK, Here)
+    snapshot = SnapshotPayload(payload, chunks_of(layout(sizes)[1], CHUNK), CHUNK, Here)
     snapshot.chunk(0, CHUNK)
     del snapshot
     assert not maps.alive
@@ -125,7 +127,7 @@ def test_a_copy_that_fails_frees_all(maps: Maps) -> None:
     payload = OutgoingPayload(storages, layout(sizes)[0], sizes, CHUNK)
     storages[1].resize_(1)
     with pytest.raises(RuntimeError, match="resized"):
-        Snapshot(payload, chunks_of(layout(sizes)[1], CHUNK), CHUNK, Here)
+        SnapshotPayload(payload, chunks_of(layout(sizes)[1], CHUNK), CHUNK, Here)
     assert maps.made == 10 and not maps.alive
 
 
@@ -136,7 +138,7 @@ def test_of_parts() -> None:
         [matrix.untyped_storage()], [0], [part.nbytes], CHUNK, parts={0: [part]}
     )
     chunks = chunks_of(part.nbytes, CHUNK)
-    snapshot = Snapshot(payload, chunks, CHUNK, Here)
+    snapshot = SnapshotPayload(payload, chunks, CHUNK, Here)
     expected = matrix[:, 10:60].contiguous().view(-1).clone()
     matrix.zero_()
     data = b"".join(b"".join(snapshot.chunk(*place)) for place in chunks)
@@ -144,8 +146,8 @@ def test_of_parts() -> None:
 
 
 def test_nothing_to_copy(maps: Maps) -> None:
-    snapshot = Snapshot(OutgoingPayload([], [], [], CHUNK), [], CHUNK, Here)
-    assert not maps.made and not snapshot.has_staged
+    snapshot = SnapshotPayload(OutgoingPayload([], [], [], CHUNK), [], CHUNK, Here)
+    assert not maps.made and not snapshot.has_device_copies
 
 
 # ------------------------------------------------------------------------------ devices
@@ -202,7 +204,7 @@ def test_memory_of_a_device_is_free_when_it_was_sent(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "empty", noting)
     sizes, copier = [8 * CHUNK], CopierOnCpu()
     payload = OutgoingPayload(filled(sizes), [0], sizes, CHUNK, **staging(copier))
-    snapshot = Snapshot(payload, chunks_of(sizes[0], CHUNK), CHUNK, lambda: copier)
+    snapshot = SnapshotPayload(payload, chunks_of(sizes[0], CHUNK), CHUNK, lambda: copier)
     assert len(alive) == 8
     for left, place in zip(reversed(range(8)), chunks_of(sizes[0], CHUNK), strict=True):
         snapshot.chunk(*place)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from aiotorchio.errors import MismatchError
 from aiotorchio.memory import atomic
-from aiotorchio.memory.atomic import BackMemory, Exchange, Swap, note_change
+from aiotorchio.memory.atomic import BackMemory, BufferSwap, Exchange, note_change
 from aiotorchio.memory.host import view_of
-from aiotorchio.memory.routes import place_of
+from aiotorchio.memory.routes import placement_of
 from aiotorchio.table.torch_dtypes import TORCH_DTYPES
 from tests.memory.layouts import (
     CountingCopier,
@@ -36,7 +36,7 @@ COPIER = CountingCopier()
 NUMBERS = [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.bool]
 
 
-def receive(staging: Exchange | Swap) -> list[torch.Tensor]:
+def receive(staging: Exchange | BufferSwap) -> list[torch.Tensor]:
     """Let random bytes arrive in the shadows; returns them."""
     for shadow in staging.shadows:
         raw(shadow).random_(0, 256)
@@ -184,13 +184,13 @@ def test_tensors_without_elements_have_nothing_to_exchange(
 ) -> None:
     base = torch.arange(5.0)
     tensor = empty(base)
-    places = place_of(base), place_of(tensor)
+    places = placement_of(base), placement_of(tensor)
     exchange = Exchange([tensor], COPIER)
     exchange.apply()
     assert base.tolist() == [0, 1, 2, 3, 4]
     exchange.undo()
     assert base.tolist() == [0, 1, 2, 3, 4]
-    assert (place_of(base), place_of(tensor)) == places
+    assert (placement_of(base), placement_of(tensor)) == places
 
 
 # Swap
@@ -231,11 +231,11 @@ def test_nothing_is_shown_before_all_is_there() -> None:
     tensors = destinations_of_each_kind()
     memory = BackMemory()
     swapped(memory, tensors)
-    before, places = storages_of(tensors), list(map(place_of, tensors))
+    before, places = storages_of(tensors), list(map(placement_of, tensors))
     swap = memory.swap(tensors, tensors, COPIER)
     receive(swap)
     swap.undo()
-    assert (storages_of(tensors), list(map(place_of, tensors))) == (before, places)
+    assert (storages_of(tensors), list(map(placement_of, tensors))) == (before, places)
 
 
 COVERS: dict[str, tuple[list[Pick], bool]] = {
@@ -262,7 +262,7 @@ def test_only_what_a_message_does_not_have_is_copied(case: str) -> None:
     swap = BackMemory().swap([base, *received], received, copier)
     for pick, shadow in zip(picks, swap.shadows, strict=True):
         pick(expected).copy_(shadow.fill_(9))
-    assert swap.quick and swap.prepares != whole
+    assert swap.is_instant and swap.needs_prepare != whole
     swap.prepare()
     swap.apply()
     assert torch.equal(base, expected)
@@ -282,14 +282,14 @@ def test_what_a_message_does_not_have_may_change_until_it_is_whole() -> None:
 def test_a_copy_that_fails_leaves_all_as_it_was() -> None:
     base, memory = torch.zeros(6), BackMemory()
     for failing in (1, 2):
-        before, place = bytes_of_storage(base), place_of(base)
+        before, place = bytes_of_storage(base), placement_of(base)
         swap = memory.swap([base], [base[2:4]], CountingCopier(failing))
         receive(swap)
         with pytest.raises(RuntimeError, match="device lost"):
             swap.prepare()
             swap.apply()
         swap.undo()
-        assert (bytes_of_storage(base), place_of(base)) == (before, place)
+        assert (bytes_of_storage(base), placement_of(base)) == (before, place)
         swapped(memory, [base])
 
 
@@ -308,7 +308,7 @@ def test_what_a_message_does_not_have_is_there_after_it(lines: list[tuple[int, i
         arrived = swapped(memory, [whole, *received], received)
         for (start, length, step), tensor in zip(lines, arrived, strict=True):
             View((length,), (step,), start).over(expected, torch.uint8).copy_(tensor)
-        assert {place_of(each)[0] for each in received} <= {place_of(whole)[0]}
+        assert {placement_of(each)[0] for each in received} <= {placement_of(whole)[0]}
         assert bytes_of_storage(whole) == bytes(view_of(expected))
 
 
@@ -330,9 +330,9 @@ def test_a_tensor_without_elements_stands_for_no_bytes(
 
 def test_other_storages_are_left_alone() -> None:
     moving, resting = torch.zeros(3), torch.zeros(3)
-    place = place_of(resting)
+    place = placement_of(resting)
     swapped(BackMemory(), [moving, resting], [moving])
-    assert place_of(resting) == place
+    assert placement_of(resting) == place
 
 
 def test_memory_behind_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,7 +424,7 @@ def test_whichever_tensor_fails_all_show_what_they_did(position: int, messages: 
     memory = BackMemory()
     for _ in range(messages):
         swapped(memory, tensors)
-    before, places = storages_of(tensors), list(map(place_of, tensors))
+    before, places = storages_of(tensors), list(map(placement_of, tensors))
     swap = memory.swap(tensors, tensors, COPIER)
     receive(swap)
     Stubborn.refused = False
@@ -432,7 +432,7 @@ def test_whichever_tensor_fails_all_show_what_they_did(position: int, messages: 
         swap.prepare()
         swap.apply()
     swap.undo()
-    assert (storages_of(tensors), list(map(place_of, tensors))) == (before, places)
+    assert (storages_of(tensors), list(map(placement_of, tensors))) == (before, places)
     arrived = swapped(memory, tensors)
     assert all(map(same, tensors, arrived))
 
@@ -441,20 +441,20 @@ def test_a_swap_that_was_undone_can_be_done_again() -> None:
     tensor = torch.zeros(3)
     memory = BackMemory()
     swapped(memory, [tensor])
-    before, place = tensor.clone(), place_of(tensor)
+    before, place = tensor.clone(), placement_of(tensor)
     swap = memory.swap([tensor], [tensor], COPIER)
     receive(swap)
     swap.prepare()
     swap.apply()
-    behind = place_of(tensor)
+    behind = placement_of(tensor)
     swap.undo()
     assert same(tensor, before)
-    assert place_of(tensor) == place
+    assert placement_of(tensor) == place
     swapped(memory, [tensor])
-    assert place_of(tensor) == behind
+    assert placement_of(tensor) == behind
     # Once is enough: what happens after it is not undone.
     swap.undo()
-    assert place_of(tensor) == behind
+    assert placement_of(tensor) == behind
 
 
 def test_one_message_at_a_time() -> None:
@@ -470,7 +470,7 @@ def test_one_message_at_a_time() -> None:
 
 # Both
 
-Staging = Callable[[list[torch.Tensor]], Exchange | Swap]
+Staging = Callable[[list[torch.Tensor]], Exchange | BufferSwap]
 BOTH: list[Staging] = [
     lambda tensors: Exchange(tensors, COPIER),
     lambda tensors: BackMemory().swap(tensors, tensors, COPIER),
@@ -543,12 +543,12 @@ def test_a_destination_that_is_no_longer_there_stops_it(staging: Staging) -> Non
     change = staging(tensors)
     receive(change)
     tensors[1].data = torch.zeros(3)
-    places = list(map(place_of, tensors))
+    places = list(map(placement_of, tensors))
     with pytest.raises(MismatchError, match="changed its shape or its memory"):
         change.prepare()
         change.apply()
     change.undo()
-    assert list(map(place_of, tensors)) == places
+    assert list(map(placement_of, tensors)) == places
     assert not any(tensor.any() for tensor in tensors)
     # Nothing changed, so nobody is told that it did.
     assert [tensors[0]._version, tensors[2]._version] == [0, 0]

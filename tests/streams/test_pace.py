@@ -11,8 +11,8 @@ import pytest
 from anyio import CancelScope
 
 from aiotorchio.errors import TransferTimeout
-from aiotorchio.streams.base import Driver
-from aiotorchio.streams.deadlines import Pace
+from aiotorchio.streams.base import Endpoint
+from aiotorchio.streams.deadlines import Deadline
 
 
 class Clock:
@@ -29,57 +29,57 @@ def clock() -> Clock:
     return Clock()
 
 
-def load(clock: Clock, timeout: float | None = 10, least_rate: int = 100, **more: Any) -> Pace:
-    return Pace(clock, timeout, least_rate, "idle_timeout", **more)
+def load(clock: Clock, timeout: float | None = 10, least_rate: int = 100, **more: Any) -> Deadline:
+    return Deadline(clock, timeout, least_rate, "idle_timeout", **more)
 
 
 def test_silence_uses_it_up(clock: Clock) -> None:
-    pace = load(clock)
-    pace.begin()
-    pace.moved(1)
+    deadline = load(clock)
+    deadline.begin()
+    deadline.moved(1)
     clock.now += 9.5
-    assert pace.left() == pytest.approx(0.5)
+    assert deadline.left() == pytest.approx(0.5)
     clock.now += 0.5
-    assert pace.left() <= 0
-    error = pace.error()
+    assert deadline.left() <= 0
+    error = deadline.error()
     assert str(error) == "no byte moved for 10.00 s (Limits.idle_timeout) (at byte 1)"
     assert isinstance(error, TransferTimeout)
 
 
 def test_bytes_give_time_back(clock: Clock) -> None:
-    pace = load(clock)
-    pace.begin()
-    pace.moved(1)
+    deadline = load(clock)
+    deadline.begin()
+    deadline.moved(1)
     clock.now += 8
-    pace.moved(300)
-    assert pace.left() == pytest.approx(5)
-    pace.moved(10_000_000)
-    assert pace.left() == pytest.approx(10)
+    deadline.moved(300)
+    assert deadline.left() == pytest.approx(5)
+    deadline.moved(10_000_000)
+    assert deadline.left() == pytest.approx(10)
 
 
 def test_slowness_uses_it_up_however_steady(clock: Clock) -> None:
-    pace = load(clock)
-    pace.begin()
+    deadline = load(clock)
+    deadline.begin()
     moments = 0
-    while pace.left() > 0:
+    while deadline.left() > 0:
         clock.now += 1
-        pace.moved(50)
+        deadline.moved(50)
         moments += 1
     # The first byte is the start; then each second gives half of it back, as long as there is one.
     assert moments == 20
-    assert "fewer than 100 bytes a second moved (Limits.least_rate)" in str(pace.error())
+    assert "fewer than 100 bytes a second moved (Limits.least_rate)" in str(deadline.error())
 
 
 @pytest.mark.parametrize("least_rate", [0, 100])
 def test_no_bytes_are_no_sign_of_life(clock: Clock, least_rate: int) -> None:
-    pace = load(clock, least_rate=least_rate, start_timeout=5)
-    pace.begin()
-    pace.moved(0)
-    assert pace.left() == 5
-    pace.moved(1)
+    deadline = load(clock, least_rate=least_rate, start_timeout=5)
+    deadline.begin()
+    deadline.moved(0)
+    assert deadline.left() == 5
+    deadline.moved(1)
     clock.now += 9
-    pace.moved(0)
-    assert pace.left() == pytest.approx(1)
+    deadline.moved(0)
+    assert deadline.left() == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -90,136 +90,136 @@ def test_no_bytes_are_no_sign_of_life(clock: Clock, least_rate: int) -> None:
 def test_pieces_that_the_slowest_peer_takes_in_time(
     clock: Clock, timeout: float | None, least_rate: int, size: int
 ) -> None:
-    driver = Driver()
+    driver = Endpoint()
     assert driver.piece_size == 256 * 2**10
-    driver.pace = load(clock, timeout, least_rate)
+    driver.deadline = load(clock, timeout, least_rate)
     assert driver.piece_size == size
 
 
 def test_who_is_late_gets_nothing_back(clock: Clock) -> None:
-    pace = load(clock)
-    pace.begin()
-    pace.moved(1)
+    deadline = load(clock)
+    deadline.begin()
+    deadline.moved(1)
     clock.now += 11
-    pace.moved(10_000)
-    assert pace.left() <= 0
+    deadline.moved(10_000)
+    assert deadline.left() <= 0
 
 
 def test_who_keeps_the_rate_never_runs_out(clock: Clock) -> None:
-    pace = load(clock)
-    pace.begin()
+    deadline = load(clock)
+    deadline.begin()
     for _ in range(1000):
         clock.now += 9
-        pace.moved(900)
-    assert pace.left() > 0
+        deadline.moved(900)
+    assert deadline.left() > 0
 
 
 def test_any_rate_is_enough_if_none_is_asked_for(clock: Clock) -> None:
-    pace = load(clock, least_rate=0)
-    pace.begin()
+    deadline = load(clock, least_rate=0)
+    deadline.begin()
     for _ in range(1000):
-        pace.moved(1)
+        deadline.moved(1)
         clock.now += 9.9
-    assert pace.left() == pytest.approx(0.1)
+    assert deadline.left() == pytest.approx(0.1)
 
 
 def test_what_the_peer_waits_for_does_not_count(clock: Clock) -> None:
-    pace = load(clock)
-    pace.begin()
-    pace.moved(1)
+    deadline = load(clock)
+    deadline.begin()
+    deadline.moved(1)
     clock.now += 4
-    pace.end()
+    deadline.end()
     clock.now += 1000
-    pace.begin()
+    deadline.begin()
     clock.now += 5
-    assert pace.left() == pytest.approx(1)
+    assert deadline.left() == pytest.approx(1)
 
 
 def test_a_message_may_begin_at_any_time(clock: Clock) -> None:
-    pace = load(clock)
-    pace.begin()
+    deadline = load(clock)
+    deadline.begin()
     clock.now += 10**6
-    assert pace.left() == float("inf")
+    assert deadline.left() == float("inf")
 
 
 def test_a_message_that_does_not_begin(clock: Clock) -> None:
-    pace = load(clock, start_timeout=3)
-    pace.begin()
+    deadline = load(clock, start_timeout=3)
+    deadline.begin()
     clock.now += 2
-    pace.end()
+    deadline.end()
     clock.now += 100
-    pace.begin()
-    assert pace.left() == pytest.approx(1)
+    deadline.begin()
+    assert deadline.left() == pytest.approx(1)
     clock.now += 1
-    assert pace.left() <= 0
-    error = pace.error()
+    assert deadline.left() <= 0
+    error = deadline.error()
     assert error.message == "no message began within 3 s (Limits.start_timeout)"
     assert error.offset == 0
 
 
 def test_the_wait_for_the_start_is_not_held_against_the_peer(clock: Clock) -> None:
-    pace = load(clock, start_timeout=100)
-    pace.begin()
+    deadline = load(clock, start_timeout=100)
+    deadline.begin()
     clock.now += 99
-    pace.moved(1)
-    assert pace.left() == pytest.approx(10)
+    deadline.moved(1)
+    assert deadline.left() == pytest.approx(10)
 
 
 def test_a_header_has_its_own_end(clock: Clock) -> None:
-    pace = load(clock, handshake_timeout=15)
-    pace.begin()
+    deadline = load(clock, handshake_timeout=15)
+    deadline.begin()
     clock.now += 500
-    pace.moved(1)
+    deadline.moved(1)
     for _ in range(3):
         clock.now += 4
-        pace.moved(10_000)
-    assert pace.left() == pytest.approx(3)
+        deadline.moved(10_000)
+    assert deadline.left() == pytest.approx(3)
     clock.now += 3
-    assert pace.left() <= 0
-    assert "15 s after the first byte (Limits.handshake_timeout)" in str(pace.error())
+    assert deadline.left() <= 0
+    assert "15 s after the first byte (Limits.handshake_timeout)" in str(deadline.error())
 
 
 def test_behind_the_header_it_has_none(clock: Clock) -> None:
-    pace = load(clock, handshake_timeout=15)
-    pace.begin()
-    pace.moved(1)
-    pace.handshake_over()
+    deadline = load(clock, handshake_timeout=15)
+    deadline.begin()
+    deadline.moved(1)
+    deadline.handshake_over()
     for _ in range(100):
         clock.now += 4
-        pace.moved(10_000)
-    assert pace.left() == pytest.approx(10)
+        deadline.moved(10_000)
+    assert deadline.left() == pytest.approx(10)
 
 
 def test_without_a_timeout_it_is_endless(clock: Clock) -> None:
-    pace = load(clock, timeout=None)
-    pace.begin()
+    deadline = load(clock, timeout=None)
+    deadline.begin()
     for _ in range(10):
-        pace.moved(1)
+        deadline.moved(1)
         clock.now += 10**6
-    assert pace.left() == float("inf")
+    assert deadline.left() == float("inf")
 
 
 def test_a_save_has_no_start(clock: Clock) -> None:
-    pace = Pace(clock, 10, 100, "write_timeout", started=True)
-    pace.begin()
+    deadline = Deadline(clock, 10, 100, "write_timeout", started=True)
+    deadline.begin()
     clock.now += 10
-    assert pace.left() <= 0
-    assert str(pace.error()) == "no byte moved for 10.00 s (Limits.write_timeout) (at byte 0)"
+    assert deadline.left() <= 0
+    assert str(deadline.error()) == "no byte moved for 10.00 s (Limits.write_timeout) (at byte 0)"
 
 
 @pytest.mark.anyio
 async def test_a_scope_is_told(clock: Clock) -> None:
-    pace = load(clock, start_timeout=7)
+    deadline = load(clock, start_timeout=7)
     with anyio.CancelScope() as scope:
-        pace.begin(scope)
+        deadline.begin(scope)
         assert scope.deadline == clock.now + 7
-        pace.moved(1)
+        deadline.moved(1)
         assert scope.deadline == clock.now + 10
         clock.now += 5
-        pace.moved(100)
+        deadline.moved(100)
         assert scope.deadline == clock.now + 6
-        pace.end()
-        pace.moved(100)
+        deadline.end()
+        deadline.moved(100)
         assert scope.deadline == clock.now + 6
         scope.deadline = float("inf")
         await anyio.lowlevel.checkpoint()
@@ -263,40 +263,40 @@ class Scope:
 
 
 def test_one_timer_is_enough_for_a_message_that_comes_in_time(clock: Clock, timers: Timers) -> None:
-    pace = load(clock, call_at=timers.call_at)
+    deadline = load(clock, call_at=timers.call_at)
     for _ in range(100):
-        pace.begin(cast(CancelScope, Scope()))
+        deadline.begin(cast(CancelScope, Scope()))
         clock.now += 0.01
-        pace.moved(1000)
-        pace.end()
+        deadline.moved(1000)
+        deadline.end()
     assert timers.made == 1
-    pace.close()
+    deadline.close()
     assert not timers.set
 
 
 def test_a_timer_that_is_early_looks_again(clock: Clock, timers: Timers) -> None:
-    pace, scope = load(clock, call_at=timers.call_at), Scope()
-    pace.begin(cast(CancelScope, scope))
-    pace.moved(1)
+    deadline, scope = load(clock, call_at=timers.call_at), Scope()
+    deadline.begin(cast(CancelScope, scope))
+    deadline.moved(1)
     clock.now += 4
-    pace.moved(10_000)
+    deadline.moved(10_000)
     timers.go_off()
     assert (scope.cancelled, timers.set[0][0]) == (0, clock.now + 4)
     timers.go_off()
-    assert (scope.cancelled, pace.left()) == (1, 0)
+    assert (scope.cancelled, deadline.left()) == (1, 0)
     assert not timers.set
 
 
 def test_a_timer_ends_no_wait_that_is_over(clock: Clock, timers: Timers) -> None:
-    pace, scope = load(clock, call_at=timers.call_at), Scope()
-    pace.begin(cast(CancelScope, scope))
-    pace.moved(1)
+    deadline, scope = load(clock, call_at=timers.call_at), Scope()
+    deadline.begin(cast(CancelScope, scope))
+    deadline.moved(1)
     clock.now += 4
-    pace.end()
+    deadline.end()
     timers.go_off()
     assert (scope.cancelled, timers.set) == (0, [])
     # The next wait has one again.
-    pace.begin(cast(CancelScope, scope))
+    deadline.begin(cast(CancelScope, scope))
     assert timers.set[0][0] == clock.now + 6
     timers.go_off()
     assert (scope.cancelled, timers.set) == (1, [])
@@ -304,11 +304,11 @@ def test_a_timer_ends_no_wait_that_is_over(clock: Clock, timers: Timers) -> None
 
 def test_a_timer_is_moved_if_patience_ends_sooner(clock: Clock, timers: Timers) -> None:
     more = {"start_timeout": 100, "handshake_timeout": 7}
-    pace, scope = load(clock, call_at=timers.call_at, **more), Scope()
-    pace.begin(cast(CancelScope, scope))
+    deadline, scope = load(clock, call_at=timers.call_at, **more), Scope()
+    deadline.begin(cast(CancelScope, scope))
     assert timers.set[0][0] == clock.now + 100
-    pace.moved(1)
+    deadline.moved(1)
     assert timers.set[0][0] == clock.now + 7
-    pace.handshake_over()
+    deadline.handshake_over()
     timers.go_off()
     assert (scope.cancelled, timers.set[0][0]) == (0, clock.now + 3)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aiotorchio.codecs.pickled.budget import Budget, Measure
+from aiotorchio.codecs.pickled.budget import AbstractValue, Budget
 from aiotorchio.errors import ProtocolError
 
-__all__ = ["Machine"]
+__all__ = ["AbstractStack"]
 
 # What a mark of the scan's takes, a measure, an entry of the memo, and a place on the stack.
 _MARK_NBYTES, _MEASURE_NBYTES, _MEMO_NBYTES, _PLACE_NBYTES = 176, 176, 104, 9
 
 
-class Machine:
+class AbstractStack:
     """Holds measures as an unpickler would hold objects; what that takes is charged like objects.
 
     Args:
@@ -22,34 +22,34 @@ class Machine:
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self._stack: list[Measure] = []
-        self._marks: list[list[Measure]] = []
-        self._memo: dict[int, Measure] = {}
+        self._stack: list[AbstractValue] = []
+        self._marks: list[list[AbstractValue]] = []
+        self._memo: dict[int, AbstractValue] = {}
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing is on the stack, and no mark."""
         return not self._stack and not self._marks
 
-    def push(self, measure: Measure) -> None:
+    def push(self, measure: AbstractValue) -> None:
         """Push a measure of one object."""
         # The scan has bounds, too: until it is let go of, a measure takes more than most objects.
         self.budget.charge(measure.memory + _PLACE_NBYTES + _MEASURE_NBYTES)
-        measure.lent = True
+        measure.charged = True
         self._stack.append(measure)
 
-    def push_shared(self, measure: Measure) -> None:
+    def push_shared(self, measure: AbstractValue) -> None:
         """Push one that stands for many objects."""
         self.budget.charge(measure.memory + _PLACE_NBYTES)
         self._stack.append(measure)
 
-    def pop(self) -> Measure:
+    def pop(self) -> AbstractValue:
         """Take one off the stack."""
         if not self._stack:
             raise _no_operand()
         return self._stack.pop()
 
-    def pop_several(self, count: int) -> list[Measure]:
+    def pop_several(self, count: int) -> list[AbstractValue]:
         """Take the last ones, of at least one, off the stack."""
         if len(self._stack) < count:
             raise _no_operand()
@@ -57,7 +57,7 @@ class Machine:
         del self._stack[-count:]
         return items
 
-    def top(self) -> Measure:
+    def top(self) -> AbstractValue:
         """The last one on the stack."""
         if not self._stack:
             raise _no_operand()
@@ -69,7 +69,7 @@ class Machine:
         self._marks.append(self._stack)
         self._stack = []
 
-    def pop_mark(self) -> list[Measure]:
+    def pop_mark(self) -> list[AbstractValue]:
         """Take all from the last mark on off the stack."""
         if not self._marks:
             raise ProtocolError("an opcode without its mark")
@@ -80,7 +80,7 @@ class Machine:
         """Note the top of the stack in the memo."""
         self.budget.charge(_MEMO_NBYTES)
         # What it holds stays, and so does what was taken for it.
-        self.top().lent = False
+        self.top().charged = False
         self._memo[index] = self.top()
 
     def get(self, index: int) -> None:
@@ -90,11 +90,11 @@ class Machine:
         self.budget.charge(_PLACE_NBYTES)
         self._stack.append(self._memo[index])
 
-    def let_go(self, items: Sequence[Measure]) -> None:
+    def release(self, items: Sequence[AbstractValue]) -> None:
         """Give back what was taken for measures that nothing refers to, unless the memo does."""
         for item in items:
-            if item.lent:
-                item.lent = False
+            if item.charged:
+                item.charged = False
                 self.budget.charge(-_MEASURE_NBYTES)
 
     def drop(self) -> None:

@@ -129,7 +129,7 @@ class Allowlist:
         numpy's arrays are made like this. A tensor would be pointed anywhere by its state.
 
         Args:
-            given: Paths of functions, and whether those states are attributes; see ``prescan``.
+            given: Paths of functions, and whether those states are attributes; see ``scan_pickle``.
         """
         for path, attributes in given.items():
             value = self.globals[path]

@@ -1,7 +1,7 @@
 """What a pickle may take of memory, depth and time, and what is left of it.
 
-The memo and the stack of the scan hold one ``Measure`` for each object; ``Budget`` has the bounds
-for all of them together.
+The memo and the stack of the scan hold one ``AbstractValue`` for each object; ``Budget`` has the
+bounds for all of them together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from aiotorchio.errors import LimitExceeded
 from aiotorchio.wire import bounds
 
-__all__ = ["Budget", "Measure", "too_wide"]
+__all__ = ["AbstractValue", "Budget", "too_many_colliders"]
 
 # Memory that each byte of a pickle may take, beyond what any pickle may take. Honest state
 # takes about ten times its pickle: a dict of three tensors is 232 bytes, pickled about 25.
@@ -20,7 +20,7 @@ _MEMORY_PER_BYTE = 16
 
 
 @dataclass(slots=True)
-class Measure:
+class AbstractValue:
     """What is known of one object; whatever refers to the object refers to its measure."""
 
     memory: int  # without that of the items
@@ -29,10 +29,10 @@ class Measure:
     hash: int | None = None
     forgeable: bool = False  # whether the sender can choose the hash
     kind: str | None = None  # "list", "dict", or "reference" to a tensor or storage
-    items: Sequence[Measure] | None = None  # of a tuple
+    items: Sequence[AbstractValue] | None = None  # of a tuple
     hashes: dict[int, int] | None = None  # of a dict: how many keys have each forgeable hash
     name: str | None = None  # path, if the object is a global
-    stand_in: str | None = None  # path, if it is or holds a global that is not what it is called
+    proxy: str | None = None  # path, if it is or holds a global that is not what it is called
     made_by: str | None = None  # path of the global whose call made it
     has_state: bool = False
     most_steps: int = 1  # of one item, in a list or dict
@@ -40,7 +40,7 @@ class Measure:
     number: bool = False  # whether it is an int or a float, whose hash is known to the sender
     count: int = 0  # of a list or dict: its items so far
     wide: int = 0  # of them: numbers, and what is made of numbers, not counted from 0 on
-    lent: bool = False  # whether memory was taken for the measure itself, which goes with it
+    charged: bool = False  # whether memory was taken for the measure itself, which goes with it
 
     @property
     def is_plain(self) -> bool:
@@ -49,7 +49,7 @@ class Measure:
         return not holds and not (self.kind or self.name or self.made_by)
 
 
-def too_wide(wide_keys: int) -> LimitExceeded:
+def too_many_colliders(wide_keys: int) -> LimitExceeded:
     """What there is to say of keys that may all collide."""
     return LimitExceeded(
         f"more than {wide_keys} numbers as keys or members that are not counted from 0 on "
@@ -85,7 +85,7 @@ class Budget:
                 f"{_MEMORY_PER_BYTE} for each byte of the skeleton"
             )
 
-    def hash(self, key: Measure) -> None:
+    def hash(self, key: AbstractValue) -> None:
         """Take the time to hash an object once."""
         self._hash_steps_left -= key.hash_steps
         if self._hash_steps_left < 0:
@@ -95,7 +95,7 @@ class Budget:
         """Take the time to find places for keys, in a table that has some already."""
         self._probes_left -= wide**2 - found**2
         if self._probes_left < 0:
-            raise too_wide(self._wide_keys)
+            raise too_many_colliders(self._wide_keys)
 
     def compare(self, steps: int) -> None:
         """Take the time to compare keys that may have equal hashes, and equal parts."""
@@ -105,19 +105,19 @@ class Budget:
                 f"comparing the keys takes more than {self._bounds.compare_steps} steps"
             )
 
-    def compare_members(self, items: Measure) -> None:
+    def compare_members(self, items: AbstractValue) -> None:
         """Take the time to make a set of a list: as many have one hash as a set may have."""
         if items.most_steps > 1:
             self.compare(items.hash_steps * self._bounds.equal_hashes // 2)
 
-    def nest(self, items: Sequence[Measure]) -> int:
+    def nest(self, items: Sequence[AbstractValue]) -> int:
         """The depth of what holds these items; there must be one."""
         depth = 1 + max(item.depth for item in items)
         if depth > self._depth_limit:
             raise LimitExceeded(f"nested deeper than {self._depth_limit} levels (Limits.depth)")
         return depth
 
-    def collide(self, key: Measure, container: Measure) -> None:
+    def collide(self, key: AbstractValue, container: AbstractValue) -> None:
         """Count a key among those with its hash.
 
         hash(n) of an int is known to all: the sender chooses it, and so that of a tuple of ints.

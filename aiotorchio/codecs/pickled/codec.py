@@ -41,12 +41,12 @@ from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import MIXED_UNITS
 
 __all__ = [
-    "carry_out",
     "checked_row",
     "dump",
     "load",
     "load_trusted",
     "load_with",
+    "replay",
     "storage_for",
     "storage_reference",
 ]
@@ -138,7 +138,7 @@ def load(
     """Rebuild an object without running anything that is not on the allowlist.
 
     Args:
-        skeleton: A pickle that ``prescan`` let through with the same allowlist.
+        skeleton: A pickle that ``scan_pickle`` let through with the same allowlist.
         tensors: The tensor of each row.
         storages: The storage of each row; None if it was not received.
         allowlist: What the pickle may name.
@@ -194,7 +194,7 @@ def load_with(
 _CALL, _NEW, _STATE, _STOP = b"K\x00QK\x01QR", b"K\x00QK\x01Q\x81", b"K\x02Qb", b"."
 
 
-def carry_out(
+def replay(
     function: Any,
     args: tuple[Any, ...],
     state: Sequence[Any],

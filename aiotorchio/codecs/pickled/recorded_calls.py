@@ -21,13 +21,13 @@ __all__ = [
     "CONTAINERS",
     "DICTS",
     "Call",
+    "Proxy",
     "Reference",
     "Seals",
-    "StandIn",
     "calls_in",
     "origin_of",
     "parts_of",
-    "stand_ins",
+    "proxies",
 ]
 
 DICTS = (dict, OrderedDict, Counter)
@@ -115,7 +115,7 @@ class Call:
             self._seals.add(used)
 
 
-class StandIn(type):
+class Proxy(type):
     """The class of stand-ins for functions and classes, which are classes to the unpickler.
 
     Attributes:
@@ -131,7 +131,7 @@ class StandIn(type):
         return Call(cls.held[0], args, cls.seals, new=False)
 
 
-class _Base(metaclass=StandIn):
+class _Base(metaclass=Proxy):
     held = (None,)
     seals = None
 
@@ -143,11 +143,11 @@ class _Base(metaclass=StandIn):
 _RESULT = "\n"
 
 
-def stand_ins(allowlist: Allowlist, seals: Seals) -> dict[str, Any]:
+def proxies(allowlist: Allowlist, seals: Seals) -> dict[str, Any]:
     """What a pickle may name, with stand-ins for what makes tensors or is the caller's."""
     deferred = allowlist.deferred()
     allowed = {
-        path: StandIn("_Base", (_Base,), {"held": (value,), "seals": seals})
+        path: Proxy("_Base", (_Base,), {"held": (value,), "seals": seals})
         if path in deferred and callable(value) and not _is_container(value)
         else value
         for path, value in allowlist.globals.items()
@@ -178,7 +178,7 @@ def parts_of(value: Any) -> Iterator[Any]:
 def origin_of(call: Call) -> int | None:
     """The row of the tensor that a tensor with attributes is made of (see ``reduced``)."""
     args = call.args
-    if len(args) == 4 and isinstance(args[0], StandIn) and type(args[2]) is tuple:
+    if len(args) == 4 and isinstance(args[0], Proxy) and type(args[2]) is tuple:
         args = args[2]
     first = args[0] if args else None
     return first.pid if isinstance(first, Reference) and type(first.pid) is int else None
@@ -189,7 +189,7 @@ def _is_made(key: Any) -> bool:
     waiting, seen = [key], set()
     while waiting:
         part = waiting.pop()
-        if isinstance(part, Call | Reference | StandIn):
+        if isinstance(part, Call | Reference | Proxy):
             return True
         if type(part) in (tuple, frozenset) and id(part) not in seen:
             check_interrupt()

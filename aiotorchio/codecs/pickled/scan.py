@@ -24,14 +24,14 @@ import struct
 from collections.abc import Callable, Container, Mapping, Sequence
 
 from aiotorchio.codecs.pickled import refusals
-from aiotorchio.codecs.pickled.abstract_stack import Machine
-from aiotorchio.codecs.pickled.budget import Budget, Measure
+from aiotorchio.codecs.pickled.abstract_stack import AbstractStack
+from aiotorchio.codecs.pickled.budget import AbstractValue, Budget
 from aiotorchio.codecs.pickled.opcodes import is_blocked, opcodes, path_of
-from aiotorchio.common.gc_pause import collection_paused
+from aiotorchio.common.gc_pause import gc_paused
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.errors import AiotorchioError, ProtocolError, UnsafeObjectError
 
-__all__ = ["prescan"]
+__all__ = ["scan_pickle"]
 
 # What an empty container takes.
 _CONTAINER_NBYTES = 216
@@ -42,16 +42,16 @@ _DICTS = ("collections.OrderedDict", "collections.Counter")
 
 # What stands for objects that are all alike. Tensors and storages are hashed by their addresses,
 # which the sender does not choose.
-_CONSTANT = Measure(16, hash=0)
-_BYTES = [Measure(32, hash=value, number=True) for value in range(256)]
-_EMPTY_TUPLE = Measure(40, hash=hash(()), forgeable=True, items=())
-_REFERENCE = Measure(0, kind="reference")
+_CONSTANT = AbstractValue(16, hash=0)
+_BYTES = [AbstractValue(32, hash=value, number=True) for value in range(256)]
+_EMPTY_TUPLE = AbstractValue(40, hash=hash(()), forgeable=True, items=())
+_REFERENCE = AbstractValue(0, kind="reference")
 
 # The modules whose functions stand for those of torch on the allowlist.
 _PACKAGE = __name__.rpartition(".")[0] + "."
 
 
-def prescan(
+def scan_pickle(
     data: bytes,
     allowed: Mapping[str, object],
     stateful: Container[str],
@@ -82,7 +82,7 @@ def prescan(
     """
     scan = _Scan(data, allowed, stateful, depth_limit, wide_keys)
     try:
-        with collection_paused():
+        with gc_paused():
             try:
                 scan.run()
             finally:
@@ -95,7 +95,7 @@ def prescan(
     return scan.given_state
 
 
-class _Scan(Machine):
+class _Scan(AbstractStack):
     def __init__(
         self,
         data: bytes,
@@ -110,7 +110,7 @@ class _Scan(Machine):
         self.allowed = allowed
         self.stateful = stateful
         self.given_state: dict[str, bool] = {}
-        self.globals: dict[str, Measure] = {}
+        self.globals: dict[str, AbstractValue] = {}
 
     def run(self) -> None:
         for at, code, argument in interruptible(opcodes(self.data)):
@@ -134,38 +134,38 @@ class _Scan(Machine):
             return
         signed = len(argument) == 4
         value = int.from_bytes(argument, "little", signed=signed)
-        self.push(Measure(32, hash=hash(value), number=True))
+        self.push(AbstractValue(32, hash=hash(value), number=True))
 
     def float_(self, argument: bytes) -> None:
-        self.push(Measure(32, hash=hash(struct.unpack(">d", argument)[0]), number=True))
+        self.push(AbstractValue(32, hash=hash(struct.unpack(">d", argument)[0]), number=True))
 
     def text(self, argument: bytes) -> None:
         # Not its hash in Python, yet as much of a secret to the sender, and the same for the same.
-        self.push(Measure(64 + 4 * len(argument), hash=hash(argument)))
+        self.push(AbstractValue(64 + 4 * len(argument), hash=hash(argument)))
 
     def long(self, argument: bytes) -> None:
         value = int.from_bytes(argument, "little", signed=True)
         forgeable = len(argument) > 8
         nbytes = 32 + len(argument)
-        self.push(Measure(nbytes, hash=hash(value), forgeable=forgeable, number=True))
+        self.push(AbstractValue(nbytes, hash=hash(value), forgeable=forgeable, number=True))
 
     def list_(self, _: bytes) -> None:
-        self.push(Measure(_CONTAINER_NBYTES, depth=1, kind="list"))
+        self.push(AbstractValue(_CONTAINER_NBYTES, depth=1, kind="list"))
 
     def dict_(self, _: bytes) -> None:
-        self.push(Measure(_CONTAINER_NBYTES, depth=1, kind="dict"))
+        self.push(AbstractValue(_CONTAINER_NBYTES, depth=1, kind="dict"))
 
     def empty_set(self, _: bytes) -> None:
-        self.push(Measure(_CONTAINER_NBYTES, depth=1))
+        self.push(AbstractValue(_CONTAINER_NBYTES, depth=1))
 
-    def tuple_(self, items: Sequence[Measure]) -> None:
+    def tuple_(self, items: Sequence[AbstractValue]) -> None:
         if not items:
             self.push_shared(_EMPTY_TUPLE)
             return
         # A tuple in a tuple counts with all 64 bits of its hash, which a number here does not have.
         hashes = tuple(None if item.items or item.made_by else item.hash for item in items)
         self.push(
-            Measure(
+            AbstractValue(
                 # With the list of its items, which the scan keeps.
                 104 + 16 * len(items),
                 depth=self.budget.nest(items),
@@ -173,7 +173,7 @@ class _Scan(Machine):
                 hash=None if None in hashes else hash(hashes),
                 forgeable=True,
                 items=items,
-                stand_in=next((item.stand_in for item in items if item.stand_in), None),
+                proxy=next((item.proxy for item in items if item.proxy), None),
             )
         )
 
@@ -185,8 +185,8 @@ class _Scan(Machine):
             raise refusals.unknown_global(path)
         if path not in self.globals:
             ours = getattr(self.allowed[path], "__module__", "").startswith(_PACKAGE)
-            stand_in = path if ours else None
-            self.globals[path] = Measure(0, hash=hash(path), name=path, stand_in=stand_in)
+            proxy = path if ours else None
+            self.globals[path] = AbstractValue(0, hash=hash(path), name=path, proxy=proxy)
         self.push_shared(self.globals[path])
 
     def instantiate(self, argument: bytes) -> None:
@@ -199,7 +199,7 @@ class _Scan(Machine):
     def call(self, _: bytes) -> None:
         self.make(*self.pop_several(2))
 
-    def make(self, function: Measure, arguments: Measure) -> None:
+    def make(self, function: AbstractValue, arguments: AbstractValue) -> None:
         if function.name is None:
             raise refusals.call_of_no_global()
         items = arguments.items
@@ -221,7 +221,7 @@ class _Scan(Machine):
         if function.name in _SETS:
             often = min(64, 1 + max((item.wide for item in items), default=0))
         self.push(
-            Measure(
+            AbstractValue(
                 memory,
                 depth=self.budget.nest([arguments]),
                 hash_steps=1 + often * sum(item.hash_steps for item in items),
@@ -263,14 +263,14 @@ class _Scan(Machine):
     def appends(self, _: bytes) -> None:
         self.extend(self.pop_mark(), "APPENDS")
 
-    def extend(self, items: Sequence[Measure], opcode: str) -> None:
+    def extend(self, items: Sequence[AbstractValue], opcode: str) -> None:
         if self.top().kind != "list":
             raise refusals.items_of_no_list(opcode, self.top().made_by)
         # A set may be made of it.
         self.count(items)
         self.adopt(items)
 
-    def count(self, items: Sequence[Measure]) -> None:
+    def count(self, items: Sequence[AbstractValue]) -> None:
         """Note which of the items or keys of the container on top could be chosen to collide."""
         container = self.top()
         for item in items:
@@ -291,7 +291,7 @@ class _Scan(Machine):
             raise ProtocolError("a key without a value")
         self.put_items(items, "SETITEMS")
 
-    def put_items(self, items: list[Measure], opcode: str) -> None:
+    def put_items(self, items: list[AbstractValue], opcode: str) -> None:
         container = self.top()
         if container.kind != "dict" and container.made_by not in _DICTS:
             raise refusals.items_of_no_dict(opcode, container.made_by)
@@ -305,7 +305,7 @@ class _Scan(Machine):
         self.budget.charge(96 * (len(items) // 2))
         self.adopt(items)
 
-    def adopt(self, items: Sequence[Measure]) -> None:
+    def adopt(self, items: Sequence[AbstractValue]) -> None:
         """Items go into the container on top of the stack."""
         self.check_contents(items)
         self.budget.charge(16 * len(items))
@@ -315,20 +315,20 @@ class _Scan(Machine):
             container.depth = max(container.depth, self.budget.nest(items))
             container.hash_steps += sum(item.hash_steps for item in items)
             container.most_steps = max(container.most_steps, max(item.hash_steps for item in items))
-        self.let_go(items)
+        self.release(items)
 
-    def check_contents(self, items: Sequence[Measure]) -> None:
+    def check_contents(self, items: Sequence[AbstractValue]) -> None:
         """Refuse, as part of the object, what only stands for one of Python's or torch's names."""
         for item in items:
-            if item.stand_in is not None:
-                raise UnsafeObjectError(f"{item.stand_in!r} itself as a part of the object")
+            if item.proxy is not None:
+                raise UnsafeObjectError(f"{item.proxy!r} itself as a part of the object")
 
     def persistent_id(self, _: bytes) -> None:
         self.pop()
         self.push_shared(_REFERENCE)
 
 
-def _is_attributes(state: Measure) -> bool:
+def _is_attributes(state: AbstractValue) -> bool:
     """Whether a state is what pickle writes: update() of a dict takes pairs, too, unscanned."""
     parts = state.items if state.items is not None and len(state.items) == 2 else (state,)
     return all(part.kind == "dict" or part.is_plain for part in parts)

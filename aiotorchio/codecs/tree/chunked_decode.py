@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from aiotorchio.codecs.tree.precheck import SHORT_VALUE, check_growth
+from aiotorchio.codecs.tree.precheck import SHORT_VALUE, check_size
 from aiotorchio.codecs.tree.size_estimate import ARRAYS, TEXTS
 from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.errors import ProtocolError
@@ -41,12 +41,12 @@ def unpacked(skeleton: bytes, depth_limit: int) -> Iterator[Any]:
         depth_limit: Nesting of containers to accept.
 
     Raises:
-        LimitExceeded: As ``check_growth``.
+        LimitExceeded: As ``check_size``.
         ProtocolError: Likewise; it ends inside of an array, or goes on behind its value.
         msgspec.DecodeError: Not MessagePack.
         UnicodeDecodeError: A text that is not UTF-8.
     """
-    arrays = check_growth(skeleton, depth_limit)
+    arrays = check_size(skeleton, depth_limit)
     if len(skeleton) <= AT_ONCE_NBYTES and arrays <= _ARRAYS_MAX:
         yield _decode(skeleton)
         return

@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 import torch
 
-from aiotorchio.codecs.pickled.budget import too_wide
+from aiotorchio.codecs.pickled.budget import too_many_colliders
 from aiotorchio.codecs.pickled.safe_builtins import check_hashes
 from aiotorchio.codecs.tree.chunked_decode import drop, unpacked
 from aiotorchio.codecs.tree.tags import Tag
-from aiotorchio.common.gc_pause import collection_paused
+from aiotorchio.common.gc_pause import gc_paused
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded, ProtocolError
 from aiotorchio.limits import Limits
@@ -64,7 +64,7 @@ def encode(obj: object, table: Table) -> bytes:
         NotATreeError: This codec cannot carry the object.
     """
     try:
-        with collection_paused():
+        with gc_paused():
             return msgspec.msgpack.encode(_Encoder(table).node(obj, "", 0))
     except UnicodeEncodeError:
         raise NotATreeError("it has a text that UTF-8 cannot carry") from None
@@ -220,7 +220,7 @@ def decoder(
 
     Of an object that is let go of within the block, only its containers are freed at once.
     """
-    with collection_paused(), ExitStack() as stack:
+    with gc_paused(), ExitStack() as stack:
         with _located(depth_limit, offset):
             node = stack.enter_context(unpacked(skeleton, depth_limit))
 
@@ -346,7 +346,7 @@ class _Decoder:
         """Take the time to find places for keys that may have been chosen to have none left."""
         self._probes_left -= steps
         if self._probes_left < 0:
-            raise too_wide(self._wide_keys)
+            raise too_many_colliders(self._wide_keys)
 
     def tensor(self, node: list[Any], depth: int) -> Any:
         # Not by _payload: this is the node that there may be 100,000 of.

@@ -17,13 +17,13 @@ from aiotorchio.codecs.tree.size_estimate import (
     MAPS,
     TEXTS,
     container_nbytes,
-    measured,
+    estimate_size,
 )
 from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.errors import LimitExceeded, ProtocolError
 from aiotorchio.wire import bounds
 
-__all__ = ["SHORT_VALUE", "check_growth"]
+__all__ = ["SHORT_VALUE", "check_size"]
 
 # What each byte of a skeleton may take, decoded and built, beyond what any skeleton may take.
 # Nothing but arrays takes more for each byte of its own.
@@ -48,7 +48,7 @@ a tensor, which hold a tag and a row."""
 _COMMON = re.compile(rb"(?s:" + _ONE_BYTE + rb"{1,100000}+|" + _BYTES + rb"){0,100000}+")
 
 
-def check_growth(skeleton: bytes, depth_limit: int) -> int:
+def check_size(skeleton: bytes, depth_limit: int) -> int:
     """Refuse a skeleton that holds maps, takes far more memory than its size, or is far too deep.
 
     Returns:
@@ -66,7 +66,7 @@ def check_growth(skeleton: bytes, depth_limit: int) -> int:
     depth_max = 2 * depth_limit + 1
     if arrays <= depth_max and nbytes <= floor:
         return arrays + of_tensors
-    memory, depth = measured(skeleton)
+    memory, depth = estimate_size(skeleton)
     if memory > allowed:
         raise _too_large()
     if depth > depth_max:

@@ -9,7 +9,7 @@ from aiotorchio.codecs.tree.tags import Tag
 from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.errors import ProtocolError
 
-__all__ = ["ARRAYS", "EXTENSIONS", "MAPS", "TEXTS", "container_nbytes", "measured"]
+__all__ = ["ARRAYS", "EXTENSIONS", "MAPS", "TEXTS", "container_nbytes", "estimate_size"]
 
 # What values take, with their places in the list that is decoded, and in the object. UTF-8 can
 # become four times as long.
@@ -41,7 +41,7 @@ def container_nbytes(data: bytes, position: int, items: int) -> int:
     return _NESTED_NBYTES + itself + each * (min(items, len(data) - position) - 1)
 
 
-def measured(data: bytes) -> tuple[int, int]:
+def estimate_size(data: bytes) -> tuple[int, int]:
     """The memory that values take, and how deep they are nested.
 
     Raises:
