@@ -1,4 +1,4 @@
-"""The table of docs/receiving.md: what each way to receive costs and leaves behind."""
+"""The table of docs/guide/receiving.md: what each way to receive costs and leaves behind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ every_way = pytest.mark.parametrize("way", WAYS)
 
 def table() -> dict[str, list[str]]:
     """The rows of the table, by the ways of the tests."""
-    text = (ROOT / "docs" / "receiving.md").read_text()
+    text = (ROOT / "docs" / "guide" / "receiving.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {NAMES[row[0].strip("`")]: row[1:] for row in rows}

@@ -227,8 +227,8 @@ def load_from_stream(
             ``torch.nn.Module``, which is filled as by its ``load_state_dict``, hooks, extra state
             and entries that ``state_dict()`` makes included; or a ``DoubleBuffer``. Sparse,
             quantized and nested tensors, DTensors and wrapper subclasses are received as a part of
-            the object, and copied at the end (docs/receiving.md). Names, shapes and dtypes are
-            compared before a byte is written. Bytes go straight to where
+            the object, and copied at the end (docs/guide/receiving.md). Names, shapes and dtypes
+            are compared before a byte is written. Bytes go straight to where
             they belong if dtype and layout are the sender's, else through a chunk of scratch. The
             tensors must not be resized, nor used by others, until this returns; if it fails,
             they are partly overwritten, unless ``staged``.
