@@ -31,8 +31,8 @@ from aiotorchio.wire.header import Layout, decode_header
 from fuzz.messages import Draft, dissect, vary, vary_frames
 from fuzz.objects import LIMITS, use
 from fuzz.oracle import Find, check_refusal, choose, no_flood
-from tests.corpus import assert_same
-from tests.graph import forge
+from tests.support import craft
+from tests.support.corpus import assert_same
 
 __all__ = [
     "Sample",
@@ -200,7 +200,7 @@ def _load(data: bytes, *, placed: bool = True, **options: Any) -> str | tuple[An
 
 
 def _structure(obj: Any) -> tuple[Any, ...]:
-    parts = forge.flattened(obj)
+    parts = craft.flattened(obj)
     return parts.skeleton, parts.header.tensors, parts.header.storages
 
 

@@ -21,8 +21,7 @@ from aiotorchio.limits import Limits
 from aiotorchio.table.names import walk
 from aiotorchio.wire.header import Codec, Header
 from fuzz.oracle import Find, check_refusal
-from tests import corpus
-from tests.graph import forge, hostile
+from tests.support import corpus, craft, hostile
 
 __all__ = [
     "HEADER",
@@ -38,7 +37,7 @@ __all__ = [
 
 # Of the skeleton in its message, for errors.
 OFFSET = 1000
-_PARTS = forge.flattened(hostile.tensors())
+_PARTS = craft.flattened(hostile.tensors())
 HEADER: Header = _PARTS.header
 """Of a message with the rows that every skeleton here can refer to."""
 STORAGES: list[torch.UntypedStorage] = _PARTS.storages
@@ -78,7 +77,7 @@ def round_trip(obj: Any) -> None:
     """Save and load an object, and compare; if torch could save it."""
     with _recursion():
         try:
-            parts = forge.flattened(obj)
+            parts = craft.flattened(obj)
         except Exception:
             # What torch can't save either may fail in any way.
             if _torch_saves(obj):
@@ -86,7 +85,7 @@ def round_trip(obj: Any) -> None:
             return
         if parts.header.codec == "tree":
             _check_names(parts)
-        loaded = aiotorchio.load(io.BytesIO(forge.compose(parts)))
+        loaded = aiotorchio.load(io.BytesIO(craft.compose(parts)))
         if _comparable(obj):
             corpus.assert_same(loaded, obj)
 

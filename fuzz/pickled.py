@@ -29,7 +29,7 @@ from fuzz.objects import (
     use,
 )
 from fuzz.oracle import Find, MutateBytes, check_refusal, choose, no_flood
-from tests.graph.forge import (
+from tests.support.craft import (
     Code,
     assemble,
     build,
@@ -44,7 +44,7 @@ from tests.graph.forge import (
     subclassed,
     tensor,
 )
-from tests.graph.lowered import lowered
+from tests.support.lowered import lowered
 
 __all__ = ["MAX_LEN", "mutate", "test_one_input"]
 

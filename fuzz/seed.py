@@ -12,10 +12,9 @@ from aiotorchio.codecs.pickled import codec as pickle_codec
 from aiotorchio.codecs.tree import codec as tree_codec
 from aiotorchio.table.table import Table
 from fuzz.messages import dissect
-from tests import corpus
-from tests.graph import forge, hostile
+from tests.support import corpus, craft, hostile
+from tests.support.frames import Message, fields, pack, two_chunks
 from tests.vectors.generate import FOLDER
-from tests.wire.helpers import Message, fields, pack, two_chunks
 
 __all__ = ["SEEDS", "seeds"]
 
@@ -88,16 +87,16 @@ def _pickles() -> Iterator[bytes]:
         yield pickle_codec.dump(obj, Table(), pickle_module=pickle, pickle_protocol=2)
     # In the rows of the table that the harness has, honest ones of the kinds that have none.
     for honest in (
-        hostile.sparse("sparse_coo", forge.tensor(1), forge.tensor(0), (4,)),
-        hostile.sparse("sparse_coo", forge.tensor(1), forge.tensor(0), (4,), True),
-        hostile.quantized((forge.name("torch", "per_tensor_affine"), 0.5, 1)),
-        forge.strided(0, "float32", 1, (3,), (1,)),
-        forge.rebuild("_rebuild_parameter", forge.tensor(0), True, forge.ordered_dict()),
-        forge.rebuild(
-            "_rebuild_parameter_with_state", forge.tensor(0), True, forge.ordered_dict(), {"a": 1}
+        hostile.sparse("sparse_coo", craft.tensor(1), craft.tensor(0), (4,)),
+        hostile.sparse("sparse_coo", craft.tensor(1), craft.tensor(0), (4,), True),
+        hostile.quantized((craft.name("torch", "per_tensor_affine"), 0.5, 1)),
+        craft.strided(0, "float32", 1, (3,), (1,)),
+        craft.rebuild("_rebuild_parameter", craft.tensor(0), True, craft.ordered_dict()),
+        craft.rebuild(
+            "_rebuild_parameter_with_state", craft.tensor(0), True, craft.ordered_dict(), {"a": 1}
         ),
     ):
-        yield forge.pickled(honest)
+        yield craft.pickled(honest)
 
 
 def _objects() -> Iterator[object]:

@@ -11,8 +11,8 @@ import torch
 import uvloop
 from hypothesis import HealthCheck, settings
 
-from tests import tiers
-from tests.first_error import keep_first_error
+from tests.support import tiers
+from tests.support.first_error import keep_first_error
 
 ASYNC_WORLDS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),

@@ -30,8 +30,8 @@ import torch
 
 from aiotorchio import compat, errors
 from aiotorchio.errors import AiotorchioError, StreamPoisoned, TruncatedError
-from tests.corpus import CASES, LOAD_OPTIONS, assert_same, make
-from tests.worlds import PATIENCE
+from tests.support.backends import PATIENCE
+from tests.support.corpus import CASES, LOAD_OPTIONS, assert_same, make
 
 ancestor: Any = pytest.importorskip("torch.distributed._serialization")
 
@@ -724,13 +724,13 @@ def can_listen_as_torchft_does() -> bool:
 
 @contextlib.contextmanager
 def recovery(*args: object) -> Iterator[subprocess.Popen[str]]:
-    """A process of tests/torchft_recovery.py, which is gone at the end."""
+    """A process of tests/support/torchft_recovery.py, which is gone at the end."""
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {"no_proxy": "*", "PYTHONPATH": os.fspath(root)}
     environment.pop("TORCHFT_USE_OTEL", None)
     # torchft has a pytree, of which torch 2.13 says so while it is unpickled.
     ignored = "ignore:`isinstance(treespec, LeafSpec)` is deprecated:FutureWarning"
-    script = ["tests/torchft_recovery.py", *map(str, args)]
+    script = ["tests/support/torchft_recovery.py", *map(str, args)]
     command = [sys.executable, "-W", "error", "-W", ignored, *script]
     with subprocess.Popen(
         command,

@@ -25,7 +25,7 @@ import trustme
 from anyio.streams.tls import TLSListener
 
 import aiotorchio
-from tests.speed import patience
+from tests.support.speed import patience
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [

@@ -16,7 +16,7 @@ pytest.importorskip("resource", reason="peaks of memory are asked for as Unix ha
 
 from fuzz import mutate, parser, pickled, tree
 from fuzz.seed import seeds
-from tests.tiers import examples
+from tests.support.tiers import examples
 
 # What torch says about kinds of tensors that are new, or rare.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -19,7 +19,7 @@ import torch
 import xxhash
 
 import aiotorchio
-from tests import independent_reader as independent
+from tests.support import independent_reader as independent
 
 VECTORS = Path(__file__).parent / "vectors"
 NAMES = sorted(path.stem for path in VECTORS.glob("*.bin"))

@@ -1,11 +1,13 @@
-"""Rooms import only downward, and each only what it is for; torch's private names have one door.
+"""Packages import only downward; private names of torch are used in one place.
 
-All of this is read from the sources; nothing is imported.
+Both are read from the sources: nothing is imported. docs/architecture.md has the same order and
+names every module.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -16,9 +18,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "aiotorchio"
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
 
-# Each room: the rooms it may import from, and what else beside the standard library. A room may
-# always import from itself; what is at the top of the package is a room of one module.
-ROOMS: dict[str, tuple[set[str], set[str]]] = {
+# The order of the packages, from the ground up: the packages that each may import, and libraries
+# besides the standard one. Modules at the top of the package count as packages of one module.
+LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "limits": (set(), set()),
     "common": (set(), {"torch"}),
@@ -75,7 +77,7 @@ PUBLIC_BY_CUSTOM = {
 }
 
 
-def room_of(source: str) -> str:
+def layer_of(source: str) -> str:
     return source.split("/")[0].removesuffix(".py")
 
 
@@ -94,9 +96,9 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def imported_rooms(source: str) -> set[str]:
+def imported_layers(source: str) -> set[str]:
     names = (name.split(".") for name in imports(tree_of(source)))
-    return {name[1] for name in names if name[0] == "aiotorchio"} - {room_of(source)}
+    return {name[1] for name in names if name[0] == "aiotorchio"} - {layer_of(source)}
 
 
 def imported_packages(source: str) -> set[str]:
@@ -104,22 +106,33 @@ def imported_packages(source: str) -> set[str]:
     return names - sys.stdlib_module_names - {"aiotorchio"}
 
 
-def test_every_source_is_in_a_room() -> None:
-    assert {room_of(source) for source in SOURCES} == ROOMS.keys()
+def test_every_source_is_in_a_layer() -> None:
+    assert {layer_of(source) for source in SOURCES} == LAYERS.keys()
 
 
-def test_the_rooms_have_an_order() -> None:
+def test_the_layers_have_an_order() -> None:
     below: set[str] = set()
-    for room, (allowed, _) in ROOMS.items():
-        assert allowed <= below, room
-        below.add(room)
+    for layer, (allowed, _) in LAYERS.items():
+        assert allowed <= below, layer
+        below.add(layer)
 
 
 @pytest.mark.parametrize("source", sorted(SOURCES))
 def test_imports_lead_downward(source: str) -> None:
-    rooms, packages = ROOMS[room_of(source)]
-    assert imported_rooms(source) <= rooms
+    layers, packages = LAYERS[layer_of(source)]
+    assert imported_layers(source) <= layers
     assert imported_packages(source) <= packages
+
+
+def test_the_architecture_names_every_module_in_this_order() -> None:
+    document = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)(?:/|\.py)`", document, flags=re.MULTILINE)
+    layers = [layer for layer in LAYERS if layer != "__init__"]
+    assert [name for name in listed if name in layers][: len(layers)] == layers
+    for source in SOURCES:
+        if not source.endswith("__init__.py"):
+            name = source if "/" not in source else source.split("/", 1)[1]
+            assert f"`{name}`" in document, source
 
 
 @pytest.mark.parametrize("source", sorted(SOURCES))

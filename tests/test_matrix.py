@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import aiotorchio
-from tests.corpus import CASES, LOAD_OPTIONS, assert_same, make
-from tests.worlds import PATIENCE, WORLDS, End, World, converse
+from tests.support.backends import PATIENCE, WORLDS, End, World, converse
+from tests.support.corpus import CASES, LOAD_OPTIONS, assert_same, make
 
 KIB, MIB = 2**10, 2**20
 

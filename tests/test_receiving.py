@@ -14,7 +14,7 @@ from torch import nn
 
 import aiotorchio
 from aiotorchio import ChecksumError
-from tests.places import Pieces, encoded
+from tests.support.tensor_layouts import Pieces, encoded
 
 pytestmark = pytest.mark.anyio
 

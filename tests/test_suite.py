@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import speed, tiers
+from tests.support import speed, tiers
 
 pytest_plugins = "pytester"
 
@@ -125,7 +125,7 @@ def test_patience_grows_with_the_time_that_work_takes(monkeypatch: pytest.Monkey
         nonlocal now
         now += 3 * speed._REFERENCE
 
-    monkeypatch.setattr("tests.speed.time.monotonic", lambda: now)
+    monkeypatch.setattr("tests.support.speed.time.monotonic", lambda: now)
     monkeypatch.setattr(speed, "_work", work)
     monkeypatch.setattr(speed, "_measured", None)
     assert speed.slowdown() == pytest.approx(3)
@@ -145,7 +145,7 @@ def test_patience_has_bounds(
     factor: float, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([0.0, factor * speed._REFERENCE])
-    monkeypatch.setattr("tests.speed.time.monotonic", lambda: next(times))
+    monkeypatch.setattr("tests.support.speed.time.monotonic", lambda: next(times))
     monkeypatch.setattr(speed, "_work", lambda: 0)
     monkeypatch.setattr(speed, "_measured", None)
     assert speed.slowdown() == expected

@@ -20,9 +20,9 @@ from cryptography.hazmat.primitives import serialization
 
 from aiotorchio import AiotorchioError, ProtocolError, TruncatedError, tls
 from tests.chaos.ends import TLS_WORLDS, Contexts, tls_world
-from tests.corpus import assert_same
-from tests.places import encoded
-from tests.worlds import PATIENCE, WORLDS, End, Script, World, converse
+from tests.support.backends import PATIENCE, WORLDS, End, Script, World, converse
+from tests.support.corpus import assert_same
+from tests.support.tensor_layouts import encoded
 
 # In several records of TLS, and many tensors in one.
 STATE = {"large": torch.arange(300_000), "small": [torch.arange(n) for n in range(50)], "step": 1}

@@ -20,12 +20,11 @@ import torch
 
 import aiotorchio
 from aiotorchio.wire.frames import CHUNK, HEADER, SKELETON
-from tests import corpus as objects
 from tests.attacks import costs
 from tests.attacks.cases import MIB, Case, files_of
-from tests.graph import forge, hostile
-from tests.wire import test_header, test_parser
-from tests.wire.helpers import (
+from tests.support import corpus as objects
+from tests.support import craft, hostile
+from tests.support.frames import (
     EMPTY_DICT,
     LIMITS,
     Message,
@@ -34,6 +33,7 @@ from tests.wire.helpers import (
     pack,
     two_chunks,
 )
+from tests.wire import test_header, test_parser
 
 __all__ = ["AUTHORITY_FILE", "HONEST", "WARM_UP", "all_cases", "behind", "behind_message"]
 
@@ -331,13 +331,13 @@ def messages_of(headers: Iterable[Any]) -> tuple[bytes, ...]:
 def skeletons() -> Iterator[Case]:
     """What is wrong in the object around the tensors."""
     tensors = hostile.tensors()
-    plain = forge.flattened(tensors)
+    plain = craft.flattened(tensors)
     for codec, cases in (("tree", hostile.trees()), ("pickle", hostile.pickles())):
         header = msgspec.structs.replace(plain.header, codec=codec)
         parts = dataclasses.replace(plain, header=header)
         cut: list[bytes] = []
         for key, case in cases.items():
-            message = forge.compose(dataclasses.replace(parts, skeleton=case.skeleton))
+            message = craft.compose(dataclasses.replace(parts, skeleton=case.skeleton))
             if key.startswith("cut_"):
                 cut.append(message)
                 continue
@@ -352,8 +352,8 @@ def skeletons() -> Iterator[Case]:
         yield Case(f"{codec}-cuts", "ProtocolError", tuple(cut), play="finish", after=())
     # Some programs lift Python's bound on recursion; it must not be what protects the stack.
     for name, wanted, message in (
-        ("tree", "LimitExceeded", forge.message(b"\x92\x00" * DEEP + b"\xc0", "tree")),
-        ("pickle", "LimitExceeded", forge.message(hostile.limits()["deep_tuple_300_key"])),
+        ("tree", "LimitExceeded", craft.message(b"\x92\x00" * DEEP + b"\xc0", "tree")),
+        ("pickle", "LimitExceeded", craft.message(hostile.limits()["deep_tuple_300_key"])),
         ("header", "ProtocolError", nested_header()),
     ):
         reason = "malformed header" if name == "header" else "nested deeper than 256 levels"
@@ -375,7 +375,7 @@ def skeletons() -> Iterator[Case]:
         ways=PLAIN_WAYS,
     )
     refused = {"allow_pickle": False}
-    message = forge.message(forge.pickled({"a": 1}))
+    message = craft.message(craft.pickled({"a": 1}))
     yield Case("pickle-refused", "UnsafeObjectError", (message,), options=refused)
 
 
@@ -556,7 +556,7 @@ def long_skeletons() -> Iterator[Case]:
 def long_list(item: Any, count: int) -> bytes:
     """A message of the tree codec: a list of so many equal values."""
     node = msgspec.msgpack.encode(item)
-    return forge.message(b"\xdd" + struct.pack(">I", count + 1) + b"\x00" + node * count, "tree")
+    return craft.message(b"\xdd" + struct.pack(">I", count + 1) + b"\x00" + node * count, "tree")
 
 
 # ------------------------------------------------------------------------------ all of them

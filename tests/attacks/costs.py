@@ -23,7 +23,7 @@ from aiotorchio.codecs.tree.tags import Tag
 from aiotorchio.wire.frames import CHUNK, HEADER, SKELETON
 from tests.attacks.cases import MIB, Case, row_name
 from tests.attacks.loaders import LOADERS, WAITING_LOADERS
-from tests.wire.helpers import Message, fields, frame, pack
+from tests.support.frames import Message, fields, frame, pack
 
 __all__ = ["FAMILIES", "KINDS", "Kind", "met"]
 

@@ -23,8 +23,8 @@ import trustme
 
 from tests.attacks.cases import Case, write_cases
 from tests.attacks.corpus import AUTHORITY_FILE, WARM_UP, all_cases, behind_message
-from tests.attacks.meter import BUSY_MAX, ENDING_MAX, HELD_MAX, STALL_MAX
 from tests.attacks.receiver import WANTED_FILE
+from tests.attacks.resource_probe import BUSY_MAX, ENDING_MAX, HELD_MAX, STALL_MAX
 from tests.attacks.sender import HONEST_FILE, TLS_FILE
 
 __all__ = [

@@ -15,7 +15,7 @@ import torch
 import aiotorchio
 from aiotorchio import Limits
 from tests.attacks.cases import row_name
-from tests.worlds import End
+from tests.support.backends import End
 
 __all__ = ["LOADERS", "WAITING_LOADERS", "dressed"]
 

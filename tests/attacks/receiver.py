@@ -31,14 +31,14 @@ import anyio.abc
 import torch
 import torch._dynamo  # what jagged tensors need
 
-from tests import worlds
 from tests.attacks.cases import Case, Cases
 from tests.attacks.corpus import AUTHORITY_FILE, HONEST, WARM_UP
-from tests.attacks.meter import Meter, Outcome, surroundings
+from tests.attacks.resource_probe import Outcome, ResourceProbe, surroundings
 from tests.attacks.scenarios import HONEST_OBJECTS, PATIENCE, SCENARIOS, Sender, Visit, caught
-from tests.graph.lowered import lowered
-from tests.speed import patience, slowdown
-from tests.worlds import ANYIO_BACKENDS, BlockingEnd, End, World, run_blocking
+from tests.support import backends
+from tests.support.backends import ANYIO_BACKENDS, BlockingEnd, End, World, run_blocking
+from tests.support.lowered import lowered
+from tests.support.speed import patience, slowdown
 
 __all__ = ["WANTED_FILE", "WAYS"]
 
@@ -57,12 +57,12 @@ HANGS_AFTER, WAITS_AT_MOST = 90, 25
 
 @contextlib.asynccontextmanager
 async def blocking_tls_end(sock: socket.socket, serves: bool) -> AsyncIterator[End]:
-    with worlds.CLIENT_TLS.wrap_socket(sock, server_hostname="localhost") as wrapped:
-        wrapped.settimeout(worlds.PATIENCE)
+    with backends.CLIENT_TLS.wrap_socket(sock, server_hostname="localhost") as wrapped:
+        wrapped.settimeout(backends.PATIENCE)
         yield BlockingEnd(wrapped)
 
 
-WAYS = {world.name: world for world in worlds.WORLDS} | {
+WAYS = {world.name: world for world in backends.WORLDS} | {
     "blocking-none-tls": World("blocking", "tls", "none", blocking_tls_end)
 }
 
@@ -134,7 +134,7 @@ class Runner:
             yield Visit(case, end, self._sender, outcome, another)
 
     async def _load_each(self, case: Case, outcome: Outcome) -> None:
-        """All messages of a case, each over a connection of its own, under one meter."""
+        """All messages of a case, each over a connection of its own, under one probe."""
 
         async def each() -> None:
             for message in case.messages:
@@ -142,14 +142,14 @@ class Runner:
                     outcome.note((await caught(visit.load))[0], len(message))
 
         waits = self._way.loop != "none"
-        meter = Meter(outcome, beats=waits)
+        probe = ResourceProbe(outcome, beats=waits)
         if not waits:
-            with meter:
+            with probe:
                 await each()
         else:
             async with anyio.create_task_group() as group:
-                await group.start(meter.beat)
-                with meter:
+                await group.start(probe.beat)
+                with probe:
                     await each()
                 group.cancel_scope.cancel()
         outcome.seconds /= len(case.messages)
@@ -293,7 +293,7 @@ def limit_memory() -> None:
 def main() -> None:
     directory = Path(sys.argv[1])
     supervisor = Supervisor(directory, json.loads((directory / WANTED_FILE).read_text()))
-    worlds.CLIENT_TLS.load_verify_locations(directory / AUTHORITY_FILE)
+    backends.CLIENT_TLS.load_verify_locations(directory / AUTHORITY_FILE)
     torch.set_num_threads(1)
     needed = Cases(directory).objects
     HONEST_OBJECTS.update((name, make()) for name, make in HONEST.items() if name in needed)

@@ -21,10 +21,10 @@ from aiotorchio import Limits, TensorSpec
 from tests.attacks.cases import MIB, Case
 from tests.attacks.corpus import behind
 from tests.attacks.loaders import LOADERS, dressed
-from tests.attacks.meter import Meter, Outcome
-from tests.corpus import assert_same
-from tests.speed import patience
-from tests.worlds import BlockingEnd, End, all_blocked, run_blocking
+from tests.attacks.resource_probe import Outcome, ResourceProbe
+from tests.support.backends import BlockingEnd, End, all_blocked, run_blocking
+from tests.support.corpus import assert_same
+from tests.support.speed import patience
 
 __all__ = ["HONEST_OBJECTS", "PATIENCE", "PRODUCED", "SCENARIOS", "Sender", "Visit", "caught"]
 
@@ -121,14 +121,14 @@ class Visit:
         self.load = LOADERS[case.loader](self.end, self.limits, dict(case.options))
 
     async def watched(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        """Run a call under the eyes of a meter; what it returned, if it did."""
+        """Run a call under the eyes of a probe; what it returned, if it did."""
         return (await self.all_watched([call]))[0]
 
     async def all_watched(self, calls: list[Callable[[], Awaitable[Any]]]) -> list[Any]:
         """Likewise with several calls at once."""
-        meter = Meter(self.outcome, beats=self.waits)
+        probe = ResourceProbe(self.outcome, beats=self.waits)
         if not self.waits:
-            with meter:
+            with probe:
                 return self._noted_in_threads(calls)
         results: list[Any] = [None] * len(calls)
 
@@ -136,8 +136,8 @@ class Visit:
             results[number] = await self._noted(calls[number])
 
         async with anyio.create_task_group() as group:
-            await group.start(meter.beat)
-            with meter:
+            await group.start(probe.beat)
+            with probe:
                 async with anyio.create_task_group() as running:
                     for number in range(len(calls)):
                         running.start_soon(run, number)
@@ -162,8 +162,8 @@ class Visit:
         return results
 
     async def watched_until(self, seconds: float, call: Callable[[], Awaitable[Any]]) -> None:
-        """Cancel a call after some time, if it takes that long, under the eyes of a meter."""
-        meter = Meter(self.outcome, beats=True)
+        """Cancel a call after some time, if it takes that long, under the eyes of a probe."""
+        probe = ResourceProbe(self.outcome, beats=True)
         # What it returns in time is freed when nobody watches.
         results: list[Any] = []
 
@@ -171,14 +171,14 @@ class Visit:
             results.append(await caught(call))
 
         async with anyio.create_task_group() as group:
-            await group.start(meter.beat)
-            with meter:
+            await group.start(probe.beat)
+            with probe:
                 async with anyio.create_task_group() as running:
                     running.start_soon(run)
                     await anyio.sleep(seconds)
-                    meter.cancelled()
+                    probe.cancelled()
                     running.cancel_scope.cancel()
-                meter.ended()
+                probe.ended()
             group.cancel_scope.cancel()
         for error, _ in results:
             # It may have ended before it was cancelled.

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.attacks.cases import Case, Cases
-from tests.speed import patience
+from tests.support.speed import patience
 
 __all__ = ["HONEST_FILE", "TLS_FILE"]
 

@@ -18,8 +18,8 @@ import anyio
 import anyio.abc
 from anyio.streams.tls import TLSStream
 
-from tests.speed import patience
-from tests.worlds import PATIENCE, AnyioEnd, AsyncioEnd, BlockingEnd, End, World
+from tests.support.backends import PATIENCE, AnyioEnd, AsyncioEnd, BlockingEnd, End, World
+from tests.support.speed import patience
 
 # Seconds for a peer to answer, who may be cut off.
 _FAREWELL = patience(2)

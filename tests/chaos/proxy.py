@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from tests.worlds import connected
+from tests.support.backends import connected
 
 __all__ = ["Fault", "FaultKind", "Link", "Mangler", "Schedule"]
 

@@ -31,8 +31,8 @@ from aiotorchio import AiotorchioError
 from aiotorchio.streams import guard
 from tests.chaos.proxy import Link
 from tests.chaos.transfers import Progress, Transfer, Transfers
-from tests.speed import patience
-from tests.worlds import ANYIO_BACKENDS, End, Script, World, descriptors, run_blocking
+from tests.support.backends import ANYIO_BACKENDS, End, Script, World, descriptors, run_blocking
+from tests.support.speed import patience
 
 __all__ = ["Outcome", "Report", "run"]
 

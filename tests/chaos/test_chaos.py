@@ -13,8 +13,8 @@ import pytest
 from tests.chaos.proxy import ENDINGS, Fault, Mangler
 from tests.chaos.run import Report, run
 from tests.chaos.transfers import HARMLESS, KINDS, Transfers
-from tests.tiers import examples
-from tests.worlds import WORLDS
+from tests.support.backends import WORLDS
+from tests.support.tiers import examples
 
 TRANSFERS = examples(2000)
 

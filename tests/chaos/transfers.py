@@ -19,9 +19,9 @@ import aiotorchio
 from aiotorchio import AiotorchioError, Limits, TransferTimeout, tls
 from tests.chaos.ends import TLS_WORLDS, Contexts, tls_world
 from tests.chaos.proxy import ENDINGS, Fault, FaultKind, Link, Schedule
-from tests.corpus import assert_same
-from tests.places import assert_same_bits
-from tests.worlds import WORLDS, End, World
+from tests.support.backends import WORLDS, End, World
+from tests.support.corpus import assert_same
+from tests.support.tensor_layouts import assert_same_bits
 
 __all__ = ["KINDS", "Message", "Progress", "Transfer", "Transfers"]
 

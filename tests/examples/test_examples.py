@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.speed import patience
+from tests.support.speed import patience
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # With what they run here.

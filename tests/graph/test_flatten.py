@@ -17,8 +17,7 @@ from aiotorchio.codecs.pickled.scan import scan_pickle
 from aiotorchio.graph.flatten import Flattened, flatten
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.wire.header import validate
-from tests import corpus
-from tests.graph import forge
+from tests.support import corpus, craft
 
 PICKLED = {
     # Classes and kinds of tensors that rows and trees do not have
@@ -57,7 +56,7 @@ def rebuild(parts: Flattened, **options: Any) -> Any:
 @pytest.mark.parametrize("name", corpus.case_parameters())
 def test_rebuild_is_the_inverse(name: str) -> None:
     obj = corpus.make(name)
-    parts = forge.flattened(obj)
+    parts = craft.flattened(obj)
     assert parts.header.codec == ("pickle" if name in PICKLED else "tree")
     corpus.assert_same(rebuild(parts, **corpus.LOAD_OPTIONS.get(name, {})), obj)
 
@@ -65,28 +64,28 @@ def test_rebuild_is_the_inverse(name: str) -> None:
 @pytest.mark.parametrize("name", corpus.case_parameters())
 def test_through_save_and_load(name: str) -> None:
     obj = corpus.make(name)
-    loaded = forge.round_trip(obj, **corpus.LOAD_OPTIONS.get(name, {}))
+    loaded = craft.round_trip(obj, **corpus.LOAD_OPTIONS.get(name, {}))
     corpus.assert_same(loaded, obj)
 
 
 @pytest.mark.parametrize("name", corpus.case_parameters(sorted(PICKLED)))
 def test_trees_are_all_that_a_receiver_without_pickle_takes(name: str) -> None:
     with pytest.raises(aiotorchio.UnsafeObjectError, match="allow_pickle"):
-        forge.round_trip(corpus.make(name), allow_pickle=False)
+        craft.round_trip(corpus.make(name), allow_pickle=False)
 
 
 def test_dtensor() -> None:
     pytest.importorskip("torch.distributed.tensor")
     with corpus.process_group():
         obj = corpus.dtensor()
-        loaded = forge.round_trip(obj, safe_globals=corpus.dtensor_globals())
+        loaded = craft.round_trip(obj, safe_globals=corpus.dtensor_globals())
         corpus.assert_same(loaded, obj)
 
 
 @pytest.mark.parametrize("name", corpus.case_parameters(["model_resnet", "shared_list"]))
 def test_in_inference_mode(name: str) -> None:
     with torch.inference_mode():
-        loaded = forge.round_trip(corpus.make(name))
+        loaded = craft.round_trip(corpus.make(name))
     for tensor in loaded.values() if isinstance(loaded, dict) else loaded[0][1:]:
         assert not tensor.is_inference()
 
@@ -95,31 +94,31 @@ def test_in_inference_mode(name: str) -> None:
 def test_pickle_protocols(protocol: int) -> None:
     obj = [*corpus.make("shared_list"), frozenset({1}), torch.eye(2).to_sparse()]
     parts = flatten(obj, chunk_size=4096, metadata={}, producer="tests", pickle_protocol=protocol)
-    data = forge.compose(parts)
-    corpus.assert_same(forge.load(data, weights_only=False), obj)
+    data = craft.compose(parts)
+    corpus.assert_same(craft.load(data, weights_only=False), obj)
     if protocol == 2:
-        corpus.assert_same(forge.load(data), obj)
+        corpus.assert_same(craft.load(data), obj)
     else:
         with pytest.raises(aiotorchio.UnsafeObjectError):
-            forge.load(data)
+            craft.load(data)
 
 
 def test_weights_only_false_loads_any_class() -> None:
     obj = [corpus.make("trusted_class"), OrderedDict(a=range(3)), torch.eye(3).to_sparse_csr()]
-    with pytest.raises(aiotorchio.UnsafeObjectError, match=r"tests\.corpus\.Point"):
-        forge.round_trip(obj)
-    corpus.assert_same(forge.round_trip(obj, weights_only=False), obj)
+    with pytest.raises(aiotorchio.UnsafeObjectError, match=r"tests\.support\.corpus\.Point"):
+        craft.round_trip(obj)
+    corpus.assert_same(craft.round_trip(obj, weights_only=False), obj)
 
 
 def test_weights_only_false_keeps_the_checks_of_tensors() -> None:
-    beyond = forge.strided(0, "float32", 0, (5,), (1,))
+    beyond = craft.strided(0, "float32", 0, (5,), (1,))
     with pytest.raises(aiotorchio.InvalidObjectError, match="reaches byte 20"):
-        forge.load_pickle(forge.pickled(beyond), [torch.ones(4)], weights_only=False)
+        craft.load_pickle(craft.pickled(beyond), [torch.ones(4)], weights_only=False)
 
 
 def test_weights_only_false_refuses_bytes_behind_the_pickle() -> None:
     with pytest.raises(aiotorchio.ProtocolError, match="1 bytes left over"):
-        forge.load_pickle(pickle.dumps([1], 2) + b"N", weights_only=False)
+        craft.load_pickle(pickle.dumps([1], 2) + b"N", weights_only=False)
 
 
 def test_own_pickle_module() -> None:
@@ -137,14 +136,14 @@ def test_own_pickle_module() -> None:
 
     module = types.SimpleNamespace(Pickler=Pickler, Unpickler=Unpickler)
     obj = corpus.make("shared_dict")
-    data = forge.compose(
+    data = craft.compose(
         flatten(obj, chunk_size=4096, metadata={}, producer="tests", pickle_module=module)
     )
-    corpus.assert_same(forge.load(data, weights_only=False, pickle_module=module), obj)
+    corpus.assert_same(craft.load(data, weights_only=False, pickle_module=module), obj)
     assert calls == ["dump", "load"]
-    corpus.assert_same(forge.load(data), obj)  # and it is still an ordinary pickle
+    corpus.assert_same(craft.load(data), obj)  # and it is still an ordinary pickle
     with pytest.raises(ValueError, match="pickle_module"):
-        forge.load(data, pickle_module=module)
+        craft.load(data, pickle_module=module)
 
 
 def test_cloudpickle() -> None:
@@ -152,21 +151,21 @@ def test_cloudpickle() -> None:
     parts = flatten(
         [lambda: 7], chunk_size=4096, metadata={}, producer="tests", pickle_module=cloudpickle
     )
-    assert forge.load(forge.compose(parts), weights_only=False)[0]() == 7
+    assert craft.load(craft.compose(parts), weights_only=False)[0]() == 7
 
 
 def test_what_cannot_be_pickled_says_so() -> None:
     with pytest.raises((AttributeError, pickle.PicklingError, TypeError)):
-        forge.flattened([lambda: 1])
+        craft.flattened([lambda: 1])
 
 
 @pytest.mark.parametrize("encoding", ["latin1", "ascii", "bytes", "utf-8"])
 def test_encoding_of_python_2(encoding: str) -> None:
     skeleton = b"\x80\x02U\x03abc."
     wanted = b"abc" if encoding == "bytes" else "abc"
-    assert forge.load_pickle(skeleton, encoding=encoding) == wanted
+    assert craft.load_pickle(skeleton, encoding=encoding) == wanted
     with pytest.raises(aiotorchio.InvalidObjectError):
-        forge.load_pickle(b"\x80\x02U\x01\xff.", encoding="ascii")
+        craft.load_pickle(b"\x80\x02U\x01\xff.", encoding="ascii")
 
 
 @pytest.mark.parametrize("pickled", [False, True])
@@ -175,7 +174,7 @@ def test_backward_hooks_are_dropped_with_a_warning(pickled: bool) -> None:
     parameter.register_hook(lambda grad: grad)
     obj = [parameter, x := [1], x] if pickled else [parameter]
     with pytest.warns(UserWarning, match="backward hook .* not be serialized"):
-        loaded = forge.round_trip(obj)
+        loaded = craft.round_trip(obj)
     assert loaded[0]._backward_hooks is None
 
 
@@ -185,7 +184,7 @@ def test_names() -> None:
     ordered: Any = OrderedDict(w=torch.ones(3))
     ordered._metadata = metadata
     obj = {"a": shared, "b": [shared, (torch.ones(3),)], 3: {"": torch.ones(1)}, "o": ordered}
-    header = forge.flattened(obj).header
+    header = craft.flattened(obj).header
     assert [row.names for row in header.tensors] == [
         ["a", "b.0"],
         ["b.1.0"],
@@ -193,9 +192,9 @@ def test_names() -> None:
         ["_metadata..version"],
         ["o.w"],
     ]
-    assert forge.flattened(torch.ones(1)).header.tensors[0].names == [""]
+    assert craft.flattened(torch.ones(1)).header.tensors[0].names == [""]
     # With pickle the rows have their names as well, but those of attributes.
-    header = forge.flattened([obj, obj, {"\ud800": shared.clone()}]).header
+    header = craft.flattened([obj, obj, {"\ud800": shared.clone()}]).header
     assert header.codec == "pickle"
     names = sorted(name for row in header.tensors for name in row.names)
     paths = {"a", "b.0", "b.1.0", "3.", "o.w"}
@@ -205,7 +204,7 @@ def test_names() -> None:
 def test_pickles_of_honest_objects_pass_the_scan() -> None:
     scanned = 0
     for name in sorted(PICKLED):
-        parts = forge.flattened(corpus.make(name))
+        parts = craft.flattened(corpus.make(name))
         from aiotorchio.codecs.pickled.allowlist import Allowlist
 
         options = corpus.LOAD_OPTIONS.get(name, {})
@@ -219,11 +218,11 @@ def test_pickles_of_honest_objects_pass_the_scan() -> None:
 
 def test_no_copy_is_made() -> None:
     tensor = torch.ones(5)
-    parts = forge.flattened({"t": tensor})
+    parts = craft.flattened({"t": tensor})
     assert parts.storages[0].data_ptr() == tensor.data_ptr()
 
 
 def test_nothing_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        forge.round_trip([torch.ones(1).untyped_storage(), torch.ones(2)])
+        craft.round_trip([torch.ones(1).untyped_storage(), torch.ones(2)])

@@ -15,8 +15,7 @@ import aiotorchio
 from aiotorchio.graph.rebuild import build_tensors
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import Header, StorageRow, TensorRow
-from tests import corpus
-from tests.graph import forge
+from tests.support import corpus, craft
 
 OTHER = "big" if sys.byteorder == "little" else "little"
 
@@ -36,45 +35,45 @@ def foreign(header: Header) -> None:
 @pytest.mark.parametrize("dtype", corpus.STRIDED_DTYPES)
 def test_byte_order(dtype: str) -> None:
     tensor = corpus.of_dtype(dtype)
-    data = forge.message(
-        forge.flattened([tensor]).skeleton,
+    data = craft.message(
+        craft.flattened([tensor]).skeleton,
         "tree",
         [swapped(tensor, DTYPES[dtype].unit)],
         foreign,
     )
-    corpus.assert_same(forge.load(data), [tensor])
+    corpus.assert_same(craft.load(data), [tensor])
     # A callable map_location sees numbers, not their mirror images.
-    corpus.assert_same(forge.load(data, map_location=lambda storage, _: storage), [tensor])
+    corpus.assert_same(craft.load(data, map_location=lambda storage, _: storage), [tensor])
 
 
 def test_byte_order_of_a_storage_of_mixed_numbers() -> None:
     tensor = torch.ones(4)
-    data = forge.message(
-        forge.flattened([tensor, tensor.view(torch.int64)]).skeleton,
+    data = craft.message(
+        craft.flattened([tensor, tensor.view(torch.int64)]).skeleton,
         "tree",
         [tensor, tensor.view(torch.int64)],
         foreign,
     )
     with pytest.raises(aiotorchio.InvalidObjectError, match="several"):
-        forge.load(data)
+        craft.load(data)
 
 
 def test_byte_order_of_a_storage_of_unknown_numbers() -> None:
-    parts = forge.flattened([torch.ones(4).untyped_storage()])
+    parts = craft.flattened([torch.ones(4).untyped_storage()])
     foreign(parts.header)
     with pytest.raises(aiotorchio.InvalidObjectError):
-        forge.load(forge.compose(parts))
+        craft.load(craft.compose(parts))
 
 
 def test_byte_order_of_meta() -> None:
     meta = torch.empty(4, device="meta")
-    data = forge.message(forge.flattened([meta]).skeleton, "tree", [meta], foreign)
-    corpus.assert_same(forge.load(data), [meta])
+    data = craft.message(craft.flattened([meta]).skeleton, "tree", [meta], foreign)
+    corpus.assert_same(craft.load(data), [meta])
 
 
 def test_what_torch_refuses_names_the_tensor() -> None:
     row = TensorRow(0, "int64", 0, (1,), (1,), 1, ["layer.weight"])
-    header = forge.flattened([torch.ones(1)]).header
+    header = craft.flattened([torch.ones(1)]).header
     header.storages, header.tensors = [StorageRow(8, 8, 0)], [row]
     with pytest.raises(aiotorchio.InvalidObjectError, match=r"layer\.weight") as caught:
         build_tensors(header, [torch.UntypedStorage(8)])
@@ -84,22 +83,22 @@ def test_what_torch_refuses_names_the_tensor() -> None:
 def test_many_loads_at_once() -> None:
     """Each gets its own verdict, and nothing of torch's that all threads share is touched."""
     coo = torch.eye(3).to_sparse()
-    bad_coo = forge.rebuild(
+    bad_coo = craft.rebuild(
         "_rebuild_sparse_tensor",
-        forge.call("torch.serialization", "_get_layout", "torch.sparse_coo"),
-        (forge.tensor(0), forge.tensor(1), (2,)),
+        craft.call("torch.serialization", "_get_layout", "torch.sparse_coo"),
+        (craft.tensor(0), craft.tensor(1), (2,)),
     )
     Message = tuple[bytes, dict[str, Any], Callable[[Any], Any]]
     point = corpus.make("trusted_class")
-    good: Message = (forge.compose(forge.flattened([coo, coo])), {}, lambda loaded: loaded[0])
+    good: Message = (craft.compose(craft.flattened([coo, coo])), {}, lambda loaded: loaded[0])
     trusting: Message = (
-        forge.compose(forge.flattened(point)),
+        craft.compose(craft.flattened(point)),
         {"safe_globals": [corpus.Point]},
         lambda loaded: loaded[0].weight,
     )
     distrusting: Message = (trusting[0], {}, lambda loaded: loaded)
     bad: Message = (
-        forge.message(forge.pickled(bad_coo), "pickle", [torch.tensor([[0, 9]]), torch.ones(2)]),
+        craft.message(craft.pickled(bad_coo), "pickle", [torch.tensor([[0, 9]]), torch.ones(2)]),
         {},
         lambda loaded: loaded,
     )
@@ -118,7 +117,7 @@ def test_many_loads_at_once() -> None:
         start.wait()
         for _ in range(4):
             try:
-                verdicts[index] = read(forge.load(data, **options))
+                verdicts[index] = read(craft.load(data, **options))
             except Exception as error:
                 verdicts[index] = error
 

@@ -15,7 +15,7 @@ from aiotorchio import LimitExceeded, MismatchError, ProtocolError
 from aiotorchio.graph import select as select_module
 from aiotorchio.graph.select import revise, selected
 from aiotorchio.table.names import walk
-from tests import corpus
+from tests.support import corpus
 
 NAMES = ["", "a", "a.b", "encoder.0.weight", "encoder.10.bias", "head[0]", "x*", "l\n.w", "A"]
 

@@ -22,7 +22,7 @@ from aiotorchio.memory.host import view_of
 from aiotorchio.memory.incoming import ARENA_MAX, IncomingPayload
 from aiotorchio.memory.outgoing import SMALL_STORAGE as SMALL
 from aiotorchio.memory.routes import Route
-from tests.memory.layouts import (
+from tests.support.payload_layouts import (
     CHUNK,
     CPU,
     META,
@@ -39,7 +39,7 @@ from tests.memory.layouts import (
     storages_made,
     with_elements_of,
 )
-from tests.tiers import examples
+from tests.support.tiers import examples
 
 
 def present(storage: torch.UntypedStorage | None) -> torch.UntypedStorage:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from aiotorchio.memory.host import view_of
 from aiotorchio.memory.outgoing import SMALL_STORAGE as SMALL
 from aiotorchio.memory.outgoing import OutgoingPayload
-from tests.memory.layouts import (
+from tests.support.payload_layouts import (
     CHUNK,
     CopierOnCpu,
     bytes_at,
@@ -21,7 +21,7 @@ from tests.memory.layouts import (
     received,
     staging,
 )
-from tests.tiers import examples
+from tests.support.tiers import examples
 
 
 def sent(outgoing: OutgoingPayload, end: int, chunk: int) -> bytes:

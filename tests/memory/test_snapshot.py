@@ -23,8 +23,16 @@ from aiotorchio.memory.outgoing import SMALL_STORAGE as SMALL
 from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.memory.snapshot import SnapshotPayload
 from aiotorchio.streams.blocking import BlockingStream
-from tests.corpus import assert_same
-from tests.memory.layouts import CHUNK, CopierOnCpu, filled, joined, layout, staged, staging
+from tests.support.corpus import assert_same
+from tests.support.payload_layouts import (
+    CHUNK,
+    CopierOnCpu,
+    filled,
+    joined,
+    layout,
+    staged,
+    staging,
+)
 
 
 class Maps:

@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import aiotorchio
-from tests import corpus
 from tests.parity.twins import by_torch, by_us
+from tests.support import corpus
 
 Named = dict[str, Any]
 

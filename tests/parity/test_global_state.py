@@ -15,10 +15,9 @@ import torch
 from torch import _weights_only_unpickler as unpickler
 
 import aiotorchio
-from tests import corpus
-from tests.graph import forge
 from tests.parity.twins import our_file
-from tests.speed import patience
+from tests.support import corpus, craft
+from tests.support.speed import patience
 
 LOADS = 200
 
@@ -47,11 +46,11 @@ class Load:
 
 def _sparse_with(indices: list[list[int]]) -> bytes:
     """A sparse tensor of three numbers, with these indices."""
-    layout = forge.call("torch.serialization", "_get_layout", "torch.sparse_coo")
-    size = forge.call("torch", "Size", (3,))
-    coo = forge.rebuild("_rebuild_sparse_tensor", layout, (forge.tensor(0), forge.tensor(1), size))
+    layout = craft.call("torch.serialization", "_get_layout", "torch.sparse_coo")
+    size = craft.call("torch", "Size", (3,))
+    coo = craft.rebuild("_rebuild_sparse_tensor", layout, (craft.tensor(0), craft.tensor(1), size))
     tensors = [torch.tensor(indices), torch.ones(len(indices[0]))]
-    return forge.message(forge.pickled(coo), "pickle", tensors)
+    return craft.message(craft.pickled(coo), "pickle", tensors)
 
 
 def _state() -> dict[str, Any]:

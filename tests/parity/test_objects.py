@@ -27,8 +27,8 @@ import torch
 from torch import nn
 
 import aiotorchio
-from tests import corpus
 from tests.parity.twins import by_stream, by_torch, by_us, our_file, torch_file
+from tests.support import corpus
 
 # ------------------------------------------------------------------------------- the classes
 

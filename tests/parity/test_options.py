@@ -25,8 +25,6 @@ from torch.utils import serialization
 
 import aiotorchio
 from aiotorchio import compat
-from tests import corpus
-from tests.graph import forge
 from tests.parity.twins import (
     by_stream,
     by_torch,
@@ -36,6 +34,7 @@ from tests.parity.twins import (
     stream_file,
     torch_file,
 )
+from tests.support import corpus, craft
 
 # What is being added to aiotorchio is not in its types yet.
 api: Any = aiotorchio
@@ -372,7 +371,7 @@ def _tagged_here(location: str, tensors: list[torch.Tensor]) -> bytes:
     def change(header: Any) -> None:
         header.locations = [location]
 
-    return forge.message(forge.flattened(tensors).skeleton, "tree", tensors, change)
+    return craft.message(craft.flattened(tensors).skeleton, "tree", tensors, change)
 
 
 @pytest.mark.parametrize("location", ABSENT)
@@ -383,10 +382,10 @@ def test_tensors_of_a_device_that_is_not_here(location: str) -> None:
     with pytest.raises(Exception) as theirs:
         torch.load(_tagged(location, tensors))
     with pytest.raises(aiotorchio.InvalidObjectError) as ours:
-        forge.load(_tagged_here(location, tensors))
+        craft.load(_tagged_here(location, tensors))
     assert str(theirs.value) in str(ours.value) and location in str(ours.value)
     corpus.assert_same(torch.load(_tagged(location, tensors), map_location="cpu"), tensors)
-    corpus.assert_same(forge.load(_tagged_here(location, tensors), map_location="cpu"), tensors)
+    corpus.assert_same(craft.load(_tagged_here(location, tensors), map_location="cpu"), tensors)
 
 
 @pytest.mark.parametrize("form", ["str", "dict", "device", "callable"])
@@ -428,7 +427,7 @@ def test_a_callable_that_leaves_a_storage_to_a_device_that_is_not_here(location:
     with pytest.raises(Exception) as theirs:
         torch.load(_tagged(location, tensors), map_location=place)
     with pytest.raises(aiotorchio.InvalidObjectError) as ours:
-        forge.load(_tagged_here(location, tensors), map_location=place)
+        craft.load(_tagged_here(location, tensors), map_location=place)
     assert str(theirs.value) in str(ours.value)
     assert seen == [location] * 2
 
@@ -584,7 +583,7 @@ def test_a_restorer_gets_the_whole_storage_and_its_location(
     data = _tagged_here("vault:1", [torch.ones(6)])
     torch.serialization.register_package(priority, **package)
     theirs = torch.load(file)
-    (ours,) = forge.load(data)
+    (ours,) = craft.load(data)
     assert ours.tolist() == theirs.tolist() == [1] * 6
     whole = torch.ones(6).untyped_storage().tolist()
     assert restored == [(torch.UntypedStorage, whole, "vault:1")] * 2
@@ -654,7 +653,7 @@ def test_restorers_are_asked_in_the_order_of_their_priority(registry: list[Any])
     torch.load(file)
     theirs = list(asked)
     asked.clear()
-    forge.load(data)
+    craft.load(data)
     assert asked == theirs == [2, 12, 30]
 
 

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.serialization import skip_data
 
 import aiotorchio
-from tests import corpus
 from tests.parity.twins import our_file, stream_file, torch_file
+from tests.support import corpus
 
 # More tensors than are taken apart and built without a worker thread.
 MANY = 500

@@ -26,12 +26,11 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import aiotorchio
 from aiotorchio.table.torch_dtypes import DTYPE_NAMES
-from tests import corpus
-from tests.corpus import Tagged, assert_same, of_dtype
-from tests.graph import forge
 from tests.parity import tensor_kinds as kinds
 from tests.parity.twins import by_stream, by_torch, by_us, our_file, torch_file
-from tests.speed import patience
+from tests.support import corpus, craft
+from tests.support.corpus import Tagged, assert_same, of_dtype
+from tests.support.speed import patience
 
 pytestmark = pytest.mark.filterwarnings(
     # What torch says of its own functions that the tests use.
@@ -1035,7 +1034,7 @@ def turned(storage: torch.UntypedStorage, unit: int) -> torch.UntypedStorage:
 
 def of_the_other_kind(obj: object) -> tuple[bytes, io.BytesIO]:
     """A message and a file of torch, as a machine of the other byte order writes them."""
-    parts = forge.flattened(obj)
+    parts = craft.flattened(obj)
     units = [row.unit for row in parts.header.storages]
     storages = [turned(one, unit) for one, unit in zip(parts.storages, units, strict=True)]
     parts.header.byteorder = OTHER  # type: ignore[assignment]
@@ -1050,7 +1049,7 @@ def of_the_other_kind(obj: object) -> tuple[bytes, io.BytesIO]:
                 data = bytes(storages[int(record)].tolist())
             target.writestr(name, data)
     file.seek(0)
-    return forge.compose(replace(parts, storages=storages)), file
+    return craft.compose(replace(parts, storages=storages)), file
 
 
 def loaded_by_torch(file: io.BytesIO) -> Any:
@@ -1074,7 +1073,7 @@ def test_numbers_of_the_other_byte_order(name: str) -> None:
     obj, options = corpus.make(name), corpus.LOAD_OPTIONS.get(name, {})
     message, file = of_the_other_kind(obj)
     with torch.serialization.safe_globals(list(options.get("safe_globals", ()))):
-        ours = forge.load(message)
+        ours = craft.load(message)
         assert_same(ours, loaded_by_torch(file))
     assert_same(ours, obj)
 
@@ -1084,7 +1083,7 @@ def test_numbers_of_v3_of_the_other_byte_order(dtype: str) -> None:
     """torch does not turn them around: it saves their storages untyped, as bytes."""
     tensor = of_dtype(dtype)
     message, file = of_the_other_kind(tensor)
-    assert_same(forge.load(message), tensor)
+    assert_same(craft.load(message), tensor)
     with pytest.raises(AssertionError, match="other bytes"):
         assert_same(loaded_by_torch(file), tensor)
 
@@ -1092,10 +1091,10 @@ def test_numbers_of_v3_of_the_other_byte_order(dtype: str) -> None:
 def test_untyped_bytes_of_the_other_byte_order_are_refused() -> None:
     """Nobody knows what numbers they are; torch leaves them as they are."""
     storage = torch.arange(3, dtype=torch.int16).untyped_storage()
-    parts = forge.flattened([storage])
+    parts = craft.flattened([storage])
     parts.header.byteorder = OTHER  # type: ignore[assignment]
     with pytest.raises(aiotorchio.InvalidObjectError, match="several"):
-        forge.load(forge.compose(parts))
+        craft.load(craft.compose(parts))
 
 
 # ------------------------------------------------------- names that torch has for other files
@@ -1112,7 +1111,7 @@ OLD = {
 
 
 def globals_of(obj: object) -> set[str]:
-    parts = forge.flattened(obj)
+    parts = craft.flattened(obj)
     if parts.header.codec == "tree":
         return set()
     opcodes = pickletools.genops(parts.skeleton)
@@ -1134,9 +1133,9 @@ def test_no_message_has_the_old_names() -> None:
 @pytest.mark.parametrize("path", sorted(OLD))
 def test_old_functions_are_refused(path: str) -> None:
     module, _, name = path.rpartition(".")
-    code = forge.call(module, name, forge.storage(0, "float32"), 0, (2,), (1,))
+    code = craft.call(module, name, craft.storage(0, "float32"), 0, (2,), (1,))
     with pytest.raises(aiotorchio.UnsafeObjectError, match=name):
-        forge.load_pickle(forge.pickled(code), [torch.ones(2)])
+        craft.load_pickle(craft.pickled(code), [torch.ones(2)])
 
 
 def test_classes_of_storages_and_tensors_are_refused() -> None:
@@ -1146,12 +1145,12 @@ def test_classes_of_storages_and_tensors_are_refused() -> None:
         assert path in allowed
         module, _, name = path.rpartition(".")
         for code in (
-            forge.name(module, name),
-            forge.call(module, name, 4),
-            forge.new(module, name, 4),
+            craft.name(module, name),
+            craft.call(module, name, 4),
+            craft.new(module, name, 4),
         ):
             with pytest.raises(aiotorchio.UnsafeObjectError, match=name):
-                forge.load_pickle(forge.pickled(code))
+                craft.load_pickle(craft.pickled(code))
 
 
 def test_classes_as_values_of_an_object() -> None:

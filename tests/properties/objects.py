@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from tests import corpus
+from tests.support import corpus
 
 # Kinds that only pickle knows, each with what makes it.
 RARE = (

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 import aiotorchio
 from aiotorchio.errors import AiotorchioError
-from tests.corpus import assert_same
+from tests.api.test_streams import encoded
 from tests.properties.objects import graphs
-from tests.test_api import encoded
+from tests.support.corpus import assert_same
 
 pytest.importorskip("resource", reason="fuzz asks for peaks of memory as Unix has them")
 from fuzz import mutate
 from fuzz.objects import LIMITS
-from tests.tiers import examples
+from tests.support.tiers import examples
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aiotorchio
-from tests.corpus import assert_same
 from tests.properties.objects import graphs
-from tests.tiers import examples
+from tests.support.corpus import assert_same
+from tests.support.tiers import examples
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

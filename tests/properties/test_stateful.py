@@ -34,9 +34,9 @@ from aiotorchio import (
 from aiotorchio.engine import threads
 from aiotorchio.streams import guard
 from aiotorchio.streams.guard import Direction
-from tests.corpus import assert_same
-from tests.tiers import examples
-from tests.worlds import run_blocking
+from tests.support.backends import run_blocking
+from tests.support.corpus import assert_same
+from tests.support.tiers import examples
 
 PATIENCE = 10.0
 LIMITS = Limits(idle_timeout=PATIENCE, write_timeout=PATIENCE, handshake_timeout=None, least_rate=0)

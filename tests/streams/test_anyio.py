@@ -15,9 +15,9 @@ from anyio.streams.stapled import StapledByteStream
 import aiotorchio
 from aiotorchio.errors import TransferTimeout, TruncatedError
 from aiotorchio.streams._anyio import AnyioSink, AnyioSource
-from tests.corpus import assert_same
-from tests.test_api import CHUNKED, LARGE, SMALL, encoded
-from tests.worlds import all_blocked, both_ends, soon
+from tests.api.test_streams import CHUNKED, LARGE, SMALL, encoded
+from tests.support.backends import all_blocked, both_ends, soon
+from tests.support.corpus import assert_same
 
 pytestmark = pytest.mark.anyio
 

@@ -20,10 +20,18 @@ import aiotorchio
 from aiotorchio.errors import StreamPoisoned, TruncatedError
 from aiotorchio.streams import _asyncio
 from aiotorchio.streams._asyncio import AsyncioSink, AsyncioSource
-from tests.corpus import assert_same
-from tests.speed import patience
-from tests.test_api import LARGE, SMALL, encoded
-from tests.worlds import AsyncioEnd, all_blocked, asyncio_end, both_ends, connected, soon, until
+from tests.api.test_streams import LARGE, SMALL, encoded
+from tests.support.backends import (
+    AsyncioEnd,
+    all_blocked,
+    asyncio_end,
+    both_ends,
+    connected,
+    soon,
+    until,
+)
+from tests.support.corpus import assert_same
+from tests.support.speed import patience
 
 pytestmark = [
     pytest.mark.anyio,

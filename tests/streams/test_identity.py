@@ -18,7 +18,7 @@ from aiotorchio import StreamBusy, StreamPoisoned, TruncatedError, compat
 from aiotorchio.codecs.pickled import safe_builtins
 from aiotorchio.streams import guard, iterables
 from aiotorchio.streams.identity import IdentityTable
-from tests.places import encoded
+from tests.support.tensor_layouts import encoded
 
 pytestmark = pytest.mark.anyio
 

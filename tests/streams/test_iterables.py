@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from aiotorchio.errors import TransferTimeout, TruncatedError
 from aiotorchio.streams.iterables import IterableSource, resumable
-from tests.worlds import run_blocking
+from tests.support.backends import run_blocking
 
 pytestmark = pytest.mark.anyio
 

@@ -13,7 +13,7 @@ import pytest
 from aiotorchio.errors import TruncatedError
 from aiotorchio.streams import sockets
 from aiotorchio.streams.sockets import SocketSink, SocketSource
-from tests.worlds import all_blocked, connected, soon
+from tests.support.backends import all_blocked, connected, soon
 
 pytestmark = pytest.mark.anyio
 

@@ -28,9 +28,9 @@ from aiotorchio.wire.parser import (
     MessageEnded,
     SkeletonReceived,
 )
-from tests.corpus import assert_same
+from tests.support.corpus import assert_same
+from tests.support.frames import LIMITS, parse_three_ways, refused
 from tests.vectors.generate import BIG_INTEGERS, FOLDER, NONCE, PRODUCER, RULE, files, pattern
-from tests.wire.helpers import LIMITS, parse_three_ways, refused
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.bin"))
 ABORTED = [name for name in NAMES if name.startswith("aborted")]

@@ -8,7 +8,7 @@ from aiotorchio.errors import RemoteAbort
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.frames import ABORT, ABORT_REASON_MAX, FrameHead
 from aiotorchio.wire.header import decode_header, encode_header, validate
-from tests.wire.helpers import EMPTY_DICT, LIMITS, Message, parse, refused, two_chunks
+from tests.support.frames import EMPTY_DICT, LIMITS, Message, parse, refused, two_chunks
 
 
 def composer_of(message: Message) -> Composer:

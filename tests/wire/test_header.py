@@ -21,7 +21,7 @@ from aiotorchio.wire.header import (
     encode_header,
     validate,
 )
-from tests.wire.helpers import LIMITS, NONCE, fields, pack
+from tests.support.frames import LIMITS, NONCE, fields, pack
 
 INT64_MAX = 2**63 - 1
 # Levels: beyond what any header has, and too few to harm a reader that goes into them.

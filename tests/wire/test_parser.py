@@ -38,8 +38,7 @@ from aiotorchio.wire.parser import (
     ReadBytes,
     SkeletonReceived,
 )
-from tests.speed import patience
-from tests.wire.helpers import (
+from tests.support.frames import (
     CHUNK_SIZE,
     EMPTY_DICT,
     LIMITS,
@@ -54,6 +53,7 @@ from tests.wire.helpers import (
     refused,
     two_chunks,
 )
+from tests.support.speed import patience
 
 SMALL = bytes(Message())
 SMALL_UNCHECKED = bytes(Message(checksum=False))

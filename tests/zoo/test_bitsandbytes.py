@@ -11,7 +11,7 @@ from torch import nn
 
 import aiotorchio
 from aiotorchio import MismatchError
-from tests.places import encoded, load
+from tests.support.tensor_layouts import encoded, load
 from tests.zoo.ways import INTO, Model, bits, cases, check
 
 layers = pytest.importorskip("bitsandbytes.nn")

@@ -19,7 +19,7 @@ from torch import nn
 
 import aiotorchio
 from aiotorchio import MismatchError
-from tests.places import Pieces, encoded
+from tests.support.tensor_layouts import Pieces, encoded
 
 __all__ = ["INTO", "WAYS", "Model", "bits", "cases", "check"]
 

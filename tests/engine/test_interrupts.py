@@ -1,0 +1,206 @@
+"""Ctrl-C, or no memory, in a line of the library: the process goes on as if it had not been.
+
+Ctrl-C comes in the blocking twins: an event loop takes it between two of its callbacks, and cancels
+a task, which is tested elsewhere. In calls on a loop there is no memory.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from anyio import create_task_group, fail_after, run
+
+import aiotorchio
+from aiotorchio import AiotorchioError, StreamPoisoned
+from tests.support.backends import PATIENCE, both_ends, connected, descriptors
+
+PACKAGE = str(Path(aiotorchio.__file__).parent) + os.sep
+# What holds the collector up is not proof against this: see docs/security.md. Nor are the scopes
+# and groups of anyio, if it comes between the end of their block and their own code.
+COLLECTION = os.path.join(PACKAGE, "common", "gc_pause.py")
+SCOPES = {"_with_deadline", "_with", "run_in_thread"}
+STATE = {"w": torch.arange(3000.0), "b": torch.ones(3), "meta": {"step": 7, "lr": [1e-3, (1, 2)]}}
+PICKLED = {"set": frozenset({1}), "w": torch.arange(3000.0), "sparse": torch.eye(3).to_sparse()}
+# Every so many lines; each test begins with another one.
+STEP = 7
+
+
+@contextmanager
+def interrupted(after: int, error: type[BaseException]) -> Iterator[list[str]]:
+    """Raise an error when so many lines of the library have been executed in this thread."""
+    left, where = after, []
+
+    def on_line(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if left == 0:
+                where.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+                raise error
+        return on_line
+
+    def on_call(frame: FrameType, event: str, argument: Any) -> Any:
+        name, function = frame.f_code.co_filename, frame.f_code.co_name
+        if not name.startswith(PACKAGE) or name == COLLECTION or function in SCOPES:
+            return None
+        return on_line
+
+    before = sys.gettrace()
+    sys.settrace(on_call)
+    try:
+        yield where
+    finally:
+        sys.settrace(before)
+
+
+def as_before() -> tuple[Any, ...]:
+    """What a call must leave as it was."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        descriptors(),
+    )
+
+
+def every_line(attempt: Callable[[], str], error: type[BaseException], first: int) -> set[str]:
+    """Interrupt an attempt at every so many lines until it is through; what came of it."""
+    outcomes, expected = set(), as_before()
+    # Those of other tests may end at any time.
+    threads = set(threading.enumerate())
+    for after in range(first, 10**6, STEP):
+        with interrupted(after, error) as where:
+            outcome = attempt()
+        assert as_before() == expected, where
+        assert threads.issuperset(threading.enumerate()), where
+        outcomes.add(outcome)
+        if not where:
+            return outcomes
+    raise AssertionError("it never ends")
+
+
+@pytest.mark.parametrize(
+    ("error", "obj", "first"),
+    [
+        pytest.param(KeyboardInterrupt, STATE, 1, id="interrupt-tree"),
+        pytest.param(KeyboardInterrupt, PICKLED, 2, id="interrupt-pickle"),
+        pytest.param(MemoryError, STATE, 3, id="memory-tree"),
+        pytest.param(MemoryError, PICKLED, 4, id="memory-pickle"),
+    ],
+)
+def test_saves_and_loads(error: type[BaseException], obj: Any, first: int) -> None:
+    def attempt() -> str:
+        near, far = connected("unix")
+        with near, far:
+            done = "nothing"
+            try:
+                aiotorchio.save(obj, near)
+                done = "saved"
+                loaded = aiotorchio.load(far)
+                done = "loaded"
+                assert loaded.keys() == obj.keys()
+            except (error, AiotorchioError):
+                pass
+            sys.settrace(None)
+            # The streams know how they stand: none is busy for ever, and none is taken for whole.
+            near.settimeout(5)
+            far.settimeout(5)
+            try:
+                aiotorchio.save("next", near)
+                if done != "nothing":
+                    # Or the first one, of which nothing was taken.
+                    following = aiotorchio.load(far)
+                    assert following == "next" or following.keys() == obj.keys()
+            except (StreamPoisoned, aiotorchio.TruncatedError):
+                return f"{done}, then poisoned"
+            return f"{done}, then clean"
+
+    outcomes = every_line(attempt, error, first)
+    assert outcomes >= {"nothing, then clean", "nothing, then poisoned", "loaded, then clean"}
+
+
+@pytest.mark.parametrize(("error", "first"), [(KeyboardInterrupt, 5), (MemoryError, 6)])
+def test_staged_loads_are_all_or_nothing(error: type[BaseException], first: int) -> None:
+    old = {"w": torch.zeros(3000), "b": torch.zeros(3)}
+    new = {name: torch.full_like(tensor, 5) for name, tensor in old.items()}
+
+    def attempt() -> str:
+        near, far = connected("unix")
+        with near, far:
+            destination = {name: tensor.clone() for name, tensor in old.items()}
+            tracer = sys.gettrace()
+            sys.settrace(None)
+            aiotorchio.save(new, near)
+            sys.settrace(tracer)
+            with suppress(error, AiotorchioError):
+                aiotorchio.load(far, into=destination, staged=True)
+            sys.settrace(None)
+            for name, state in (("new", new), ("old", old)):
+                if all(torch.equal(destination[key], state[key]) for key in state):
+                    return name
+            return "torn"
+
+    assert every_line(attempt, error, first) == {"old", "new"}
+
+
+def test_a_socket_is_as_it_was() -> None:
+    """Timeouts of the owner's are back, whatever happened."""
+
+    def attempt() -> str:
+        near, far = socket.socketpair()
+        with near, far:
+            near.settimeout(5)
+            with suppress(KeyboardInterrupt):
+                aiotorchio.save(STATE, near)
+            sys.settrace(None)
+            assert near.gettimeout() == 5
+            return ""
+
+    every_line(attempt, KeyboardInterrupt, 7)
+
+
+@pytest.mark.parametrize(("kind", "first"), [("socket", 1), ("streams", 3), ("anyio", 5)])
+def test_no_memory_on_an_event_loop(kind: str, first: int) -> None:
+    async def talk() -> str:
+        async with both_ends(kind) as (near, far):
+            done = "nothing"
+            with fail_after(PATIENCE):
+                try:
+                    async with create_task_group() as group:
+                        group.start_soon(near.save, STATE)
+                        loaded = await far.load()
+                    done = "both"
+                    assert loaded.keys() == STATE.keys()
+                except* (MemoryError, AiotorchioError):
+                    pass
+                sys.settrace(None)
+                # Neither direction is busy for ever, or taken for whole.
+                try:
+                    await near.save("next")
+                    if done == "both":
+                        assert await far.load() == "next"
+                except (StreamPoisoned, aiotorchio.TruncatedError):
+                    return f"{done}, then poisoned"
+            return f"{done}, then clean"
+
+    def attempt() -> str:
+        tracer = sys.gettrace()
+        sys.settrace(None)
+
+        async def main() -> str:
+            sys.settrace(tracer)
+            return await talk()
+
+        return run(main)
+
+    outcomes = every_line(attempt, MemoryError, first)
+    assert outcomes >= {"nothing, then poisoned", "both, then clean"}

@@ -1,0 +1,143 @@
+"""The two tiers of the suite: the fast one, and everything.
+
+A test function is a behaviour, and its parameters are of two kinds. Some are ways to carry the
+behaviour out: an event loop, a kind of stream, a kind of link. The fast tier runs one way of each
+behaviour, and not the same way for all. Other parameters are what the behaviour is about: the fast
+tier runs cases in which each value appears once instead of each combination, and an evenly spread
+part of a long list of values. All other cases are marked ``full``.
+
+Tests that draw random inputs (hypothesis, fuzz, chaos) run in both tiers, in the fast one with a
+fifth of the inputs.
+
+The rules hold for tests to come. A test function never loses its last case to them; functions that
+are slow by nature are listed below with the reason. One that marks some of its cases itself, as
+tests/attacks does, is left alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+__all__ = ["FAST", "examples", "mark_tiers", "set_tier"]
+
+# The expression of pyproject.toml for ``-m``.
+FAST = "not full"
+_fast = False
+
+# Parameters that are ways to carry a behaviour out, and values that make a "kind" one.
+_WAYS = {"anyio_backend", "far", "link", "loop", "loop_factory", "near", "run", "way", "world"}
+_KINDS = {"streams", "streams-tls", "anyio", "anyio-tls", "socket"}
+
+# Cases of a function in the fast tier: the objects of the corpus are hundreds.
+_CASES_MAX = 12
+# Fewer where a case costs half a second or more. A key is a file or a function of it.
+_CASES_MAX_OF = {
+    "tests/codecs/tree/test_size_estimate.py::test_no_object_takes_more": 4,
+    "tests/memory/test_snapshot.py": 2,
+    "tests/parity/test_global_state.py": 1,
+    "tests/api/test_compact.py::test_iter_bytes_files_and_options": 2,
+    "tests/api/test_compact.py::test_over_any_stream": 4,
+    "tests/test_fuzz.py::test_every_bit": 1,
+    "tests/test_fuzz.py::test_every_cut": 2,
+    "tests/test_fuzz.py::test_seeds": 1,
+    "tests/test_independent_reader.py::test_every_change": 4,
+    "tests/test_independent_reader.py::test_every_cut": 4,
+    "tests/engine/test_interrupts.py": 1,
+    "tests/api/test_message.py::test_skipping_by_hand": 3,
+    "tests/engine/test_streamed_save.py::test_any_sizes_make_the_payload_of_an_ordinary_save": 1,
+    "tests/engine/test_staged.py": 2,
+}
+
+# Not in the fast tier at all, with the reason. A key is a folder, a file or a function of it.
+_SLOW = {
+    "tests/examples/test_examples.py::test_a_recovered_peer_takes_the_same_steps": "two processes"
+    " that train; README's first command runs it",
+    "tests/examples/test_examples.py::test_workers_answer_while_they_take_new_weights": "four"
+    " processes that import torch",
+    "tests/codecs/tree/test_size_estimate.py::"
+    "test_python_s_own_limit_is_not_what_refuses_deep_nesting": "two processes of their own",
+    "tests/engine/test_interrupts.py::test_no_memory_on_an_event_loop": "each line of a load in"
+    " turn",
+    "tests/streams/test_asyncio.py::test_with_assertions_compiled_away": "a process of its own",
+    "tests/examples/test_examples.py::test_a_state_larger_than_memory_passes": "moves 768 MiB",
+    "tests/parity/test_tensors.py::test_dtensors_of_several_ranks": "a process group of processes",
+    "tests/test_compat.py::test_torchft_recovers_a_worker": "torchft in a process of its own",
+    "tests/test_kill.py": "forks and kills senders by the dozen",
+}
+
+
+def set_tier(expression: str) -> None:
+    """Tell the tier by the value of ``-m``, before tests are imported."""
+    global _fast
+    _fast = expression == FAST
+
+
+def examples(count: int) -> int:
+    """As many random inputs as the tier has of ``count``."""
+    return max(count // 5, 5) if _fast else count
+
+
+def mark_tiers(items: Iterable[pytest.Item]) -> None:
+    """Mark all cases that are not of the fast tier with ``full``."""
+    functions: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if _entry(_SLOW, name) is not None:
+            item.add_marker(pytest.mark.full)
+        elif isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            functions.setdefault(name, []).append(item)
+    for name, cases in functions.items():
+        if any(case.get_closest_marker("full") for case in cases):
+            continue
+        count = _entry(_CASES_MAX_OF, name) or _CASES_MAX
+        chosen = {case.nodeid for case in _spread(_chosen(cases), count)}
+        for case in cases:
+            if case.nodeid not in chosen:
+                case.add_marker(pytest.mark.full)
+
+
+def _entry(table: Mapping[str, T], name: str) -> T | None:
+    """What a table says of a function, or of the file or folder that it is in."""
+    path = name.partition("::")[0]
+    keys = [name, path, *map(str, PurePosixPath(path).parents)]
+    return next((table[key] for key in keys if key in table), None)
+
+
+def _chosen(cases: list[pytest.Function]) -> list[pytest.Function]:
+    """Few cases that show each value once."""
+    values = {case.nodeid: _values(case) for case in cases}
+    # The same ones in every run, and other ways for other functions.
+    order = sorted(values, key=lambda nodeid: zlib.crc32(nodeid.encode()))
+    chosen, seen = set[str](), set[tuple[str, int]]()
+    # First those that show most.
+    for least in range(max(map(len, values.values())), 0, -1):
+        for nodeid in order:
+            if len(values[nodeid] - seen) >= least:
+                seen |= values[nodeid]
+                chosen.add(nodeid)
+    chosen = chosen or {order[0]}
+    return [case for case in cases if case.nodeid in chosen]
+
+
+def _values(case: pytest.Function) -> set[tuple[str, int]]:
+    """The values of parameters that a case shows, but for the ways to show them."""
+    # By identity: every case of a list of parameters has the same objects.
+    return {
+        (name, id(value))
+        for name, value in case.callspec.params.items()
+        if name not in _WAYS and not (name == "kind" and str(value) in _KINDS)
+    }
+
+
+def _spread(cases: Sequence[pytest.Function], count: int) -> Sequence[pytest.Function]:
+    """At most so many of a list in which neighbours are alike."""
+    if len(cases) <= count:
+        return cases
+    return [cases[n * len(cases) // count] for n in range(count)]
