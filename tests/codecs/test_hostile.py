@@ -1,4 +1,7 @@
-"""Every hostile skeleton gets its one error, for its own reason, and leaves nothing behind."""
+"""Each hostile skeleton of ``support/hostile.py`` is refused with the expected error and reason.
+
+A refusal has an entry and an offset, a short message, and leaves no global state of torch changed.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ from tests.support.lowered import lowered
 CASES = {f"tree-{key}": case for key, case in hostile.trees().items()} | {
     f"pickle-{key}": case for key, case in hostile.pickles().items()
 }
-# Nothing that a peer sends is shown at any length.
+# The longest error message: an error repeats only a short excerpt of text from the peer.
 TEXT_MAX = 500
-# Long enough for every shape, too short for any harm.
+# Enough for every case; too short to do harm.
 SKELETON_MAX = 5000
 
 
@@ -36,7 +39,7 @@ def test_hostile(key: str, tensors: list[torch.Tensor]) -> None:
     error = caught.value
     assert type(error).__name__ == case.wanted, error
     assert re.search(case.reason, error.message), error
-    # torch's own words are long at times, and show nothing of the object.
+    # A message that repeats torch's own words may be longer; it shows nothing of the object.
     if "doubled" in key or "cannot be rebuilt" not in error.message:
         assert len(error.message) <= TEXT_MAX, error
     assert error.entry is not None and error.offset is not None
@@ -46,13 +49,13 @@ def test_hostile(key: str, tensors: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("key", [key for key, case in CASES.items() if case.limits or case.bounds])
 def test_low_limits_are_the_reason(key: str, tensors: list[torch.Tensor]) -> None:
-    """Under the default ones such an input is as harmless as it is small."""
+    """With the default limits, these small inputs raise no ``LimitExceeded``."""
     case = CASES[key]
     message = craft.message(case.skeleton, key.split("-")[0], tensors)
     try:
         craft.load(message)
     except aiotorchio.AiotorchioError as error:
-        # A class that nobody trusts, a map: refused for more than one reason.
+        # Some cases are also refused for another reason: a class outside the allowlist, or a map.
         assert not isinstance(error, aiotorchio.LimitExceeded)
 
 

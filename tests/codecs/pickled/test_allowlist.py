@@ -1,3 +1,8 @@
+"""The allowlist: which classes and functions a pickle may name, and the checks of their arguments.
+
+Pickles are assembled opcode by opcode with ``support/craft.py`` and loaded.
+"""
+
 from __future__ import annotations
 
 import io
@@ -17,7 +22,7 @@ from tests.support.craft import call, name, pickled, strided, subclassed
 
 
 class Sealed(torch.Tensor):
-    """Says which attributes its instances have."""
+    """A subclass that declares the attributes of its instances."""
 
     __slots__ = ("slot",)
     scale: float
@@ -27,7 +32,7 @@ class Sealed(torch.Tensor):
 
 
 class Stateful(torch.Tensor):
-    """Restores itself."""
+    """A subclass that restores its own state."""
 
     def __setstate__(self, state: Any) -> None:
         self.restored = state
@@ -38,8 +43,9 @@ def test_the_names_are_those_of_torch() -> None:
     default = set(_weights_only_unpickler._get_allowed_globals())
     added = {"builtins.bytes", "builtins.frozenset", *map(str, corpus_dtypes())}
     assert ours - default <= added
-    # Typed storages are persistent ids here, and the classes of typed tensors constructors; the
-    # other functions are those of old versions and of devices without storages.
+    # The allowlist has no typed storages, which are persistent ids here, and no classes of typed
+    # tensors, which are constructors. The other missing functions belong to old versions of torch
+    # and to devices without storages.
     missing = {path for path in default - ours if not path.endswith(("Storage", "Tensor"))}
     assert missing <= {
         "torch._utils._rebuild_device_tensor_from_numpy",
@@ -76,7 +82,7 @@ def test_a_path_of_another_name() -> None:
 def test_malformed_safe_globals(entry: Any) -> None:
     with pytest.raises(TypeError, match="safe_globals"):
         craft.load_pickle(pickled(1), safe_globals=[entry])
-    # Whatever the message is, and before any of it is read.
+    # The option is checked before any byte of the message is read.
     file = io.BytesIO(b"any")
     with pytest.raises(TypeError, match="safe_globals"):
         aiotorchio.load(file, safe_globals=[entry])
@@ -135,7 +141,7 @@ def test_a_plain_tensor_from_a_parameter() -> None:
 
 
 def test_old_forms() -> None:
-    """Those that only older versions of torch wrote."""
+    """Forms of tensors that only older versions of torch wrote."""
     v3 = craft.rebuild(
         "_rebuild_tensor_v3",
         *(craft.storage(0), 1, (2,), (1,), False, craft.ordered_dict(), name("torch", "float32")),
@@ -177,7 +183,7 @@ def test_plain_objects() -> None:
 
 
 def test_work_on_tensors_is_bounded() -> None:
-    """The same tensor can be taken apart and put together as often as a pickle likes."""
+    """A pickle can rebuild the same tensor many times; the bytes of all rebuilds count."""
     coo = craft.rebuild(
         "_rebuild_sparse_tensor",
         call("torch.serialization", "_get_layout", "torch.sparse_coo"),
@@ -208,7 +214,7 @@ def test_arrays_of_numpy_load_when_the_caller_trusts_what_makes_them() -> None:
 
 
 class MadeByAFunction:
-    """Pickles as a call of a trusted function, and a state for what that returns."""
+    """Pickles as a call of a trusted function and a state for the returned object."""
 
     def __reduce__(self) -> Any:
         return make_a_tensor, (), (torch.ones(4).untyped_storage(), 0, (100,), (1,))
@@ -227,11 +233,11 @@ def test_a_trusted_function_gives_no_tensor_a_state() -> None:
 
 
 class Plain(torch.Tensor):
-    """Trusted, and silent about the attributes of its instances."""
+    """A trusted class that does not declare the attributes of its instances."""
 
 
 def test_parts_of_tensors_are_plain() -> None:
-    """The checks call methods of the parts, which attributes of a trusted class can hide."""
+    """Attributes of a trusted class could hide the methods that the checks call on the parts."""
     far = craft.rebuild(
         "_rebuild_nested_tensor",
         craft.tensor(0),
@@ -259,7 +265,7 @@ def hiding_part(row: int) -> Any:
 
 
 class Stateless:
-    """Has attributes, and no way of its own to take a state."""
+    """Has attributes, but no ``__setstate__``."""
 
 
 class Restored(Stateless):
@@ -277,7 +283,7 @@ def make_restored() -> Restored:
 
 @pytest.mark.parametrize("state", [[("a", 1)], ([("a", 1)], None)], ids=["list", "tuple"])
 def test_only_what_takes_a_state_itself_gets_pairs_for_one(state: Any) -> None:
-    """``update`` of a dict would take them, whose keys nobody has looked at."""
+    """Without ``__setstate__``, the pairs would go to ``dict.update``, with unchecked keys."""
     for function in (make_stateless, make_restored):
         made = craft.build(call(__name__, function.__name__), state)
         trusted = [function, Stateless, Restored]

@@ -1,4 +1,7 @@
-"""References to tensors and storages; errors. Round trips are in ``test_flatten.py``."""
+"""The pickle codec: references to tensors and storages, and errors.
+
+Round trips are in ``graph/test_flatten.py``.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def test_references() -> None:
     )
     assert len(table.tensors) == 1
     assert [(row.nbytes, row.unit) for row in table.storages] == [(24, 8), (5, MIXED_UNITS)]
-    assert skeleton.count(b"storage") == 1  # the word is memoized
+    assert skeleton.count(b"storage") == 1  # later references use the memo
     loaded = pickle_codec.load(
         skeleton,
         [tensor],

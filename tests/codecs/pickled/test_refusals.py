@@ -1,6 +1,6 @@
-"""What torch's users match on in the errors of its weights-only unpickler is in ours, too.
+"""Refusals of a pickle have the words that torch's users match on in errors of ``torch.load``.
 
-Each pickle goes to both. They are harmless: nothing of them is built that does anything.
+Each pickle goes to torch's weights-only unpickler and to this package. The pickles are harmless.
 """
 
 from __future__ import annotations

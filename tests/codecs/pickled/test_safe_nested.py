@@ -1,7 +1,7 @@
-"""Nested tensors of the jagged layout: honest ones arrive, no part of one lies beyond its values.
+"""Nested tensors of the jagged layout: valid ones load, and no part lies outside the values.
 
-Those of the strided layout are in ``hostile.py``. The names of the jagged ones are on torch's own
-list in every process: nobody has to trust anything for a sender to use them.
+Hostile tensors of the strided layout are in ``support/hostile.py``. The names of the jagged layout
+are on torch's own allowlist in every process, so a sender can use them without ``safe_globals``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # allows what torch hangs on the lengths that it has noted
+import torch._dynamo  # allows the attributes that torch adds for noted lengths
 
 from aiotorchio import InvalidObjectError, LimitExceeded, Limits, UnsafeObjectError
 from aiotorchio.codecs.pickled import safe_nested
@@ -37,7 +37,7 @@ def integers(*numbers: int) -> torch.Tensor:
 
 
 def values() -> torch.Tensor:
-    # A new one each time: torch hangs an attribute on it.
+    # A new tensor for each call, because torch adds an attribute to it.
     return torch.arange(16.0).reshape(8, 2)
 
 
@@ -95,7 +95,7 @@ def load(
     through: Callable[[dict[str, Any]], Code] = rebuilt,
     **other: Any,
 ) -> Any:
-    """Load a jagged tensor as torch pickles it, but for what is given, and ``other`` arguments."""
+    """Load a jagged tensor as torch pickles it, with the given arguments changed."""
     offsets = integers(0, 3, 8) if offsets is None else offsets
     rows = [values() if shown is None else shown, offsets, *([] if lengths is None else [lengths])]
     arguments: dict[str, Any] = {
@@ -160,7 +160,7 @@ def test_no_jagged_tensor(change: dict[str, Any]) -> None:
         (8, integers(0, 2**63 - 1, -(2**63)), None),
         (8, integers(0, 3, 8), integers(3, 2**63 - 1)),
         (2**63 - 1, integers(0, 2**62 + 1, 2**62 + 1), integers(3, 2**62)),
-        # Each of 32 bits, their sum is not.
+        # Each number fits into 32 bits, but their sum does not.
         (2**31, integers(2**31 - 1, 2**31 - 1).int(), integers(2**31 - 1).int()),
     ],
     ids=["difference", "sum", "sum_of_two", "32_bits"],
@@ -168,7 +168,7 @@ def test_no_jagged_tensor(change: dict[str, Any]) -> None:
 def test_sums_that_overflow(
     monkeypatch: pytest.MonkeyPatch, count: int, offsets: torch.Tensor, lengths: torch.Tensor | None
 ) -> None:
-    """By the check itself: no message has such numbers here, which other readers would follow."""
+    """Calls the check directly: in a message, other readers would follow these numbers."""
     shown = torch.empty(count, 0, device="meta")
     for in_python in (512, 0):
         monkeypatch.setattr(safe_nested, "IN_PYTHON", in_python)
@@ -177,7 +177,7 @@ def test_sums_that_overflow(
 
 
 def test_parts_of_the_strided_layout_lie_in_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the elements of each part are, one by one; torch is given none of these."""
+    """Compares with the addresses of all elements of each part; torch never gets these tensors."""
     monkeypatch.setattr(torch_private, "nested_view", lambda *parts: "made")
     monkeypatch.setattr(indices_module, "STEP", 64)
     draw, verdicts, limit = random.Random(1), {True: 0, False: 0}, 6
@@ -257,7 +257,7 @@ def test_parts_of_the_jagged_layout_lie_in_the_values(
 
 
 def noted(length: int) -> Code:
-    """As torch notes a length."""
+    """A length as torch notes it: in the shape of an empty tensor."""
     return craft.strided(0, "float32", 0, (length, 0), (1, 1))
 
 
@@ -285,7 +285,7 @@ def test_lengths_that_are_noted_wrong(cache: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        # Parts that all show the same values; what a padded tensor would take.
+        # The parts all show the same values; they count like a padded tensor.
         {"offsets": torch.zeros(11, dtype=torch.int64), "lengths": torch.full((10,), 8)},
         {"other__metadata_cache": {"max_seqlen": noted(2000)}},
     ],
@@ -309,7 +309,7 @@ def test_no_state_changes_the_parts() -> None:
 
 
 def test_what_was_noted_is_not_changed_later() -> None:
-    """The pickle still has the dict that it gave."""
+    """The pickle keeps a reference to the dict of noted lengths and changes it afterwards."""
 
     def noted_later(arguments: dict[str, Any]) -> Code:
         cache = Code(b"}" + put(0))
@@ -327,7 +327,7 @@ def test_what_was_noted_is_not_changed_later() -> None:
     [
         lambda _: call(MODULE, "NestedTensor", tensor(0), tensor(1)),
         lambda _: new(MODULE, "NestedTensor", tensor(0), tensor(1)),
-        # Not a part is looked at.
+        # Refused before the parts are checked.
         lambda arguments: subclassed(
             name("torch._utils", "_rebuild_tensor_v2"),
             KIND,

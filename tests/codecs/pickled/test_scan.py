@@ -1,4 +1,7 @@
-"""The scan by itself; whole hostile pickles are in ``hostile.py``, honest ones in the corpus."""
+"""The scan, called directly on pickles of objects and on crafted opcodes.
+
+Whole hostile pickles are in ``support/hostile.py``, valid ones in ``support/corpus.py``.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def objects() -> st.SearchStrategy[Any]:
 @given(objects())
 def test_honest_objects_pass_the_scan_and_load(obj: Any) -> None:
     data = pickle.dumps(obj, 2)
-    # Integers of 256 bytes have an opcode that torch does not know.
+    # Integers of 256 bytes or more have an opcode (LONG4) that torch does not know.
     if b"\x8b" in data:
         return
     scan(data)
@@ -133,7 +136,7 @@ def test_many_honest_keys() -> None:
 
 
 def test_colliding_keys_collide() -> None:
-    """The attack of ``hostile.py`` is one: else its defence would prove nothing."""
+    """The keys in ``support/hostile.py`` do collide; otherwise its cases would test nothing."""
     assert len({hash(pair) for pair in hostile.COLLIDING_TUPLES}) == 1
     assert len({hash(number) for number in hostile.colliding_integers(6)}) == 1
     assert len({hash(complex(-1000003.0 * n, n)) for n in range(6)}) == 1
@@ -152,7 +155,7 @@ def test_keys_of_unknown_hashes_are_few() -> None:
 
 
 def test_an_object_is_given_one_state() -> None:
-    # Each state is copied into the object, and costs the sender three bytes.
+    # Each state is copied into the object, and costs the sender only three bytes.
     first = b"\x80\x02ccollections\nOrderedDict\n)R}q\x00X\x01\x00\x00\x00aK\x01sb"
     scan(first + b".")
     with pytest.raises(UnsafeObjectError, match="a second state"):
@@ -167,19 +170,20 @@ def test_names_that_stand_for_something_are_no_part_of_an_object(kind: type) -> 
 
 
 def test_tuples_in_tuples_as_keys_are_few() -> None:
-    # Their hashes have 64 bits of which numbers keep 61: the scan can't tell which are equal.
+    # Tuples have hashes of 64 bits, numbers of 61, so the scan cannot predict which are equal.
     scan(pickle.dumps({((n,), 0): n for n in range(4000)}, protocol=2))
     with lowered({"unknown_hashes": 6}), pytest.raises(LimitExceeded, match="not plain values"):
         scan(pickle.dumps({((n,), 0): n for n in range(7)}, protocol=2))
 
 
 def test_lists_that_are_nested_after_they_were_measured() -> None:
-    # ]q0 ]q1 a, h1 ]q2 a, ...: each list goes into the one before while that is at the top.
+    # ]q0 ]q1 a, h1 ]q2 a, ...: each new list is appended to the previous list, which is on top of
+    # the stack.
     levels = 300
     data = b"\x80\x02]r\x00\x00\x00\x00"
     for level in range(1, levels):
         slot = level.to_bytes(4, "little")
         data += b"]r" + slot + b"aj" + slot
-    # What is left on the stack goes into one more list, so that one object remains.
+    # A tuple of all lists on the stack leaves one object at the end.
     with pytest.raises(LimitExceeded, match="nested deeper than 256"):
         craft.load_pickle(b"\x80\x02(" + data[2:] + b"t.")

@@ -1,4 +1,4 @@
-"""``Limits.sparse_nnz``: what counts, and that nothing is checked beyond it."""
+"""``Limits.sparse_nnz``: the count of each kind of tensor, and that checks stop at the limit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support import craft, hostile
 from tests.support.corpus import assert_same
 
 Make = Callable[[], torch.Tensor]
-# A tensor, and what it counts.
+# How to make a tensor, and its count.
 COUNTS: dict[str, tuple[Make, int]] = {
     "coo": (lambda: torch.eye(3).to_sparse(), 3),
     "coo_of_three_dimensions": (lambda: torch.ones(2, 2, 2).to_sparse(), 8),
@@ -45,7 +45,7 @@ COUNTS: dict[str, tuple[Make, int]] = {
 @pytest.mark.parametrize("key", COUNTS)
 def test_what_counts(key: str) -> None:
     make, count = COUNTS[key]
-    # Two tensors of one load, and one that is in two places.
+    # Two tensors in one load; the first one twice.
     first, second = make(), make()
     obj = [first, second, first, torch.ones(100)]
     loaded = craft.round_trip(obj, limits=Limits(sparse_nnz=2 * count))

@@ -1,4 +1,4 @@
-"""Long skeletons are decoded in parts: to what msgspec makes of them at once."""
+"""A long skeleton that is decoded in parts gives the same value as msgspec gives at once."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ VALUES = st.recursive(
 
 @pytest.fixture(autouse=True)
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is long."""
+    """Make every skeleton count as long."""
     monkeypatch.setattr(chunked_decode, "AT_ONCE_NBYTES", -1)
 
 
 def value_of(data: bytes) -> Any:
-    """What it makes of a skeleton, copied before it lets go of it."""
+    """Decode a skeleton; return a copy, because the decoder frees the value afterwards."""
     with unpacked(data, 256) as value:
         return copied(value)
 
@@ -124,7 +124,7 @@ def test_whoever_counts_arrays_says_how_many() -> None:
 
 
 def test_lists_do_not_all_live_until_the_end() -> None:
-    """A chain of references would hold what is freed bit by bit until the last bit."""
+    """A chain of references would keep every list alive until the last one is freed."""
     lists: list[list[Any]] = [[]]
     chunked_decode._unpack(msgpack.packb([[n] for n in range(1000)]), lists)
     with unpacked(msgpack.packb([[n] for n in range(1000)]), 256) as value:
@@ -135,7 +135,7 @@ def test_lists_do_not_all_live_until_the_end() -> None:
 
 
 class Weak(list[Any]):
-    """Says when it is freed."""
+    """A list that supports weak references, so that a test sees when it is freed."""
 
 
 @pytest.mark.parametrize("count", [0, 1, 9_999, 10_000, 25_000])

@@ -1,4 +1,7 @@
-"""A skeleton is walked through before it is decoded; see also test_tree."""
+"""The precheck of a skeleton before it is decoded; see also ``test_tree_codec.py``.
+
+Random MessagePack is compared with msgspec's decoder and with ``estimate_size``.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def passes(data: bytes) -> bool:
 def test_what_has_no_maps_passes_and_does_not_when_it_is_cut(value: Any) -> None:
     data = msgpack.packb(value)
     assert passes(data)
-    # A cut between two values leaves whole ones: the decoder refuses what is missing.
+    # A cut between two values leaves whole values; only the decoder notices the missing ones.
     for size in range(1, len(data)):
         if passes(data[:size]):
             assert estimate_size(data[:size])[0] > 0
@@ -70,7 +73,7 @@ def test_both_walks_refuse_the_same(parts: list[bytes]) -> None:
     except ProtocolError:
         assert not passes(data)
     else:
-        # This byte begins nothing: only the walk that counts memory leaves it to the decoder.
+        # The byte 0xc1 starts no value. ``estimate_size`` leaves it to the decoder.
         assert passes(data) or b"\xc1" in data
 
 
@@ -90,7 +93,7 @@ def test_bytes_of_texts_are_no_heads(text: bytes, head: int) -> None:
 @given(VALUES)
 def test_arrays_are_counted_as_many_as_are_nested_or_more(value: Any) -> None:
     data = msgpack.packb(value)
-    # Beside those of a tensor, which hold no other.
+    # One array per tensor reference is not counted: it holds no other array.
     assert precheck._containers(data, 2**40)[0] + 1 >= estimate_size(data)[1]
 
 
@@ -132,7 +135,7 @@ def test_the_quick_bound_of_memory_is_one(value: bytes) -> None:
     decoded = msgspec.msgpack.decode(data)
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # The list that holds them has a place for each: in the object, there is another one.
+    # The outer list has a slot for each value, and the rebuilt object has another one.
     bound = precheck._MEMORY_PER_BYTE * len(data) + precheck._containers(data, 2**40)[1]
     assert taken + 8 * len(decoded) <= bound + 10_000
 

@@ -1,4 +1,4 @@
-"""What MessagePack would take: memory and depth, told without decoding it."""
+"""The estimate of memory and depth of MessagePack, compared with the decoded value."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_memory_of_anything(value: Any) -> None:
     decoded = msgspec.msgpack.decode(data)
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # Of texts, UTF-8 may be less than what they take.
+    # A text may take more memory than its UTF-8 bytes.
     assert taken <= estimate_size(data)[0] + 3 * len(data) + 512
     del decoded
 
@@ -64,7 +64,7 @@ def test_every_head_counts(head: bytes) -> None:
     assert estimate_size(head * 1000 + b"\xc0")[1] == 1000
 
 
-# Beyond every limit; not deep enough to harm a decoder that goes into it by recursion.
+# Above every limit, but not deep enough to harm a recursive decoder.
 DEEP = 300
 NESTED = """
 import sys, threading, aiotorchio
@@ -125,7 +125,7 @@ def nodes(*items: Any) -> bytes:
     ids=lambda node: node[:12].hex(),
 )  # fmt: skip
 def test_no_object_takes_more(node: bytes) -> None:
-    """As a list and as an object, while both are there."""
+    """The peak includes the decoded list and the rebuilt object, which exist at the same time."""
     count = max(1, 40_000 // len(node))
     data = b"\xdd" + (count + 1).to_bytes(4, "big") + b"\x00" + node * count
     tracemalloc.start()

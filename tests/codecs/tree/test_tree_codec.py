@@ -1,4 +1,7 @@
-"""The pickle-free codec. What it refuses is in ``hostile.py``."""
+"""The tree codec: objects that it accepts, and its errors.
+
+Hostile skeletons are in ``support/hostile.py``.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,7 @@ def test_the_bytes_are_those_of_the_format() -> None:
         *("\ud800", {"\ud800": 1}, [b"", "a\udfff"], torch.strided, torch.per_tensor_affine),
         torch.quantize_per_tensor(torch.ones(1), 0.1, 0, torch.qint8),
     ],
-    # The same in every process: those that share the tests compare them.
+    # The same id in every process, because pytest-xdist compares the ids of its workers.
     ids=lambda obj: "object()" if type(obj) is object else repr(obj),
 )
 def test_what_is_left_to_pickle(obj: object) -> None:
@@ -161,7 +164,7 @@ def test_growth_walks_over_every_kind_of_value(monkeypatch: pytest.MonkeyPatch) 
         + size_estimate._NUMBER_NBYTES * len(numbers)
         + size_estimate._CONSTANT_NBYTES * (len(constants) + 70_000)
     )
-    # Heads of texts are counted above, and -1 is one of the numbers that Python keeps.
+    # The headers of texts are counted in ``len``, and Python caches -1.
     assert abs(size_estimate.estimate_size(data)[0] - expected) < 300
     monkeypatch.setattr(bounds, "BOUNDS", Bounds(memory_floor=0))
     check_size(b"\xc6\x00\x00\x10\x00" + b"\x90" * 4096, 256)
