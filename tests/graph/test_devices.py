@@ -1,3 +1,8 @@
+"""``map_location``: the device of each received storage.
+
+Storages of a GPU come from a crafted header, so these tests need no GPU.
+"""
+
 from __future__ import annotations
 
 from typing import Any
@@ -29,7 +34,7 @@ def relocated(
 
 
 def message() -> bytes:
-    """The state as a machine with a GPU sends it."""
+    """The state with the header that a sender with a GPU would write."""
     tensors = list(STATE.values())
     return craft.message(craft.flattened(tensors).skeleton, "tree", tensors, from_cuda)
 

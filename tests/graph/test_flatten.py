@@ -1,4 +1,7 @@
-"""Every object goes through flatten and rebuild, and comes out the same."""
+"""Every object of ``support/corpus.py`` is the same after flatten and rebuild.
+
+Headers and names of some objects are also compared with the expected ones.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,14 @@ from aiotorchio.wire.header import validate
 from tests.support import corpus, craft
 
 PICKLED = {
-    # Classes and kinds of tensors that rows and trees do not have
+    # Classes and kinds of tensors that rows and the tree codec do not have
     *("buffer", "subclass", "subclass_with_attributes", "wrapper_subclass", "trusted_class"),
     *("trusted_pair", "tensor_with_attributes", "parameter_with_attributes", "jagged", "nested"),
     *("nested_scalars", "nested_transposed", "layouts", "bytearrays", "frozensets", "counter"),
     *("untyped_storage", "storage_twice", "storage_and_view", "empty_storage", "typed_storage"),
     *("typed_storage_and_view", "typed_storage_bfloat16", "storage_odd_size"),
     *("empty_containers", "big_int_keys", "other_keys", "surrogates", "surrogate_keys"),
-    # What is shared, cyclic, too deep, or has attributes
+    # Objects that are shared, cyclic, too deep, or have attributes
     *("shared_list", "shared_dict", "shared_tuple", "cyclic_list", "cyclic_dict"),
     *("cyclic_through_tuple", "ordered_with_attributes", "ordered_shared_metadata"),
     *("tensor_key", "beyond_tree_depth", "scheduler_MultiStepLR"),
@@ -141,7 +144,7 @@ def test_own_pickle_module() -> None:
     )
     corpus.assert_same(craft.load(data, weights_only=False, pickle_module=module), obj)
     assert calls == ["dump", "load"]
-    corpus.assert_same(craft.load(data), obj)  # and it is still an ordinary pickle
+    corpus.assert_same(craft.load(data), obj)  # the skeleton is still an ordinary pickle
     with pytest.raises(ValueError, match="pickle_module"):
         craft.load(data, pickle_module=module)
 
@@ -193,7 +196,7 @@ def test_names() -> None:
         ["o.w"],
     ]
     assert craft.flattened(torch.ones(1)).header.tensors[0].names == [""]
-    # With pickle the rows have their names as well, but those of attributes.
+    # With the pickle codec rows have the same names, except the names of attributes.
     header = craft.flattened([obj, obj, {"\ud800": shared.clone()}]).header
     assert header.codec == "pickle"
     names = sorted(name for row in header.tensors for name in row.names)

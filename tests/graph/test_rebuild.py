@@ -1,4 +1,4 @@
-"""Byte order, and loads that run at once."""
+"""Rebuilding: foreign byte order, errors of a single tensor, and concurrent loads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OTHER = "big" if sys.byteorder == "little" else "little"
 
 
 def swapped(tensor: torch.Tensor, unit: int) -> torch.Tensor:
-    """The tensor over a storage whose numbers are turned around."""
+    """The tensor over a copy of its storage in which every number has its bytes reversed."""
     data = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     turned = data.view(-1, unit).flip(1).reshape(-1).contiguous()
     made = torch.empty(0, dtype=tensor.dtype)
@@ -42,7 +42,7 @@ def test_byte_order(dtype: str) -> None:
         foreign,
     )
     corpus.assert_same(craft.load(data), [tensor])
-    # A callable map_location sees numbers, not their mirror images.
+    # A callable ``map_location`` gets storages that already have the native byte order.
     corpus.assert_same(craft.load(data, map_location=lambda storage, _: storage), [tensor])
 
 
@@ -81,7 +81,9 @@ def test_what_torch_refuses_names_the_tensor() -> None:
 
 
 def test_many_loads_at_once() -> None:
-    """Each gets its own verdict, and nothing of torch's that all threads share is touched."""
+    """Each of several concurrent loads has its correct outcome; no global state of torch
+    changes.
+    """
     coo = torch.eye(3).to_sparse()
     bad_coo = craft.rebuild(
         "_rebuild_sparse_tensor",

@@ -1,4 +1,4 @@
-"""Which tensors are wanted, and what becomes of the others in the object."""
+"""The tensors that ``select`` keeps, and the object after the others were removed or replaced."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NAMES = ["", "a", "a.b", "encoder.0.weight", "encoder.10.bias", "head[0]", "x*",
         ("encoder.[0-9].*", {"encoder.0.weight"}),
         ("[!a]", {"A"}),
         ("l*w", {"l\n.w"}),
-        # A name, before it is a pattern
+        # A name comes before a pattern.
         ("head[0]", {"head[0]"}),
         ("head[[]0]", {"head[0]"}),
         ("x*", {"x*"}),
@@ -55,7 +55,7 @@ def test_selected(select: Any, expected: set[str]) -> None:
 def test_patterns_are_compared_with_names_that_begin_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The caller's patterns times the peer's names would be as long as the peer likes."""
+    """Otherwise the work is the caller's patterns times the peer's names, without a bound."""
     names = [f"{layer}.{n}" for layer in ("abc", "abd", "x") for n in range(100)]
     compared: list[str] = []
 
@@ -72,7 +72,7 @@ def test_patterns_are_compared_with_names_that_begin_alike(
     compared.clear()
     assert selected(names, names) == set(names)
     assert not compared
-    # Twice the same pattern is one.
+    # Equal patterns count once.
     assert len(selected(["abd*"] * 3, names)) == len(compared) == 100
 
 
@@ -111,7 +111,7 @@ def test_the_error_of_a_predicate_is_its_own() -> None:
         selected(fail, NAMES)
 
 
-# revise
+# Changing an object with ``revise``
 
 A, B, C, D = (torch.full((1,), float(n)) for n in range(4))
 
@@ -126,7 +126,7 @@ def leaving_out(*paths: str) -> Callable[[str, torch.Tensor], torch.Tensor | Non
 
 
 def revise_all(obj: Any, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
-    """As for a message whose names are those that its sender must give."""
+    """Revise an object whose message has all names that a sender must give."""
     revise(obj, {path for path, _ in walk(obj)}, change)
 
 
@@ -190,7 +190,7 @@ SHARED: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("hold", SHARED.values(), ids=SHARED)
 def test_paths_are_the_names_that_the_sender_gave(hold: Callable[[Any], Any]) -> None:
-    """What is in several places has a name for each: select and into go by them."""
+    """A tensor in several places has a name for each; ``select`` and ``into`` use these names."""
     obj = hold({"w": A, "v": [B]})
     assert paths_of(obj) == {path: id(tensor) for path, tensor in walk(obj)}
 
@@ -208,7 +208,7 @@ def test_what_is_left_out_at_all_places_goes_and_all_else_stays() -> None:
 
 
 def test_names_of_the_first_place_alone_count_for_all() -> None:
-    """As from a sender that names no other places."""
+    """The header has names for the first place only."""
     shared = {"a": A, "b": B}
     obj: Any = {"x": shared, "y": [shared]}
     revise(obj, {"x.a", "x.b"}, leaving_out("x.a"))
@@ -230,13 +230,13 @@ def test_other_mappings() -> None:
     maps = obj["chain"].maps
     assert maps[0] == {} and maps[1].keys() == {"b"} and maps[1]["b"][0] is A
     assert maps[2] == {"d": A}
-    # It cannot change: there, the tensor stays as it was received.
+    # A ``MappingProxyType`` cannot change: its tensor stays as it was received.
     assert obj["fixed"] is fixed and fixed["a"] is A
     assert list(parameters) == ["b"] and parameters["b"] is p
 
 
 def test_a_peer_cannot_make_places_without_end() -> None:
-    """A hundred levels have more places than there are atoms; names of a message, few."""
+    """A hundred levels have 2**100 places, but a message has few names."""
     obj: Any = {"a": A}
     for _ in range(100):
         obj = [obj, obj]
@@ -283,7 +283,7 @@ def peak_of(task: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("much", [[0] * 200, [[] for _ in range(200)], [A] * 200], ids=range(3))
 def test_a_giant_key_above_much_takes_no_memory(much: list[Any]) -> None:
-    """A hostile sender has room for a million of them."""
+    """A hostile sender could put a million entries under such a key."""
     obj = {GIANT: much, "a": A}
     assert peak_of(lambda: revise(obj, {"a", "b"}, leaving_out("a"))) < 2**23
     assert obj.keys() == {GIANT}

@@ -1,4 +1,7 @@
-"""Which tensor goes where: all that does not fit is known from the header, and said at once."""
+"""Which tensor is received into which target, and the one error that lists all misfits.
+
+The match needs only the header; tests compare its result with the expected target tensors.
+"""
 
 from __future__ import annotations
 
@@ -54,11 +57,11 @@ def misfits(obj: object, into: Any, **options: Any) -> dict[str, str]:
     return caught.value.misfits
 
 
-# Destinations
+# Target tensors
 
 
 def assert_are(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """The very same tensors in the same order."""
+    """Check for the same tensor objects in the same order."""
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         assert found[name] is tensor, name
@@ -130,7 +133,7 @@ def cyclic() -> object:
 def test_what_is_in_several_places_has_the_names_that_its_sender_gives(
     make: Callable[[], object],
 ) -> None:
-    """An object can be received into one like it."""
+    """An object can be received into an equal object."""
     destinations = target_tensors(make())
     assert list(matched(make(), make())) == list(destinations)
     assert len(set(map(id, destinations.values()))) == 1
@@ -173,7 +176,7 @@ def test_one_destination_with_one_name_twice() -> None:
     assert_are(target_tensors({"a": {"b": A}, "a.b": A}), {"a.b": A})
 
 
-# What fits
+# Tensors that fit
 
 
 def test_what_fits_is_found_by_name() -> None:
@@ -183,7 +186,7 @@ def test_what_fits_is_found_by_name() -> None:
 
 
 class Special(nn.Parameter):
-    """A parameter as many libraries have one: with attributes."""
+    """A subclass of ``Parameter`` with attributes, as many libraries have."""
 
 
 FITTING = {
@@ -227,7 +230,7 @@ def test_both_flags_of_the_sender_fit() -> None:
         matched({"w": obj}, {"w": torch.zeros(2)})
 
 
-# What does not
+# Tensors that do not fit
 
 
 NO_PLACE: dict[str, tuple[torch.Tensor, str]] = {
@@ -264,7 +267,7 @@ def test_tensors_that_are_no_place(tensor: torch.Tensor, text: str, cast: bool) 
 
 
 def test_a_tensor_whose_memory_is_gone_is_no_place() -> None:
-    """Sharded training frees the memory of parameters, and leaves them their shape."""
+    """Sharded training frees the memory of parameters, but keeps their shape."""
     tensors = [torch.zeros(2), torch.zeros(4)[2:]]
     for tensor, nbytes in zip(tensors, (0, 12), strict=True):
         storage = tensor.untyped_storage()
@@ -274,7 +277,7 @@ def test_a_tensor_whose_memory_is_gone_is_no_place() -> None:
             with pytest.raises(MismatchError, match="memory") as caught:
                 matched({"w": torch.ones(2)}, {"w": tensor})
         finally:
-            # Else whoever shows this tensor in a traceback reads what is not there.
+            # Otherwise a traceback that shows this tensor would read freed memory.
             storage.resize_(before)
         assert list(caught.value.misfits) == ["w"]
 
@@ -305,7 +308,7 @@ def test_what_is_on_meta_at_the_sender_has_no_bytes() -> None:
 
 
 def test_each_destination_without_memory_is_one_of_its_own() -> None:
-    """They only seem to be tied: all of them are at address 0."""
+    """Tensors on meta all have address 0, but they are not tied."""
     found = misfits(
         {"a": torch.ones(2), "b": torch.ones(2)},
         {"a": torch.empty(2, device="meta"), "b": torch.empty(2, device="meta")},
@@ -350,7 +353,7 @@ def test_casts(source: str, destination: str, fits: bool) -> None:
     obj, into = {"w": corpus.of_dtype(source)}, {"w": corpus.of_dtype(destination)}
     why = misfits(obj, into)["w"]
     assert why.startswith(f"torch.{source} in the message, torch.{destination} in the destination")
-    # The hint is only there where it helps.
+    # The hint appears only where it helps.
     assert ("cast=True" in why) == fits
     if fits:
         assert matched(obj, into, cast=True)
@@ -359,7 +362,7 @@ def test_casts(source: str, destination: str, fits: bool) -> None:
 
 
 def test_what_can_be_cast_can_be_copied() -> None:
-    """torch says of some dtypes that they can be cast, and fails when it has to do it."""
+    """For some dtypes, torch says that a cast is possible, but the copy fails."""
     tensors = {name: corpus.of_dtype(name) for name in corpus.STRIDED_DTYPES}
     fitting, failed = 0, []
     for (source, obj), (destination, into) in itertools.permutations(tensors.items(), 2):
@@ -411,7 +414,7 @@ def test_tensors_without_a_name() -> None:
         matched(obj, {"w": A})
     assert not caught.value.unexpected
     assert matched(obj, {"w": A}, strict=False) == {"w": A}
-    # What is selected has names.
+    # Selected tensors have names.
     assert matched(obj, {"w": A}, wanted={"w"}) == {"w": A}
 
 
@@ -433,7 +436,7 @@ def test_a_tied_tensor_goes_to_each_of_its_names() -> None:
     assert caught.value.unexpected == ("b",)
 
 
-# Everything in one error
+# All misfits in one error
 
 
 def test_all_that_does_not_fit_is_in_one_error() -> None:
@@ -485,7 +488,7 @@ def test_the_text_of_giant_names_is_short_and_says_why() -> None:
 
 
 def test_keys_that_utf_8_cannot_carry() -> None:
-    """The sender writes them in another way, so they must be looked for in that way."""
+    """The sender writes such keys with escapes; the match must use the same form."""
     obj, into = {"\ud800": A, "o": B}, {"\ud800": torch.zeros(1), "o": torch.zeros(2)}
     assert len(matched(obj, into)) == 2
     with pytest.raises(MismatchError) as caught:
