@@ -1,4 +1,7 @@
-"""Whatever tensors show of whatever storages: ``compact`` sends that, and what they share."""
+"""``compact=True``: random views of random storages arrive equal and share the same bytes.
+
+The bytes that no tensor shows are marked, and must not be in the message where none are needed.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def saved(obj: object, **options: Any) -> tuple[bytes, aiotorchio.Summary]:
 
 
 def addresses(tensor: torch.Tensor) -> list[int]:
-    """The byte of its storage that each byte of each element is, in the order of the indices."""
+    """The offset in its storage of each byte of each element, in the order of the indices."""
     size = tensor.element_size()
     starts = [int(tensor.storage_offset()) * size]
     for count, step in zip(tensor.shape, tensor.stride(), strict=True):
@@ -57,12 +60,12 @@ def key(tensor: torch.Tensor) -> int:
 
 
 def stored(tensor: torch.Tensor) -> bytes:
-    """The bytes of the elements, as they are stored."""
+    """The bytes of the elements as they are stored."""
     return bytes(raw(tensor).contiguous().flatten().tolist())
 
 
 def assert_compact(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
-    """The same tensors, which share the same bytes and no others, in storages that they share."""
+    """Check for equal tensors that share the same bytes and storages as before, and no others."""
     moved: dict[tuple[int, int], tuple[int, int]] = {}
     back: dict[tuple[int, int], tuple[int, int]] = {}
     assert len(actual) == len(expected)
@@ -90,7 +93,8 @@ def assert_parts_are_aligned(parts: Flattened) -> None:
         for part in pieces:
             assert end <= part.at < end + 64
             end = part.at + part.nbytes
-            # So that a receiver of the other byte order can turn the numbers around.
+            # Parts keep numbers whole, so that a receiver of foreign byte order can reverse their
+            # bytes.
             unit = row.unit or 1
             assert part.at % unit == part.start % unit == part.nbytes % unit == 0
             assert part.at % part.itemsize == part.start % part.itemsize == 0
@@ -113,12 +117,12 @@ def check(tensors: Sequence[torch.Tensor], **options: Any) -> aiotorchio.Summary
     return summary
 
 
-# ------------------------------------------------------------------------------ any views
+# ------------------------------------------------------------------------------ random views
 
 
 @st.composite
 def strided(draw: Callable[[Any], Any], storage: torch.UntypedStorage) -> torch.Tensor:
-    """Any view of a storage: of any dtype, overlapping, expanded, empty, of no dimension."""
+    """A random view of a storage: any dtype, overlapping, expanded, empty or without dimensions."""
     dtype = draw(st.sampled_from([dtype for dtype in DTYPES if dtype.itemsize]))
     room = storage.nbytes() // dtype.itemsize
     shape = draw(st.lists(st.sampled_from([1, 2, 3, 4, 5, 2, 3, 0]), max_size=4))
@@ -239,17 +243,17 @@ def test_chunks_end_anywhere_in_packed_parts(
         )
 
 
-# ------------------------------------------------------------------------------ exactly
+# ------------------------------------------------------------------------------ exact sizes
 
 
 def marked(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Full of a secret."""
+    """A tensor full of marked bytes, which must not be sent."""
     count = math.prod(shape) * dtype.itemsize
     return torch.full((count,), 0xEE, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def shown(tensor: torch.Tensor) -> torch.Tensor:
-    """With bytes that are no secret."""
+    """Fill the elements of a tensor with bytes that may be sent."""
     raw(tensor).fill_(0x11)
     return tensor
 
@@ -285,7 +289,7 @@ EXACT: dict[str, Callable[[], list[torch.Tensor]]] = {
 
 
 def elements(tensors: Sequence[torch.Tensor]) -> int:
-    """Bytes that they show, each counted once."""
+    """The number of bytes that the tensors show; each byte counts once."""
     return len({(key(tensor), at) for tensor in tensors for at in addresses(tensor)})
 
 
@@ -329,10 +333,10 @@ def test_views_of_other_item_sizes_keep_what_lies_between() -> None:
 
 
 def test_what_lies_between_views_that_overlap_in_part_is_sent() -> None:
-    """A row and a column share one element, and neither shows all of the other."""
+    """A row and a column share one element, but neither contains the other."""
     matrix = torch.arange(100.0).view(10, 10)
     summary = check([matrix[4], matrix[:, 4]])
-    # From the first of the column to its last.
+    # From the first element of the column to its last.
     assert summary.payload_nbytes == (90 + 1) * 4
 
 
@@ -352,7 +356,8 @@ def test_strides_are_those_among_what_is_sent() -> None:
     assert torch.equal(column, matrix[:, 5] + 1000)
 
 
-# ------------------------------------------------------------------------------ left as they are
+# ------------------------------------------------------------------------------ storages that are
+# sent whole
 
 
 def test_whole_storages_are_sent_as_ever() -> None:
@@ -438,7 +443,7 @@ def test_the_rows_of_the_caller_are_untouched() -> None:
     assert tensor._version == 0
 
 
-# ------------------------------------------------------------------------------ byte order
+# ------------------------------------------------------------------------------ foreign byte order
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.float32, torch.complex64, torch.complex128])
@@ -455,7 +460,7 @@ def test_the_other_byte_order(dtype: torch.dtype) -> None:
 
 
 def _composed(parts: Flattened) -> bytes:
-    """As a machine of the other byte order would send it."""
+    """The message as a sender of foreign byte order would write it."""
     from aiotorchio.memory.outgoing import OutgoingPayload
     from aiotorchio.wire.composer import Composer
     from aiotorchio.wire.header import Layout
@@ -473,7 +478,8 @@ def _composed(parts: Flattened) -> bytes:
     return b"".join(b"".join(frame) for frame in [*frames, composer.end()])
 
 
-# ------------------------------------------------------------------------------ beyond a storage
+# ------------------------------------------------------------------------------ tensors that exceed
+# their storage
 
 
 def shrunk() -> Iterator[tuple[str, torch.Tensor]]:
@@ -502,7 +508,9 @@ def shrunk() -> Iterator[tuple[str, torch.Tensor]]:
     ],
 )
 def test_a_tensor_beyond_its_storage(name: str) -> None:
-    """As without ``compact``: the receiver refuses it; no byte from beyond is read."""
+    """The receiver refuses it, as without ``compact``; the sender reads no byte outside the
+    storage.
+    """
     tensor = dict(shrunk())[name]
     data, _ = saved([tensor])
     with pytest.raises(aiotorchio.InvalidObjectError, match="reaches byte"):

@@ -1,4 +1,7 @@
-"""Tensors in files, of a module of the shape of tensordict's; tests/zoo has the real one."""
+"""Tensors in memory-mapped files arrive as ordinary tensors, and no file name is sent.
+
+A small module copies the classes of tensordict; tests/zoo uses the real package.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from tests.support.tensor_layouts import encoded
 
 
 class Mapped(torch.Tensor):
-    """Pickles itself as the name of its file."""
+    """A tensor that pickles as the name of its file."""
 
     file: str
 
@@ -32,7 +35,7 @@ def open_file(name: str) -> Mapped:
 
 
 class TensorDict(MutableMapping[str, Any]):
-    """Notes that it is in files."""
+    """A mapping that records the folder of its files."""
 
     def __init__(self, items: dict[str, Any], folder: str | None = None) -> None:
         self._tensordict, self._is_memmap = items, folder is not None
@@ -56,7 +59,7 @@ class TensorDict(MutableMapping[str, Any]):
 
 
 class Registered(TensorDict):
-    """Is reduced by a function, as tensordict's own classes are."""
+    """A mapping with a reducing function in ``copyreg``, as tensordict's classes have."""
 
 
 def make(kind: Any, state: dict[str, Any]) -> Any:
@@ -69,7 +72,7 @@ copyreg.pickle(Registered, lambda value: (make, (Registered, dict(vars(value))))
 
 
 class Entry:
-    """An entry that is no tensor."""
+    """An entry that holds data other than a tensor."""
 
     def __init__(self, data: str, **notes: Any) -> None:
         self.non_tensordict: dict[str, Any] = {"data": data, "_metadata": notes}
@@ -77,7 +80,7 @@ class Entry:
 
 @pytest.fixture(autouse=True)
 def tensordict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules of these names, with these classes."""
+    """Install these classes as modules with tensordict's names."""
     for module, name, kind in (
         ("tensordict.memmap", "MemoryMappedTensor", Mapped),
         ("tensordict.base", "TensorDictBase", TensorDict),
@@ -109,7 +112,7 @@ def test_numbers_travel_and_no_name_of_a_file() -> None:
     sent = {"whole": whole, "part": part, "again": [whole]}
     parts = flatten(sent, chunk_size=4096, metadata={}, producer="tests")
     assert parts.header.codec == "tree"
-    # Not a copy.
+    # The storage is not a copy.
     assert [each.data_ptr() for each in parts.storages] == [whole.data_ptr()]
     loaded = received(sent)
     assert type(loaded["whole"]) is type(loaded["part"]) is torch.Tensor
@@ -131,7 +134,7 @@ def test_a_mapping_is_received_in_memory(kind: type[TensorDict]) -> None:
         loaded["b"]["c"], torch.ones(2)
     )
     assert loaded["e"].non_tensordict == {"data": "text", "_metadata": {"other": 1}}
-    # The sender's is as it was.
+    # The object of the sender did not change.
     assert sent._memmap_prefix == Path(f"/{SECRET}") and sent._is_locked
     assert entry.non_tensordict["_metadata"]["memmaped"]
 

@@ -1,4 +1,7 @@
-"""The names of a header are the paths of the object, and no other ones pass for them."""
+"""The names in a header must be the paths to the tensors in the object.
+
+Senders' names are compared with ``walk``; hostile headers with changed names must be refused.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ class Pair(NamedTuple):
 
 
 def names_of(obj: object) -> list[list[str]]:
-    """Of each row that a sender makes."""
+    """The names in each row that a sender writes."""
     return [row.names for row in craft.flattened(obj).header.tensors]
 
 
@@ -81,7 +84,7 @@ NAMED: dict[str, tuple[Any, list[list[str]]]] = {
     "tied": ({"a": A, "b": [A, B], "c": A}, [["a", "b.0", "c"], ["b.1"]]),
     "the same name twice": ({"a": {"b": A}, "a.b": A}, [["a.b", "a.b"]]),
     "unicode": ({"\U0001f600": {"\x00": A}}, [["\U0001f600.\x00"]]),
-    # By the pickle codec
+    # With the pickle codec
     "surrogates": ({"\ud800": A}, [["\\ud800"]]),
     "a shared dict": ([shared := {"w": A}, shared], [["0.w", "1.w"]]),
     "other keys": ({None: A, (1, "a"): B, 2.5: C}, [["None"], ["(1, 'a')"], ["2.5"]]),
@@ -115,12 +118,12 @@ def test_names_of_every_object(name: str) -> None:
         for path, tensor in walk(obj)
         if Table().add_tensor(tensor) is not None
     )
-    # What is in sets and in metadata has a name, too, but nobody walks there.
+    # Tensors in sets and in metadata also have names, but ``walk`` does not visit them.
     assert walked <= names
 
 
 def check(obj: Any, change: Callable[[list[TensorRow]], None] = lambda rows: None) -> None:
-    """Check the names of an object as a receiver does, changed by a hostile sender."""
+    """Check the names of an object as a receiver does, after a hostile sender's change."""
     parts = craft.flattened(obj)
     rows = parts.header.tensors
     change(rows)
@@ -136,11 +139,13 @@ def check_skeleton(obj: Any) -> None:
         check_tree(parts.skeleton, rows, names=True, limits=Limits(), offset=0)
 
 
-# Many objects
+# Random objects
 
 
 def objects() -> st.SearchStrategy[Any]:
-    """Nested containers, with few tensors in many places, and few keys."""
+    """Nested containers with few distinct tensors and few keys, so that many places share a
+    tensor.
+    """
     tensors = [torch.ones(1) for _ in range(3)]
     keys = st.sampled_from(["", "a", "b", "a.b", ".", 0, 1, -1])
     return st.recursive(
@@ -252,7 +257,7 @@ def only(name: str) -> Callable[[Header], None]:
 
 
 def test_a_tensor_in_several_tuples_of_a_set() -> None:
-    """A set has no order: which of the paths comes first, the receiver's hashes decide."""
+    """A set has no order: the receiver's hashes decide which of the paths comes first."""
     for _ in range(30):
         tensor = torch.ones(1)
         check({"s": {(tensor, 1), (2, tensor), (3, 4, tensor)}})
@@ -285,7 +290,7 @@ def test_a_walk_makes_no_path_to_what_is_no_tensor() -> None:
     assert peak_of(lambda: list(walk({MEGABYTE: [0] * 200}))) < 2**23
 
 
-# The rows by their names
+# Rows by name
 
 
 def test_rows_by_name() -> None:
@@ -312,7 +317,7 @@ def test_the_error_about_a_giant_name_is_short() -> None:
     assert len(str(caught.value)) < 2000
 
 
-# Specs
+# Tensor specs
 
 
 def test_specs_of_a_header() -> None:
@@ -339,7 +344,7 @@ def test_a_spec() -> None:
     assert spec.nbytes == 48
     assert TensorSpec((), torch.bool).nbytes == 1
     assert TensorSpec((2**40, 0), torch.int8).nbytes == 0
-    # As many as the elements would take that an expanded tensor shows.
+    # The size of all elements that the expanded tensor shows.
     assert TensorSpec.of(A.expand(1000)).nbytes == 4000
 
 
@@ -365,7 +370,7 @@ def test_a_size_of_torch_is_a_shape() -> None:
     assert TensorSpec(A.shape, A.dtype) == TensorSpec((1,), torch.float32)
 
 
-# Walking
+# Walks
 
 
 def test_a_walk_follows_the_order_of_the_object() -> None:
@@ -408,16 +413,16 @@ def test_a_walk_with_far_too_many_places_names_the_first_ones() -> None:
         ".".join("0" * 101),
         "0." * 100 + "1",
     ]
-    # What has no tensors in it does not count.
+    # Containers without tensors do not count.
     assert len(list(walk([doubled(100, [1]), *[{"w": A}] * 3]))) == 3
-    # Nor does text without end.
+    # The total length of paths is limited, too.
     shared = {MEGABYTE: A}
     assert len(list(walk([shared] * 8))) == 8
     assert [path for path, _ in walk([shared] * 20)] == [f"0.{MEGABYTE}"]
 
 
 class Made(Mapping[str, Any]):
-    """A mapping that makes what is in it each time."""
+    """A mapping that makes new items on every access."""
 
     def __getitem__(self, key: str) -> Any:
         return [A.clone(), {"x": A.clone()}]

@@ -1,3 +1,5 @@
+"""The table of tensors and storages: rows, flags, units and locations of a sender's tensors."""
+
 from __future__ import annotations
 
 import torch
@@ -67,7 +69,7 @@ def test_units() -> None:
     table.add_tensor(tensor.view(torch.int32))
     assert table.storages[0].unit == 4
     table.add_tensor(tensor.view(torch.complex64))
-    assert table.storages[0].unit == 4  # complex64 is two numbers of four bytes
+    assert table.storages[0].unit == 4  # complex64 consists of two numbers of four bytes
     table.add_tensor(tensor.view(torch.uint8))
     assert table.storages[0].unit == MIXED_UNITS
     table.add_tensor(tensor.view(torch.int32))

@@ -1,3 +1,5 @@
+"""The map between names of dtypes and torch's dtypes is complete and agrees with torch."""
+
 from __future__ import annotations
 
 import pytest

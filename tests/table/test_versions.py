@@ -1,4 +1,4 @@
-"""What changes tensors in place while they are sent, and what of it is noticed."""
+"""Changes of tensors in place during a save: which of them the version counters show."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def versions_of(obj: object, **options: Any) -> Versions:
 
 
 def step(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Any:
-    """A parameter after one step, and what makes the next."""
+    """A parameter after one step, its optimizer, and a function that takes another step."""
     parameter = nn.Parameter(torch.ones(10))
     optimizer = make([parameter])
 
@@ -125,7 +125,7 @@ def test_what_changes_nothing_is_no_change() -> None:
 
 
 def test_another_memory_is_no_change() -> None:
-    """What is sent is the old one, which nobody changes."""
+    """The message has the old memory, which does not change."""
     parameter = nn.Parameter(torch.zeros(10))
     parts = flatten([parameter], chunk_size=4096, metadata={}, producer="tests")
     parameter.data = torch.ones(10)
@@ -229,7 +229,8 @@ def test_running_statistics_of_batch_norm_are_noticed() -> None:
         versions.check(WHEN)
 
 
-# ------------------------------------------------------------------------------ without a row
+# ------------------------------------------------------------------------------ tensors without a
+# row
 
 
 def tagged() -> torch.Tensor:
