@@ -1,4 +1,6 @@
-"""Which tensors share bytes of memory: compared with all bytes of small ones, one by one."""
+"""Conflicts between overlapping targets, compared with a search through all bytes of small
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,13 @@ def at(start: int, itemsize: int, shape: tuple[int, ...], stride: tuple[int, ...
 
 
 def of(base: torch.Tensor, view: torch.Tensor) -> Footprint:
-    """A view, as if its base began at address 4096."""
+    """The footprint of a view, as if its base began at address 4096."""
     start = 4096 + view.data_ptr() - base.data_ptr()
     return at(start, view.element_size(), tuple(view.shape), view.stride())
 
 
 def bytes_of(each: Footprint, origin: Origin) -> Iterator[tuple[int, object]]:
-    """Every byte, with what it is made of."""
+    """Every byte of a footprint with the source of its value."""
     for index in itertools.product(*map(range, each.shape)):
         element = sum(i * step for i, step in zip(index, each.stride, strict=True))
         for byte in range(each.itemsize):
@@ -51,7 +53,7 @@ def has_conflict(footprints: dict[str, Footprint], origins: dict[str, Origin]) -
 
 
 def random_layout(rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Elements that do not overlap, with gaps between them or without, in any order."""
+    """A random layout without overlap, with or without gaps, in any order of dimensions."""
     count = rng.randint(0, 3)
     shape = [rng.randint(1, 4) for _ in range(count)]
     stride, width = [0] * count, rng.choice([1, 1, 2])
@@ -64,7 +66,7 @@ def random_layout(rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]
 def random_tensors(rng: random.Random) -> tuple[dict[str, Footprint], dict[str, Origin]]:
     footprints, origins = {}, {}
     itemsizes = rng.choice([[4], [1], [2, 4], [1, 8]])
-    # Most of them are copied as they lie, so that some have no conflict.
+    # Often all are copied from one source at equal offsets, so that some cases have no conflict.
     shared = rng.random() < 0.4
     for n in range(rng.randint(2, 5)):
         shape, stride = random_layout(rng)
