@@ -1,4 +1,4 @@
-"""Python's collector is held up, and always goes on."""
+"""The garbage collector is paused during a call, and runs again after every outcome."""
 
 from __future__ import annotations
 
@@ -130,5 +130,5 @@ def test_no_collection_looks_through_what_a_load_has_made_so_far() -> None:
     finally:
         gc.callbacks.remove(note)
     assert len(state) == 3000
-    # One at the end of each task; every 700 objects, there would be dozens.
+    # One collection at the end of each task; one every 700 objects would be dozens.
     assert len([phase for phase, _ in collections if phase == "start"]) <= 10

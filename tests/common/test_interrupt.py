@@ -1,4 +1,7 @@
-"""Long work ends soon after its caller was cancelled, wherever it is; other work goes on."""
+"""Long work ends soon after its caller was cancelled; other work goes on.
+
+``After`` requests an interrupt at a chosen check, so that every place of a task is tested.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ ALLOWLIST = Allowlist((), Limits(), None)
 
 
 class After(Interrupt):
-    """Requests an interrupt at the check of this number."""
+    """An interrupt that is requested from a given check on."""
 
     def __init__(self, checks: int) -> None:
         self.checks = 0
@@ -68,7 +71,7 @@ def test_a_check_ends_the_task_it_is_in_and_no_other() -> None:
     def task() -> None:
         check_interrupt()
         assert interrupt.request()
-        # One that is run inside of it, such as a load by a predicate of the caller's.
+        # A nested task, such as a load that a predicate of the caller runs.
         Interrupt().run(check_interrupt)
         other = threading.Thread(target=check_interrupt)
         other.start()
@@ -103,7 +106,7 @@ def test_items_are_checked_before_each_so_many() -> None:
         got.extend(interruptible(range(100), 10))
 
     with pytest.raises(Interrupted):
-        # The first look is before the task begins.
+        # The first check is before the task begins.
         After(4).run(task)
     assert len(got) in (0, 30)
 
@@ -202,12 +205,12 @@ LONG_WORK: dict[str, Callable[[], Any]] = {
 def test_long_work_looks_for_an_interrupt_again_and_again(name: str) -> None:
     never = After(10**9)
     never.run(LONG_WORK[name])
-    # Before it began; a few times at least, of work that can be as long as a peer likes.
+    # One check comes before the work; its length is up to the peer, so there must be several more.
     assert never.checks > 5
     for checks in (1, never.checks // 2, never.checks - 1):
         with pytest.raises(Interrupted):
             After(checks).run(LONG_WORK[name])
-    # All of it is in order for others.
+    # The interrupted calls left no damage.
     LONG_WORK[name]()
 
 
@@ -242,7 +245,7 @@ async def test_a_cancellation_ends_a_task_and_comes_after_its_end() -> None:
             await task.wait_begun()
             group.cancel_scope.cancel()
         assert task.ended.is_set()
-    # The same thread works on.
+    # The same thread takes the next task.
     assert await run_in_thread(lambda: 7) == 7
 
 
@@ -287,7 +290,7 @@ async def test_a_task_that_does_not_look_is_waited_for() -> None:
 async def test_what_waits_for_a_thread_is_cancelled_without_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All threads are busy; nothing is left of the call that never had one."""
+    """The only thread is busy; the cancelled call leaves no task in the queue."""
     monkeypatch.setattr(threads, "_THREADS", 1)
     first = Endless()
     ran: list[int] = []
@@ -306,7 +309,7 @@ async def test_what_waits_for_a_thread_is_cancelled_without_one(
 
 @pytest.mark.anyio
 async def test_a_task_that_must_run_to_its_end() -> None:
-    """Such as what undoes a change, whatever is cancelled once more."""
+    """For example the undo of a commit, which a second cancellation must not stop."""
     done = []
 
     def task() -> None:
@@ -316,7 +319,7 @@ async def test_a_task_that_must_run_to_its_end() -> None:
 
     with anyio.CancelScope() as scope:
         scope.cancel()
-        # asyncio's scopes have their say when it is done.
+        # With asyncio, anyio raises the cancellation after the task has ended.
         await run_in_thread(task, to_its_end=True)
     assert done == ["to its end"]
     if asyncio_loop() is not None:
@@ -329,7 +332,7 @@ async def test_a_task_that_must_run_to_its_end() -> None:
 
 
 class Pieces:
-    """An async iterable that nobody has to close."""
+    """An async iterable without ``aclose``."""
 
     def __init__(self, pieces: list[bytes]) -> None:
         self._pieces = pieces
@@ -345,7 +348,7 @@ class Pieces:
 
 @pytest.mark.anyio
 async def test_a_load_that_is_cancelled_at_its_longest_work() -> None:
-    """The whole way, from a task to the work that is done for it in a thread."""
+    """The whole path of a cancellation, from the task to its work in a thread."""
     begun, gave_up = threading.Event(), []
 
     class Predicate:

@@ -1,4 +1,4 @@
-"""The checks of sparse indices accept and refuse what torch's own do, in Python and in steps."""
+"""Checks of sparse indices, in Python and in steps, agree with torch's checks on random tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.tiers import examples
 
 CSR, CSC, BSR, BSC = torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
 COMPRESSED = (CSR, CSC, BSR, BSC)
-# Numbers that are checked in Python, and elements of one step.
+# The most numbers that are checked in Python, and the elements of one step.
 SIZES = ((512, 16_384), (0, 16_384), (0, 7), (0, 2))
 
 
@@ -79,7 +79,7 @@ def test_coo_as_torch(monkeypatch: pytest.MonkeyPatch, in_python: int, distinct:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a tensor of a compressed layout is made of."""
+    """The arguments that make a tensor of a compressed layout."""
 
     compressed: torch.Tensor
     plain: torch.Tensor
@@ -115,7 +115,7 @@ def valid(draw: random.Random, layout: torch.layout) -> Parts:
 
 
 def changed(draw: random.Random, parts: Parts) -> Parts:
-    """Change one thing, but leave the compressed indices in range."""
+    """Change one thing, but keep the compressed indices in range."""
     compressed, plain, values = parts.compressed.clone(), parts.plain.clone(), parts.values
     nnz = plain.shape[-1]
     kind = draw.randrange(12)
@@ -138,10 +138,10 @@ def changed(draw: random.Random, parts: Parts) -> Parts:
         if draw.random() < 0.5:
             plain = plain.to(dtype)
     elif kind == 10:
-        # Each second number of twice as many.
+        # Every second number of a tensor twice as long.
         plain = plain.repeat_interleave(2, -1)[..., ::2]
     else:
-        # Another number of them, of dimensions, of batches or of blocks.
+        # Another shape: number of values, dimensions, batches or blocks.
         shape = [*values.shape] or [1]
         at = draw.randrange(len(shape))
         shape[at : at + 1] = draw.choice([[], [shape[at] + 1], [shape[at], 1], [2]])
@@ -150,7 +150,7 @@ def changed(draw: random.Random, parts: Parts) -> Parts:
 
 
 def refused_by_torch(parts: Parts) -> bool:
-    # It reads between them.
+    # torch reads between the compressed indices, so they must be in range.
     assert all(0 <= n <= parts.plain.shape[-1] for n in parts.compressed.flatten().tolist())
     return refused(torch._validate_sparse_compressed_tensor_args, *parts.given())
 
@@ -165,7 +165,7 @@ def test_compressed_as_torch(monkeypatch: pytest.MonkeyPatch, layout: torch.layo
             parts = changed(draw, parts)
         wanted = refused_by_torch(parts)
         if not wanted and parts.compressed.shape[-1] == 1:
-            # Without rows, torch does not look at the one compressed index of each batch.
+            # Without rows, torch does not check the one compressed index of each batch.
             wanted = bool(parts.compressed.any()) or parts.plain.numel() > 0
         verdicts[wanted] += 1
         for in_python, step in SIZES:
@@ -201,7 +201,7 @@ def test_compressed_indices_out_of_range(
     indices: list[int],
     sizes: tuple[int, int],
 ) -> None:
-    """By our own check alone: nothing else may be given these."""
+    """Calls the package's check only: these indices would make torch read outside its memory."""
     monkeypatch.setattr(indices_module, "IN_PYTHON", sizes[0])
     monkeypatch.setattr(indices_module, "STEP", sizes[1])
     block = (1, 1) if layout in (BSR, BSC) else ()
@@ -218,7 +218,7 @@ def test_compressed_indices_out_of_range(
 
 
 def transposed(numbers: list[int], *batch: int) -> torch.Tensor:
-    """The same numbers in each batch, the batches in the other order in memory."""
+    """The same numbers in each batch, with the dimensions of the batch transposed in memory."""
     return torch.tensor(numbers).expand(*batch[::-1], len(numbers)).contiguous().transpose(0, 1)
 
 
@@ -251,7 +251,7 @@ def test_dimensions_beyond_the_integers_of_the_indices(layout: torch.layout) -> 
 
 
 def large(count: int, width: int = 100) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What checks about ``count`` numbers in each way that there is."""
+    """Calls that check about ``count`` numbers, for every kind of sparse or nested tensor."""
     rows = count // width
     starts, indices = torch.arange(rows + 1) * width, torch.arange(width).repeat(rows)
     values = torch.ones(len(indices))
@@ -286,7 +286,7 @@ def large(count: int, width: int = 100) -> Iterator[tuple[str, Callable[[], Any]
     yield "nested", lambda: maker.strided(shown, parts, parts, torch.arange(len(parts)))
 
 
-# What looks at no number: it puts a tensor together of its parts.
+# Operations that read no numbers: they only assemble a tensor from its parts.
 UNREAD = {
     "is_pinned",
     "_sparse_coo_tensor_with_dims_and_tensors",
@@ -296,7 +296,7 @@ UNREAD = {
 
 
 class Operations(TorchDispatchMode):
-    """Notes for each operation of torch how many elements it has read at most."""
+    """Records for each torch operation the largest number of elements of its arguments."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
@@ -344,7 +344,7 @@ print("torch", len(os.listdir("/proc/self/task")) - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_no_thread_of_torch_is_started() -> None:
-    """Some operations share any number of elements: indexing, for one."""
+    """Some operations, such as indexing, use threads for any number of elements."""
     run = subprocess.run(
         [sys.executable, "-c", THREADS], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""Which elements lie where: compared with what counting them one by one gives."""
+"""Order, extent and density of strided views, compared with a list of all addresses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.payload_layouts import nested, shapes
 
 
 def addresses(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
-    """Of each index, in row-major order of the indices."""
+    """The address of each index, in row-major order of the indices."""
     return [
         sum(at * step for at, step in zip(index, stride, strict=True))
         for index in itertools.product(*map(range, shape))
@@ -57,7 +57,7 @@ def test_any_view_is_judged_as_if_it_were_counted(view: tuple[list[int], list[in
     here = addresses(order.shape, order.stride)
     assert order.distinct == (here == sorted(set(here)))
     assert order.extent == max(everywhere) + 1
-    # Each byte of the extent, and each once.
+    # Dense: each byte of the extent exactly once.
     assert order.dense == (sorted(everywhere) == list(range(order.extent)))
 
 
@@ -75,7 +75,7 @@ def test_any_view_is_judged_as_if_it_were_counted(view: tuple[list[int], list[in
         (torch.empty(9).unfold(0, 3, 3), True, True),
         (torch.empty(9).unfold(0, 3, 1), False, False),
         (torch.empty(4, 4).diagonal(), True, False),
-        # No two of these have the same address, but they are not nested either.
+        # All addresses differ, but the dimensions are not nested.
         (torch.empty(8).as_strided((2, 3), (3, 2)), False, False),
     ],
 )

@@ -1,4 +1,4 @@
-"""What is private in torch, and is relied upon: this fails first if a new version changes it."""
+"""Private parts of torch that the package uses: these tests fail first if torch changes them."""
 
 from __future__ import annotations
 
