@@ -356,8 +356,7 @@ def test_strides_are_those_among_what_is_sent() -> None:
     assert torch.equal(column, matrix[:, 5] + 1000)
 
 
-# ------------------------------------------------------------------------------ storages that are
-# sent whole
+# ------------------------------------------------------------------------------ whole storages
 
 
 def test_whole_storages_are_sent_as_ever() -> None:
@@ -478,8 +477,7 @@ def _composed(parts: Flattened) -> bytes:
     return b"".join(b"".join(frame) for frame in [*frames, composer.end()])
 
 
-# ------------------------------------------------------------------------------ tensors that exceed
-# their storage
+# ------------------------------------------------------------------------------ beyond a storage
 
 
 def shrunk() -> Iterator[tuple[str, torch.Tensor]]:

@@ -229,8 +229,7 @@ def test_running_statistics_of_batch_norm_are_noticed() -> None:
         versions.check(WHEN)
 
 
-# ------------------------------------------------------------------------------ tensors without a
-# row
+# ------------------------------------------------------------------------------ without a row
 
 
 def tagged() -> torch.Tensor:
