@@ -1,4 +1,4 @@
-"""What the composer writes is what the specification says, and the payload is not copied."""
+"""The composer writes the bytes that the specification says, and does not copy the payload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of dtypes: complete, and consistent with what torch says about them."""
+"""The table of dtypes is complete and agrees with torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preface, heads and digests, byte by byte."""
+"""Preface, heads and digests of frames, byte by byte."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_preface(flags: int) -> None:
         (MAGIC + struct.pack("<HHI", 1, 0x8001, 0), 10),
         (MAGIC + struct.pack("<HHI", 1, 1, 1), 12),
         (MAGIC + struct.pack("<HHI", 1, 1, 2**31), 12),
-        # The first wrong field is the one that is named.
+        # The error names the first wrong field.
         (MAGIC + struct.pack("<HHI", 2, 2, 2), 8),
         (MAGIC + struct.pack("<HHI", 1, 2, 2), 10),
     ],

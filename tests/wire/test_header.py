@@ -1,4 +1,7 @@
-"""Every field of the header, in and out of its bounds; every rule of section 5.5."""
+"""Every field of the header at and beyond its bounds, and every rule of section 5.5 of SPEC.md.
+
+Headers are packed from lists, so that each test changes one item of a valid header.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from aiotorchio.wire.header import (
 from tests.support.frames import LIMITS, NONCE, fields, pack
 
 INT64_MAX = 2**63 - 1
-# Levels: beyond what any header has, and too few to harm a reader that goes into them.
+# Levels of nesting: more than any header has, but too few to harm a recursive decoder.
 DEEP = 300
 AT = 48  # where the header begins in a message
 
@@ -47,7 +50,7 @@ def refuse(
 
 
 def replace(items: Any, path: tuple[int, ...], value: Any) -> list[Any]:
-    """A copy with one item replaced."""
+    """Return a copy with one item replaced."""
     copy: list[Any] = list(items)
     first, *rest = path
     copy[first] = replace(copy[first], tuple(rest), value) if rest else value
@@ -80,7 +83,7 @@ def tensor(
 TENSOR = "tensor 0 ('w')"
 
 
-# What is sent, arrives
+# Valid headers
 
 
 def test_round_trip() -> None:
@@ -153,7 +156,7 @@ NO_ARRAYS = [0, 1.0, True, None, "", "little", b"", {}, {0: 0}, msgspec.msgpack.
         *itertools.product(ARRAYS, NO_ARRAYS),
         *itertools.product([(1,)], [*NO_TEXTS[:5], "0" * 16, b"", bytes(15), bytes(17), [], {}]),
     ],
-    # The same in every process: those that share the tests compare them.
+    # The same id in every process, because pytest-xdist compares the ids of its workers.
     ids=lambda value: "Ext" if isinstance(value, msgspec.msgpack.Ext) else repr(value),
 )
 def test_type(path: tuple[int, ...], value: Any) -> None:
@@ -232,7 +235,7 @@ def test_not_messagepack(data: bytes) -> None:
 
 def test_no_memory_is_taken_for_the_claim_of_an_array() -> None:
     data = pack(fields())
-    # Locations; a shape.
+    # The arrays of locations and of a shape.
     for claimed, most in ((b"\x91\xa3cpu", 2**16), (b"\x91\x02", 4096)):
         assert data.count(claimed) == 1
         for count, kind in ((most, ProtocolError), (most + 1, LimitExceeded)):
@@ -340,7 +343,7 @@ def test_meta_takes_no_room() -> None:
         (InvalidObjectError, tensor("int32", flags=8)),
         (InvalidObjectError, tensor("float32", flags=4)),
         (InvalidObjectError, tensor("int64", [1], flags=4)),
-        # Stride 0, and sizes whose product wraps around in 64 bits, to 0 or to 1.
+        # Stride 0 with sizes whose product wraps around in 64 bits, to 0 or to 1.
         (LimitExceeded, tensor("uint8", [2**40 + 1], [0], nbytes=1)),
         (LimitExceeded, tensor(shape=[2**38 + 1], stride=[0])),
         (LimitExceeded, tensor(shape=[2**32, 2**32], stride=[0, 0])),
@@ -348,7 +351,7 @@ def test_meta_takes_no_room() -> None:
         (LimitExceeded, tensor("uint8", [2**62, 4], [0, 0])),
         (LimitExceeded, tensor(shape=[2**62, 2**62], stride=[0, 0], location="meta")),
         (LimitExceeded, tensor("float16", [2**62], [0], location="meta")),
-        # One element too many, in each way.
+        # One element too many, for every field that can cause it.
         (InvalidObjectError, tensor(shape=[3])),
         (InvalidObjectError, tensor(offset=1)),
         (InvalidObjectError, tensor(stride=[2])),
@@ -369,7 +372,7 @@ def test_meta_takes_no_room() -> None:
 )
 def test_bad_row(kind: type[AiotorchioError], items: Any) -> None:
     _, dtype, _, shape, *_ = items[8][0]
-    # These are seen before there are rows.
+    # The decoder refuses these two faults before there are rows to name.
     decoded = dtype in DTYPES and len(shape) <= 4096
     refuse(kind, items, TENSOR if decoded else "header")
 
@@ -389,7 +392,7 @@ def test_bad_row(kind: type[AiotorchioError], items: Any) -> None:
         tensor("uint8", [INT64_MAX], [0], location="meta"),
         tensor("uint8", [2**62], [1], location="meta", nbytes=2**62),
         tensor(nbytes=9),
-        # Without elements there is nothing to reach.
+        # Without elements, offset and strides reach no byte.
         tensor(shape=[0], offset=INT64_MAX, stride=[INT64_MAX], nbytes=0),
         tensor(shape=[INT64_MAX, INT64_MAX, 0], stride=[0, 0, 0]),
         tensor(flags=1),
@@ -434,9 +437,9 @@ def test_contiguous_size_is_bounded_by_the_total() -> None:
 
 
 def test_texts_that_take_far_more_memory_than_bytes() -> None:
-    """One byte in the header, 64 in memory."""
+    """A short text takes one byte in the header, but 64 bytes in memory."""
     row = [0, "uint8", 0, [8], [1], 0, [""] * 2**18]
-    # What both rows say is within each bound of its own: only their sum is too much.
+    # Each row is within its bounds; only the sum of both rows is too large.
     assert check(fields(storages=[[8, 1, 0]], tensors=[row]))
     items = fields(storages=[[8, 1, 0]], tensors=[row, row])
     assert "short texts" in refuse(LimitExceeded, items).message
@@ -449,11 +452,11 @@ def test_the_first_bad_row_is_named() -> None:
     assert str(error) == f"reaches byte 9 of a storage of 8 (at tensor 1, byte {AT})"
 
 
-# The order of the checks, where several fail
+# The order of the checks when several fail
 
 
 def test_order_of_several_faults() -> None:
-    """Each fault is added to those before it, and wins over them."""
+    """Each fault is added to those before it, and the error names the newest."""
     limits = Limits(chunk_nbytes=2**16, total_nbytes=2**20, dims=2, entries=4)
     items = fields(storages=[[8, 1, 0]], tensors=[[0, "uint8", 0, [1, 8], [0, 1], 0, ["w"]]])
     faults: list[tuple[tuple[int, ...], Any, type[AiotorchioError], str]] = [
@@ -472,7 +475,7 @@ def test_order_of_several_faults() -> None:
         ((3,), [["a", ""], ["a", ""]], ProtocolError, "duplicate key"),
         ((5,), 2**20, LimitExceeded, "chunks of"),
         ((5,), 2**20 + 1, ProtocolError, "multiple"),
-        # In the order of the bytes.
+        # Faults that are found in the order of the bytes.
         ((8, 0, 1), "?", ProtocolError, "malformed header: Invalid enum value '?'"),
         ((7,), [0] * 5, LimitExceeded, "more than 4 storages"),
         ((4,), "json", ProtocolError, "malformed header: Invalid enum value 'json'"),
@@ -542,7 +545,7 @@ def test_entry_at() -> None:
     layout = check(fields(storages=[[n, 1, 0] for n in sizes], tensors=tensors))[1]
     assert layout.entry_at(0) == layout.entry_at(64) == "storage 0, tensor 0"
     assert layout.entry_at(128) == "storage 1"
-    # The empty storage at the same offset is not meant.
+    # Not the empty storage at the same offset.
     assert layout.entry_at(192) == layout.entry_at(194) == "storage 3, tensor 1 ('w')"
 
 
@@ -554,7 +557,7 @@ def test_describe() -> None:
 
 
 def test_layouts_are_looked_up_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hashes of numbers are known to all: a sender can choose those of any number of layouts."""
+    """Hashes of numbers are predictable: a sender could choose many layouts with equal hashes."""
     period = 2**61 - 1
     strides = [[1, 1], [1, 1 + period], [1 + period, 1], [1 + period, 1 + period]]
     assert len({hash(tuple(stride)) for stride in strides}) == 1

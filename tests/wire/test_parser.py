@@ -1,4 +1,7 @@
-"""The parser, over good messages and over every way to damage one."""
+"""The parser on valid messages, and on messages with every kind of damage.
+
+Messages are built frame by frame with ``support/frames.py``; no stream is involved.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ FILE = Path(__file__).parents[2] / "aiotorchio"
 
 
 def starts(message: Message) -> list[int]:
-    """Where each frame begins."""
+    """The offset at which each frame begins."""
     places, at = [], 16
     for encoded in message.frames:
         places.append(at)
@@ -69,7 +72,7 @@ def starts(message: Message) -> list[int]:
     return places
 
 
-# Good messages
+# Valid messages
 
 
 @pytest.mark.parametrize("checksum", [True, False])
@@ -125,14 +128,14 @@ def test_nothing_of_the_payload_is_asked_for_before_the_header_is_valid() -> Non
 
 @pytest.mark.parametrize("start", [b"H", b"Not Foun", SMALL[:7] + b"x", b"PK\x03\x04"])
 def test_foreign_bytes_are_told_by_the_first_eight(start: bytes) -> None:
-    """A peer that speaks something else may send no more, and leave the stream open."""
+    """A peer with another protocol may send no more bytes and keep the stream open."""
     steps = Parser(LIMITS).parse()
     next(steps)
     with pytest.raises(ProtocolError, match="it begins with"):
         steps.send(start)
 
 
-# Cuts
+# Truncated messages
 
 
 @pytest.mark.parametrize("data", [SMALL, SMALL_UNCHECKED], ids=["checksum", "no checksum"])
@@ -180,7 +183,7 @@ def test_cut_inside_an_abort() -> None:
         refused(TruncatedError, opening + abort[:size], trailing=b"")
 
 
-# Flips
+# Flipped bits
 
 
 def flips(data: bytes) -> list[tuple[int, bytes]]:
@@ -425,7 +428,7 @@ def foreign_abort(message: Message) -> None:
         (ProtocolError, "CHNK frame", swap_frames),
         (ChecksumError, "storage 0, tensor 0 ('w')", swap_bodies),
         (ChecksumError, "storage 0, tensor 0 ('w')", swap_bodies_and_digests),
-        # As a whole, only the end knows: each chunk is right, and not the one that was sent.
+        # Each chunk is valid but in the wrong place; only the digest of the end frame shows it.
         (ChecksumError, "end", swap_bodies_and_fix_their_digests),
         (ProtocolError, "CHNK frame", drop_chunk),
         (ProtocolError, "CHNK frame", drop_last_chunk),
@@ -547,7 +550,7 @@ def test_a_frame_that_claims_too_much_is_refused_before_it_is_asked_for(length: 
     refused(LimitExceeded, message, entry="SKEL frame")
 
 
-# The header is checked on the way
+# The parser checks the header
 
 
 @pytest.mark.parametrize(
@@ -564,7 +567,7 @@ def test_bad_header(kind: type[AiotorchioError], header: bytes) -> None:
     refused(kind, Message(header), offset=48)
 
 
-# Aborts
+# Aborted messages
 
 
 @pytest.mark.parametrize("number", range(6))
@@ -580,7 +583,7 @@ def test_abort_in_place_of_every_frame(number: int, reason: str) -> None:
 
 @pytest.mark.parametrize("ending", [END, ABORT])
 def test_the_end_is_told_before_its_errors(ending: bytes) -> None:
-    """Whoever drives the parser knows then that the stream stands at a border."""
+    """Before an error in the end frame, the driver learns that the whole message has been read."""
     message = Message(pack(fields(storages=[], tensors=[])), b"")
     body = bytes(8)
     message.frames[-1] = frame(message.identity, ending, body)
@@ -599,11 +602,13 @@ def test_the_end_is_told_before_its_errors(ending: bytes) -> None:
     assert position == len(data)
 
 
-# Purity
+# No torch, no I/O
 
 
 def test_the_room_needs_neither_torch_nor_io() -> None:
-    """Its modules are imported into a package whose own ``__init__``, with torch, does not run."""
+    """The modules are imported into a package whose ``__init__``, which imports torch, does not
+    run.
+    """
     modules = ["aiotorchio.errors", "aiotorchio.limits"]
     modules += [f"aiotorchio.wire.{path.stem}" for path in (FILE / "wire").glob("[!_]*.py")]
     code = f"""
@@ -627,7 +632,7 @@ print(*({{"torch", "numpy", "anyio", "trio", "asyncio", "socket", "ssl"}} & set(
 
 
 def test_a_head_that_is_decoded_is_not_trusted() -> None:
-    """What ``FrameHead.decode`` returns can be anything; the parser compares, it never computes."""
+    """``FrameHead.decode`` can return any values; the parser only compares them."""
     for seed in range(256):
         head = FrameHead.decode(bytes((seed * n + n // 7) % 256 for n in range(1, 33)))
         refused(ProtocolError, encode_preface(1) + head.encode(), entry="HEAD frame", offset=16)
