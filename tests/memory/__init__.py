@@ -1,1 +1,1 @@
-"""Tests, in the folders of the package."""
+"""Tests of ``aiotorchio.memory``."""

@@ -1,4 +1,7 @@
-"""All or nothing: whatever fails, whenever, tensors have their old bytes or the new ones."""
+"""All or nothing: after any failure, every target has its old bytes or every target the new ones.
+
+``Exchange`` copies to and from shadows; ``BufferSwap`` makes targets show other memory.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ NUMBERS = [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, 
 
 
 def receive(staging: Exchange | BufferSwap) -> list[torch.Tensor]:
-    """Let random bytes arrive in the shadows; returns them."""
+    """Fill the shadows with random bytes; return copies of them."""
     for shadow in staging.shadows:
         raw(shadow).random_(0, 256)
     return [copy_of(shadow) for shadow in staging.shadows]
@@ -84,7 +87,7 @@ def test_bytes_are_exchanged_and_come_back(tensors: list[torch.Tensor], step: in
         arrived = receive(exchange)
         assert storages_of(tensors) == before
         exchange.apply()
-        # Every element is new, and every byte around them and in their gaps is the old one.
+        # Every element is new; every byte between and around the elements is old.
         assert storages_of(tensors) == [
             with_elements_of(*pair) for pair in zip(elements, arrived, strict=True)
         ]
@@ -116,7 +119,7 @@ def test_whichever_copy_fails_all_is_undone(monkeypatch: pytest.MonkeyPatch) -> 
             exchange.apply()
         exchange.undo()
         assert storages_of(tensors) == before
-        # Once is enough: what happens after it is not undone.
+        # A second undo does not touch later changes.
         tensors[0].fill_(1)
         exchange.undo()
         assert tensors[0].eq(1).all()
@@ -163,7 +166,7 @@ def test_tied_destinations_have_one_shadow() -> None:
 
 
 def test_shadows_lie_as_their_destinations_do_if_these_have_no_gaps() -> None:
-    """Only then their bytes can be received as they come."""
+    """A shadow with the layout of a dense target can receive the bytes as they arrive."""
     dense = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
     exchange = Exchange([dense, dense[:, 1], torch.zeros(4, 3).T], COPIER)
     assert [shadow.stride() for shadow in exchange.shadows] == [dense.stride(), (20, 5, 1), (1, 3)]
@@ -193,7 +196,7 @@ def test_tensors_without_elements_have_nothing_to_exchange(
     assert (placement_of(base), placement_of(tensor)) == places
 
 
-# Swap
+# Buffer swap
 
 
 def swapped(
@@ -201,7 +204,7 @@ def swapped(
     tensors: Sequence[torch.Tensor],
     received: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """One message, with random bytes; returns them."""
+    """Receive one message of random bytes; return them."""
     memory.claim()
     swap = memory.swap(tensors, tensors if received is None else received, COPIER)
     arrived = receive(swap)
@@ -218,7 +221,7 @@ def test_tensors_stay_and_their_memory_takes_turns() -> None:
     memory, addresses = BackMemory(), []
     for _ in range(6):
         arrived = swapped(memory, tensors)
-        # Of what is tied, the bytes that came last.
+        # Of tied tensors, the bytes that came last.
         assert all(map(same, tensors, [*arrived[:4], arrived[6], *arrived[5:]]))
         addresses.append([tensor.data_ptr() for tensor in tensors])
     assert [id(tensor) for tensor in tensors] == there
@@ -296,7 +299,7 @@ def test_a_copy_that_fails_leaves_all_as_it_was() -> None:
 @settings(max_examples=examples(150))
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30), st.sampled_from([1, 2, 3]))))
 def test_what_a_message_does_not_have_is_there_after_it(lines: list[tuple[int, int, int]]) -> None:
-    """Other tensors of the same storage, and bytes that no tensor shows."""
+    """Other tensors of the same storage and bytes that no tensor shows keep their values."""
     storage = random_storage(130)
     whole = View((100,), (1,), 20).over(storage, torch.uint8)
     received = [
@@ -336,7 +339,7 @@ def test_other_storages_are_left_alone() -> None:
 
 
 def test_memory_behind_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages that have some of the tensors do not give away what is behind the others."""
+    """A message with only some of the tensors keeps the second memory of the others."""
     first, second = torch.zeros(1000), torch.zeros(2000)
     made = storages_made(monkeypatch)
     memory = BackMemory()
@@ -359,7 +362,7 @@ def test_memory_behind_what_is_gone_is_not_kept() -> None:
 
 
 def test_memory_that_a_tensor_shows_is_not_received_into() -> None:
-    """It is behind another one, which showed it before."""
+    """The memory that one target would show next is still shown by another tensor."""
     tensor = torch.zeros(3)
     memory, shown_before = BackMemory(), tensor.detach()
     swapped(memory, [tensor])
@@ -403,7 +406,7 @@ def test_conjugate_and_negative_views_stay_what_they_are() -> None:
 
 
 class Stubborn(torch.Tensor):
-    """Once, it can't be let show other memory."""
+    """A tensor that once refuses to show other memory."""
 
     refused = False
 
@@ -452,7 +455,7 @@ def test_a_swap_that_was_undone_can_be_done_again() -> None:
     assert placement_of(tensor) == place
     swapped(memory, [tensor])
     assert placement_of(tensor) == behind
-    # Once is enough: what happens after it is not undone.
+    # A second undo does not touch later changes.
     swap.undo()
     assert placement_of(tensor) == behind
 
@@ -468,7 +471,7 @@ def test_one_message_at_a_time() -> None:
     memory.release()
 
 
-# Both
+# Exchange and buffer swap
 
 Staging = Callable[[list[torch.Tensor]], Exchange | BufferSwap]
 BOTH: list[Staging] = [
@@ -550,7 +553,7 @@ def test_a_destination_that_is_no_longer_there_stops_it(staging: Staging) -> Non
     change.undo()
     assert list(map(placement_of, tensors)) == places
     assert not any(tensor.any() for tensor in tensors)
-    # Nothing changed, so nobody is told that it did.
+    # Nothing changed, so the version counters did not change.
     assert [tensors[0]._version, tensors[2]._version] == [0, 0]
 
 

@@ -1,4 +1,4 @@
-"""Byte order: every number of a storage is turned around, whatever its size."""
+"""Foreign byte order: the bytes of every number in a storage are reversed, for every size."""
 
 from __future__ import annotations
 

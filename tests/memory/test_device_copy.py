@@ -1,4 +1,7 @@
-"""State on a device passes through two slabs; without a device, a copier of our own stands in."""
+"""Tensors on a device pass through two staging buffers.
+
+Most tests use a copier that treats the CPU as a device; some need CUDA.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def staged_outgoing(copier: Any) -> Callable[..., OutgoingPayload]:
 
 
 def staged_placement(copier: Any) -> Callable[..., Placement]:
-    """Takes the CPU for a device."""
+    """A ``Placement`` that treats the CPU as a device."""
     incoming = functools.partial(IncomingPayload, staged=staged)
     return functools.partial(Placement, copier=copier, incoming=incoming)
 
@@ -144,7 +147,7 @@ def test_slabs_take_turns() -> None:
 
 
 def test_pinned_slabs_come_when_bytes_have_arrived() -> None:
-    """A peer claims the size of a chunk; pinned memory is taken as a whole when it is made."""
+    """A peer could claim a large chunk, and pinned memory is allocated all at once."""
     copier = CopierOnCpu()
     copier.pins = True
     slabs = Slabs(64, copier, incoming=True)
@@ -154,7 +157,7 @@ def test_pinned_slabs_come_when_bytes_have_arrived() -> None:
     assert [slab.data_ptr() for slab in copier.slabs] == [third, fourth]
     assert fifth == third
     assert len({first, second}) == 2
-    # What is sent is there.
+    # For a save the bytes exist, so the first buffer is pinned.
     Slabs(64, copier).take()
     assert len(copier.slabs) == 3
 
@@ -170,7 +173,7 @@ STREAMS: dict[str, Any] = {"Stream": 0, "stream": 0, "current_stream": 0}
 
 
 class Accelerator:
-    """Stands for ``torch.cuda``: writes down what is asked of its streams, on the CPU."""
+    """A substitute for ``torch.cuda`` on the CPU: records the calls on its streams."""
 
     def __init__(self, used: tuple[int, ...] = (0,)) -> None:
         self.log: list[tuple[Any, ...]] = []
@@ -236,7 +239,7 @@ def test_a_save_waits_for_what_was_queued_when_it_was_called(
     accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copier = DeviceCopier(until_now=True)
-    # Not on the other device: an event there would make a context.
+    # No event on the other device: it would create a context there.
     assert accelerator.log == [("record", "current 0")]
     # The index of a device of the CPU is None.
     copier._callers = {None: copier._callers[0]}  # type: ignore[dict-item]
@@ -265,7 +268,9 @@ def test_a_load_waits_for_what_is_queued_when_it_writes(accelerator: Accelerator
 
 
 def test_a_snapshot_is_waited_for(accelerator: Accelerator) -> None:
-    """What takes the copies from their device is made when all of them are queued."""
+    """The copier, which waits for the copies of the snapshot, is made after all of them are
+    queued.
+    """
     made: list[int] = []
     copied: list[int] = []
 
@@ -387,7 +392,7 @@ def test_what_the_current_stream_computes_is_sent() -> None:
 def test_what_is_queued_before_the_call_is_sent_and_what_comes_later_is_not_waited_for(
     snapshot: bool,
 ) -> None:
-    """The coroutine runs long after the call, when its stream has other things to do."""
+    """The coroutine runs long after the call, when other work is queued on the stream."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         tensor = torch.zeros(2**24, device="cuda")

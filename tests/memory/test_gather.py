@@ -1,4 +1,4 @@
-"""Elements of any view without gaps, as torch itself makes them contiguous."""
+"""Gathered elements of any view, compared with the contiguous tensor that torch makes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def part_of(view: View, itemsize: int, at: int = 0) -> Part:
 
 
 def contiguous(tensor: torch.Tensor) -> bytes:
-    """In the order of the addresses."""
+    """The bytes of the elements in the order of their addresses."""
     order = order_of(tuple(tensor.shape), tensor.stride())
     base = tensor[tuple(slice(None) if n in order.dims else 0 for n in range(tensor.dim()))]
     left = sorted(order.dims)
@@ -48,7 +48,7 @@ def test_any_range(data: st.DataObject, view: View, dtype: torch.dtype) -> None:
     assert part.nbytes == len(expected)
     cut = st.sampled_from([*range(0, len(expected), 64), len(expected)])
     first, last = sorted((data.draw(cut), data.draw(cut)))
-    # Behind something else, as in a slab.
+    # The part begins after other bytes, as in a staging buffer.
     before = 64 * data.draw(st.integers(0, 2))
     memory = torch.full((before + last - first + 64,), 0xEE, dtype=torch.uint8)
     packed.copy(memory[before : before + last - first], first, last, Here())
@@ -96,7 +96,7 @@ def sent(payload: OutgoingPayload, end: int, chunk: int) -> bytes:
 def test_parts_of_a_storage_between_others(
     rows: int, blocks: list[int], itemsize: int, chunk: int, on_device: bool
 ) -> None:
-    """Blocks of columns of one matrix, behind a small storage and before another."""
+    """Blocks of columns of one matrix, between two small storages."""
     chunk = 4096 if rows * sum(blocks) * itemsize > 200 * chunk else chunk
     columns = 2 * sum(blocks)
     matrix = torch.randint(256, (rows, columns * itemsize), dtype=torch.uint8)

@@ -1,4 +1,6 @@
-"""Views show the bytes of a storage, and keep them."""
+"""Host memory: views show the bytes of a storage and keep it alive; large storages get huge
+pages.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def test_part_of_a_view_keeps_the_storage_alive() -> None:
 
 
 def test_huge_pages_change_nothing_but_the_pages() -> None:
-    # Whole pages, parts of them, and less than one.
+    # Several huge pages, parts of one, and less than one page.
     for nbytes in (5 * 2**20 + 100, 2**20, 4096, 1):
         storage = torch.UntypedStorage(nbytes)
         view_of(storage)[:] = b"\7" * nbytes
@@ -54,13 +56,13 @@ def test_huge_pages_change_nothing_but_the_pages() -> None:
 def test_huge_pages_are_asked_for_behind_a_large_storage() -> None:
     storage = torch.UntypedStorage(8 * 2**20)
     use_huge_pages(storage)
-    # "hg": this range was advised to have huge pages.
+    # "hg" in /proc: huge pages were requested for this range.
     assert "hg" in flags_of_mapping(storage.data_ptr() + 4 * 2**20)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc lists mappings on Linux")
 def test_small_storages_make_no_mappings() -> None:
-    """A process may have 65,530 of them, and keeps those that are split."""
+    """A process may have 65,530 mappings, and advice on part of a mapping splits it."""
 
     def mappings() -> int:
         with open("/proc/self/maps") as file:
@@ -71,7 +73,7 @@ def test_small_storages_make_no_mappings() -> None:
     for _ in range(200):
         storage = torch.UntypedStorage(100_000)
         use_huge_pages(storage)
-        # Between two of them lies what is not advised.
+        # Another storage, without advice, lies between two of them.
         kept.append((storage, torch.UntypedStorage(50_000)))
     assert mappings() - before < 50
 

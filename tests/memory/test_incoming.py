@@ -1,4 +1,7 @@
-"""Where the bytes of a message that arrives go: storages, arenas, tensors, or nowhere."""
+"""Where arriving bytes go: storages, arenas, targets, or nowhere.
+
+Random storages and chunk sizes are received; the bytes are compared with the sent ones.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ def test_small_storages_share_an_arena_and_large_ones_do_not() -> None:
     assert [storage.nbytes() for storage in (first, second, large, last)] == sizes
     assert large.resizable()
     assert not first.resizable()
-    # Alone in its arena, a small storage is that arena.
+    # A small storage that is alone in its arena is the whole arena.
     assert last.resizable()
 
 
@@ -90,15 +93,15 @@ def test_an_arena_keeps_little_alive() -> None:
 
 
 def test_a_chunk_of_many_small_storages_has_few_buffers() -> None:
-    """However many there are: each of them would take time on the event loop."""
-    # Every second one is dropped, so that no two of those that are kept share an arena.
+    """Each buffer takes time on the event loop, so their number must not grow with the storages."""
+    # Every second storage is dropped, so that no two kept ones share an arena.
     sizes = [64] * 1000 + [2 * SMALL] + [64] * 1000
     devices = [CPU if n % 2 == 0 else None for n in range(len(sizes))]
     storages = filled(sizes)
     incoming = incoming_for(sizes, 2**20, devices=devices)
     assert incoming.steps(0, 2**20) > 1000
     views, _ = incoming.chunk(0, layout(sizes)[1])
-    # The large storage, and the slab on either side of it.
+    # The large storage, and one staging buffer before and after it.
     assert [len(view) for view in views] == [64_000, 2 * SMALL, 64_000]
     incoming = incoming_for(sizes, 2**20, devices=devices)
     received(incoming, joined(sizes, storages), 2**20)
@@ -109,7 +112,7 @@ def test_a_chunk_of_many_small_storages_has_few_buffers() -> None:
 
 
 def test_huge_pages_are_asked_for_when_one_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a peer that sends a byte would take 2 MiB."""
+    """Otherwise one byte from a peer would take 2 MiB."""
     monkeypatch.setattr(incoming_module, "HUGE_PAGE", 2**21)
     asked: list[int] = []
     monkeypatch.setattr(
@@ -159,7 +162,7 @@ def test_what_is_let_go_is_kept_by_nobody(monkeypatch: pytest.MonkeyPatch) -> No
     incoming.release(2)
     incoming.release(3)
     assert alive() == [True, False, True]
-    # The one who has a slice of an arena has all of it.
+    # A slice of an arena keeps the whole arena alive.
     del second
     assert alive() == [True, False, True]
     assert bytes(view_of(first)) == bytes(view_of(storages[0]))
@@ -188,7 +191,7 @@ def test_storages_are_taken_and_let_go_while_others_arrive() -> None:
 
 
 def test_padding_takes_no_memory() -> None:
-    """Between two large storages there are up to 63 bytes, whatever the size of a chunk."""
+    """Between two large storages lie at most 63 bytes of padding, for any size of chunk."""
     sizes = [SMALL + 1, SMALL]
     incoming = incoming_for(sizes, 2**26)
     tracemalloc.start()
@@ -201,12 +204,12 @@ def test_padding_takes_no_memory() -> None:
     assert peak < 2**20
 
 
-# Storages and tensors that are there
+# Storages and existing tensors
 
 
 @dataclass(frozen=True)
 class Row:
-    """One storage of a message, and where it goes."""
+    """One storage of a message, and where its bytes go."""
 
     size: int
     goes: str
@@ -214,7 +217,7 @@ class Row:
 
 
 def lines_of(size: int) -> st.SearchStrategy[View]:
-    """Every n-th byte from one of a storage to another one."""
+    """A view of every n-th byte between two bytes of a storage."""
 
     def line(start: int, length: int, step: int) -> View:
         count = -(-min(length, size - start) // step)
@@ -251,7 +254,7 @@ def test_each_byte_goes_where_it_belongs(
     message: list[Row], chunk: int, on_device: bool, buffers_max: int, random: Any
 ) -> None:
     sizes = [row.size for row in message]
-    # Thousands of chunks show no more than hundreds.
+    # Bound the number of chunks: thousands find no more than hundreds.
     chunk = chunk if sum(sizes) < 200 * chunk else 4096
     storages = filled(sizes)
     offsets, _ = layout(sizes)
@@ -311,7 +314,7 @@ def test_large_tensors_are_received_where_they_are() -> None:
         views, move = incoming.chunk(position, min(SMALL, end - position))
         assert move is None
         found += [(address_of(view), len(view)) for view in views]
-    # A storage, padding, and from then on the tensor, cut where the chunks end.
+    # One storage, padding, and then the tensor, cut at the ends of chunks.
     cuts = [start, SMALL, 2 * SMALL, 3 * SMALL, end]
     pieces = itertools.pairwise(cuts)
     assert found[2:] == [(tensor.data_ptr() + at - start, to - at) for at, to in pieces]
@@ -326,7 +329,7 @@ def test_large_tensors_are_received_where_they_are() -> None:
         ([line(2 * SMALL), line(2 * SMALL)], 2 * SMALL),
         ([line(2 * SMALL), line(SMALL, 100)], 2 * SMALL),
         ([line(2 * SMALL), line(SMALL, SMALL - 1)], 2 * SMALL),
-        # The last one overlaps with the first one, which is not the one before it.
+        # The last tensor overlaps with the first, which is not its neighbour.
         ([line(2 * SMALL), line(9, 5), line(SMALL, 2 * SMALL - 1)], 3 * SMALL),
     ],
     ids=["small", "with gaps", "twice", "one within the other", "overlapping", "in a chain"],
@@ -357,7 +360,7 @@ def test_an_arena_does_not_reach_over_what_goes_elsewhere() -> None:
     received(incoming, joined(sizes, storages), CHUNK)
     assert bytes_of_storage(tensor) == bytes(view_of(storages[1]))
     assert [n for n, storage in enumerate(incoming.storages()) if storage is None] == [1, 3]
-    # Else a storage that goes nowhere would be kept alive by its neighbours.
+    # Otherwise the memory of a dropped storage would stay alive in a shared arena.
     assert all(present(incoming.storage(row)).resizable() for row in (0, 2, 4))
 
 
@@ -384,7 +387,7 @@ def test_tied_at_both_ends_is_received_once() -> None:
 
 
 def test_a_chunk_that_waits_to_be_moved_is_not_overwritten() -> None:
-    """Each is moved only when the next one is in."""
+    """Each chunk is moved only after the next one has arrived."""
     tensor = torch.zeros(5 * CHUNK // 2, dtype=torch.int16)
     data = bytes(view_of(filled([5 * CHUNK])[0]))
     routes = [route_to(tensor, line(len(tensor)))]

@@ -1,4 +1,4 @@
-"""Storages to chunks to storages: whatever their sizes, wherever the chunks end."""
+"""Random storages are sent in chunks of random sizes, and received equal."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def sent(outgoing: OutgoingPayload, end: int, chunk: int) -> bytes:
     on_device=st.booleans(),
 )
 def test_any_storages_arrive_as_they_were(sizes: list[int], chunk: int, on_device: bool) -> None:
-    # Thousands of chunks show no more than hundreds.
+    # Bound the number of chunks: thousands find no more than hundreds.
     chunk = chunk if sum(sizes) < 200 * chunk else 4096
     storages = filled(sizes)
     offsets, end = layout(sizes)

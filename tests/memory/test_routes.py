@@ -1,4 +1,4 @@
-"""From any layout to any layout: compared with what a tensor copied by torch has."""
+"""Routes from any layout to any layout, compared with a copy by torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.payload_layouts import (
 )
 from tests.support.tiers import examples
 
-# Quantized tensors are taken apart before they are sent.
+# Quantized tensors are sent as their parts.
 DTYPES = [dtype for name, dtype in TORCH_DTYPES.items() if not name.startswith("q")]
 COMPLEX = [torch.complex32, torch.complex64, torch.complex128]
 REAL = [
@@ -41,7 +41,7 @@ COUNTS = [
 ]
 
 starts = st.integers(0, 3).map(lambda n: 64 * n)
-# Small ones end anywhere in a tensor, but never in an element.
+# Small chunks can end anywhere in a tensor, but never inside an element.
 chunks = st.sampled_from([64, 128, 192, 448, 1024, 65536])
 copiers = st.sampled_from([None, CountingCopier()])
 
@@ -49,12 +49,12 @@ copiers = st.sampled_from([None, CountingCopier()])
 def through(
     route: Route, start: int, source: torch.Tensor, chunk: int, copier: Copier | None = None
 ) -> None:
-    """Let a route take the storage of the source from a payload, chunk by chunk."""
+    """Send the storage of the source as a payload through a route, chunk by chunk."""
     payload = bytes(start) + bytes_of_storage(source)
     slab = torch.UntypedStorage(chunk)
     for at in range(0, len(payload), chunk):
         part = payload[at : at + chunk]
-        # What is left behind it in the slab must not be taken.
+        # Stale bytes at the end of the staging buffer must not be taken.
         view_of(slab)[:] = part + b"\xee" * (chunk - len(part))
         if at < route.end and at + len(part) > route.start:
             route.take(bytes_of(slab)[: len(part)], at, copier)
@@ -69,7 +69,7 @@ def on_meta(source: torch.Tensor) -> torch.Tensor:
 
 
 def with_numbers(view: View, dtype: torch.dtype) -> torch.Tensor:
-    """Of numbers that every dtype can have; no zeros, whose sign is not kept everywhere."""
+    """A tensor of numbers that every dtype has; without zeros, whose sign some dtypes lose."""
     numbers = torch.arange(view.extent) % 7 + 1
     if dtype in COMPLEX:
         numbers = torch.complex(numbers.double(), (2 * numbers - 7).double())
@@ -161,10 +161,10 @@ def test_conjugate_and_negative_views_arrive_as_what_they_show(
 ) -> None:
     conjugate, negative = bits
     if other is torch.float32:
-        # Real numbers have one of the bits: those of the imaginary part of a conjugate view.
+        # A real tensor has only the negative bit, as the imaginary part of a conjugate view has.
         dtype, conjugate, negative = other, False, True
     source = with_numbers(data.draw(views(shape, expanded=True)), dtype)
-    # In numbers of the largest size: not all of this is there for the smallest complex ones.
+    # In the widest dtype, because torch lacks some operations for the narrowest complex one.
     shown = source.to(torch.float64 if other is torch.float32 else torch.complex128)
     if conjugate:
         source, shown = source.conj(), shown.conj().resolve_conj()
@@ -251,7 +251,7 @@ def test_an_alias_does_not_let_a_storage_grow() -> None:
     assert storage.nbytes() == 24
 
 
-# Without a route, when all has arrived
+# Without a route: copies after the whole storage has arrived
 
 
 @settings(max_examples=examples(100))
@@ -293,7 +293,7 @@ def test_elements_are_copied_in_any_mode(inside: bool) -> None:
                 assert tensor.tolist() == [1, 1, 1]
 
 
-# What it watches
+# Changes of targets that a route notices
 
 
 def resize(tensor: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A copy of a payload as it was, which is free again chunk by chunk."""
+"""A snapshot keeps the payload as it was, and its memory is freed chunk by chunk."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.support.payload_layouts import (
 
 
 class Maps:
-    """Counts the maps of memory that live."""
+    """Counts the memory maps that exist."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made = 0
@@ -170,7 +170,7 @@ STATE = {
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_state_on_a_device(compact: bool) -> None:
-    """Held in memory of the device until it is sent, through two slabs."""
+    """The snapshot stays in memory of the device until it is sent through two staging buffers."""
     state = {name: tensor.clone() for name, tensor in STATE.items()} | {
         "d": torch.arange(3000.0).view(50, 60)[:, 7:30]
     }

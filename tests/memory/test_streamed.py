@@ -1,4 +1,4 @@
-"""Tensors that are made while they are sent: the same bytes, and one of them at a time."""
+"""Tensors that are made during the save (``specs=``): equal bytes, and one tensor at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.tiers import examples
 
 
 class Producer:
-    """Makes tensors when they are asked for, and sees to it that the one before is gone."""
+    """Makes tensors on request, and checks that the tensor before has been freed."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._sizes = sizes
@@ -62,7 +62,7 @@ def streamed(
 ) -> bytes:
     data = bytearray()
     for start in range(0, end, chunk):
-        # The views are gone before the next chunk is made, as they are when they were sent.
+        # Free the views before the next chunk is made, as a driver does after it sent them.
         data += b"".join(chunk_of(payload, make, start, min(chunk, end - start)))
     return bytes(data)
 
@@ -82,7 +82,7 @@ def test_any_tensors_are_sent_one_at_a_time(sizes: list[int], chunk: int, on_dev
     payload = StreamedPayload(offsets, sizes, chunk, **options)
     producer = Producer(sizes)
     assert streamed(payload, producer, end, chunk) == joined(sizes, filled(sizes))
-    # Empty ones behind the last byte are not asked for.
+    # Empty tensors after the last byte are not requested.
     assert producer.made == max((n + 1 for n, size in enumerate(sizes) if size), default=0)
     assert len(copier.slabs) <= 2
     assert copier.copied == on_device * sum(sizes)
@@ -143,7 +143,7 @@ def test_large_tensors_are_sent_without_a_copy() -> None:
 
 
 def test_what_aligns_is_zero_whatever_was_sent_before() -> None:
-    """The slabs are used again and again."""
+    """The staging buffers are reused, so the padding must be cleared each time."""
     sizes = [1] * 40
     offsets, end = layout(sizes)
     payload = StreamedPayload(offsets, sizes, 128, copier=CountingCopier())
