@@ -81,9 +81,7 @@ def test_what_torch_refuses_names_the_tensor() -> None:
 
 
 def test_many_loads_at_once() -> None:
-    """Each of several concurrent loads has its correct outcome; no global state of torch
-    changes.
-    """
+    """Each concurrent load has its own outcome; no global state of torch changes."""
     coo = torch.eye(3).to_sparse()
     bad_coo = craft.rebuild(
         "_rebuild_sparse_tensor",

@@ -268,9 +268,7 @@ def test_a_load_waits_for_what_is_queued_when_it_writes(accelerator: Accelerator
 
 
 def test_a_snapshot_is_waited_for(accelerator: Accelerator) -> None:
-    """The copier, which waits for the copies of the snapshot, is made after all of them are
-    queued.
-    """
+    """The copier waits for the copies of the snapshot, so it is made after they are queued."""
     made: list[int] = []
     copied: list[int] = []
 

@@ -1,6 +1,4 @@
-"""Host memory: views show the bytes of a storage and keep it alive; large storages get huge
-pages.
-"""
+"""Host memory: views keep their storage alive, and large storages get huge pages."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Conflicts between overlapping targets, compared with a search through all bytes of small
-tensors.
-"""
+"""Conflicts between overlapping targets, compared with a search through all bytes."""
 
 from __future__ import annotations
 

@@ -506,9 +506,7 @@ def shrunk() -> Iterator[tuple[str, torch.Tensor]]:
     ],
 )
 def test_a_tensor_beyond_its_storage(name: str) -> None:
-    """The receiver refuses it, as without ``compact``; the sender reads no byte outside the
-    storage.
-    """
+    """The receiver refuses it, as without ``compact``; no byte outside the storage is read."""
     tensor = dict(shrunk())[name]
     data, _ = saved([tensor])
     with pytest.raises(aiotorchio.InvalidObjectError, match="reaches byte"):

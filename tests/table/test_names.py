@@ -143,9 +143,7 @@ def check_skeleton(obj: Any) -> None:
 
 
 def objects() -> st.SearchStrategy[Any]:
-    """Nested containers with few distinct tensors and few keys, so that many places share a
-    tensor.
-    """
+    """Nested containers with few tensors and keys, so that many places share a tensor."""
     tensors = [torch.ones(1) for _ in range(3)]
     keys = st.sampled_from(["", "a", "b", "a.b", ".", 0, 1, -1])
     return st.recursive(

@@ -606,9 +606,7 @@ def test_the_end_is_told_before_its_errors(ending: bytes) -> None:
 
 
 def test_the_room_needs_neither_torch_nor_io() -> None:
-    """The modules are imported into a package whose ``__init__``, which imports torch, does not
-    run.
-    """
+    """Imports the modules without the ``__init__`` of the package, which imports torch."""
     modules = ["aiotorchio.errors", "aiotorchio.limits"]
     modules += [f"aiotorchio.wire.{path.stem}" for path in (FILE / "wire").glob("[!_]*.py")]
     code = f"""
