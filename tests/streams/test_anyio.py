@@ -1,4 +1,7 @@
-"""Byte streams of anyio other than sockets; sockets are in test_api.py and test_matrix.py."""
+"""Byte streams of anyio other than sockets, such as streams in memory.
+
+Sockets are tested in ``test_matrix.py`` and in ``tests/api``.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Memory(ByteReceiveStream, ByteSendStream):
-    """Gives what it has got, a few bytes at a time; breaks when it has nothing more."""
+    """A stream over bytes in memory: gives at most 1000 at a time, then ends or raises ``end``."""
 
     def __init__(self, data: bytes = b"", *, end: Exception | None = None) -> None:
         self.data, self.end = bytearray(data), end

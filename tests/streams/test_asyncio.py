@@ -1,4 +1,7 @@
-"""What asyncio's transports do at their edges; the rest is in test_api.py."""
+"""Streams of asyncio: buffered bytes, paused transports, aborts and broken connections.
+
+Loads and saves on every backend are in ``test_matrix.py`` and in ``tests/api``.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ async def test_the_user_goes_on_with_the_streams(kind: str) -> None:
 
 @asynccontextmanager
 async def filled(data: bytes, *, ends: bool = False) -> AsyncIterator[AsyncioEnd]:
-    """A reader that has as much of some bytes in its buffer as it takes."""
+    """A reader whose buffer holds as many of these bytes as fit."""
     near, far = connected("unix")
 
     def send() -> None:
@@ -126,7 +129,8 @@ async def test_a_reader_whose_transport_was_paused_because_its_buffer_was_full()
         assert_same(await end.load(), SMALL)
 
 
-# Large enough for the socket to be taken, small enough for the buffer to hold what follows.
+# Large enough to be received directly from the socket, small enough to fit into the buffer with the
+# following bytes.
 DIRECT = torch.arange(17_000)
 
 
@@ -134,7 +138,7 @@ DIRECT = torch.arange(17_000)
 async def test_a_reader_that_has_it_all_and_its_end(
     optimised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With the usual limit, the transport is stopped before it sees the end.
+    # With the usual limit, the reader pauses its transport before the transport sees the end.
     reader = asyncio.StreamReader(limit=2**20)
     sock, other = socket.socketpair()
     with other:
@@ -142,11 +146,11 @@ async def test_a_reader_that_has_it_all_and_its_end(
             lambda: asyncio.StreamReaderProtocol(reader), sock=sock
         )
         other.shutdown(socket.SHUT_WR)
-        # Only the end comes from the socket, everything else from the buffer.
+        # All bytes come from the buffer; only the end of the stream comes from the socket.
         reader.feed_data(encoded(DIRECT) + b"rest")
         await until(lambda: reader._eof)  # type: ignore[attr-defined]
         if optimised:
-            # What feed_data does where assertions are compiled away.
+            # Python with -O removes the assertions of ``feed_data``; this is the rest of it.
             monkeypatch.setattr(reader, "feed_data", reader._buffer.extend)  # type: ignore[attr-defined]
         assert_same(await aiotorchio.load_from_stream(reader), DIRECT)
         assert await reader.read() == b"rest"
@@ -269,8 +273,9 @@ async def test_a_connection_that_breaks_before_the_transport_knows(kind: str, ob
         descriptor = near.sink.get_extra_info("socket").fileno()
         with socket.socket(fileno=os.dup(descriptor)) as duplicate:
             duplicate.shutdown(socket.SHUT_WR)
-        # No transport knows before it has its turn. One of TLS has taken a small message by then,
-        # as a socket does whose peer is gone; but no bytes that follow.
+        # The transport learns of the break on the next turn of the loop. A TLS transport may have
+        # accepted a small message before, as a socket does after its peer closed, but accepts no
+        # later bytes.
         unknown = kind == "streams-tls" and obj is SMALL
         with contextlib.nullcontext() if unknown else pytest.raises(TruncatedError):
             await near.save(obj)
@@ -298,7 +303,7 @@ async def test_an_abort_of_the_source_is_the_end_for_the_sender(kind: str, size:
         source.release()
         assert await soon(sending.done)
         assert far.sink.transport.is_closing()
-        # Its owner may have closed it, too.
+        # The owner of the stream may already have closed it.
         source.abort()
 
 
@@ -388,7 +393,7 @@ class FakeTransport:
         return False
 
     def pause_reading(self) -> None:
-        """The reader asks for it when its buffer is full."""
+        """Does nothing. The reader calls it when its buffer is full."""
 
     resume_reading = pause_reading
 
@@ -405,7 +410,7 @@ async def test_which_transports_step_aside(monkeypatch: pytest.MonkeyPatch) -> N
         for transport in (
             FakeTransport(),
             FakeTransport(socket=sock, ssl_object=object()),
-            # Not a socket, whatever its transport says.
+            # A file that is not a socket, although the transport calls it one.
             FakeTransport(socket=file),
         ):
             assert _asyncio._duplicate(transport, socket.SHUT_RD) is None
@@ -422,7 +427,7 @@ async def test_a_reader_that_is_fed_later_is_not_overtaken() -> None:
         reader = asyncio.StreamReader()
         reader._transport = FakeTransport(socket=sock)  # type: ignore[attr-defined]
         other.send(b"what the transport read before comes first")
-        # As subprocesses do, feed what was read on the next turn of the loop.
+        # Feed on the next turn of the loop, as transports of subprocesses do.
         asyncio.get_running_loop().call_soon(reader.feed_data, encoded(LARGE))
         assert_same(await aiotorchio.load_from_stream(reader), LARGE)
         assert sock.recv(100) == b"what the transport read before comes first"

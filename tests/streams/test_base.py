@@ -1,3 +1,5 @@
+"""Parts that all streams share: merging of buffers, the cursor, and translation of errors."""
+
 from __future__ import annotations
 
 import errno
@@ -32,7 +34,7 @@ def test_coalesce_keeps_every_byte_in_order(buffers: list[Buffer], size: int) ->
 @given(buffers, st.integers(1, 50))
 def test_coalesce_makes_few_pieces(buffers: list[Buffer], size: int) -> None:
     pieces = list(coalesce(buffers, size))
-    # Two neighbours could be one only where a large buffer lies between its views and small ones.
+    # Two neighbours fit into one piece only where a large buffer separates them.
     cuts = sum(-(-len(buffer) // size) + 1 for buffer in buffers if len(buffer) >= size)
     assert len(pieces) <= 2 * (sum(map(len, buffers)) // size) + cuts + 1
 
@@ -62,7 +64,7 @@ def test_a_cursor_writes_pieces_one_after_the_other_and_nothing_else(
 
 
 def test_a_piece_costs_as_much_as_the_buffers_that_it_fills() -> None:
-    """However many there are: a peer chooses their number, and the size of the pieces."""
+    """The work does not grow with the number of buffers, which a peer chooses."""
     cursor = Cursor([memoryview(bytearray(4)) for _ in range(10_000)])
     looked_at: list[int] = []
 

@@ -1,3 +1,5 @@
+"""Blocking files and sockets: short reads and writes, missing methods, and errors of files."""
+
 from __future__ import annotations
 
 import errno
@@ -16,7 +18,7 @@ from aiotorchio.streams.blocking_sockets import open_blocking_socket
 
 
 class Short(io.RawIOBase):
-    """Reads and writes a few bytes at a time."""
+    """A file that reads and writes at most three bytes at a time."""
 
     def __init__(self, data: bytes = b"") -> None:
         self.data = bytearray(data)
@@ -47,7 +49,7 @@ class OnlyRead:
 
 
 class OnlyWrite:
-    """Writes all and says nothing."""
+    """A file whose ``write`` writes everything and returns None."""
 
     def __init__(self) -> None:
         self.data = b""
@@ -91,7 +93,7 @@ def test_files_with_a_single_method() -> None:
 
 
 class Inherits(io.BufferedIOBase):
-    """Has the ``readinto1`` of its base, which needs a ``read1``."""
+    """A file with the ``readinto1`` of its base class, which needs ``read1``."""
 
     def __init__(self, data: bytes) -> None:
         self.file = io.BytesIO(data)
@@ -101,7 +103,7 @@ class Inherits(io.BufferedIOBase):
 
 
 class InParts(Inherits):
-    """Has what comes in small parts."""
+    """A file whose ``read1`` returns at most three bytes."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         raise AssertionError("it would wait for all that is asked for")

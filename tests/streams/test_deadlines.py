@@ -1,4 +1,4 @@
-"""The account of waiting time, by a clock that the tests turn."""
+"""The time budget and its deadlines, with a clock that the tests set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from aiotorchio.streams.deadlines import Deadline
 
 class Clock:
     def __init__(self) -> None:
-        # As monotonic clocks have it, no particular time.
+        # A monotonic clock may start at any time.
         self.now = 1000.0
 
     def __call__(self) -> float:
@@ -65,7 +65,8 @@ def test_slowness_uses_it_up_however_steady(clock: Clock) -> None:
         clock.now += 1
         deadline.moved(50)
         moments += 1
-    # The first byte is the start; then each second gives half of it back, as long as there is one.
+    # The first byte starts the count. Each later second uses one second and gives half a second
+    # back.
     assert moments == 20
     assert "fewer than 100 bytes a second moved (Limits.least_rate)" in str(deadline.error())
 
@@ -226,7 +227,7 @@ async def test_a_scope_is_told(clock: Clock) -> None:
 
 
 class Timers:
-    """Calls at a time of a clock, as an event loop of asyncio."""
+    """A timer on the given clock, with the interface of an asyncio event loop."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -254,7 +255,7 @@ def timers(clock: Clock) -> Timers:
 
 
 class Scope:
-    """A scope of anyio, as far as it is used."""
+    """The used part of an anyio cancel scope."""
 
     cancelled = 0
 
@@ -295,7 +296,7 @@ def test_a_timer_ends_no_wait_that_is_over(clock: Clock, timers: Timers) -> None
     deadline.end()
     timers.go_off()
     assert (scope.cancelled, timers.set) == (0, [])
-    # The next wait has one again.
+    # The next wait sets a timer again.
     deadline.begin(cast(CancelScope, scope))
     assert timers.set[0][0] == clock.now + 6
     timers.go_off()

@@ -1,3 +1,5 @@
+"""Which source or sink is chosen for each kind of stream, and which objects are refused."""
+
 from __future__ import annotations
 
 import asyncio

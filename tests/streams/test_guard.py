@@ -1,3 +1,5 @@
+"""One call at a time in each direction of a stream, and poisoned streams."""
+
 from __future__ import annotations
 
 import gc

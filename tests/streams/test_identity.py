@@ -1,4 +1,7 @@
-"""Tables of what is known of the user's objects tell them apart by identity."""
+"""Tables about a user's objects find them by identity, never by equality.
+
+The objects raise when they are compared or hashed, or are equal to everything.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class Odd:
 
 
 class Equal:
-    """Equal to everything."""
+    """An object that is equal to everything."""
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -71,7 +74,7 @@ def test_each_object_has_a_value_of_its_own(kind: Any) -> None:
 @kinds
 def test_no_entry_survives_its_object(kind: Any) -> None:
     table: IdentityTable[int] = IdentityTable()
-    for n in range(1000):  # ids are used again and again
+    for n in range(1000):  # ids are reused
         key = kind()
         assert table.setdefault(key, n) == n
         table[key] = -n
@@ -140,7 +143,7 @@ def test_threads_agree_on_the_value_of_an_object() -> None:
 
 
 class Body:
-    """Its own iterator, of bytes."""
+    """An async iterable of bytes that is its own iterator."""
 
     def __init__(self, *pieces: bytes) -> None:
         self._pieces = list(pieces)
@@ -214,7 +217,7 @@ async def test_only_the_same_stream_is_busy(make: Any) -> None:
 
 
 class File(io.RawIOBase):
-    """A pipe of one process."""
+    """A file in memory that gives the bytes that were written to it."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -302,7 +305,7 @@ async def test_what_is_no_stream(make: Any) -> None:
                 await aiotorchio.save_to_stream({}, each)
             with pytest.raises(TypeError, match="can't load from"):
                 await aiotorchio.load_from_stream(each)
-            # As torch.save and torch.distributed's streaming functions have it.
+            # The same errors as from torch.save and torch.distributed's streaming functions.
             with pytest.raises((TypeError, AttributeError)):
                 compat.streaming_save({}, each)
             with pytest.raises((TypeError, AttributeError)):

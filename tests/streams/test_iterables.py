@@ -1,3 +1,5 @@
+"""Sources over async iterables: any sizes of pieces, errors, left-over bytes, and closing."""
+
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Pieces:
-    """Is its own iterator; raises what is an exception."""
+    """An async iterator over pieces; raises a piece that is an exception."""
 
     def __init__(self, *pieces: Any) -> None:
         self.pieces = list(pieces)

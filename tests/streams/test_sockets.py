@@ -1,3 +1,5 @@
+"""Sources and sinks over sockets: many buffers, waits, cancellation and lost peers."""
+
 from __future__ import annotations
 
 import asyncio
@@ -76,7 +78,7 @@ async def test_other_tasks_run_where_nothing_is_waited_for(pair: Any) -> None:
 
     async with anyio.create_task_group() as group:
         group.start_soon(other)
-        # trio may run this task first, but not twice.
+        # trio may run this task before the other one, but not twice in a row.
         for _ in range(2):
             await SocketSink(near).send([b"x"])
         assert turns
@@ -141,8 +143,8 @@ async def test_an_abort_of_the_source_stops_a_sender_that_waits(link: str) -> No
             source = SocketSource(far)
             assert await source.read(1) == b"\0"
             source.abort()
-            # While the socket is still open here: with TCP, a sender that waits for room hears
-            # nothing of an end, and asks the more rarely the longer it has waited.
+            # Check before this end closes the socket: with TCP, a sender that waits gets no notice
+            # of the end, and its probes become rarer the longer it waits.
             told = await soon(lambda: bool(errors))
             group.cancel_scope.cancel()
         assert told
@@ -176,7 +178,7 @@ def test_sockets_that_do_not_fit(pair: Any, driver: Callable[[socket.socket], An
 
 
 class Interrupted:
-    """A socket that has to be asked again, and fails at the third call."""
+    """A socket whose first call is interrupted and whose third call fails."""
 
     def __init__(self, sock: socket.socket, error: BaseException) -> None:
         self.sock, self.error, self.calls = sock, error, 0
