@@ -1,7 +1,7 @@
-"""Writes the golden vectors: ``NAME.bin``, a message, and ``NAME.json``, what it holds.
+"""Write the golden vectors: ``NAME.bin``, a message, and ``NAME.json``, a description of it.
 
-Run it from the root of the repository: ``python -m tests.vectors.generate``. It uses no torch,
-and writes the same bytes every time. A change of a committed vector is a change of the format.
+Run it from the root of the repository: ``python -m tests.vectors.generate``. It uses no torch, and
+writes the same bytes every time. A change of a committed vector is a change of the format.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FOLDER = Path(__file__).parent
 NONCE = bytes(range(16))
 PRODUCER = "vectors/1"
 RULE = "byte i is i modulo 251"
-HEX_MAX = 256  # Longer storages follow the rule, and are not written out.
+HEX_MAX = 256  # Longer storages follow RULE and are not written out.
 VALUES_MAX = 64
 
 FORMATS = {
@@ -46,7 +46,7 @@ FORMATS = {
 
 @dataclass
 class Vector:
-    """One message, taken apart."""
+    """The parts of one message."""
 
     name: str
     about: str
@@ -95,7 +95,7 @@ class Vector:
         self.header.tensors.append(row)
 
     def flat(self, values: list[Any], dtype: str, name: str, flags: int = 0) -> None:
-        """Append a storage of numbers, and the tensor that is all of it."""
+        """Append a storage of numbers and a tensor that covers all of it."""
         data = pack(values, dtype, self.header.byteorder)
         row = self.add(data, DTYPES[dtype].unit)
         self.view(row, dtype, [len(data) // DTYPES[dtype].itemsize], name, flags=flags)
@@ -124,7 +124,7 @@ def named(*names: str) -> bytes:
 
 
 def vectors() -> Iterator[Vector]:
-    """All of them."""
+    """Every vector."""
     vector = Vector("empty_dict", "An empty dict: no tensors, no chunks.", "{}", tree([2]))
     vector.header.locations = []
     yield vector
@@ -352,11 +352,11 @@ def pickled() -> Vector:
     return vector
 
 
-# What is written about them
+# Descriptions
 
 
 def compose(vector: Vector) -> bytes:
-    """The message."""
+    """The bytes of the message."""
     layout = Layout(vector.header)
     payload = bytearray(layout.total)
     for offset, data in zip(layout.offsets, vector.storages, strict=True):
@@ -375,7 +375,7 @@ def compose(vector: Vector) -> bytes:
 
 
 def describe(vector: Vector) -> dict[str, Any]:
-    """All that the message holds, for JSON."""
+    """The whole content of the message, for JSON."""
     header, layout = vector.header, Layout(vector.header)
     message = compose(vector)
     aborted = vector.abort_after is not None
@@ -423,7 +423,7 @@ def fields(row: Any) -> dict[str, Any]:
 
 
 def values(vector: Vector, row: TensorRow) -> list[Any] | None:
-    """Elements in row-major order, complex ones as pairs; None if there are many, or no numbers."""
+    """Elements in row-major order, complex ones as pairs; None if many or of other dtypes."""
     counts = [range(size) for size in row.shape]
     data = vector.storages[row.storage]
     code = FORMATS.get(row.dtype)
@@ -444,14 +444,14 @@ def values(vector: Vector, row: TensorRow) -> list[Any] | None:
 
 
 def files() -> Iterator[tuple[str, bytes]]:
-    """Name and content of every file."""
+    """The name and the content of every file."""
     for vector in vectors():
         yield f"{vector.name}.bin", compose(vector)
         yield f"{vector.name}.json", pretty(describe(vector)).encode() + b"\n"
 
 
 def pretty(value: Any, indent: str = "") -> str:
-    """JSON, with everything that fits on one line on one line."""
+    """JSON with each value on one line where it fits."""
     line = json.dumps(value, ensure_ascii=False)
     if len(indent) + len(line) <= 100 or not isinstance(value, list | dict):
         return line

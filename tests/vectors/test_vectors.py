@@ -1,4 +1,4 @@
-"""The golden vectors in both directions, and what they are as objects."""
+"""The golden vectors: parsed and composed byte by byte, and loaded and saved as objects."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_load(name: str) -> None:
     assert file.read() == b"next"
 
 
-# A set has no order of its own, and no machine writes the byte order of the other kind.
+# A set has no fixed order, and a sender writes only its native byte order.
 WRITTEN = [name for name in WHOLE if name not in ("big_endian", "every_tag")]
 
 
@@ -288,7 +288,7 @@ def test_flatten(name: str) -> None:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_values(name: str) -> None:
-    """The numbers that the description gives are those of the tensors."""
+    """The values in the description are those of the tensors."""
     described = description(name)
     rows = described["header"]["tensors"]
     loaded = tensors_of(OBJECTS[name]() if name != "every_dtype" else {})
