@@ -1,4 +1,4 @@
-"""Objects of every kind that a message carries, and tensors in every place of their storages."""
+"""Hypothesis strategies for objects of every kind, with tensors anywhere in their storages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from tests.support import corpus
 
-# Kinds that only pickle knows, each with what makes it.
+# Kinds that only the pickle codec can carry; ``corpus.make`` makes them.
 RARE = (
     *("coo", "coo_uncoalesced", "csr", "bsr", "quantized_per_tensor", "quantized_per_channel"),
     *("nested", "jagged", "counter", "frozensets", "bytearrays", "layouts", "typed_storage"),
     *("ordered_with_attributes", "parameter_with_attributes", "tensor_with_attributes"),
 )
 TEXT = st.text(st.characters(exclude_categories=()), max_size=6)
-# Longer ones have an opcode of their own, which torch does not know.
+# Longer integers have an opcode that torch does not know.
 INTEGERS = st.integers() | st.integers(-(2**1000), 2**1000)
 NUMBERS = st.floats() | st.complex_numbers() | INTEGERS
 HASHABLE: st.SearchStrategy[Any] = st.one_of(
@@ -37,7 +37,7 @@ ATOMS: st.SearchStrategy[Any] = st.one_of(
 
 @st.composite
 def storages(draw: st.DrawFn) -> torch.UntypedStorage:
-    """A few bytes."""
+    """A storage of at most 64 bytes."""
     data = draw(st.binary(max_size=64) | st.binary(min_size=32, max_size=32))
     return torch.tensor(list(data), dtype=torch.uint8).untyped_storage()
 
@@ -72,7 +72,7 @@ def tensors(draw: st.DrawFn, over: Sequence[torch.UntypedStorage]) -> torch.Tens
 
 
 def ordered_with_versions(items: dict[Any, Any]) -> OrderedDict[Any, Any]:
-    """As ``nn.Module.state_dict`` makes it."""
+    """An ordered dict with metadata, as ``nn.Module.state_dict`` makes it."""
     made = OrderedDict(items)
     vars(made)["_metadata"] = OrderedDict({"": {"version": 1}})
     return made
@@ -83,7 +83,7 @@ DICTS: tuple[Callable[[Any], Any], ...] = (dict, OrderedDict, ordered_with_versi
 
 @st.composite
 def graphs(draw: st.DrawFn) -> Any:
-    """An object; what is in it may be in several places of it, and lists in themselves."""
+    """An object whose parts may occur in several places; a list may contain itself."""
     over = draw(st.lists(storages(), min_size=1, max_size=3))
     made: list[Any] = [draw(ATOMS), *draw(st.lists(tensors(over), max_size=5))]
     lists: list[list[Any]] = []
@@ -102,7 +102,7 @@ def graphs(draw: st.DrawFn) -> Any:
                 made.append(draw(st.sampled_from(DICTS))(dict(zip(keys, items, strict=True))))
             case _:
                 made.append(draw(st.sets(HASHABLE, max_size=4)))
-    # A tuple in itself takes an opcode that torch does not know.
+    # Only lists contain themselves: a tuple in itself needs an opcode that torch does not know.
     if lists and type(made[-1]) is list and draw(st.integers(0, 4)) == 0:
         draw(st.sampled_from(lists)).append(made[-1])
     return made[-1]

@@ -1,4 +1,7 @@
-"""How the bytes of a message are cut on their way makes no difference, to errors neither."""
+"""The sizes of the pieces in which a message arrives change neither the object nor the error.
+
+Valid and damaged messages are cut at random and loaded from each kind of stream.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ BEHIND = b"not of this message"
 
 @dataclass(frozen=True)
 class Refused:
-    """What is to be the same of two errors."""
+    """The parts of an error that must be the same for every stream."""
 
     kind: type[AiotorchioError]
     entry: str | None
@@ -61,7 +64,7 @@ class Pieces:
 
 
 class Scripted(ByteReceiveStream):
-    """Gives a piece after the other, and what does not fit into a call with the next one."""
+    """A byte stream of anyio that gives pieces in order; long ones take several calls."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
@@ -82,7 +85,7 @@ class Scripted(ByteReceiveStream):
 
 
 def fed(pieces: Iterator[bytes]) -> asyncio.StreamReader:
-    """A reader that gets a piece in every turn of the loop."""
+    """A reader that gets one piece in every turn of the loop."""
     reader, loop = asyncio.StreamReader(), asyncio.get_running_loop()
 
     def feed() -> None:
@@ -112,7 +115,7 @@ def at_random(random: Random) -> Callable[[bytes], Iterator[bytes]]:
     def cut(data: bytes) -> Iterator[bytes]:
         count = random.choice([0, 1, 3, 30])
         cuts = sorted(random.randrange(len(data) + 1) for _ in range(count))
-        # Empty pieces are among them: iterables may have some, streams have none.
+        # Drop empty pieces: an iterable may give some, but a stream never does.
         ends = itertools.pairwise([0, *cuts, len(data)])
         return (data[start:end] for start, end in ends if start < end)
 
@@ -126,7 +129,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 async def loaded(stream: Any) -> Any:
-    """The object, or what is to be said of the error."""
+    """The object in a list, or the parts of the error."""
     try:
         obj = await aiotorchio.load_from_stream(stream, limits=LIMITS)
     except AiotorchioError as error:
@@ -137,7 +140,7 @@ async def loaded(stream: Any) -> Any:
 
 
 def blocking(data: bytes) -> Any:
-    """Likewise, from a file."""
+    """The outcome of a load from a file: the object in a list, or the parts of the error."""
     try:
         return [aiotorchio.load(io.BytesIO(data), limits=LIMITS)]
     except AiotorchioError as error:
@@ -145,10 +148,10 @@ def blocking(data: bytes) -> Any:
 
 
 def check(runner: asyncio.Runner, data: bytes, seed: int) -> None:
-    """Load bytes in every way; there is one outcome."""
+    """Load the bytes from every kind of stream, in several cuts; all outcomes must be equal."""
     expected = blocking(data)
     cuts = [whole, at_random(Random(seed)), at_random(Random(seed + 1))]
-    # A turn of the loop for each byte takes its time.
+    # One byte at a time only for short messages, because each byte takes a turn of the loop.
     cuts += [bytewise] if len(data) < 800 else []
 
     async def others() -> list[Any]:

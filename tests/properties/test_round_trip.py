@@ -1,4 +1,4 @@
-"""Any object arrives as it left: types, bits, strides, and all that is shared."""
+"""Random objects arrive equal: types, bits, strides and shared parts."""
 
 from __future__ import annotations
 

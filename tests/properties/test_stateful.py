@@ -1,7 +1,7 @@
-"""Saves, loads, cancellations, silence and ends in any order: what a stream promises holds.
+"""A stream keeps its promises under saves, loads, cancellations, silence and ends in any order.
 
-The stream is in memory, and takes and gives bytes as the machine says. Its event loop has a clock
-of its own, which moves when nothing else does, so minutes of silence take no time.
+A Hypothesis state machine controls a stream in memory. The clock of its event loop advances when no
+task can run, so minutes of silence take no time.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ OBJECTS: tuple[Any, ...] = (
     {},
     {"w": torch.arange(3)},
     {"chunks": torch.arange(2000)},
-    # Its check, and its building, take a thread.
+    # The precheck and the rebuilding of this object run in a worker thread.
     [SHARED, SHARED],
 )
 
 
 class Clock(selectors.DefaultSelector):
-    """Instead of sleeping, moves the time on."""
+    """A selector that advances its clock instead of sleeping."""
 
     now = 0.0
 
@@ -64,7 +64,7 @@ class Clock(selectors.DefaultSelector):
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """Has a clock that nobody waits for."""
+    """An event loop with a clock that needs no real time."""
 
     def __init__(self) -> None:
         self._clock = Clock()
@@ -75,7 +75,7 @@ class Loop(asyncio.SelectorEventLoop):
 
 
 class Inline:
-    """Stands for worker threads, which nobody could make do the same each time."""
+    """Replaces worker threads, whose order would differ between runs."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -85,7 +85,7 @@ class Inline:
 
 
 class Pipe:
-    """Holds a few bytes between a writer and a reader; the writer waits for room."""
+    """Holds a few bytes between a writer and a reader; a writer waits while it is full."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -93,7 +93,7 @@ class Pipe:
         self.closed = False
         self.taken = 0  # since a load began
         self.given = False  # since a save began
-        self.count = 0  # of bytes that moved
+        self.count = 0  # bytes moved
         self.changed = asyncio.Event()
 
     def notify(self) -> None:
@@ -124,7 +124,7 @@ class Reader(ByteReceiveStream):
 
 
 class Iterator:
-    """The same as an async iterator; a piece may hold the end of a message and what follows."""
+    """The same as an async iterator; a piece may also hold bytes of the next message."""
 
     def __init__(self, pipe: Pipe) -> None:
         self._reader = Reader(pipe)
@@ -164,12 +164,12 @@ class Writer(ByteSendStream):
 
 
 def is_poisoned(stream: Any, direction: Direction) -> bool:
-    """Whether a stream says so; asking it by another call would be a rule of its own."""
+    """Whether a stream is poisoned, without a call that would change its state."""
     return guard._states.setdefault(stream, {})[direction].poison is not None
 
 
 class Streams(RuleBasedStateMachine):
-    """One connection after the other, with a save and a load on it at most."""
+    """One connection after the other, each with at most one save and one load at a time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,8 @@ class Streams(RuleBasedStateMachine):
             self.reader: Any = Iterator(self.pipe) if iterates else Reader(self.pipe)
 
         self.runner.run(main())
-        # What was saved, and may be on its way, and whether the end of it never comes.
+        # The saved objects that may still arrive, and whether the last of them will never be
+        # complete.
         self.sent: deque[Any] = deque()
         self.broken = False
         self.save_poisoned = self.load_poisoned = False
@@ -228,7 +229,7 @@ class Streams(RuleBasedStateMachine):
         elif self.load_poisoned:
             self.refused(loading, StreamPoisoned)
         else:
-            # Of an iterator, what is left of a piece was taken before.
+            # An iterator may hold bytes of an earlier piece; these do not count.
             self.pipe.taken = 0
             self.start_timeout = start_timeout
             self.loading = self.started(loading)
@@ -243,11 +244,11 @@ class Streams(RuleBasedStateMachine):
         return self.runner.run(main())
 
     def refused(self, call: Any, kind: type[AiotorchioError]) -> None:
-        """At once, so that nothing else can have happened."""
+        """Run the call to its end at once, so that nothing else can happen in between."""
         with pytest.raises(kind):
             run_blocking(call)
 
-    # What happens meanwhile
+    # Events during calls
 
     @rule(turns=st.integers(0, 30))
     def turns(self, turns: int) -> None:
@@ -260,7 +261,7 @@ class Streams(RuleBasedStateMachine):
 
     @rule()
     def quiet(self) -> None:
-        """All that can go on without anything else does so."""
+        """Let all tasks run until no byte moves."""
 
         async def main() -> None:
             still = 0
@@ -276,7 +277,7 @@ class Streams(RuleBasedStateMachine):
     @precondition(lambda self: not (self.save_poisoned or self.load_poisoned or self.pipe.closed))
     @rule(obj=st.sampled_from(OBJECTS), loads_first=st.booleans())
     def message(self, obj: Any, loads_first: bool) -> None:
-        """On a clean stream nothing is in the way of a message."""
+        """On a clean stream, a message arrives."""
         if loads_first:
             self.load(None)
         self.save(obj, True)
@@ -295,7 +296,7 @@ class Streams(RuleBasedStateMachine):
         self.runner.run(asyncio.sleep(seconds))
         self.note_ends()
         if seconds > 2 * PATIENCE:
-            # Somebody waits for a peer that is not there; or for a message that nobody promised.
+            # A call either waits for a peer that stopped, or for a message that was never sent.
             assert self.saving is None
             assert self.loading is None or (self.start_timeout is None and not self.pipe.taken)
 
@@ -331,7 +332,7 @@ class Streams(RuleBasedStateMachine):
         self.runner.run(main())
         self.note_ends()
 
-    # What comes of it
+    # Outcomes of calls
 
     def note_ends(self) -> None:
         if self.saving is not None and self.saving.done():
@@ -348,12 +349,12 @@ class Streams(RuleBasedStateMachine):
         assert task.cancelled() or isinstance(error, TransferTimeout | TruncatedError), error
         if isinstance(error, TruncatedError):
             assert self.pipe.closed
-        # A send that was begun counts, even if not a byte of it is known to be on its way.
+        # A save that has begun poisons the stream, even if no byte is known to have been sent.
         self.save_poisoned = is_poisoned(self.writer, "save")
         if self.pipe.given:
             assert self.save_poisoned
             self.broken = True
-            # As its owner has to: the rest of that message never comes.
+            # The owner must close the stream, because the rest of that message never comes.
             self.close()
         else:
             self.sent.pop()
