@@ -1,4 +1,7 @@
-"""aiotorchio.compat, side by side with what it stands in for."""
+"""``aiotorchio.compat`` and torch's own streaming functions, which it replaces, side by side.
+
+Each object, file and error goes through both; results and types of errors are compared.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ class Functions(NamedTuple):
 
 
 def quiet(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Without the warnings that torch gives about its own doings."""
+    """Run a function of torch without torch's warnings about its internals."""
 
     @functools.wraps(function)
     def called(*args: Any, **options: Any) -> Any:
@@ -57,7 +60,7 @@ TORCH = Functions(quiet(ancestor._streaming_save), quiet(ancestor._streaming_loa
 OURS = Functions(compat.streaming_save, compat.streaming_load)
 
 STATE = {"w": torch.arange(6.0).view(2, 3), "step": 3}
-# A key that only pickle can carry.
+# A key that only the pickle codec can carry.
 PICKLED = {1.5: torch.ones(2), "w": torch.arange(3)}
 # More than sockets and pipes hold.
 LARGE = {"w": torch.arange(2_000_000)}
@@ -104,7 +107,7 @@ TORCH_FAILS = {
     *("scalars", "bytes_values", "empty_containers", "frozensets", "dtype_all_in_one"),
     *(f"dtype_{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)),
 }
-# The offsets of tensors on meta, and the type of untyped storages, get lost there.
+# torch loses the offsets of tensors on meta, and the type of untyped storages.
 TORCH_CHANGES = {
     *("meta_strided", "meta_shared"),
     *("untyped_storage", "storage_twice", "empty_storage", "storage_odd_size"),
@@ -119,7 +122,7 @@ def test_the_result_is_that_of_the_ancestor(name: str) -> None:
         try:
             theirs = round_trip(TORCH, obj, **options)
         except Exception:
-            # In many ways; what it fails for is written down.
+            # The errors differ; TORCH_FAILS lists the objects.
             assert name in TORCH_FAILS
             theirs = obj
         else:
@@ -150,7 +153,7 @@ _Pickler: Any = pickle._Pickler
 
 
 class Python2(_Pickler):  # type: ignore[misc]
-    """Pickles bytes as Python 2 did."""
+    """A pickler that writes bytes as Python 2 did."""
 
     dispatch = _Pickler.dispatch.copy()
 
@@ -200,7 +203,7 @@ def test_a_pickle_module_of_the_callers() -> None:
 
 
 class Bytewise:
-    """Takes and gives a few bytes at a time, and can nothing else."""
+    """A file with only ``write`` and ``read``, which handles a few bytes at a time."""
 
     def __init__(self, data: bytes = b"") -> None:
         self.file = io.BytesIO(data)
@@ -213,7 +216,7 @@ class Bytewise:
 
 
 class Silent:
-    """Says nothing about what it has written, and gives into buffers alone."""
+    """A file whose ``write`` returns None, and which has only ``readinto`` for reading."""
 
     def __init__(self, data: bytes = b"") -> None:
         self.file = io.BytesIO(data)
@@ -315,7 +318,7 @@ def test_pipes(buffering: int) -> None:
 
 
 class Chunked:
-    """Each write is a chunk of a response with Transfer-Encoding: chunked."""
+    """Writes each call as a chunk of a response with Transfer-Encoding: chunked."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -327,7 +330,7 @@ class Chunked:
 
 @contextlib.contextmanager
 def response_to(answer: Callable[[Any], None]) -> Iterator[http.client.HTTPResponse]:
-    """What a client gets from a server that answers one request so."""
+    """The response that a client gets from a server with this answer."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -417,7 +420,7 @@ class Failing:
 
 
 class Refusing:
-    """Cannot be pickled."""
+    """An object that cannot be pickled."""
 
     __reduce__ = fails
 
@@ -429,7 +432,7 @@ def closed_file() -> io.BytesIO:
 
 
 class OneWay(io.RawIOBase):
-    """Neither readable nor writable."""
+    """A file that is neither readable nor writable."""
 
 
 def save_to_a_socket(functions: Functions) -> None:
@@ -437,7 +440,7 @@ def save_to_a_socket(functions: Functions) -> None:
         functions.save(STATE, here)
 
 
-# Of the caller, and of his files and objects: plain errors.
+# Wrong arguments, and errors of files and objects that the caller passes: plain errors.
 MISTAKES: dict[str, Callable[[Functions], object]] = {
     "pickle_module": load_with(pickle_module=pickle),
     "errors": load_with(errors="replace"),
@@ -505,18 +508,18 @@ def test_mistakes_cost_no_message(obj: object, options: dict[str, Any]) -> None:
 
 
 class Loaded:
-    """Not on any allowlist."""
+    """A class outside every allowlist."""
 
 
 class Fails:
-    """Fails when it is unpickled."""
+    """An object that fails when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return fails, ()
 
 
 class FailsInItsOwnWay(Exception):
-    """Not to be made from its args."""
+    """An error that cannot be made from its args."""
 
     def __init__(self, *, text: str) -> None:
         super().__init__(text)
@@ -532,7 +535,7 @@ class FailsOddly:
 
 
 class Gone:
-    """Of a module that the receiver does not have."""
+    """A class of a module that the receiver does not have."""
 
 
 def of_a_module_that_is_gone(functions: Functions) -> object:
@@ -553,7 +556,7 @@ def write_to_a_closed_peer(functions: Functions, *, reset: bool, buffering: int)
             there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         there.close()
         if not reset:
-            # Its answer to the first byte is a reset, too, of which the second tells.
+            # A closed peer also answers the first byte with a reset, and the second byte fails.
             here.shutdown(socket.SHUT_WR)
         sink = here.makefile("wb", buffering=buffering)
         try:
@@ -586,7 +589,7 @@ def read_from_a_peer_that(does: str, functions: Functions) -> None:
         functions.load(source)
 
 
-# Of the message, its object, and the connection: errors of both kinds.
+# Failures of the message, its object, or the connection: the error has both types.
 FAILURES: dict[str, Callable[[Functions], object]] = {
     "global": functools.partial(round_trip, obj=Loaded()),
     "function": functools.partial(round_trip, obj=os.getcwd),
@@ -627,7 +630,7 @@ def test_failures_have_both_types(what: str) -> None:
     if what in ("cuda", "xpu", "nowhere"):
         assert str(theirs).split(",")[0] in str(ours)
         assert ours.entry is not None
-    # They cross processes. (Below protocol 3, pickle replaces a BrokenPipeError by an OSError.)
+    # Errors can be pickled. (Below protocol 3, pickle replaces a BrokenPipeError by an OSError.)
     for protocol in range(3, pickle.HIGHEST_PROTOCOL + 1):
         same = pickle.loads(pickle.dumps(ours, protocol))
         assert isinstance(same, AiotorchioError) and isinstance(same, type(theirs))
@@ -655,7 +658,7 @@ def test_where_an_error_is() -> None:
 
 
 def test_errors_do_not_wait_for_the_garbage_collection() -> None:
-    """They hold the frames that hold the tensors."""
+    """Errors hold frames, and frames hold tensors, so errors must be free of reference cycles."""
     gc.disable()
     try:
         for obj in (Fails(), FailsOddly()):
@@ -666,7 +669,7 @@ def test_errors_do_not_wait_for_the_garbage_collection() -> None:
 
 
 def test_bytes_that_were_lost_or_changed() -> None:
-    """The ancestor has an error of some type for what is lost, and for half of what changed."""
+    """torch detects lost bytes with errors of various types, and only half of all changed bytes."""
     data = encoded(OURS, STATE)
     for size in range(len(data)):
         with pytest.raises(EOFError) as caught:
@@ -724,11 +727,11 @@ def can_listen_as_torchft_does() -> bool:
 
 @contextlib.contextmanager
 def recovery(*args: object) -> Iterator[subprocess.Popen[str]]:
-    """A process of tests/support/torchft_recovery.py, which is gone at the end."""
+    """Run tests/support/torchft_recovery.py as a process, and kill it at the end."""
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {"no_proxy": "*", "PYTHONPATH": os.fspath(root)}
     environment.pop("TORCHFT_USE_OTEL", None)
-    # torchft has a pytree, of which torch 2.13 says so while it is unpickled.
+    # torch 2.13 warns about torchft's pytree while it is unpickled.
     ignored = "ignore:`isinstance(treespec, LeafSpec)` is deprecated:FutureWarning"
     script = ["tests/support/torchft_recovery.py", *map(str, args)]
     command = [sys.executable, "-W", "error", "-W", ignored, *script]
@@ -741,7 +744,7 @@ def recovery(*args: object) -> Iterator[subprocess.Popen[str]]:
         cwd=root,
         env=environment,
     ) as process:
-        # Both end of themselves, unless something hangs.
+        # Both processes end on their own; the timer is for a process that hangs.
         deadline = threading.Timer(3 * PATIENCE, process.kill)
         deadline.start()
         try:
@@ -765,7 +768,7 @@ def test_torchft_recovers_a_worker(tmp_path: Path) -> None:
             assert client.returncode == 0, complaints
         _, complaints = server.communicate()
         assert server.returncode == 0, complaints
-    # One for the whole; one for the structure, and one for each of three chunks.
+    # One load for the whole state; for the chunked one, the structure and three chunks.
     assert loads.split() == ["1", "4"]
     state = torch.load(sent, weights_only=False)
     for recovered in torch.load(received, weights_only=False):

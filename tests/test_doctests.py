@@ -1,4 +1,4 @@
-"""The examples in the docstrings run and say what they show."""
+"""The examples in the docstrings run, and print the shown results."""
 
 from __future__ import annotations
 

@@ -39,13 +39,13 @@ TESTS_COMMAND = 2
 
 
 def prose(path: Path) -> str:
-    """A page without its code."""
+    """The text of a page without its code."""
     text = path.read_text(encoding="utf-8")
     return re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(path: Path) -> set[str]:
-    """The headings of a page, as GitHub links to them."""
+    """The headings of a page, in the form of GitHub's links."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -66,7 +66,7 @@ def test_readme_fits_on_a_few_screens() -> None:
     lines = README.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150
     commands = re.findall(r"^```sh\n(.*)\n```$", README.read_text(encoding="utf-8"), re.MULTILINE)
-    # .ci/run takes the second one.
+    # .ci/run runs the second command.
     assert len(commands) == TESTS_COMMAND
     assert "pytest" in commands[TESTS_COMMAND - 1]
     assert [line for line in lines if len(line) > 120 and line not in commands] == []
@@ -132,7 +132,7 @@ def is_error(value: object) -> bool:
 
 
 class Example:
-    """A block of Python in a page."""
+    """A block of Python code in a page."""
 
     def __init__(self, page: Path, line: int, source: str) -> None:
         self.source = source
@@ -153,7 +153,7 @@ def examples() -> list[Example]:
 EXAMPLES = examples()
 PROGRAMS = [example for example in EXAMPLES if example.is_program]
 FRAGMENTS = [example for example in EXAMPLES if not example.is_program]
-# What the peer sends to a fragment with these words, if not the state of a model.
+# The objects that the peer sends to fragments with these words; others get the state of a model.
 MODEL = torch.nn.Linear(4, 2)
 MESSAGES: dict[str, object] = {
     '{"model": model}': {"model": MODEL.state_dict(), "step": 3},
@@ -241,7 +241,7 @@ def peer_of(message: object) -> Callable[..., Any]:
 
 
 class Response:
-    """As of httpx."""
+    """The used part of httpx's ``Response``."""
 
     def __init__(self, message: object) -> None:
         self.message = message
@@ -254,7 +254,7 @@ class Response:
 
 
 class Client:
-    """As of httpx."""
+    """The used part of httpx's ``Client``."""
 
     @asynccontextmanager
     async def stream(self, method: str, url: str) -> AsyncIterator[Response]:
@@ -264,7 +264,7 @@ class Client:
 async def names_for(
     message: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> dict[str, Any]:
-    """The names that fragments rely on."""
+    """The names that fragments use."""
 
     async def nothing(*_: object) -> None:
         pass

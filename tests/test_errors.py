@@ -1,3 +1,5 @@
+"""The error classes: their tree, their texts, and their behaviour with pickle and copy."""
+
 from __future__ import annotations
 
 import copy
@@ -58,7 +60,7 @@ def test_what_they_say(kind: type[AiotorchioError]) -> None:
 def test_what_a_peer_wrote_moves_no_cursor(kind: type[AiotorchioError]) -> None:
     text = str(kind("device '\x1b[2Jcpu\r\u202e'"))
     assert text == "device '\\x1b[2Jcpu\\r\\u202e'"
-    # Of misfits, each has a line.
+    # A MismatchError has one line for each misfit.
     assert ("\n" in str(kind("one\ntwo"))) == (kind is aiotorchio.MismatchError)
 
 

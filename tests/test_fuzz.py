@@ -1,6 +1,6 @@
-"""What fuzzing has found stays fixed, and a little of it runs here, without its engine.
+"""Faults that fuzzing has found stay fixed; a small part of the fuzzing runs without an engine.
 
-The programs, and what they need, are in ``fuzz``.
+The programs and their requirements are in ``fuzz``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from fuzz import mutate, parser, pickled, tree
 from fuzz.seed import seeds
 from tests.support.tiers import examples
 
-# What torch says about kinds of tensors that are new, or rare.
+# torch warns about new or rare kinds of tensors.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 HARNESSES: dict[str, Any] = {"parser": parser, "tree": tree, "pickled": pickled}
 FINDS = Path(mutate.__file__).parent / "finds"
 SMALL = mutate.small()
-# Inputs in each test; the programs have millions.
+# Inputs in each test; the programs in ``fuzz`` run millions.
 COUNT = examples(2000)
 
 
@@ -85,7 +85,7 @@ def test_every_cut(name: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_every_bit(name: str) -> None:
     sample = SMALL[name]
-    # Of the long one not all, yet each bit of a byte as often as the others.
+    # An odd step, so that each bit of a byte is flipped equally often in the long message.
     step = 1 + len(sample.data) // 1000 * 2
     flipped = itertools.islice(mutate.bits(sample.data), 0, None, step)
     outcomes = mutate.tally(flipped, mutate.judge, [sample])
@@ -109,7 +109,7 @@ def test_damage_at_random() -> None:
 def test_damage_with_right_digests() -> None:
     random = Random(0)
     samples = [*mutate.larger().values(), *SMALL.values()]
-    # Each is loaded in several ways.
+    # Half as many inputs, because each is loaded in several ways.
     count = COUNT // 2
     inputs = (mutate.repaired(random, random.choice(samples)) for _ in range(count))
     outcomes = mutate.tally(inputs, mutate.judge_hostile)

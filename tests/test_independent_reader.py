@@ -1,4 +1,7 @@
-"""Both readers, the package and the one written from SPEC.md alone, see the same in a message."""
+"""The package and a reader written from SPEC.md alone agree on every message.
+
+Both read golden vectors, messages of the package, damaged messages, and crafted ones.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def vector(name: str) -> tuple[bytes, dict[str, Any]]:
 
 
 def by_independent(data: bytes, **limits: int) -> str:
-    """The name of the error; "" if there is none."""
+    """The name of the error of the independent reader, or "" without an error."""
     try:
         independent.read(data, independent.Limits(**limits))
     except independent.AiotorchioError as error:
@@ -165,7 +168,7 @@ def flags_of(tensor: torch.Tensor) -> int:
 
 
 class Comparison:
-    """Goes through what was read and what was sent side by side."""
+    """Compares a message, as the independent reader parsed it, with the object that was sent."""
 
     def __init__(self, message: independent.Message) -> None:
         self.message = message
@@ -318,7 +321,7 @@ def test_reads_what_the_package_writes(name: str, how: str) -> None:
         assert message.header.chunk_size == options["chunk_size"]
     comparison = Comparison(message)
     comparison.node(message.tree, obj)
-    # Nothing goes twice, and nothing is sent that is not in the object.
+    # Every row belongs to a tensor or storage of the object, and no row occurs twice.
     assert sorted(comparison.rows.values()) == list(range(len(message.header.tensors)))
     assert sorted(comparison.storages.values()) == list(range(len(message.header.storages)))
 
@@ -412,7 +415,7 @@ def test_every_cut(name: str) -> None:
 
 
 def bodies_of_chunks(name: str) -> set[int]:
-    """Where in the message."""
+    """The offsets in the message of all bytes in bodies of chunks."""
     data, expected = vector(name)
     (header,) = struct.unpack_from("<Q", data, 16 + 16)
     at = 16 + 32 + header + 32 + len(expected["skeleton"]) // 2
@@ -427,7 +430,7 @@ def bodies_of_chunks(name: str) -> set[int]:
 def test_every_change(name: str) -> None:
     data, expected = vector(name)
     rng = random.Random(name)
-    # 3.7: without digests, bodies of chunks are not verified.
+    # SPEC.md 3.7: without digests, bodies of chunks are not verified.
     unverified = set() if expected["preface"]["flags"] else bodies_of_chunks(name)
     for place in places(len(data)):
         damaged = bytearray(data)
@@ -437,7 +440,7 @@ def test_every_change(name: str) -> None:
         assert (mine == "") == (place in unverified), place
 
 
-# Messages with sound digests and unsound contents
+# Messages with valid digests and invalid contents
 
 
 def frame(
@@ -461,7 +464,7 @@ def preface(flags: int = 1) -> bytes:
 
 
 def sealed(header: bytes, skeleton: bytes, total_nbytes: int = 1 << 20) -> bytes:
-    """A message with these two bodies, around a payload of zeros."""
+    """A message with this header and skeleton, and a payload of zeros."""
     front = preface()
     message_id = xxhash.xxh3_128_digest(front + header)
     chunks: list[tuple[int, int]] = []
@@ -512,7 +515,7 @@ def test_every_change_under_sound_digests(name: str) -> None:
         data = sealed(head, tree)
         mine, theirs = by_independent(data, **limits), by_package(data, **limits)
         if mine != theirs:
-            # 5.1: a receiver may have to follow a location that it does not have.
+            # SPEC.md 5.1: a receiver may have to use a location that does not exist on it.
             after = independent.parse_header(head, independent.Limits())
             assert after.locations != before.locations
             assert (mine, theirs) == ("", "InvalidObjectError")
@@ -546,7 +549,7 @@ def row(**fields: Any) -> dict[str, Any]:
 
 TOO_MANY = {"locations": ["cpu"] * 101}
 META = {"locations": ["meta"]}
-# What is said of a header, with entries = 100, total_nbytes = 2**20 and dims = 3.
+# The error for each header, with entries = 100, total_nbytes = 2**20 and dims = 3.
 HEADERS: list[tuple[dict[str, Any], str]] = [
     ({}, ""),
     ({"byteorder": "middle"}, "ProtocolError"),
@@ -565,15 +568,15 @@ HEADERS: list[tuple[dict[str, Any], str]] = [
     ({"chunk_size": 2**63 - 64}, "LimitExceeded"),
     ({"chunk_size": 2**63}, "ProtocolError"),
     (TOO_MANY, "LimitExceeded"),
-    # Rules 1 to 3 in the order of the bytes.
+    # Rules 1 to 3 apply in the order of the bytes.
     ({**TOO_MANY, "byteorder": "middle"}, "ProtocolError"),
     ({**TOO_MANY, "metadata": {}}, "ProtocolError"),
     ({**TOO_MANY, "storages": {}}, "LimitExceeded"),
     ({"metadata": [0] * 101}, "LimitExceeded"),
     ({"locations": ["x" * 257]}, "ProtocolError"),
     ({"storages": [[8, 3, 0]]}, "ProtocolError"),
-    ({"storages": [[8, 3, 0]], "chunk_size": 1 << 40}, "LimitExceeded"),  # 5 before 7
-    ({"storages": [[8, 9, 0]], "chunk_size": 1 << 40}, "ProtocolError"),  # 3 before 5
+    ({"storages": [[8, 3, 0]], "chunk_size": 1 << 40}, "LimitExceeded"),  # rule 5 before 7
+    ({"storages": [[8, 9, 0]], "chunk_size": 1 << 40}, "ProtocolError"),  # rule 3 before 5
     ({"storages": [[8, 4, 1]]}, "ProtocolError"),
     ({"storages": [[8, True, 0]]}, "ProtocolError"),
     ({"storages": [[-1, 4, 0]]}, "ProtocolError"),
@@ -584,11 +587,11 @@ HEADERS: list[tuple[dict[str, Any], str]] = [
     ({"storages": [[8, 4, 0], [(1 << 20) - 64, 1, 0]]}, ""),
     (row(storage=1), "ProtocolError"),
     (row(dtype="float33"), "ProtocolError"),
-    (row(dtype="qint8"), "InvalidObjectError"),  # 12 before 13
+    (row(dtype="qint8"), "InvalidObjectError"),  # rule 12 before 13
     (row(dtype="float16"), "ProtocolError"),
     (row(dtype="complex64", shape=[1]), ""),
     (row(stride=[1, 1]), "InvalidObjectError"),
-    (row(stride=[1] * 4), "InvalidObjectError"),  # 14 before 15
+    (row(stride=[1] * 4), "InvalidObjectError"),  # rule 14 before 15
     (row(shape=[1] * 4, stride=[1] * 4), "LimitExceeded"),
     (row(flags=4), "InvalidObjectError"),
     (row(dtype="int32", flags=1), "InvalidObjectError"),
@@ -606,7 +609,7 @@ HEADERS: list[tuple[dict[str, Any], str]] = [
     (row(names="a"), "ProtocolError"),
     ({"byteorder": "big"}, ""),
     ({"byteorder": "big", "storages": [[0, 0, 0]], "tensors": []}, "InvalidObjectError"),
-    # Storages on meta have no bytes that could be reversed.
+    # Storages on meta have no bytes to reverse.
     ({"byteorder": "big", "storages": [[2**63 - 1, 4, 0]], **META}, ""),
 ]
 
@@ -761,7 +764,7 @@ PICKLES: list[tuple[bytes, str]] = [
     (storage_id(b"K\x00", text(b"float32")), ""),
     (storage_id(b"K\x00", text(b"complex128")), "InvalidObjectError"),
     (storage_id(b"K\x00", text(b"float33")), "ProtocolError"),
-    # 6.2: another persistent id.
+    # SPEC.md 6.2: another persistent id.
     (b"\x88Q.", "UnsafeObjectError"),
     (b"NQ.", "UnsafeObjectError"),
     (b")Q.", "ProtocolError"),
@@ -781,7 +784,7 @@ def test_pickles(number: int) -> None:
 
 def test_text_of_a_pickle_that_is_not_utf8() -> None:
     data = sealed(msgpack.packb(list({**LITTLE, "codec": "pickle"}.values())), text(b"\xff") + b".")
-    # Section 8 leaves it open whether the pickle is malformed, or cannot be rebuilt.
+    # SPEC.md section 8 allows both errors for such a pickle.
     allowed = ("ProtocolError", "InvalidObjectError")
     assert by_independent(data) in allowed
     assert by_package(data) in allowed

@@ -1,4 +1,4 @@
-"""A sender that is killed leaves tensors all old or all new, whenever it happens."""
+"""After a sender is killed at any moment, targets have all old or all new values."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIG
 @pytest.fixture(scope="module")
 def kill_sender() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        # The senders' processes import it by its name, from the same path.
+        # The processes of the senders import the module by its name.
         patch.syspath_prepend(BENCHMARKS)
         module = importlib.import_module("kill_sender")
-        # They are forked off the same process in all tests: importing torch takes seconds.
+        # All tests fork the senders from one process, because importing torch takes seconds.
         with module.Senders() as senders:
             patch.setattr(module, "Senders", lambda: contextlib.nullcontext(senders))
             yield module
@@ -35,10 +35,10 @@ def test_a_killed_sender_leaves_all_old_or_all_new(kill_sender: Any, way: str) -
     kills = list(kill_sender.kill_senders(KILLS, way, seed=0))
     counts = Counter(kill.found.value for kill in kills)
     assert counts["old"] + counts["new"] == len(kills) == KILLS, counts
-    # The moments are those of the seed: some before the end, some after it.
+    # The seed determines the moments: some before the end of the message, some after it.
     assert counts["old"] > KILLS / 2
     assert counts["new"] > 0
-    # Far from the end, and after the load, the outcome is certain.
+    # Far from the end, and after the load, only one outcome is possible.
     for kill in kills:
         if kill.moment < 0.5:
             assert (kill.found.value, kill.error) == ("old", "TruncatedError")

@@ -1,6 +1,6 @@
-"""Packages import only downward; private names of torch are used in one place.
+"""Packages import only downward, and private names of torch appear in one module only.
 
-Both are read from the sources: nothing is imported. docs/architecture.md has the same order and
+The tests parse the sources without importing them. docs/architecture.md has the same order and
 names every module.
 """
 
@@ -18,8 +18,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "aiotorchio"
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
 
-# The order of the packages, from the ground up: the packages that each may import, and libraries
-# besides the standard one. Modules at the top of the package count as packages of one module.
+# The order of the packages from the ground up, each with the packages and the third-party libraries
+# that it may import. A module at the top of the package counts as a package of one module.
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "limits": (set(), set()),
@@ -69,9 +69,10 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"errors", "limits", "table", "tls", "engine", "api"}, set()),
 }
 
-# What ordinary code of torch hangs on objects of the user, so that every writer must know it.
+# Private names that ordinary torch code sets on users' objects, so that every writer must know
+# them.
 PUBLIC_BY_CUSTOM = {
-    # The versions of a state dict: an attribute that nn.Module.state_dict() sets.
+    # The versions in a state dict: an attribute that nn.Module.state_dict() sets.
     ("codecs/tree/codec.py", "_metadata"),
     ("table/names.py", "_metadata"),
 }
@@ -137,7 +138,7 @@ def test_the_architecture_names_every_module_in_this_order() -> None:
 
 @pytest.mark.parametrize("source", sorted(SOURCES))
 def test_no_module_is_imported_by_name(source: str) -> None:
-    """An import that this test cannot see."""
+    """This test could not see such an import."""
     for node in ast.walk(tree_of(source)):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
@@ -168,7 +169,7 @@ def own_private_names() -> set[str]:
 
 
 def private_names_of_torch(source: str, own: set[str]) -> set[str]:
-    """Those that the syntax shows: from torch itself, and of objects, if nothing here has them."""
+    """Private names in torch, and private attributes that this package does not define."""
     tree = tree_of(source)
     if "torch" not in imported_packages(source):
         return set()
@@ -194,7 +195,7 @@ def test_private_names_of_torch_have_one_door(source: str) -> None:
 
 
 def test_the_check_sees_the_private_names_where_they_are() -> None:
-    """Else it would pass for having found nothing."""
+    """Otherwise the check could pass because it finds nothing at all."""
     found = private_names_of_torch("common/torch_private.py", own_private_names())
     assert {
         "_weights_only_unpickler",

@@ -1,4 +1,4 @@
-"""The defaults, and what a machine that does not tell its memory gets."""
+"""``Limits``: the defaults, and the default of ``total_nbytes`` from the memory of the machine."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Every world that can send, with every world that can receive; every object through every world.
+"""Messages between every pair of backends, and every object through every backend.
 
-How an object is taken apart and rebuilt does not depend on the worlds; what becomes of the bytes of
-a message does. So every pair of worlds carries the messages that differ on a stream, and the whole
-corpus goes once out of every world and once into every world, from and to one of another kind.
+Flatten and rebuild do not depend on the backend, but the path of the bytes does. So every pair of
+backends carries a selection of messages that differ on a stream. The whole corpus goes once from
+each backend and once to each backend, always to or from a different kind.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def pair_parameters(pairs: list[tuple[World, World]]) -> pytest.MarkDecorator:
 
 PAIRS = [(near, far) for near in WORLDS for far in WORLDS if near.link == far.link]
 
-# Without and with storages, small ones and one that is not, in either codec, with little and with
-# much around the tensors.
+# Objects without storages, with small and large ones, in either codec, with a small and a large
+# skeleton.
 SELECTED = [
     "none",
     "empty_tensor",
@@ -46,14 +46,14 @@ SELECTED = [
     "checkpoint",
     "large",
 ]
-# Where drivers and memory change their ways: storages that travel alone, transports that step
-# aside, pieces that are copied, turns of a loop, chunks and arenas.
+# Sizes at which drivers and memory change their method: storages with a separate buffer, direct use
+# of the socket, merged pieces, turns of the loop, chunks and arenas.
 BORDERS = [64 * KIB, 128 * KIB, 256 * KIB, MIB, 4 * MIB]
 
 
 class Message(NamedTuple):
     obj: Any
-    options: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
+    options: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
 
 def _bytes(count: int) -> torch.Tensor:
@@ -61,7 +61,7 @@ def _bytes(count: int) -> torch.Tensor:
 
 
 def _messages() -> dict[str, Message]:
-    """What every pair carries, one after the other on the same stream."""
+    """The messages that every pair carries, one after the other on the same stream."""
     messages = {name: Message(make(name)) for name in SELECTED}
     borders = [_bytes(border + more) for border in BORDERS for more in (-1, 0, 1)]
     messages |= {f"alone_{len(tensor)}": Message(tensor) for tensor in borders[1:9:2]}
@@ -106,11 +106,11 @@ def test_the_messages_are_of_every_kind(messages: Mapping[str, Message]) -> None
     assert {0, 1} <= {summary.storages for summary in sent.values()}
     assert sent["checkpoint"].storages > 64
     assert (sent["empty_tensor"].storages, sent["empty_tensor"].payload_nbytes) == (1, 0)
-    # Much around the tensors.
+    # A large header or skeleton.
     assert any(m.nbytes - m.payload_nbytes > 64 * KIB and not m.tensors for m in sent.values())
     # Chunks with several storages that are not copied, and storages in several chunks.
     assert (sent["several_chunks"].chunks, sent["several_chunks"].storages) == (5, 15)
-    # More than the system holds of a connection: the sender waits for the receiver.
+    # More than a connection buffers: the sender waits for the receiver.
     assert sent["several_chunks"].nbytes > 16 * MIB
 
 
@@ -118,7 +118,7 @@ def test_the_messages_are_of_every_kind(messages: Mapping[str, Message]) -> None
 
 
 def _opposites() -> list[tuple[World, World]]:
-    """Pairs in which every world is once the sender, and once the receiver."""
+    """Pairs in which every backend is once the sender and once the receiver."""
     pairs = []
     for link in dict.fromkeys(world.link for world in WORLDS):
         worlds = [world for world in WORLDS if world.link == link]
@@ -154,7 +154,7 @@ def test_no_world_is_left_out() -> None:
     assert set(OPPOSITES) <= set(PAIRS)
     for worlds in zip(*OPPOSITES, strict=True):
         assert sorted(world.name for world in worlds) == sorted(world.name for world in WORLDS)
-    # With one of its own kind, an error on one side could undo that of the other.
+    # Between equal kinds, an error of the sender could cancel out an error of the receiver.
     assert all((near.kind, near.loop) != (far.kind, far.loop) for near, far in OPPOSITES)
     for worlds in zip(*PAIRS, strict=True):
         assert set(worlds) == set(WORLDS)

@@ -1,4 +1,7 @@
-"""The table of docs/guide/receiving.md: what each way to receive costs and leaves behind."""
+"""The table in docs/guide/receiving.md: memory, results and side effects of each way to receive.
+
+Each row is checked with a real load.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ every_way = pytest.mark.parametrize("way", WAYS)
 
 
 def table() -> dict[str, list[str]]:
-    """The rows of the table, by the ways of the tests."""
+    """The rows of the table, by the name of the test's way to receive."""
     text = (ROOT / "docs" / "guide" / "receiving.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -43,7 +46,7 @@ def make_model() -> nn.Sequential:
 
 
 class Receiver:
-    """Receives a message in one of the ways, and sees what happens to a model."""
+    """Receives a message in one of the ways, and records changes of a model."""
 
     def __init__(self, way: str) -> None:
         self.way, self.model = way, make_model()
@@ -103,7 +106,7 @@ async def test_when_tensors_change_and_which_hooks_run(way: str) -> None:
 async def test_what_an_error_leaves_behind(way: str) -> None:
     sent, receiver = make_model(), Receiver(way)
     data = bytearray(message_of(sent))
-    # In the last chunk.
+    # A byte in the last chunk.
     data[-200] ^= 1
     with pytest.raises(ChecksumError):
         await receiver.receive(bytes(data))
@@ -115,7 +118,7 @@ async def test_what_an_error_leaves_behind(way: str) -> None:
         assert torch.equal(sent.state_dict()[name], tensor)
 
 
-# In a process of its own: the peak of this one is that of all tests before.
+# Run in a new process, because the peak of this one includes all earlier tests.
 _PEAKS = """
 import asyncio, io, sys, torch, aiotorchio
 
@@ -158,11 +161,11 @@ for way in ["load", "into", "staged", "double", "iterate"]:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks as Linux has them")
 def test_memory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _PEAKS, str(tmp_path / "state.aio")]
-    # Else malloc keeps what was freed, and the next way takes that.
+    # Otherwise malloc keeps freed memory, and the next way reuses it.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     peaks = {way: float(peak) for way, peak in map(str.split, ran.stdout.splitlines())}
     for way, (memory, *_) in table().items():
-        # In sizes of the state: once, or some chunks.
+        # In multiples of the state: once, or a few chunks.
         least, most = (0.9, 1.4) if way == "load" or memory.startswith("once") else (0, 0.25)
         assert least <= peaks[way] < most, (way, peaks)

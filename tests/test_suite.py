@@ -1,4 +1,4 @@
-"""What holds for the suite as a whole: its tiers, its deadlines, one error for one fault."""
+"""The test suite itself: its tiers, its deadlines, and one error for one fault."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_patience_grows_with_the_time_that_work_takes(monkeypatch: pytest.Monkey
     monkeypatch.setattr(speed, "_measured", None)
     assert speed.slowdown() == pytest.approx(3)
     assert speed.patience(10) == pytest.approx(30 * speed._MARGIN)
-    # What was measured holds for a while.
+    # The measured slowdown stays valid for a while.
     now += speed._HOLDS / 2
     before = now
     assert speed.slowdown() == pytest.approx(3)

@@ -1,4 +1,4 @@
-"""TLS: who may talk to whom, and what a load or a save says when a connection is cut."""
+"""TLS: which peers accept each other, and the errors of loads and saves on cut connections."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.backends import PATIENCE, WORLDS, End, Script, World, convers
 from tests.support.corpus import assert_same
 from tests.support.tensor_layouts import encoded
 
-# In several records of TLS, and many tensors in one.
+# A tensor in several TLS records, and many tensors in one record.
 STATE = {"large": torch.arange(300_000), "small": [torch.arange(n) for n in range(50)], "step": 1}
 MESSAGE = encoded(STATE)
 # More than the sockets hold.
@@ -40,7 +40,7 @@ BLOCKING = ("blocking", "none")
 
 
 class Files:
-    """Certificates of an authority, where users have them."""
+    """The certificate files of an authority."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -50,7 +50,7 @@ class Files:
         self._authority.cert_pem.write_to_path(str(self.ca))
 
     def issue(self, name: str, **options: Any) -> tuple[Path, Path]:
-        """A certificate and its key."""
+        """Write a certificate and its key; return their paths."""
         issued = self._authority.issue_cert(name, **options)
         cert, key = self._folder / f"{name}.pem", self._folder / f"{name}.key"
         cert.write_bytes(b"".join(each.bytes() for each in issued.cert_chain_pems))
@@ -65,7 +65,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """Of an authority that nobody here trusts."""
+    """Files of an authority that no context here trusts."""
     return Files(tmp_path_factory.mktemp("tls") / "others")
 
 
@@ -95,13 +95,13 @@ async def does_nothing(end: End) -> None:
 
 
 def failures(near: World, near_script: Script[Any], far: World, far_script: Script[Any]) -> str:
-    """What went wrong at one end or both."""
+    """The errors of both ends as text."""
     with pytest.raises(ExceptionGroup) as caught:
         converse(near, near_script, far, far_script)
     return "; ".join(f"{type(error).__name__}: {error}" for error in caught.value.exceptions)
 
 
-# ------------------------------------------------------------------------------ those who may
+# ------------------------------------------------------------------------------ accepted peers
 
 
 @every_pair
@@ -122,15 +122,15 @@ def test_objects_go_both_ways(
     converse(tls_world(*near, given), client, tls_world(*far, given), server)
 
 
-# Not on uvloop, which drops what it has not decrypted yet when a peer closes without a farewell.
+# Not on uvloop: it drops encrypted bytes when a peer closes without ``close_notify``.
 @pytest.mark.parametrize(
     "world", [each for each in TLS_WORLDS if each[1] != "uvloop"], ids="-".join
 )
 def test_nothing_is_lost_of_a_client_that_only_sends_and_closes(
     world: tuple[str, str], one_sided: Contexts
 ) -> None:
-    """With session tickets that it has not read, the system would reset the connection."""
-    # Some waits at the receiver, the rest at the sender.
+    """Unread session tickets would make the system reset the connection."""
+    # A part waits at the receiver, the rest at the sender.
     sent, closed = [torch.arange(60_000)], threading.Event()
 
     async def sends_and_closes(end: End) -> None:
@@ -153,7 +153,7 @@ def test_both_sides_speak_tls_1_3_and_know_each_other(mutual: Contexts) -> None:
         assert not end.sink.session_reused
         await end.send(b"x")
         assert await end.receive(1) == b"x"
-        # A ticket would have come by now.
+        # A ticket would have arrived by now.
         assert end.sink.session is None or not end.sink.session.has_ticket
 
     world = tls_world(*BLOCKING, mutual)
@@ -170,7 +170,7 @@ def test_an_intermediate_authority_is_sent_along(tmp_path: Path) -> None:
     converse(world, sends, world, receives)
 
 
-# ------------------------------------------------------------------------------ those who may not
+# ------------------------------------------------------------------------------ refused peers
 
 
 @every_world
@@ -211,7 +211,7 @@ def test_an_unknown_authority_is_refused(
 def test_an_unknown_client_gets_an_error_of_ours(
     near: tuple[str, str], far: tuple[str, str], cert: str, files: Files, others: Files
 ) -> None:
-    """The server refuses it when the client has long begun."""
+    """The server refuses the client after the client has begun to send."""
     own = others.issue("trainer") if cert == "other" else ()
     contexts = Contexts(
         tls.server_context(*files.issue("localhost"), client_ca=files.ca),
@@ -303,12 +303,12 @@ def test_tls_is_no_message_at_a_plain_port(world: tuple[str, str], one_sided: Co
 
 
 def _fin(sock: ssl.SSLSocket) -> None:
-    """Nothing of TLS says that this is the end."""
+    """End the TCP stream without ``close_notify``."""
     sock.shutdown(socket.SHUT_WR)
 
 
 def _farewell(sock: ssl.SSLSocket) -> None:
-    """Say it, and do not wait for the answer."""
+    """Send ``close_notify``, without waiting for the answer."""
     sock.setblocking(False)
     with contextlib.suppress(ssl.SSLWantReadError):
         sock.unwrap()
@@ -344,11 +344,11 @@ def test_a_cut_message_is_truncated(
         converse(ours, notices, peer, cuts)
 
 
-# ------------------------------------------------------------------------------ one and another
+# -------------------------------------------------------------------------- independent connections
 
 
 class InMemory:
-    """Both sides of a connection whose bytes stay in memory until they are passed on."""
+    """Both sides of a connection in memory."""
 
     def __init__(self, contexts: Contexts) -> None:
         self.to_client, self.to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -362,12 +362,12 @@ class InMemory:
 
 
 def test_a_peer_that_breaks_off_does_no_harm_to_another_connection(one_sided: Contexts) -> None:
-    """OpenSSL has one queue of errors for all connections of a thread."""
+    """OpenSSL has one error queue for all connections of a thread."""
     broken, healthy = InMemory(one_sided), InMemory(one_sided)
     broken.to_server.write(b"no record of TLS, as long as a header")
     with pytest.raises(ssl.SSLError):
         broken.server.read()
-    # Its alert is the first thing that a client hears that hangs up.
+    # Before it can close, the client receives the alert of the server.
     with contextlib.suppress(ssl.SSLError):
         broken.client.unwrap()
     with pytest.raises(ssl.SSLWantReadError):
@@ -422,12 +422,12 @@ def test_no_file_is_taken_for_another(tmp_path: Path, files: Files) -> None:
         lambda path: tls.server_context(cert, path),
         lambda path: tls.server_context(cert, key, path),
     ]
-    # An empty text, such as that of an empty variable of the environment, is not None.
+    # An empty text, for example from an empty environment variable, is not None.
     for nothing in ("", tmp_path, tmp_path / "nothing.pem"):
         for call in calls:
             with pytest.raises(OSError) as caught:
                 call(nothing)
-            # OpenSSL names none.
+            # OpenSSL's error names no file.
             assert str(nothing) in caught.value.__notes__[0]
 
 
