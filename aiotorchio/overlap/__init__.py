@@ -1,1 +1,1 @@
-"""Which strided tensors share bytes of memory: arithmetic, no I/O."""
+"""Which strided tensors share bytes of memory, found by arithmetic, without I/O."""

@@ -1,7 +1,9 @@
-"""Which of many strided tensors share bytes of memory: to fill them differently, or in common.
+"""The search for strided tensors that share bytes of memory.
 
-Exactly, and most of it from numbers alone: columns, rows and blocks of one matrix are told apart by
-arithmetic, however many they are. The rest is drawn (see ``strip``).
+In: the footprints of many tensors on one device. Out: two of them whose shared byte would be filled
+differently (``conflict``), or the tensors whose bytes other tensors fill (``filled``). Both answers
+are exact. Most cases need arithmetic only: it separates any number of columns, rows and blocks of
+one matrix. The remaining tensors are drawn (see ``drawing``).
 """
 
 from __future__ import annotations
@@ -18,20 +20,24 @@ __all__ = ["conflict", "filled"]
 
 Key = TypeVar("Key", bound=Hashable)
 
-# Tensors of which each pair is looked at before they are drawn.
+# The number of tensors up to which each pair is compared before they are drawn.
 _PAIRED_MAX = 64
-# Tensors that the arithmetic looks at, each time that it cuts a dimension off; more are drawn.
+# The number of tensors, summed over all cuts of a dimension, up to which arithmetic compares them;
+# further ones are drawn.
 _STEPS_MAX = 100_000
 
 
 def conflict(
     footprints: Mapping[Key, Footprint], origins: Mapping[Key, Origin]
 ) -> tuple[Key, Key] | None:
-    """Two tensors of one device that share a byte, for which they have different origins.
+    """Find two tensors of one device that share a byte and take it from different origins.
 
     Args:
-        footprints: By key; of the two in a conflict, the one that comes first here is first.
+        footprints: By key. Of two tensors in conflict, the earlier one here comes first.
         origins: By the same keys.
+
+    Returns:
+        The keys of two tensors; None if there is no conflict.
     """
     groups: dict[object, int] = {}
     members = []
@@ -51,9 +57,9 @@ def conflict(
 
 
 def _in_step(members: Sequence[_Member]) -> list[int]:
-    """Numbers of members that may share a byte with one of another group, going by their steps.
+    """Return the numbers of members whose steps allow a byte in common with another group.
 
-    All bytes of ``t[::2]`` lie at even elements, for example, and those of ``t[1::4]`` at odd ones.
+    All bytes of ``t[::2]`` are at even elements, for example, and those of ``t[1::4]`` at odd ones.
     """
     return [
         member.number
@@ -63,7 +69,7 @@ def _in_step(members: Sequence[_Member]) -> list[int]:
 
 
 def _out_of_step(one: _Member, other: _Member) -> bool:
-    """Whether no byte of two members can be the same, however far they reach."""
+    """Whether two members have no byte in common, however far they reach."""
     width, its = one.runs[-1][0], other.runs[-1][0]
     step = math.gcd(*(each for member in (one, other) for _, each in member.runs[:-1]))
     behind = other.start - one.start
@@ -73,7 +79,10 @@ def _out_of_step(one: _Member, other: _Member) -> bool:
 
 
 def filled(targets: Mapping[Key, Footprint], others: Sequence[Footprint]) -> set[Key]:
-    """Tensors of which each byte is also one of others; all are on one device, and have bytes."""
+    """Return the targets of which each byte is also one of others.
+
+    All tensors are on one device, and have elements.
+    """
     whole = Extents((each.start, each.end, None) for each in others if len(runs_of(each)) == 1)
     ranges = Extents((start, end, (start, end)) for start, end in whole.ranges())
     found, waiting = set(), {}
@@ -100,7 +109,7 @@ def filled(targets: Mapping[Key, Footprint], others: Sequence[Footprint]) -> set
 
 
 def _copy_of(each: Footprint, origin: Origin) -> object:
-    """The same for tensors that are parts of one copy: each byte of one origin, wherever it is."""
+    """Return a value that is equal for parts of one copy: tensors with the same source per byte."""
     if origin.offset is None:
         return origin
     moved = any(
@@ -113,13 +122,13 @@ def _copy_of(each: Footprint, origin: Origin) -> object:
 
 
 class _Member(NamedTuple):
-    """Runs of bytes, evenly spaced in some dimensions.
+    """Runs of bytes with constant distances in some dimensions.
 
     Attributes:
-        start: Address of the first.
+        start: Address of the first run.
         runs: Count and step, in bytes, of each dimension, from the widest; the last has step 1.
-        group: Members of one group do not disturb each other.
-        number: Which tensor it is, or is a part of.
+        group: Members of one group may share bytes.
+        number: The tensor that it is, or is a part of.
     """
 
     start: int
@@ -129,26 +138,26 @@ class _Member(NamedTuple):
 
     @property
     def span(self) -> tuple[int, int, _Member]:
-        """From its first byte to its last one."""
+        """The first address, the one after the last, and the member."""
         end = self.start + 1 + sum((count - 1) * step for count, step in self.runs)
         return self.start, end, self
 
 
 def _meeting(members: Iterable[_Member]) -> Iterator[list[_Member]]:
-    """Members of several groups whose extents meet."""
+    """Yield members of several groups whose extents meet."""
     for found in Extents(member.span for member in members).together():
         if len({member.group for member in found}) > 1:
             yield found
 
 
 def _suspects(members: Iterable[_Member], steps: list[int]) -> Iterator[int]:
-    """Numbers of those that may share a byte with one of another group."""
+    """Yield the numbers of members that may share a byte with another group."""
     for found in _meeting(members):
         yield from _suspects_among(found, steps)
 
 
 def _suspects_among(members: Sequence[_Member], steps: list[int]) -> Iterator[int]:
-    """Cut the widest dimension off: blocks share a byte if they do in the rest, and a row of it."""
+    """Cut off the widest dimension, and compare the rest of the blocks that share a row of it."""
     check_interrupt()
     steps[0] -= len(members)
     blocks = _without_widest(members) if steps[0] > 0 else None
@@ -173,9 +182,9 @@ def _suspects_among(members: Sequence[_Member], steps: list[int]) -> Iterator[in
 
 
 def _without_widest(members: Sequence[_Member]) -> list[tuple[int, int, _Member]] | None:
-    """Members as blocks of rows: the first one, the one after the last, and what is in each row.
+    """Return members as blocks of rows: the first row, the one after the last, and one row.
 
-    None if they are no blocks in rows of one length.
+    Returns None if the members are not blocks in rows of one length.
     """
     width = max((member.runs[0][1] for member in members if len(member.runs) > 1), default=0)
     if not width:
@@ -189,7 +198,7 @@ def _without_widest(members: Sequence[_Member]) -> list[tuple[int, int, _Member]
         if end - start > width:
             return None
         rows.append((start, end, count, member._replace(runs=runs)))
-    # Where a row can begin without cutting any of them.
+    # Find a start of the rows that cuts through no member.
     rows.sort(key=lambda row: row[:2])
     begin, reached = None, max(end for _, end, _, _ in rows) - width
     for start, end, _, _ in rows:

@@ -1,7 +1,7 @@
-"""Strided tensors drawn on a strip of constant size that moves along the memory that they share.
+"""Strided tensors drawn on a strip of constant size that moves along their common memory.
 
-The exact answer, whatever the layouts are. It takes some tens of nanoseconds a byte, in a worker
-thread and interruptible, so it is only for layouts that arithmetic cannot tell apart.
+In: the footprints that ``conflicts`` could not separate by arithmetic. Out: the exact answer, for
+any layout. It takes some tens of nanoseconds a byte, in a worker thread, and can be interrupted.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["drawn_conflict", "drawn_filled"]
 
 T = TypeVar("T")
 
-# Units of memory on the strip, 8 bytes of it each.
+# The length of the strip in units of memory; each takes 8 bytes on the strip.
 _STRIP_UNITS = 2**20
 
 
 def drawn_conflict(tensors: Sequence[tuple[T, Footprint, Origin]]) -> tuple[T, T] | None:
-    """The answer of ``overlap.conflict``, for tensors by key."""
+    """Answer ``conflicts.conflict`` for tensors with their keys."""
     strip = _Strip([each for _, each, _ in tensors])
     firsts = _firsts(*zip(*[(each, origin) for _, each, origin in tensors], strict=True))
     for position in strip.positions():
@@ -44,12 +44,12 @@ def drawn_conflict(tensors: Sequence[tuple[T, Footprint, Origin]]) -> tuple[T, T
                 for other, its, source in near[:n]:
                     if _byte_at(its, source, address) not in (None, own):
                         return other, key
-                raise AssertionError("a byte that nothing was drawn for")
+                raise AssertionError("the strip has a number for a byte of no tensor")
     return None
 
 
 def drawn_filled(targets: Mapping[T, Footprint], others: Sequence[Footprint]) -> set[T]:
-    """The answer of ``overlap.filled``."""
+    """Answer ``conflicts.filled``."""
     left = dict(targets)
     strip = _Strip([*targets.values(), *others])
     for position in strip.positions():
@@ -68,10 +68,10 @@ class _Strip:
     """A number for each unit of a range of memory: 0 where nothing was drawn.
 
     Args:
-        footprints: All that will be drawn.
+        footprints: All tensors that will be drawn.
 
     Attributes:
-        unit: Bytes. All elements begin and end at a multiple of it, counted from one of them.
+        unit: Bytes of a unit. Elements begin and end at multiples of it, counted from the first.
         length: Bytes of memory that one position of the strip shows.
     """
 
@@ -85,11 +85,11 @@ class _Strip:
         self._footprints, self.unit = footprints, unit
         self._margin = max(each.itemsize for each in footprints)
         self.length = min(_STRIP_UNITS * unit, end - begin)
-        # An element can begin before the range, and end after it.
+        # An element can begin before the range, or end after it.
         self._units = torch.zeros((self.length + 3 * self._margin) // unit, dtype=torch.int64)
 
     def positions(self) -> Iterator[int]:
-        """First address of each range, where there is anything to draw; all is blank there."""
+        """Yield the first address of each range with anything to draw; the strip is blank then."""
         spans = Extents((each.start, each.end, None) for each in self._footprints)
         for start, end in spans.ranges():
             for position in interruptible(range(start, end, self.length), 1):
@@ -97,19 +97,19 @@ class _Strip:
                 self._units.zero_()
 
     def near(self, position: int, each: Footprint) -> bool:
-        """Whether a tensor has bytes in a range, or may have them next to it."""
+        """Whether a tensor has bytes in a range, or directly next to it."""
         low, high = position - self._margin, position + self.length + self._margin
         return each.start < high and each.end > low
 
     def views(
         self, position: int, each: Footprint, *, beyond: bool = False
     ) -> Iterator[tuple[torch.Tensor, int, tuple[slice, ...]]]:
-        """The elements with bytes in a range, as boxes of units: with their address and indices.
+        """Yield the elements with bytes in a range, as boxes of units, with address and indices.
 
         Args:
             position: First address of the range.
             each: The tensor.
-            beyond: Include those that begin next to the range.
+            beyond: Include elements that begin directly after the range.
         """
         order, base = order_of(each.shape, each.stride), position - self._margin
         low, high = base, position + self.length + (self._margin if beyond else 0)
@@ -129,12 +129,12 @@ class _Strip:
     def ids(
         self, first: int, each: Footprint, origin: Origin, box: tuple[slice, ...]
     ) -> torch.Tensor:
-        """What to draw for a box of elements: equal numbers for equal origins.
+        """Return the numbers to draw for a box of elements: equal numbers for equal origins.
 
         Args:
             first: The number of position 0.
             each: The tensor.
-            origin: Of its elements.
+            origin: The origin of its elements.
             box: Indices, in the order of ``views``.
         """
         if origin.offset is None:
@@ -148,7 +148,7 @@ class _Strip:
 
 
 def _firsts(footprints: Iterable[Footprint], origins: Iterable[Origin]) -> dict[int, int]:
-    """The number of position 0 of each kind, so that no two kinds have a number in common."""
+    """Return the number of position 0 for each kind, such that kinds have no number in common."""
     lengths: dict[int, int] = {}
     for each, origin in zip(footprints, origins, strict=True):
         steps = (
@@ -164,7 +164,7 @@ def _firsts(footprints: Iterable[Footprint], origins: Iterable[Origin]) -> dict[
 
 
 def _byte_at(each: Footprint, origin: Origin, address: int) -> object:
-    """What a tensor has a byte from; None if that byte is not one of its own."""
+    """Return the origin of a byte of a tensor; None if the byte is not in the tensor."""
     order, left = order_of(each.shape, each.stride), address - each.start
     position = origin.offset or 0
     for dim, size, step in zip(order.dims, order.shape, order.stride, strict=True):

@@ -1,4 +1,8 @@
-"""Where tensors are in memory, as numbers: their extents, and which of them meet."""
+"""The extents of tensors in memory, as numbers, and the search for extents that meet.
+
+In: plain strided tensors, or ranges of addresses. Out: their addresses, and which of them meet. All
+functions read shapes, strides and addresses only, and raise nothing.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ T = TypeVar("T")
 
 
 class Footprint(NamedTuple):
-    """Memory of a tensor whose elements each have an address of their own (``Order.distinct``).
+    """The memory of a tensor in which no two elements share a byte (``Order.distinct``).
 
     ``start`` is the address of the first byte, ``end`` the one after the last.
     """
@@ -38,12 +42,12 @@ class Footprint(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """What the elements of a tensor are copied from.
+    """The source of the elements of a tensor that is filled by copies.
 
     Attributes:
         kind: Equal for elements that are copied from one storage in one way.
         offset: Position of the first element, in elements; None if only ``kind`` matters.
-        stride: From one position to the next, in each dimension.
+        stride: The distance between positions, in each dimension.
     """
 
     kind: int
@@ -52,24 +56,24 @@ class Origin(NamedTuple):
 
 
 def footprint(tensor: torch.Tensor) -> Footprint:
-    """The memory of a plain strided tensor."""
+    """Return the memory of a plain strided tensor."""
     shape, stride, itemsize = tensor.shape, tensor.stride(), tensor.element_size()
     start = tensor.data_ptr()
     return Footprint(start, start + extent_of(tensor), itemsize, shape, stride)
 
 
 def extent_of(tensor: torch.Tensor) -> int:
-    """Bytes from the first element of a strided tensor to the last one, with both of them."""
+    """Return the bytes from the first element of a strided tensor through the last one."""
     if tensor.is_contiguous():
         return tensor.nbytes
     return order_of(tensor.shape, tensor.stride()).extent * tensor.element_size()
 
 
 class Extents(Generic[T]):
-    """Ranges of memory of one device, in the order of their addresses.
+    """Ranges of memory on one device, in the order of their addresses.
 
     Args:
-        spans: First address, the one after the last, and whose they are.
+        spans: First address, the one after the last, and the key of each range.
     """
 
     def __init__(self, spans: Iterable[tuple[int, int, T]]) -> None:
@@ -77,7 +81,7 @@ class Extents(Generic[T]):
         self._starts = [start for start, _, _ in ordered]
         self._ends = [end for _, end, _ in ordered]
         self._keys = [key for _, _, key in ordered]
-        # The furthest end so far. Numbers alone: the garbage collector has nothing to look at.
+        # The furthest end so far. These are lists of numbers, which the garbage collector skips.
         self._reached = list(accumulate(self._ends, max))
 
     def __iter__(self) -> Iterator[tuple[int, int, T]]:
@@ -94,18 +98,18 @@ class Extents(Generic[T]):
                 first = n
 
     def together(self) -> Iterator[list[T]]:
-        """Those whose extents meet, directly or through others; not those that are alone."""
+        """Yield the keys of ranges that meet, directly or through others, in groups of several."""
         for first, last in self._clusters():
             if last - first > 1:
                 yield self._keys[first:last]
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """What they cover, in order: first address of each range, and the one after the last."""
+        """Yield the memory that they cover: first address, and the one after the last."""
         for first, last in self._clusters():
             yield self._starts[first], self._reached[last - 1]
 
     def meeting(self, start: int, end: int) -> Iterator[T]:
-        """Those that have an address in a range, from the last to the first."""
+        """Yield the keys of ranges with an address in this one, from the last to the first."""
         n = bisect_left(self._starts, end)
         while n and self._reached[n - 1] > start:
             n -= 1
@@ -118,7 +122,7 @@ def _ends(span: tuple[int, int, object]) -> tuple[int, int]:
 
 
 def extents_of(tensors: Mapping[str, torch.Tensor]) -> dict[torch.device, Extents[str]]:
-    """The extents of plain strided tensors; without those that have no elements."""
+    """Return the extents of plain strided tensors, by device, but none without elements."""
     spans: dict[torch.device, list[tuple[int, int, str]]] = {}
     for name, tensor in interruptible(tensors.items()):
         nbytes = extent_of(tensor)
@@ -129,7 +133,7 @@ def extents_of(tensors: Mapping[str, torch.Tensor]) -> dict[torch.device, Extent
 
 
 def runs_of(each: Footprint) -> tuple[tuple[int, int], ...]:
-    """Count and step, in bytes, of each dimension from the widest; the last one has step 1."""
+    """Return count and step in bytes of each dimension, widest first; the last one has step 1."""
     order = order_of(each.shape, each.stride)
     found = [(each.itemsize, 1)]
     for size, step in zip(reversed(order.shape), reversed(order.stride), strict=True):
