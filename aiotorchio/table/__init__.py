@@ -1,1 +1,1 @@
-"""Tensors and storages <-> rows of the header: torch, no I/O."""
+"""Conversion of tensors and storages to rows of the header and back, without I/O."""

@@ -1,10 +1,12 @@
-"""Storages without what no tensor shows: what ``compact=True`` sends.
+"""Storages without the gaps between their tensors, for ``compact=True``.
 
-The largest view gives a lattice: its strides, from the widest to the narrowest. There, what a view
-shows is a box, and views whose boxes do not meet have no element in common: they are packed
-apart. Those that have are packed together, in the smallest box around theirs: its elements one
-after the other, and every stride that among the packed elements. Views that no lattice holds
-together (of other item sizes, the windows of ``unfold``) keep the bytes from the first to the last.
+In: the rows of an object. Out: the same rows over smaller storages, and the ranges to send.
+
+The strides of the largest view of a storage, from the widest to the narrowest, are a lattice. In
+it, a view is a box, and views whose boxes do not meet have no element in common: they are packed
+separately. Views whose boxes meet are packed together, as the smallest box around theirs: its
+elements one after the other, with new strides. Views that are no boxes in the lattice (other item
+sizes, the windows of ``unfold``) keep all bytes from the first to the last.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ from aiotorchio.wire.header import META_LOCATION, StorageRow, TensorRow
 
 __all__ = ["compact"]
 
-# Views with overlapping ranges of bytes are compared pair by pair.
+# The number of views with overlapping ranges of bytes up to which each pair is compared.
 _COMPARED_MAX = 256
 
 
-_Box = list[range]  # in each dimension of a lattice
+_Box = list[range]  # a range for each dimension of a lattice
 
 
 @dataclass(slots=True)
 class _View:
-    """A tensor over a storage: its row, and the bytes from its first to its last."""
+    """A tensor over a storage: its row, and its bytes, from the first to the one after the last."""
 
     row: TensorRow
     itemsize: int
@@ -47,17 +49,16 @@ def compact(
     locations: Sequence[str],
     whole: Iterable[int],
 ) -> tuple[dict[int, list[Part]], int]:
-    """Change the rows to those of smaller storages.
+    """Change the rows to rows of smaller storages.
 
     Args:
-        tensors: Rows, changed in place: offsets, and strides.
-        storages: Rows, changed in place: sizes.
-        locations: Of the storages.
-        whole: Storages that the object refers to itself; they stay as they are.
+        tensors: Tensor rows; their offsets and strides are changed in place.
+        storages: Storage rows; their sizes are changed in place.
+        locations: The location tags of the header.
+        whole: Storages that the object refers to directly; they stay as they are.
 
     Returns:
-        The parts that are left of each storage that is smaller now, by number, and how many bytes
-        are left out.
+        The ranges to send of each smaller storage, by number, and the number of bytes left out.
     """
     views: dict[int, list[_View]] = {}
     for row in tensors:
@@ -73,7 +74,7 @@ def compact(
         if locations[storage.location] == META_LOCATION or storage.nbytes == _shown(views[index]):
             continue
         if any(view.end > storage.nbytes for view in views[index] if view.nbytes):
-            # It was made smaller behind the back of a tensor. That is the receiver's to refuse.
+            # The storage was resized below a tensor. The receiver refuses such a row.
             continue
         fitted = _Fitted(views[index], storage.nbytes)
         if fitted.nbytes >= storage.nbytes:
@@ -86,20 +87,20 @@ def compact(
 
 
 def _shown(views: Sequence[_View]) -> int:
-    """Bytes that the first view shows, if it is dense: most storages have one, which shows all."""
+    """Return the bytes of the first view, if it is dense: in most storages, it shows all bytes."""
     return views[0].nbytes if views[0].order.dense else -1
 
 
 class _Fitted:
-    """The views of one storage over what they show of it.
+    """The views of one storage, fitted to a smaller storage.
 
     Args:
-        views: All there are.
+        views: All views of the storage.
         available: Bytes of the storage.
 
     Attributes:
-        parts: What is left of the storage.
-        nbytes: How much that is.
+        parts: The ranges of the storage that remain.
+        nbytes: The size of the smaller storage.
     """
 
     def __init__(self, views: Sequence[_View], available: int) -> None:
@@ -122,7 +123,7 @@ class _Fitted:
     def _fit(self, component: _Component) -> None:
         views = component.views
         start, end = min(view.start for view in views), max(view.end for view in views)
-        # Numbers stay aligned to their size.
+        # Elements stay aligned to their size.
         size = max(view.itemsize for view in views)
         packed = component.packed(self._available)
         if packed is None or packed.nbytes >= end - start:
@@ -141,7 +142,7 @@ class _Fitted:
 
 
 def _groups(views: Iterable[_View]) -> Iterator[list[_View]]:
-    """Views that may show some of the same bytes, from the first of them to the last."""
+    """Yield views whose ranges of bytes meet, in groups, in the order of their addresses."""
     group: list[_View] = []
     end = 0
     for view in sorted(views, key=lambda view: view.start):
@@ -156,12 +157,12 @@ def _groups(views: Iterable[_View]) -> Iterator[list[_View]]:
 
 @dataclass(slots=True)
 class _Component:
-    """Views that go together.
+    """Views that are packed together.
 
     Attributes:
-        views: All of them.
-        lattice: What holds them together; None if nothing does.
-        boxes: What each of them spans in it.
+        views: The views.
+        lattice: The lattice in which all of them are boxes; None if there is none.
+        boxes: The box of each view.
     """
 
     views: list[_View]
@@ -169,7 +170,7 @@ class _Component:
     boxes: list[_Box] = field(default_factory=list)
 
     def packed(self, available: int) -> _Packed | None:
-        """The smallest box around all, in a storage of so many bytes; None if there is none."""
+        """Return the smallest box around all boxes, packed; None if the storage lacks a part."""
         if self.lattice is None:
             return None
         spans = zip(*self.boxes, strict=True)
@@ -177,35 +178,35 @@ class _Component:
         if not self.lattice.is_distinct(box):
             return None
         packed = _Packed(self.lattice, box)
-        # A corner may be where the storage has nothing.
+        # A corner may be outside of the storage.
         return packed if packed.start >= 0 and packed.end <= available else None
 
 
 class _Lattice:
-    """Steps from the first element of one view, from the widest to the narrowest.
+    """Strides, counted from the first element of one view, from the widest to the narrowest.
 
     Args:
-        lead: The one whose strides they are.
-        views: All that may be held by it.
+        lead: The view whose strides they are.
+        views: All views that may be boxes in it.
     """
 
     def __init__(self, lead: _View, views: Sequence[_View]) -> None:
         self.start, self.itemsize = lead.start, lead.itemsize
         shape, stride = lead.order.shape, lead.order.stride
-        # Two dimensions that lie like one are one.
+        # Two dimensions that are contiguous with each other count as one.
         self.steps = [
             step
             for n, step in enumerate(stride)
             if n + 1 == len(stride) or step != shape[n + 1] * stride[n + 1]
         ]
-        # What leads from each view to the others.
+        # The distances between the views can need a narrower step.
         distances = [(view.start - lead.start) // lead.itemsize for view in views]
         narrowest = math.gcd(*distances, *(n for view in views for n in view.order.stride))
         if narrowest and (not self.steps or narrowest < self.steps[-1]):
             self.steps.append(narrowest)
 
     def box(self, view: _View) -> _Box | None:
-        """What a view spans; it may reach before and behind the leading one. None: it is no box."""
+        """Return the box of a view, which may reach beyond the leading one; None if it is none."""
         if view.itemsize != self.itemsize or (view.start - self.start) % self.itemsize:
             return None
         corner = self.index((view.start - self.start) // self.itemsize)
@@ -217,7 +218,7 @@ class _Lattice:
         return box if self.is_distinct(box) else None
 
     def is_distinct(self, box: _Box) -> bool:
-        """Whether each index in a box is another element: no dimension reaches into the outer."""
+        """Whether all indices in a box are different elements: no dimension reaches the next."""
         reach = 0
         for n in reversed(range(1, len(box))):
             reach += box[n][-1] * self.steps[n]
@@ -226,7 +227,7 @@ class _Lattice:
         return True
 
     def index(self, address: int) -> list[int]:
-        """Where an address is, in elements; only the first number may be negative."""
+        """Return the index of an address, in elements; only its first number may be negative."""
         index = []
         for step in self.steps:
             whole, address = divmod(address, step)
@@ -235,7 +236,7 @@ class _Lattice:
 
 
 def _components(group: list[_View]) -> list[_Component]:
-    """Cut a group into what has no element in common: two blocks of columns of a matrix."""
+    """Cut a group into components without common elements, such as blocks of columns."""
     lead = max(group, key=lambda view: (view.order.distinct, view.nbytes))
     if len(group) > _COMPARED_MAX or not lead.order.distinct:
         return [_Component(group)]
@@ -265,13 +266,13 @@ class _Packed:
     """The elements of a box, one after the other.
 
     Args:
-        lattice: Where the box is.
-        box: In that.
+        lattice: The lattice of the box.
+        box: The box.
 
     Attributes:
-        nbytes: All in all.
-        start: First byte of the storage in the box.
-        end: Behind the last one.
+        nbytes: The size of all elements.
+        start: The first byte of the box in the storage.
+        end: The byte after its last one.
     """
 
     def __init__(self, lattice: _Lattice, box: _Box) -> None:
@@ -291,12 +292,12 @@ class _Packed:
         return self._lattice.start + sum(n * step for n, step in steps) * self._lattice.itemsize
 
     def part(self, at: int) -> Part:
-        """What to send, ``at`` so many bytes behind the beginning."""
+        """Return the range to send, for byte ``at`` of the smaller storage."""
         shape = tuple(len(span) for span in self._box)
         return Part(at, self.start, self._lattice.itemsize, shape, tuple(self._lattice.steps))
 
     def place(self, view: _View) -> tuple[int, tuple[int, ...]]:
-        """Offset and stride of a view among the packed elements."""
+        """Return the offset and stride of a view among the packed elements."""
         corner = self._lattice.index((view.start - self._lattice.start) // view.itemsize)
         offset = sum(
             (n - span.start) * step

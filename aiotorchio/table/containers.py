@@ -1,8 +1,9 @@
-"""The containers that tensors have names in, and the further places of those that are shared.
+"""The containers whose items have names, and the further places of shared containers.
 
 In: dicts, lists, tuples and other mappings. Out: their items, and every path to the tensors of a
-container that is in several places. ``names.walk`` names tensors with it; ``select.revise`` finds
-the same paths in the object that was received.
+container that is in several places. ``names.walk`` names tensors with it, and
+``graph.select.revise`` finds the same paths in a received object. A ``LimitExceeded`` means that
+the paths of a received object are too long, all in all.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ __all__ = ["TEXT_MAX", "Path", "SharedContainers", "items_of", "key_text", "leav
 
 T = TypeVar("T")
 
-# A graph of containers can have any number of paths. All further places of an object together: a
-# header has no room for more.
+# A graph of containers can have any number of paths. These are the names and the characters that
+# all further places of an object may have together; a header has no room for more.
 _NAMES_MAX = 2**18
 TEXT_MAX = 2**24
 
 _NO_CONTAINERS = (str, bytes, int, float, complex, type(None))
 
-# Of keys that are no texts.
+# The length up to which keys that are not texts are shown.
 _ITEMS_SHOWN, _LENGTH_SHOWN = 16, 1024
 
 
 def items_of(value: Any) -> Iterable[tuple[Any, Any]] | None:
-    """The keys and items of a container; None for everything else.
+    """Return the keys and items of a container; None for everything else.
 
     Containers are dicts, lists, tuples, other mappings, and ``torch.nn.ParameterDict``.
     """
@@ -45,15 +46,15 @@ def items_of(value: Any) -> Iterable[tuple[Any, Any]] | None:
 
 
 def utf8(path: str) -> str:
-    """A path as the header has it: keys of a dict can hold surrogates, which UTF-8 cannot."""
+    """Return a path as the header has it: without surrogates, which UTF-8 cannot encode."""
     return path if path.isascii() else path.encode("utf-8", "backslashreplace").decode()
 
 
 def key_text(key: object) -> str:
-    """A key of a dict as a part of a path.
+    """Return the part of a path that stands for a key of a dict.
 
-    A peer chooses the keys, too: the text of a small key can be far longer than its pickle, and
-    that of a tensor shows its numbers.
+    A peer may have chosen the key: the text of a small key can be far longer than its pickle, and
+    that of a tensor shows its numbers. The class name stands for such keys.
     """
     if isinstance(key, str) or _is_short(key):
         return str(key)
@@ -73,7 +74,7 @@ def _is_short(key: object) -> bool:
 
 
 class Path(NamedTuple):
-    """The key of an item, and how to get to where it is."""
+    """The place of an item, as a linked list of keys."""
 
     above: Path | None
     key: str
@@ -81,13 +82,13 @@ class Path(NamedTuple):
 
     @classmethod
     def below(cls, above: Path | None, key: str) -> Path | None:
-        """As in a name: no dot follows a path that is empty."""
+        """Return the path of an item; as in a name, no dot follows an empty path."""
         if above is None:
             return cls(None, key, len(key)) if key else None
         return cls(above, key, above.length + 1 + len(key))
 
     def joined(self) -> str:
-        """With dots."""
+        """Return the path as text: the keys, joined by dots."""
         keys: list[str] = []
         path: Path | None = self
         while path is not None:
@@ -97,11 +98,11 @@ class Path(NamedTuple):
 
 
 class SharedContainers:
-    """All paths to the tensors of containers that were met again.
+    """All paths to the tensors of containers that are in several places.
 
     Args:
-        places: The path of each further place, and the container there.
-        leaves: What counts as a tensor, such as modules that the caller opens.
+        places: The path of each further place, and the container at it.
+        leaves: Classes that count as tensors, such as modules that the caller opens.
     """
 
     def __init__(
@@ -112,16 +113,16 @@ class SharedContainers:
     ) -> None:
         self._leaves = leaves
         self._places = list(places)
-        # By id; what is in them lives as long as this.
+        # By id; the lists keep their items alive.
         self._items: dict[int, list[tuple[int, str, Any]]] = {}
-        # Tensors below each container, wherever they occur, and the length of the paths to them.
+        # For each container, the number of paths to tensors in it, and their characters.
         self._count: dict[int, tuple[int, int]] = {}
         self._measure()
 
     def __iter__(self) -> Iterator[tuple[str, Any, int, Any]]:
-        """Path, container, position and tensor; nothing if there are far too many of them.
+        """Yield path, container, position and tensor; nothing if there are far too many paths.
 
-        A container that has a way back to itself has no further places: they never end.
+        A container that contains itself has no further places: they would never end.
         """
         places = [
             (path, value, *self._count[id(value)])
@@ -149,7 +150,7 @@ class SharedContainers:
             ]
 
     def _measure(self) -> None:
-        """Count, beginning with the containers that have no others in them."""
+        """Count tensors, beginning with the containers that contain no others."""
         above: dict[int, list[int]] = {}
         unknown: dict[int, int] = {}
         waiting = [value for _, value in self._places]
@@ -195,18 +196,19 @@ def leaves_of(
     unknown: Callable[[Any], bool] = lambda _: False,
     text_max: int | None = None,
 ) -> Iterator[tuple[str, T]]:
-    """What is of a kind in the containers of an object, with every path to it; further ones last.
+    """Yield the items of one class in the containers of an object, with every path to them.
 
-    As ``names.walk``, for what a peer has made: no path is written out that is not given.
+    Further places of containers come last. It differs from ``names.walk`` in that a path is joined
+    only when it is yielded, since a peer may have made the object.
 
     Args:
-        obj: Of dicts, lists, tuples and other mappings.
-        kind: Of the leaves.
-        unknown: Whether a key has no text, and what is below it no path.
-        text_max: Characters of all paths together; by default ``TEXT_MAX``.
+        obj: An object of dicts, lists, tuples and other mappings.
+        kind: The class of the items.
+        unknown: Whether a key has no text, so that the items below it have no path.
+        text_max: The limit for the characters of all paths together; by default ``TEXT_MAX``.
 
     Raises:
-        LimitExceeded: They have more: one long key can be above many of them.
+        LimitExceeded: The paths have more characters: one long key can be above many items.
     """
     text_max = TEXT_MAX if text_max is None else text_max
     seen: dict[int, Any] = {}
@@ -220,7 +222,8 @@ def leaves_of(
             length += path.length if path else 0
             if length > text_max:
                 raise LimitExceeded(
-                    f"the names of tensors have more than {text_max} characters", entry="skeleton"
+                    f"the names of tensors have more than {text_max} characters in total",
+                    entry="skeleton",
                 )
             yield path.joined() if path else "", value
             continue
@@ -230,7 +233,7 @@ def leaves_of(
         if id(value) in seen:
             further.append((path, value))
             continue
-        # Some mappings make their items each time: an id must not come again.
+        # Some mappings make their items at each access: no id may be used again.
         seen[id(value)] = value
         below: list[tuple[Path | None, Any]] = []
         for key, item in interruptible(items):

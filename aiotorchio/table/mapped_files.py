@@ -1,9 +1,9 @@
-"""Tensors and mappings of tensordict that are in files: what travels of them is numbers.
+"""Tensors and mappings of tensordict that are in files, and are sent with their numbers.
 
 In: a ``MemoryMappedTensor``, which pickles itself as the name of its file or as a handle that no
-other process has, or a ``TensorDict`` of such. Out: a plain tensor over the same memory, and the
-state that a copy in memory has. tensordict is not imported here: whoever has such an object has
-imported it.
+other process has, or a ``TensorDict`` of such tensors. Out: a plain tensor over the same memory,
+and the state of a copy in memory. This module does not import tensordict: a caller that has such an
+object has imported it.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from aiotorchio.common.torch_private import over_storage
 
 __all__ = ["is_mapped", "may_be_mapped", "plain_of", "without_files"]
 
-# How a TensorDict notes that it is in files, and what it has if it is not. It is locked because of
-# them, and a copy is not.
+# The attributes of a TensorDict in files, with their values in one in memory. It is locked because
+# of the files, and a copy is not.
 _NOTES = {"_is_memmap": False, "_memmap_prefix": None, "_is_locked": False}
-# What an entry of such, that is no tensor, notes in its metadata.
+# The metadata of an entry that is no tensor in such a TensorDict.
 _NOTES_OF_ENTRY = frozenset({"memmap_prefix", "memmaped", "_share_non_tensor"})
 _CLASSES = {"tensordict.base": "TensorDictBase", "tensordict.tensorclass": "NonTensorDataBase"}
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
-    """Whether the pickle of a tensor would have a file in the place of its numbers."""
+    """Whether the pickle of a tensor would refer to a file instead of containing its numbers."""
     kind = _class_in("tensordict.memmap", "MemoryMappedTensor")
     return kind is not None and isinstance(tensor, kind)
 
 
 def plain_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A plain tensor over the memory of one that is mapped; any other is returned as it is."""
+    """Return a plain tensor over the memory of a mapped one; any other tensor as it is."""
     if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter or not is_mapped(tensor):
         return tensor
     if tensor.is_nested or tensor.layout is not torch.strided:
@@ -43,17 +43,17 @@ def plain_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def may_be_mapped(obj: Any) -> bool:
-    """Whether an object is a mapping of tensordict, or an entry of one that is no tensor."""
+    """Whether an object is a mapping of tensordict, or an entry of one that is not a tensor."""
     kinds = (_class_in(module, name) for module, name in _CLASSES.items())
     return any(kind is not None and isinstance(obj, kind) for kind in kinds)
 
 
 def without_files(reduced: Any) -> Any:
-    """What to pickle of such an object, of which tensordict would pickle ``reduced``.
+    """Return the reduce value that pickles an object of tensordict as one in memory.
 
     Args:
-        reduced: What makes an object of its class and its state, as a call or as an instance with a
-            state. Anything else is returned as it is.
+        reduced: The reduce value of tensordict: a call or an instance, with a state. Anything else
+            is returned as it is.
     """
     if type(reduced) is not tuple:
         return reduced
@@ -66,7 +66,7 @@ def without_files(reduced: Any) -> Any:
 
 
 def _in_memory(state: dict[str, Any]) -> dict[str, Any]:
-    """A state as it would be if all had always been in memory."""
+    """Return the state of the same object in memory."""
     if state.get("_is_memmap") or state.get("_memmap_prefix"):
         return {key: _NOTES.get(key, value) for key, value in state.items()}
     entry = state.get("non_tensordict")

@@ -1,7 +1,11 @@
 """Names of tensors: the path to each through dicts, lists and tuples, joined by dots.
 
 ``{"layers": [{"weight": tensor}]}`` has a tensor ``layers.0.weight``; an object that is a tensor
-itself has the name ``""``. The header carries them (SPEC.md section 5.4).
+itself has the name ``""``. The header carries the names (SPEC.md section 5.4).
+
+In: an object to send or to receive into, or a header. Out: names with tensors, rows or
+``TensorSpec``. A ``MismatchError`` means that two tensors have one name; a ``ProtocolError`` means
+that the names of a header are not the paths of its skeleton.
 """
 
 from __future__ import annotations
@@ -34,15 +38,15 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What is known about a tensor before its bytes.
+    """The shape and dtype of a tensor, known before its bytes.
 
     Args:
-        shape: Elements in each dimension.
-        dtype: Of the elements.
+        shape: The number of elements in each dimension.
+        dtype: The dtype of the elements.
 
     Raises:
-        TypeError: A shape that is no tuple of int, or a dtype that is none.
-        ValueError: A negative size.
+        TypeError: The shape is not a tuple of int, or the dtype is not a ``torch.dtype``.
+        ValueError: The shape has a negative size.
 
     Example:
         >>> import torch, aiotorchio
@@ -55,23 +59,23 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.shape, tuple) or not all(type(n) is int for n in self.shape):
-            raise TypeError(f"a shape is a tuple of int, not {self.shape!r}")
+            raise TypeError(f"shape must be a tuple of int, not {self.shape!r}")
         if not isinstance(self.dtype, torch.dtype):
-            raise TypeError(f"a torch.dtype is needed, not {self.dtype!r}")
+            raise TypeError(f"dtype must be a torch.dtype, not {self.dtype!r}")
         if any(n < 0 for n in self.shape):
-            raise ValueError(f"a shape with a negative size: {self.shape}")
+            raise ValueError(f"shape must not have negative sizes: {self.shape}")
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSpec:
-        """The spec of a tensor, which may be on ``meta``."""
+        """Return the spec of a tensor, which may be on ``meta``."""
         return cls(tuple(tensor.shape), tensor.dtype)
 
     @classmethod
     def of_row(cls, row: TensorRow) -> TensorSpec:
-        """The spec of a row of the header.
+        """Return the spec of a row of the header.
 
         Raises:
-            ProtocolError: A dtype that the installed torch does not have.
+            ProtocolError: The installed torch lacks the dtype.
         """
         return cls(row.shape, torch_dtype(row.dtype))
 
@@ -84,17 +88,18 @@ class TensorSpec:
 def walk(
     obj: object, opened: Callable[[str, torch.nn.Module], Mapping[str, Any]] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of an object, each with every path to it; further places of containers last.
+    """Yield the tensors of an object, each with every path to it; further places come last.
 
-    Of a container that has a way back to itself, only the first place counts, and so it is if the
-    further places of all containers would give far too many names (see ``places``).
+    Only the first place counts for a container that contains itself, and for all containers if
+    their further places would give far too many names (see ``SharedContainers``).
 
     Args:
-        obj: Of dicts, lists, tuples and other mappings; what is in anything else is not seen.
-        opened: Gets the path of a module, and the module: gives its tensors by name.
+        obj: An object of dicts, lists, tuples and other mappings; tensors inside of other objects
+            are not found.
+        opened: Called with the path of a module, and the module; returns its tensors by name.
 
     Raises:
-        TypeError: An optimizer among what would be opened.
+        TypeError: There is an optimizer, and ``opened`` was passed.
     """
     seen: dict[int, Any] = {}
     further: list[tuple[Path | None, Any]] = []
@@ -112,14 +117,14 @@ def walk(
         if items is None:
             if opened is not None and isinstance(value, torch.optim.Optimizer):
                 raise TypeError(
-                    f"into has an optimizer at {path!r}, which is no mapping: receive into the "
+                    f"into has an optimizer at {path!r}, which is not a mapping: receive into the "
                     "tensors of its state_dict()"
                 )
             continue
         if id(value) in seen:
             further.append((Path.below(None, utf8(path)), value))
             continue
-        # Some mappings make their items each time: an id must not come again.
+        # Some mappings make their items at each access: no id may be used again.
         seen[id(value)] = value
         prefix = path + "." if path else ""
         waiting += reversed(
@@ -138,15 +143,15 @@ def walk(
 
 
 def count_unnamed(header: Header, rows: Container[int] = (), storages: Container[int] = ()) -> int:
-    """How many tensors of a message have no name in its header.
+    """Count the tensors of a message that have no name in its header.
 
-    Rows without a name, and of a pickle also storages that no row shows: its tensors can be made
-    over those.
+    These are the rows without a name. In a pickle, they are also the storages that no row shows,
+    since the pickle can make tensors over them.
 
     Args:
-        header: Of the message.
-        rows: Numbers of rows that are not counted, since a tensor with a name is made of them.
-        storages: Numbers of storages, likewise.
+        header: The header of the message.
+        rows: Numbers of rows to leave out, since a tensor with a name is made of them.
+        storages: Numbers of storages to leave out for the same reason.
     """
     unnamed = sum(
         not row.names and index not in rows
@@ -160,7 +165,7 @@ def count_unnamed(header: Header, rows: Container[int] = (), storages: Container
 
 
 def rows_by_name(rows: Sequence[TensorRow]) -> dict[str, int]:
-    """The row of each name, in the order of the rows.
+    """Return the row of each name, in the order of the rows.
 
     Raises:
         MismatchError: Two tensors have the same name, because keys contain dots.
@@ -172,22 +177,22 @@ def rows_by_name(rows: Sequence[TensorRow]) -> dict[str, int]:
         for name in row.names:
             if found.setdefault(name, index) != index:
                 raise MismatchError(
-                    f"tensors {found[name]} and {index} have the same name {shortened(name)!r}: "
-                    "without names, a load of the whole object works",
+                    f"tensors {found[name]} and {index} have the same name {shortened(name)!r}, so "
+                    "they can't be used by name: load the whole object, without names",
                     entry=describe(row, index),
                 )
     return found
 
 
 def specs_of(header: Header) -> dict[str, TensorSpec]:
-    """The spec of each name, in the order in which the tensors come: that of their storages.
+    """Return the spec of each name, in the order in which the tensors' storages arrive.
 
     Raises:
         MismatchError: Two tensors have the same name.
-        ProtocolError: A dtype that the installed torch does not have.
+        ProtocolError: The installed torch lacks a dtype.
     """
     rows = header.tensors
-    # Models repeat few layouts.
+    # The layers of a model repeat few shapes.
     specs: dict[tuple[tuple[int, ...], str], TensorSpec] = {}
     found: dict[str, TensorSpec] = {}
     for name, index in interruptible(_in_order(rows_by_name(rows), header)):
@@ -205,7 +210,7 @@ def _in_order(names: Mapping[str, int], header: Header) -> Iterable[tuple[str, i
     storages = [row.storage for row in interruptible(header.tensors)]
     if all(one <= other for one, other in interruptible(pairwise(storages))):
         return names.items()
-    # Not by sorting half a million of them in one call, which would hold all other threads up.
+    # Sorting half a million names in one call would hold up all other threads.
     of_storage: list[list[tuple[str, int]] | None] = [None] * len(header.storages)
     for item in interruptible(names.items()):
         listed = of_storage[storages[item[1]]] = of_storage[storages[item[1]]] or []
@@ -214,7 +219,7 @@ def _in_order(names: Mapping[str, int], header: Header) -> Iterable[tuple[str, i
 
 
 class Placeholder:
-    """Stands for the tensor of a row in an object that is checked before its bytes are there."""
+    """A mark for the tensor of a row, in an object that is checked before its bytes arrive."""
 
     __slots__ = ("row",)
 
@@ -226,11 +231,11 @@ def check_names(obj: Any, rows: Sequence[TensorRow]) -> None:
     """Make sure that the names of the header are the paths of the skeleton.
 
     Args:
-        obj: What the tree codec made, with placeholders for the tensors.
-        rows: What the header says.
+        obj: The object as the tree codec made it, with placeholders for the tensors.
+        rows: The tensor rows of the header.
 
     Raises:
-        ProtocolError: A tensor that has other names, fewer, or more.
+        ProtocolError: The names of a row are not all paths of its tensor.
     """
     _Check(rows).whole(obj)
 
@@ -238,11 +243,11 @@ def check_names(obj: Any, rows: Sequence[TensorRow]) -> None:
 class _Check:
     def __init__(self, rows: Sequence[TensorRow]) -> None:
         self._rows = rows
-        # What was not met yet. In no order: members of a set have another one here.
+        # Names whose path was not met yet. They are counted, since a set has another order here.
         self._names = [Counter(row.names) for row in interruptible(rows)]
         self._lengths = [{len(name) for name in row.names} for row in interruptible(rows)]
-        # A path is joined only if it is as long as a name that it can be: keys of a megabyte above
-        # many tensors make no work.
+        # A path is joined only if it is as long as a name of its tensor: keys of a megabyte above
+        # many tensors cost nothing.
         self._parts: list[str] = []
         self._length = 0
 
@@ -251,7 +256,7 @@ class _Check:
         for index, names in interruptible(enumerate(self._names)):
             if names:
                 raise ProtocolError(
-                    "the object has this tensor in fewer places than it has names",
+                    "the object has this tensor in fewer places than it has names in the header",
                     entry=describe(self._rows[index], index),
                 )
 
@@ -295,7 +300,7 @@ class _Check:
                     del names[path]
                 return
         raise ProtocolError(
-            "the object has this tensor in a place that is not among its names",
+            "the object has this tensor in a place that is not among its names in the header",
             entry=describe(self._rows[index], index),
         )
 

@@ -1,8 +1,8 @@
-"""The versions that ``nn.Module.state_dict()`` hangs on its result, as an attribute.
+"""The versions that ``nn.Module.state_dict()`` attaches to its result as ``_metadata``.
 
 ``load_state_dict(state, assign=True)`` leaves a mark in them, which makes every later load of the
-same dict assign, too: models would share memory without anybody having asked for it. So the mark
-does not travel, and none that was received counts.
+same dict assign as well: models would share memory without the caller's intent. So senders leave
+the mark out, and receivers ignore one in a message.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MARK = "assign_to_params_buffers"
 
 
 def without_mark(metadata: Any) -> Any:
-    """The same versions, in a copy if they have the mark."""
+    """Return the same versions, as a copy if they have the mark."""
     if not _has_mark(metadata):
         return metadata
     return OrderedDict(
@@ -26,7 +26,7 @@ def without_mark(metadata: Any) -> Any:
 
 
 def drop_mark(metadata: Any) -> None:
-    """Take the mark out of versions that were just received."""
+    """Remove the mark from versions that were just received."""
     if _has_mark(metadata):
         for each in metadata.values():
             if isinstance(each, dict):

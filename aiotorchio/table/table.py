@@ -1,4 +1,10 @@
-"""Tensors and storages -> rows of the header's tables, each tensor and each storage once."""
+"""The tables of the header: one row for each distinct tensor and each distinct storage.
+
+In: the tensors and storages of an object, as a codec meets them. Out: the rows of a message's
+header, and the tensors and storages in the order of their rows. A tensor that a row cannot describe
+gets none, and its codec writes it in another way. A ``TypeError`` names a tensor that no message
+can carry.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +32,23 @@ from aiotorchio.wire.header import (
 
 __all__ = ["Table"]
 
-# Name and unit of each dtype: one place to look instead of two.
+# The name and unit of each dtype, in one lookup instead of two.
 _DTYPES = {dtype: (name, DTYPES[name].unit) for dtype, name in DTYPE_NAMES.items()}
 
 
 class Table:
-    """Collects the rows while an object is flattened.
+    """The rows of an object that is being flattened.
 
     Args:
-        skip: Send storages without their bytes, and fake tensors like others if it says so.
+        skip: The active ``torch.serialization.skip_data``: storages are sent without their bytes,
+            and fake tensors like others if its ``materialize_fake_tensors`` is set.
 
     Attributes:
         tensors: One row for each distinct tensor object.
         storages: One row for each distinct storage.
         sources: The storages themselves, in the order of their rows.
         locations: Location tags that the storages refer to.
-        whole: Storages that the object refers to itself, not only by tensors over them.
+        whole: Storages that the object refers to directly, not only through tensors.
         kept: The tensors themselves, in the order of their rows.
         others: Tensors that have no row, and are in the pickle.
     """
@@ -54,11 +61,11 @@ class Table:
         self.sources: list[torch.UntypedStorage] = []
         self.locations: list[str] = []
         self.whole: set[int] = set()
-        # Rows are found again by id(), so every tensor must live as long as the table.
+        # Rows are found by id(), so every tensor must live as long as the table.
         self.kept: list[torch.Tensor] = []
         self.others: list[torch.Tensor] = []
         self._row_of: dict[int, int] = {}
-        # Of tensors that are made of the row's tensor: with attributes, or of other classes.
+        # By the id of a tensor with attributes, or of another class: the tensor it is made of.
         self._origin_of: dict[int, torch.Tensor] = {}
         self._index_of: dict[int, int] = {}
         self._tag, self._device_is_enough = location_tags()
@@ -66,20 +73,20 @@ class Table:
         self._index_of_tag: dict[str, int] = {}
 
     def add_tensor(self, tensor: torch.Tensor, name: str | None = None) -> int | None:
-        """Give a tensor a row, or find the one it has.
+        """Give a tensor a row, or find the row that it has.
 
         Args:
             tensor: Any tensor.
             name: Its path in the object, added to the names of the row.
 
         Returns:
-            The number of its row; None if a row cannot say all about the tensor (subclasses,
-            tensors with attributes, quantized, sparse, nested ones, or without storage). See
-            ``make_of`` for those that are made of a tensor with a row.
+            The number of its row; None if a row cannot describe the tensor (subclasses, tensors
+            with attributes, quantized, sparse and nested ones, and those without storage). See
+            ``make_of`` for a tensor that is made of one with a row.
         """
         row = self._row_of.get(id(tensor))
         if row is None:
-            # Most are plain, and there are many.
+            # Most tensors are plain, and there are many.
             plain = tensor if type(tensor) is torch.Tensor else plain_of(tensor)
             described = self._describe(plain)
             if described is None:
@@ -94,26 +101,26 @@ class Table:
         return row
 
     def name(self, tensor: torch.Tensor, name: str) -> None:
-        """Add a name to the row of a tensor that has one, or is made of one that has."""
+        """Add a name to the row of a tensor, or to the row of the tensor that it is made of."""
         row = self._row_of.get(id(self._origin_of.get(id(tensor), tensor)))
         if row is not None:
             self.tensors[row].names.append(name)
 
     def make_of(self, tensor: torch.Tensor, origin: torch.Tensor) -> None:
-        """Note what a tensor without a row is made of, whose row has its names then.
+        """Note that a tensor without a row is made of another one, whose row gets its names.
 
         Args:
-            tensor: One that was added without success.
-            origin: A tensor that a row describes; it gets its row when it is added.
+            tensor: One for which ``add_tensor`` returned None.
+            origin: A tensor that a row can describe; it gets the row when it is added.
         """
         self._origin_of[id(tensor)] = origin
 
     def add_storage(self, storage: torch.UntypedStorage, unit: int) -> int:
-        """Give a storage a row, or find the one it has: the object refers to the storage itself.
+        """Give a storage that the object refers to directly a row, or find the row that it has.
 
         Args:
             storage: Any storage.
-            unit: Bytes of the numbers that it is viewed with.
+            unit: Bytes of the elements that it is viewed with.
 
         Returns:
             The number of its row.
@@ -138,7 +145,7 @@ class Table:
 
     def _location(self, storage: torch.UntypedStorage) -> int:
         device = storage.device
-        # As in torch, what has no bytes is asked nobody about.
+        # As in torch: no tagger is called for storages without bytes.
         no_bytes = self._skips or device.type == META_LOCATION
         tag = META_LOCATION if no_bytes else self._tag(storage)
         index = self._index_of_tag.setdefault(tag, len(self.locations))
@@ -167,7 +174,7 @@ class Table:
         dtype, unit = described
         try:
             storage = tensor.untyped_storage()
-        except (RuntimeError, NotImplementedError):  # devices such as xla have none
+        except (RuntimeError, NotImplementedError):  # devices such as xla have no storages
             return None
         flags = (
             (REQUIRES_GRAD if tensor.requires_grad else 0)
@@ -176,7 +183,9 @@ class Table:
             | (NEGATIVE if tensor.is_neg() else 0)
         )
         if flags & NEGATIVE and DTYPES[dtype].kind not in ("float", "complex"):
-            raise TypeError(f"negative views of {dtype} can't be sent; resolve_neg() copies them")
+            raise TypeError(
+                f"a negative view of dtype {dtype} can't be sent: make a copy with resolve_neg()"
+            )
         index = self._storage_row(storage, unit)
         offset, shape = int(tensor.storage_offset()), tuple(tensor.shape)
         return TensorRow(index, dtype, offset, shape, tensor.stride(), flags, [])

@@ -1,4 +1,8 @@
-"""Whether tensors were changed in place while they were sent."""
+"""A check whether tensors were changed in place while they were sent.
+
+In: the tensors of an object, when it is taken apart. Out: an error, before the end frame, if torch
+has counted a change of one of them since then.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,15 @@ __all__ = ["Versions"]
 class Versions:
     """The version counters of tensors, which torch advances at each change in place.
 
-    All tensors over the same memory share one, but those that ``.data`` and ``from_numpy`` make.
-    So it is seen whether an operation of torch has changed the tensor, or any other view of what it
-    is a view of. It is not seen what is done through ``.data``, numpy, or by other processes, nor
-    what torch does not count itself: the steps of fused optimizers, and the running statistics of
-    batch norms. Tensors of inference mode have no counter, nor have storages themselves.
+    Tensors over the same memory share one counter, except those that ``.data`` and ``from_numpy``
+    make. So the check notices operations of torch on the tensor, or on another view of the same
+    tensor. It does not notice changes through ``.data``, numpy or other processes, nor changes that
+    torch does not count: the steps of fused optimizers, and the running statistics of batch norms.
+    Tensors of inference mode have no counter, and neither have storages.
 
     Args:
-        tensors: As they are now.
-        rows: Of the first of them, for errors; the others have none.
+        tensors: The tensors, as they are now.
+        rows: The rows of the first tensors, for errors; the other tensors have no rows.
     """
 
     def __init__(
@@ -34,23 +38,23 @@ class Versions:
         self._versions = versions_of(tensors)
 
     def check(self, when: str) -> None:
-        """Make sure that they still are as they were; arguments as of ``changed``.
+        """Make sure that no tensor was changed; see ``changed`` for the argument.
 
         Raises:
-            RuntimeError: One was changed.
+            RuntimeError: A tensor was changed.
         """
         error = self.changed(when)
         if error is not None:
             raise error
 
     def changed(self, when: str) -> RuntimeError | None:
-        """The error that says which of them was changed.
+        """Return the error that names a changed tensor.
 
         Args:
-            when: The end of its sentence: when nobody should have changed them.
+            when: The end of the error's sentence: the time in which changes are not allowed.
 
         Returns:
-            The error; None if all are as they were.
+            The error; None if no tensor was changed.
         """
         now = versions_of(self._tensors)
         if now == self._versions:
