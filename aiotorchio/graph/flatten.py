@@ -1,4 +1,9 @@
-"""An object -> its skeleton, the tables of tensors and storages, and the storages themselves."""
+"""The sender's half: an object, taken apart into header, skeleton and storages.
+
+In: any object, or the specs of tensors that do not exist yet. Out: a ``Flattened``, which shares
+its storages with the object. A ``ValueError`` means that the options do not allow to send the
+object.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +32,7 @@ from aiotorchio.wire.header import META_LOCATION, Codec, Header
 
 __all__ = ["Flattened", "flatten", "flatten_specs", "is_small"]
 
-# Taking an object apart takes about 4 us for each thing in it.
+# The object up to which ``is_small`` is true: about 4 us for each item to take apart.
 _SMALL_COUNT = 200
 _SMALL_TEXT = 64 * 2**10
 
@@ -44,12 +49,12 @@ class Flattened:
 
     Attributes:
         header: The header of its message.
-        skeleton: The object around its tensors.
-        storages: The storage of each row of the header.
-        parts: What is sent of storages that are not sent as a whole, by number.
-        left_out: Bytes of those that are not sent.
-        whole: Storages that the object refers to itself, by number.
-        versions: The tensors as they are now.
+        skeleton: The object without its tensors.
+        storages: The storage of each storage row of the header.
+        parts: By number, the ranges to send of storages that are not sent as a whole.
+        left_out: Bytes of storages that are not sent.
+        whole: Numbers of storages that the object refers to directly.
+        versions: The version counters of the tensors, as they are now.
     """
 
     header: Header
@@ -63,7 +68,7 @@ class Flattened:
     def for_message(
         self, *, chunk_size: int, metadata: Mapping[str, str], producer: str
     ) -> Flattened:
-        """The same parts for one more message; arguments as of ``flatten``."""
+        """Return the same parts for one more message; see ``flatten`` for the arguments."""
         header = msgspec.structs.replace(
             self.header,
             nonce=os.urandom(16),
@@ -88,44 +93,35 @@ def flatten(
 ) -> Flattened:
     """Take an object apart without copying a tensor.
 
-    The tree codec is tried first: it is faster, and every receiver takes it.
+    The tree codec is tried first: it is faster, and every receiver accepts it.
 
     Args:
         obj: Any object.
         chunk_size: Bytes of a chunk of the payload.
         metadata: For the header.
         producer: Name and version of the sender, for the header.
-        pickle_module: For what the tree codec cannot carry.
-        pickle_protocol: Likewise.
+        pickle_module: The module that pickles objects beyond the tree codec.
+        pickle_protocol: The pickle protocol for these objects.
         allow_pickle: Whether the pickle codec may be used.
-        compact: Leave out what no tensor shows of its storage.
-        skip: The ``torch.serialization.skip_data`` that the caller's thread is in: the storages
-            are sent like those on ``meta``, since a stream has no holes to be filled later.
+        compact: Leave out bytes of a storage that no tensor shows.
+        skip: The ``torch.serialization.skip_data`` that is active in the caller's thread. Storages
+            are sent like those on ``meta``, since a stream has no gaps that could be filled later.
 
     Returns:
-        The parts, which share their storages with the object.
+        The parts of the object.
 
     Raises:
-        ValueError: The object needs pickle, and must not.
+        ValueError: The object needs the pickle codec, and ``allow_pickle`` is False.
     """
-    codec: Codec = "tree"
-    table = Table(skip)
-    try:
-        skeleton = tree_codec.encode(obj, table)
-    except tree_codec.NotATreeError as reason:
-        if not allow_pickle:
-            raise ValueError(
-                f"allow_pickle is False, and the object needs pickle: {reason}"
-            ) from None
-        codec, table = "pickle", Table(skip)
-        # For this thread, too: torch refuses there what it cannot send without its bytes.
-        with contextlib.nullcontext() if skip is None else skip:
-            skeleton = pickle_codec.dump(
-                obj, table, pickle_module=pickle_module, pickle_protocol=pickle_protocol
-            )
-        _add_names(obj, table)
+    codec, table, skeleton = _encode(
+        obj,
+        skip,
+        allow_pickle=allow_pickle,
+        pickle_module=pickle_module,
+        pickle_protocol=pickle_protocol,
+    )
     for tensor in table.kept:
-        # torch drops backward hooks when it serializes, with this warning; so do we.
+        # When torch serializes, it drops backward hooks with this warning.
         warn_if_has_hooks(tensor)
     header = Header(
         byteorder=sys.byteorder,
@@ -148,13 +144,41 @@ def flatten(
     return Flattened(header, skeleton, table.sources, parts, left_out, whole, versions)
 
 
+def _encode(
+    obj: object,
+    skip: torch.serialization.skip_data | None,
+    *,
+    allow_pickle: bool,
+    pickle_module: Any,
+    pickle_protocol: int,
+) -> tuple[Codec, Table, bytes]:
+    """Write the skeleton with the tree codec or, if that cannot carry the object, as a pickle."""
+    table = Table(skip)
+    try:
+        return "tree", table, tree_codec.encode(obj, table)
+    except tree_codec.NotATreeError as reason:
+        if not allow_pickle:
+            raise ValueError(
+                f"allow_pickle is False, and the object needs pickle: {reason}"
+            ) from None
+        table = Table(skip)
+        # The mode is entered in this thread as well: in it, torch refuses objects that it cannot
+        # send without their bytes.
+        with contextlib.nullcontext() if skip is None else skip:
+            skeleton = pickle_codec.dump(
+                obj, table, pickle_module=pickle_module, pickle_protocol=pickle_protocol
+            )
+        _add_names(obj, table)
+        return "pickle", table, skeleton
+
+
 def flatten_specs(
     specs: Mapping[str, TensorSpec], *, chunk_size: int, metadata: Mapping[str, str], producer: str
 ) -> Flattened:
-    """The header and the skeleton of a dict of tensors that are not made yet.
+    """Take apart a dict of tensors that do not exist yet.
 
     Args:
-        specs: What the tensors will be, by name.
+        specs: Shape and dtype of each tensor, by name.
         chunk_size: Bytes of a chunk of the payload.
         metadata: For the header.
         producer: Name and version of the sender, for the header.
@@ -163,15 +187,15 @@ def flatten_specs(
         The parts, with storages on ``meta``.
 
     Raises:
-        ValueError: A dtype that cannot be sent so.
+        ValueError: A tensor of a quantized dtype, or of one that the format lacks.
     """
     tensors = {}
     for name, spec in specs.items():
         if spec.dtype not in DTYPE_NAMES or DTYPES[DTYPE_NAMES[spec.dtype]].kind == "quantized":
-            raise ValueError(f"{name!r}: tensors of {spec.dtype} can't be announced by specs")
+            raise ValueError(f"specs[{name!r}] has dtype {spec.dtype}, which specs can't announce")
         tensors[name] = torch.empty(spec.shape, dtype=spec.dtype, device=META_LOCATION)
     parts = flatten(tensors, chunk_size=chunk_size, metadata=metadata, producer=producer)
-    # Nobody knows yet where they will be; the receiver's map_location says where they go.
+    # Their devices are not known yet; the receiver's map_location decides where they go.
     return Flattened(
         msgspec.structs.replace(parts.header, locations=["cpu"] * bool(specs)),
         parts.skeleton,
@@ -180,9 +204,9 @@ def flatten_specs(
 
 
 def is_small(obj: object) -> bool:
-    """Whether taking an object apart takes no longer than a worker thread takes to start.
+    """Whether taking an object apart takes no longer than starting a worker thread.
 
-    Only plain containers can be looked through; what else is in them may hold anything.
+    Only built-in containers are examined; an object of another class counts as large.
     """
     waiting, left = [obj], _SMALL_COUNT
     while waiting:
@@ -203,6 +227,6 @@ def is_small(obj: object) -> bool:
 
 
 def _add_names(obj: object, table: Table) -> None:
-    """Name the rows after their paths in dicts, lists and tuples, as the tree codec does."""
+    """Add names to the rows: their paths in dicts, lists and tuples, as in the tree codec."""
     for path, tensor in walk(obj):
         table.name(tensor, path)
