@@ -1,7 +1,8 @@
-"""The parts of an object over copies of its storages, which nobody else changes.
+"""Copies of a flattened object, which later changes of the object do not reach.
 
-In: a ``Flattened``. Out: another one, of other memory, and of another dtype or device if that is
-asked for. What shares memory goes on sharing it: storages are copied, not tensors.
+In: a ``Flattened``. Out: another one over copies of its storages, converted to a dtype or moved to
+a device if the caller passes one. Whole storages are copied, so that tensors go on sharing memory.
+A ``RuntimeError`` means that torch has counted a change of a tensor during the copy.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ def copied(
     """Copy the storages of an object.
 
     Args:
-        flattened: Its parts; whole storages.
-        dtype: What numbers of floating point become: of tensors that have names, if there are no
-            others over their storage. None: all stay as they are.
-        device: Where the copies are; storages on ``meta`` stay there. None: where the storages are.
+        flattened: The parts of the object, with whole storages.
+        dtype: The dtype to which floating-point storages are converted, if only tensors with names
+            show them, all in one dtype. None: no storage is converted.
+        device: The device of the copies; storages on ``meta`` stay there. None: the device of each
+            storage.
 
     Returns:
         The parts with the copies.
 
     Raises:
-        RuntimeError: A tensor was changed meanwhile.
+        RuntimeError: A tensor was changed during the copy.
     """
     header = flattened.header
     floats = {} if dtype is None else _floats(flattened)
@@ -59,7 +61,7 @@ def copied(
         storages.append(storage)
         location_index = locations.setdefault(location, len(locations))
         rows.append(StorageRow(storage.nbytes(), unit, location_index))
-    flattened.versions.check("while it was copied: no other thread may change it meanwhile")
+    flattened.versions.check("while it was copied: no other thread may change it during the copy")
     tensors = [
         row
         if row.storage not in floats or dtype is None
@@ -73,7 +75,7 @@ def copied(
 
 
 def _floats(flattened: Flattened) -> dict[int, torch.dtype]:
-    """The dtype of each storage that nothing but named tensors of it shows."""
+    """Return the dtype of each floating-point storage that only named tensors of one dtype show."""
     found: dict[int, torch.dtype] = {}
     header = flattened.header
     others = set(flattened.whole)
@@ -94,11 +96,11 @@ def _floats(flattened: Flattened) -> dict[int, torch.dtype]:
 
 
 def _converts(dtype: torch.dtype) -> bool:
-    """Whether torch has conversions for it: not for all that hold several numbers in a byte."""
+    """Whether torch converts from a dtype: not from all that have several numbers in a byte."""
     try:
         torch.empty(1, dtype=dtype).to(torch.float32)
     except (NotImplementedError, RuntimeError):
-        # torch 2.13 raises the first for float4_e2m1fn_x2, and other versions may say it otherwise.
+        # torch 2.13 raises the first for float4_e2m1fn_x2; other versions may raise the second.
         return False
     return True
 

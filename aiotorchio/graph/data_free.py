@@ -1,7 +1,8 @@
-"""Loads that give tensors without their numbers.
+"""Data-free loads: tensors with shapes and dtypes, without numbers.
 
-``torch.load`` gives such tensors inside of ``torch.serialization.skip_data``, whose memory nobody
-writes, and of a ``FakeTensorMode``, whose tensors have a shape, a device, and no memory.
+In: the modes of the calling thread. Inside of ``torch.serialization.skip_data``, ``torch.load``
+makes tensors whose memory is never written; inside of a ``FakeTensorMode``, it makes tensors with a
+shape and a device, and without memory. Out: a ``DataFree``, which makes such storages for a load.
 """
 
 from __future__ import annotations
@@ -20,27 +21,27 @@ __all__ = ["DataFree", "data_free"]
 
 @dataclass(frozen=True, slots=True)
 class DataFree:
-    """What takes the place of storages that are not received.
+    """The maker of storages for a data-free load.
 
     Attributes:
-        fake_mode: Whose tensors are made; None: tensors with memory.
+        fake_mode: The mode whose fake tensors are made; None: tensors with memory.
     """
 
     fake_mode: AbstractContextManager[Any] | None
 
     def storage(self, nbytes: int, device: torch.device) -> torch.UntypedStorage:
-        """One storage."""
+        """Return a storage of this size."""
         if self.fake_mode is None:
             return torch.UntypedStorage(nbytes, device=device)
         return fake_storage(nbytes, device)
 
     def building(self) -> AbstractContextManager[Any]:
-        """To be held, in whatever thread, while tensors are made over such storages."""
+        """Return the context, for any thread, in which tensors are made over such storages."""
         return contextlib.nullcontext() if self.fake_mode is None else self.fake_mode
 
 
 def data_free() -> DataFree | None:
-    """What this thread has asked for; None: tensors with their numbers."""
+    """Return the data-free mode of this thread; None if tensors get their numbers."""
     mode = active_fake_mode()
     if mode is None and skipped_data() is None:
         return None

@@ -1,4 +1,11 @@
-"""Where the storages of a message go: ``map_location``, as ``torch.load`` has it."""
+"""The devices of a message's storages: ``map_location``, as ``torch.load`` has it.
+
+In: a header and the caller's ``map_location``, before the payload. Out: for each storage, the
+device that its bytes are received on, and after them the storage at its final location. An
+``InvalidObjectError`` means that this machine lacks a location, and has torch's text; a
+``TypeError`` or ``ValueError`` means that the caller's code returned something else than a storage
+of the same size.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +30,7 @@ MapLocation = (
 )
 
 _CPU = torch.device("cpu")
-# Each takes about 50 us to look up.
+# The number of locations that a header may have. Each takes about 50 us to look up.
 _LOCATIONS_MAX = 256
 
 T = TypeVar("T")
@@ -31,11 +38,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Destination:
-    """Of all storages with one location.
+    """The destination of all storages with one location.
 
     Attributes:
-        device: Where their bytes are received, or the error that says why they can't be.
-        restore: Takes each storage, once it was received, where it belongs; None: it is there.
+        device: The device that their bytes are received on, or the error if this machine lacks it.
+        restore: Moves a received storage to its final location; None: it is there already.
     """
 
     device: torch.device | InvalidObjectError
@@ -43,23 +50,23 @@ class _Destination:
 
 
 class DeviceMap:
-    """Where each storage of a message goes.
+    """The device and the final location of each storage of a message.
 
-    To be made in the caller's thread: there, ``"cuda"`` is the device that is current.
+    It must be made in the caller's thread: ``"cuda"`` is the current device of that thread.
 
     Args:
         header: A valid header.
         map_location: A callable gets every storage after it was received on the CPU, and so do
-            restorers that were registered with ``torch.serialization.register_package``. Anything
-            else is known now, and the bytes go there straight away.
+            restorers that were registered with ``torch.serialization.register_package``. In all
+            other cases the device is known now, and bytes are received there directly.
         fake: Only name the devices: this machine need not have them.
 
     Attributes:
-        relocates: Whether ``relocate`` may have anything to do.
+        relocates: Whether ``relocate`` may move a storage.
 
     Raises:
-        TypeError: ``map_location`` is none of the types that it may be.
-        LimitExceeded: More locations than any machine has.
+        TypeError: ``map_location`` has none of the accepted types.
+        LimitExceeded: The header has more locations than any machine.
     """
 
     def __init__(self, header: Header, map_location: MapLocation, *, fake: bool = False) -> None:
@@ -67,7 +74,8 @@ class DeviceMap:
         tags = set(header.locations)
         if len(tags) > _LOCATIONS_MAX:
             raise LimitExceeded(
-                f"{len(tags)} different locations, {_LOCATIONS_MAX} allowed", entry="header"
+                f"the header has {len(tags)} different locations, {_LOCATIONS_MAX} allowed",
+                entry="header",
             )
         of_tag = {tag: _destination(tag, map_location, known) for tag in tags}
         self._rows = header.storages
@@ -75,10 +83,10 @@ class DeviceMap:
         self.relocates = any(place.restore is not None for place in self._of_location)
 
     def device(self, index: int) -> torch.device:
-        """Where the bytes of a storage are received.
+        """Return the device that the bytes of a storage are received on.
 
         Raises:
-            InvalidObjectError: This machine does not have its location; in torch's words.
+            InvalidObjectError: This machine lacks the location; with torch's text.
         """
         device = self._of_location[self._rows[index].location].device
         if isinstance(device, InvalidObjectError):
@@ -86,10 +94,10 @@ class DeviceMap:
         return device
 
     def relocate(self, index: int, storage: torch.UntypedStorage) -> torch.UntypedStorage:
-        """Take a storage that was received where it belongs; runs code of the caller's.
+        """Move a received storage to its final location; this can run code of the caller.
 
         Raises:
-            InvalidObjectError: A location that this machine does not have, in torch's words.
+            InvalidObjectError: This machine lacks the location; with torch's text.
             ValueError: The caller's code returned a storage of another size.
         """
         restore = self._of_location[self._rows[index].location].restore
@@ -100,7 +108,7 @@ def _destination(
     tag: str, map_location: MapLocation, known: Callable[[str], torch.device | None]
 ) -> _Destination:
     if tag == META_LOCATION:
-        # Without bytes there is nothing to put elsewhere: as in torch, meta stays meta.
+        # As in torch: storages on meta have no bytes, so they stay on meta.
         return _Destination(torch.device(META_LOCATION))
     if callable(map_location):
         place = map_location
@@ -112,11 +120,14 @@ def _destination(
     elif isinstance(map_location, Mapping):
         location = str(map_location.get(tag, tag))
     else:
-        raise TypeError(f"map_location is a device, str, dict or callable, not {map_location!r}")
+        raise TypeError(
+            "map_location must be a torch.device, a str, a dict, a callable or None, not "
+            f"{map_location!r}"
+        )
     try:
         device = _in_torchs_words(location, lambda: known(location))
     except InvalidObjectError as error:
-        # To be raised if a storage is needed there.
+        # It is raised when a storage is needed there.
         return _Destination(error)
     if device is not None:
         return _Destination(device)
@@ -128,13 +139,13 @@ def _placed(
     tag: str,
     placed: torch.UntypedStorage | torch.TypedStorage | None,
 ) -> torch.UntypedStorage:
-    """What a callable ``map_location`` has returned."""
+    """Return the storage that a callable ``map_location`` has returned, after checks."""
     if placed is None:
         return _restored(storage, tag)
     # torch.load takes typed storages too, such as storage.cuda() of older code.
     untyped = untyped_storage_of(placed) if isinstance(placed, torch.TypedStorage) else placed
     if not isinstance(untyped, torch.UntypedStorage):
-        raise TypeError(f"map_location returned {type(placed).__name__}, not a storage")
+        raise TypeError(f"map_location returned a {type(placed).__name__}, not a storage")
     if untyped.nbytes() != storage.nbytes():
         raise ValueError(
             f"map_location returned {untyped.nbytes()} bytes for a storage of {storage.nbytes()}"
@@ -147,22 +158,26 @@ def _restored(storage: torch.UntypedStorage, location: str) -> torch.UntypedStor
         location, lambda: torch.serialization.default_restore_location(storage, location)
     )
     if not isinstance(restored, torch.UntypedStorage):
-        raise TypeError(f"{type(restored).__name__}, not a storage, restored at {location!r}")
+        raise TypeError(
+            "a restorer of torch.serialization.register_package returned a "
+            f"{type(restored).__name__}, not a storage, for location {location!r}"
+        )
     if restored.nbytes() != storage.nbytes():
         raise ValueError(
-            f"{restored.nbytes()} bytes were restored at {location!r} from a storage of "
-            f"{storage.nbytes()}"
+            "a restorer of torch.serialization.register_package returned "
+            f"{restored.nbytes()} bytes for a storage of {storage.nbytes()}, for location "
+            f"{location!r}"
         )
     return restored
 
 
 def _in_torchs_words(location: str, restore: Callable[[], T]) -> T:
-    """Run a restorer; what it raises becomes one of our errors, with torch's text."""
+    """Run a restorer; its errors become an ``InvalidObjectError`` with torch's text."""
     try:
         return restore()
     except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
         raise InvalidObjectError(
-            f"location {location!r} is not on this machine (map_location can say another one); "
-            f"torch says: {error}",
+            f"this machine lacks the location {location!r}; map_location can map it to another "
+            f"one. torch says: {error}",
             entry="header",
         ) from error

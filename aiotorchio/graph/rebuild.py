@@ -1,4 +1,10 @@
-"""The table of tensors and the storages -> tensors -> the object."""
+"""The receiver's half: the rows of a header, storages and a skeleton, made into the object.
+
+In: a valid header, its storages, and the skeleton as received. Out: the tensor of each row, and the
+object with these tensors. ``Rebuilder.check`` runs before the payload is received, and ``build``
+after it. An ``UnsafeObjectError`` or ``LimitExceeded`` means that the options of the load do not
+accept the skeleton; an ``InvalidObjectError`` means that it describes no possible object.
+"""
 
 from __future__ import annotations
 
@@ -49,20 +55,20 @@ def build_tensors(
     storages: Sequence[torch.UntypedStorage | None],
     given: Mapping[int, torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Make the tensor of each row, over the storages.
+    """Make the tensor of each row over its storage.
 
     Args:
-        header: Valid, so that no row reaches beyond its storage.
-        storages: One for each row of storages, of its size. Where there is none, its tensors are
-            on ``meta``.
-        given: Rows whose tensor is there already.
+        header: A valid header, whose rows do not reach beyond their storages.
+        storages: A storage of the right size for each storage row. None: its tensors are on
+            ``meta``.
+        given: Existing tensors, by row.
 
     Returns:
-        One tensor for each row of tensors.
+        A tensor for each tensor row.
 
     Raises:
-        InvalidObjectError: torch refuses what a row describes.
-        ProtocolError: A dtype that the installed torch does not have.
+        InvalidObjectError: torch refuses a row.
+        ProtocolError: The installed torch lacks a dtype.
     """
     tensors = []
     given = given or {}
@@ -83,12 +89,14 @@ def build_tensors(
 def build_tensor(
     row: TensorRow, index: int, storage: torch.UntypedStorage, blanks: Blanks | None = None
 ) -> torch.Tensor:
-    """Make the tensor of one row, whose number is for errors; raises as ``build_tensors``."""
+    """Make the tensor of one row; the number is for errors. Raises as ``build_tensors``."""
     try:
         return _build_tensor(row, storage, blanks)
     except (RuntimeError, AttributeError) as error:
-        # An attribute, of devices that this torch knows by name only.
-        raise InvalidObjectError(f"torch: {error}", entry=describe(row, index)) from error
+        # AttributeError comes from devices that this torch knows by name only.
+        raise InvalidObjectError(
+            f"torch can't make this tensor: {error}", entry=describe(row, index)
+        ) from error
 
 
 def _build_tensor(
@@ -116,7 +124,10 @@ def check_tree(
     offset: int,
     look: Callable[[Any], None] | None = None,
 ) -> None:
-    """Refuse a bad skeleton of the tree codec; see ``Rebuilder.check`` and ``tree.decode``."""
+    """Refuse a bad skeleton of the tree codec.
+
+    See ``Rebuilder.check`` for the arguments, and ``codecs.tree.codec.decode`` for the errors.
+    """
     depth, wide_keys = limits.depth, limits.wide_keys
     with tree_codec.decoder(
         skeleton, depth_limit=depth, wide_keys=wide_keys, offset=offset
@@ -128,7 +139,11 @@ def check_tree(
             if look is not None:
                 look(obj)
         except RecursionError:
-            raise LimitExceeded("nested too deep", entry="skeleton", offset=offset) from None
+            raise LimitExceeded(
+                "the object is nested too deep for Python's recursion limit",
+                entry="skeleton",
+                offset=offset,
+            ) from None
         except ProtocolError as error:
             error.offset = offset
             raise
@@ -139,19 +154,19 @@ def check_tree(
 
 
 class Rebuilder:
-    """Turns one skeleton into its object.
+    """A skeleton, and the options to make its object.
 
     Args:
-        skeleton: As received.
-        codec: Of the skeleton.
-        allow_pickle: Whether the pickle codec is accepted at all.
-        weights_only: Whether a pickle is loaded without trusting it.
-        pickle_module: For full pickle.
-        encoding: Of the strings of Python 2 in a pickle.
-        safe_globals: What the caller trusts beyond the built-in allowlist.
+        skeleton: The skeleton as received.
+        codec: The codec of the skeleton.
+        allow_pickle: Whether the pickle codec is accepted.
+        weights_only: Whether a pickle is loaded with an allowlist.
+        pickle_module: The module that loads a pickle if ``weights_only`` is False.
+        encoding: The encoding of strings of Python 2 in a pickle.
+        safe_globals: Classes and functions that the caller adds to the built-in allowlist.
         map_location: For tensor subclasses without a storage.
-        limits: What to accept.
-        offset: Byte of the message where the skeleton begins, for errors.
+        limits: The limits of the receiver.
+        offset: Byte of the message at which the skeleton begins, for errors.
     """
 
     def __init__(
@@ -170,7 +185,7 @@ class Rebuilder:
     ) -> None:
         if codec == "pickle" and not allow_pickle:
             raise UnsafeObjectError(
-                "the object is pickled, and allow_pickle is False",
+                "the skeleton is a pickle, and allow_pickle is False",
                 entry="skeleton",
                 offset=offset,
             )
@@ -184,7 +199,7 @@ class Rebuilder:
         self._offset = offset
         self._safe_globals = safe_globals
         self._given_state: Mapping[str, bool] = {}
-        # Nothing of a tree is looked up in it.
+        # The tree codec has no allowlist.
         if codec == "pickle":
             self._allowlist = Allowlist(safe_globals, limits, map_location)
 
@@ -195,13 +210,14 @@ class Rebuilder:
         names: bool,
         look: Callable[[Any], None] | None = None,
     ) -> None:
-        """Refuse a bad skeleton before its payload is received; raises what ``build`` would.
+        """Refuse a bad skeleton before its payload is received; raises the errors of ``build``.
 
         Args:
             rows: The table of tensors.
-            names: Whether something will be done by name. Of a pickle, nobody can tell before it
-                is built whether its names are true.
-            look: Gets the object, with a ``Placeholder`` for each tensor, if the codec is the tree.
+            names: Whether the caller uses names, so that those of a tree are compared with its
+                paths. Whether the names of a pickle are true is unknown before it is built.
+            look: For the tree codec: called with the object, in which a ``Placeholder`` stands for
+                each tensor.
         """
         if self._codec == "tree":
             check_tree(
@@ -224,11 +240,12 @@ class Rebuilder:
             self._allowlist.guard_state(self._given_state)
 
     def rehearse(self, header: Header) -> list[Any]:
-        """Build the object over tensors on ``meta``, before its payload and after ``check``.
+        """Build the object over tensors on ``meta``, after ``check`` and before its payload.
 
         Returns:
-            The object alone. Nothing if it cannot be built without its numbers (quantized and
-            nested tensors), or if that would run code of the caller's, or of the sender's, twice.
+            A list of the object. It is empty if the object cannot be built without its numbers
+            (quantized and nested tensors), or if that would run code of the caller or of the sender
+            twice.
         """
         if self._codec == "pickle" and not (self._weights_only and self._is_of_torch()):
             return []
@@ -246,12 +263,12 @@ class Rebuilder:
         except MemoryError:
             raise
         except Exception:
-            # Of torch, which has not all kinds on meta. What is wrong with the object itself comes
-            # again when it is built.
+            # torch lacks some kinds on meta. An error of the object itself is raised again when it
+            # is built.
             return []
 
     def _is_of_torch(self) -> bool:
-        """Whether the pickle names only what torch has, and tensors, of what the caller trusts."""
+        """Whether the pickle names only parts of torch, and trusted classes that are tensors."""
         if not self._safe_globals:
             return True
         named = globals_of(self._skeleton)
@@ -267,14 +284,14 @@ class Rebuilder:
         )
 
     def composites(self, header: Header) -> Composites:
-        """The tensors of the object that are made of several rows; checks the skeleton, too.
+        """Find the composite tensors of the object; checks the skeleton as well.
 
         Args:
-            header: Of the message; its codec is pickle, and ``weights_only`` is True.
+            header: The header of a message whose codec is pickle; ``weights_only`` is True.
 
         Raises:
             MismatchError: Two tensors have the same name.
-            AiotorchioError: As ``check``, and as ``build`` of what contradicts itself.
+            AiotorchioError: The errors of ``check``, and those of ``build`` for contradictions.
         """
         self.check(header.tensors, names=True)
         return Composites(
@@ -293,7 +310,7 @@ class Rebuilder:
         storages: Sequence[torch.UntypedStorage | None],
         unreliable: Iterable[torch.UntypedStorage | None] = (),
     ) -> Any:
-        """Return the object; ``check`` must have passed.
+        """Return the object; ``check`` must have passed before.
 
         Args:
             tensors: The tensor of each row.
@@ -303,7 +320,7 @@ class Rebuilder:
         if self._codec == "tree":
             return self._build_tree(tensors)
         self._allowlist.distrust(unreliable)
-        # Destinations can be of any class, and the pickle can make a tensor of each of them.
+        # A target can be of any class; the pickle makes its tensors from plain ones.
         tensors = [without_class(tensor) for tensor in interruptible(tensors)]
         if self._weights_only:
             return pickle_codec.load(
