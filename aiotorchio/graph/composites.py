@@ -1,13 +1,15 @@
-"""Tensors that are made of several rows: sparse, quantized, nested, wrapper subclasses, DTensors.
+"""Composite tensors, made before the rest of their object.
 
-In: the skeleton of a pickle, before the payload. Out: the names of such tensors, the storages that
-each is made of, and the tensors themselves, each as soon as its storages are there.
+In: the skeleton of a pickle, before the payload. Out: the names of its composite tensors, the
+storages that each needs, and each tensor itself as soon as its storages have arrived. A
+``MismatchError`` means that the tensors cannot be used by name; an ``InvalidObjectError`` means
+that the rows of a tensor do not fit together.
 
-The weights-only unpickler runs over the skeleton once, as in a load, but every function that makes
-a tensor, and everything that the caller trusts, has a stand-in that only notes the call. A noted
-call is carried out by the same unpickler and the same allowlist (``pickled.replay``), when all
-that it needs has arrived. So nothing runs here that a load would not run, and nothing is built of a
-tensor that is not wanted.
+The weights-only unpickler runs over the skeleton once, as in a load. A proxy replaces every
+function that makes a tensor, and everything in ``safe_globals``: it only records the call. When all
+storages that a recorded call needs have arrived, the same unpickler with the same allowlist carries
+it out (``codecs.pickled.codec.replay``). So nothing runs here that a load would not run, and
+tensors outside of the selection are not built.
 """
 
 from __future__ import annotations
@@ -42,25 +44,26 @@ __all__ = ["Composites"]
 
 
 class Composites:
-    """The tensors of an object that are made of several rows, by name.
+    """The composite tensors of an object, by name.
 
     Args:
         skeleton: A pickle that was scanned with this allowlist.
         rows: The table of tensors.
-        storages: How many storages there are.
-        allowlist: Of the load.
-        encoding: Of the strings of Python 2.
-        depth_limit: Nesting to accept.
-        offset: Byte of the message where the skeleton begins, for errors.
+        storages: The number of storages.
+        allowlist: The allowlist of the load.
+        encoding: The encoding of strings of Python 2.
+        depth_limit: The nesting that the receiver accepts.
+        offset: Byte of the message at which the skeleton begins, for errors.
 
     Attributes:
-        names: All names that there are.
-        refused: Why the names are not known; "" if they are.
-        rows: What those that were chosen are made of.
-        storages: Numbers of the storages that those need.
+        names: The names of all composite tensors.
+        refused: The reason why the names are not known; "" if they are.
+        rows: Numbers of the rows of the chosen tensors.
+        storages: Numbers of the storages that the chosen tensors need.
 
     Raises:
-        UnsafeObjectError: As ``pickled.load``, and so are other errors of it.
+        UnsafeObjectError: The pickle names a global outside of the allowlist. Other errors of
+            ``codecs.pickled.codec.load`` are raised as well.
         MismatchError: Two tensors have the same name, because keys contain dots.
     """
 
@@ -87,7 +90,7 @@ class Composites:
             pickle_codec.checked_row(index, storages, "storage")
             return references.setdefault((index, name), Reference(pid, index))
 
-        # Nothing of the caller's runs: its code has stand-ins.
+        # No code of the caller runs here: proxies record its calls.
         seals = Seals()
         with gc_paused():
             obj = pickle_codec.load_with(
@@ -106,7 +109,7 @@ class Composites:
 
     @classmethod
     def none(cls, refused: str = "") -> Composites:
-        """Of an object without any, or one whose names are not known."""
+        """Return the value for an object without composite tensors, or without known names."""
         made = object.__new__(cls)
         made._clear()
         made.refused = refused
@@ -117,16 +120,15 @@ class Composites:
         self.refused = ""
         self.rows: set[int] = set()
         self.storages: set[int] = set()
-        # How often each call, container and reference is still needed, and each storage.
+        # The number of further uses of each call, container and reference, and of each storage.
         self._uses: Counter[int] = Counter()
         self._storage_uses: Counter[int] = Counter()
-        # The last storage that a call, container or reference needs; None if nothing has to be
-        # made anew in it.
+        # The last storage that a call, container or reference needs; None if it is used as it is.
         self._last: dict[int, int | None] = {}
         self._open: set[int] = set()
-        # What was made, and is needed again.
+        # Results that are used again.
         self._made: dict[int, Any] = {}
-        # By the last storage that they need.
+        # The chosen calls with their names, by the last storage that they need.
         self._chosen: dict[int, list[tuple[Any, list[str]]]] = {}
         self._held: dict[int, torch.UntypedStorage | None] = {}
 
@@ -137,12 +139,12 @@ class Composites:
                 continue
             row = row_of.get(name)
             if row is not None and origin_of(call) == row:
-                # A tensor with attributes, or of a subclass: it is known by its row.
+                # A tensor with attributes, or of a subclass: its row has its name.
                 continue
             if row is not None or self.names.setdefault(name, call) is not call:
                 raise MismatchError(
-                    f"two tensors have the same name {shortened(name)!r}: without names, a load of "
-                    "the whole object works",
+                    f"two tensors have the same name {shortened(name)!r}, so they can't be used by "
+                    "name: load the whole object, without names",
                     entry="skeleton",
                 )
 
@@ -153,11 +155,11 @@ class Composites:
         return self._allowlist.makes_tensors(function)
 
     def choose(self, selection: Iterable[str]) -> None:
-        """Prepare for those of these names, once; all else is not made, and forgotten here.
+        """Prepare for the composite tensors with these names, once; forget all others.
 
         Raises:
-            MismatchError: A tensor that is made of itself.
-            LimitExceeded: Nested deeper than Python can follow.
+            MismatchError: A tensor is made of itself.
+            LimitExceeded: The object is nested deeper than Python's recursion limit allows.
         """
         with gc_paused():
             self._choose(selection)
@@ -171,31 +173,33 @@ class Composites:
             try:
                 last = self._survey(call)
             except RecursionError:
-                raise LimitExceeded("nested too deep", entry="skeleton") from None
+                raise LimitExceeded(
+                    "the object is nested too deep for Python's recursion limit", entry="skeleton"
+                ) from None
             except _MadeOfItselfError:
                 raise MismatchError(
-                    f"the tensor {shortened(called[0])!r} is made of itself, and can't be received "
-                    "by name: a load of the whole object works",
+                    f"the tensor {shortened(called[0])!r} is made of itself, so it can't be "
+                    "received by name: load the whole object, without names",
                     entry="skeleton",
                 ) from None
             self._uses[id(call)] += 1
             self._chosen.setdefault(-1 if last is None else last, []).append((call, called))
-        # Not to be freed at the end, on an event loop: what belongs to a name can be long.
+        # Drop the values now, in this thread: freeing them on an event loop could take long.
         self.names = dict.fromkeys(self.names)
 
     @property
     def tables(self) -> list[dict[Any, Any]]:
-        """What may be as long as the object."""
+        """Tables that can be as long as the object, which the caller frees in parts."""
         counts = [self._uses, self._storage_uses]
         return [self.names, self._last, self._made, self._chosen, self._held, *counts]
 
     @property
     def without_storages(self) -> bool:
-        """Whether there is any that needs no storage."""
+        """Whether there is a tensor that needs no storage."""
         return -1 in self._chosen
 
     def _survey(self, value: Any) -> int | None:
-        """Count who needs what below a value, once, and return the last storage that it needs."""
+        """Count the uses of values below a value, once, and return the last storage it needs."""
         if isinstance(value, Proxy):
             return -1
         key = id(value)
@@ -226,26 +230,26 @@ class Composites:
         return last
 
     def hold(self, index: int, storage: torch.UntypedStorage | None) -> None:
-        """Take a storage that arrived, if it is needed; it is kept until the last use of it."""
+        """Keep a storage that arrived until its last use, if it has any."""
         if index in self.storages:
             self._held[index] = storage
 
     def distrust(self, storages: Iterable[torch.UntypedStorage | None]) -> None:
-        """As of ``Allowlist``."""
+        """Declare the numbers of these storages unreliable; see ``Allowlist.distrust``."""
         self._allowlist.distrust(storages)
 
     def made(
         self, index: int, tensor_of: Callable[[int, torch.UntypedStorage], torch.Tensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Make the tensors whose last storage is this one; -1: those that need none.
+        """Make the tensors whose last storage is this one; -1: those that need no storage.
 
         Args:
-            index: Of the storage.
+            index: The number of the storage.
             tensor_of: Makes the tensor of a row over its storage.
 
         Raises:
-            InvalidObjectError: Parts that do not fit together.
-            Exception: As ``pickled.load``.
+            InvalidObjectError: The rows of a tensor do not fit together.
+            Exception: The errors of ``codecs.pickled.codec.load``.
         """
         for call, names in self._chosen.pop(index, ()):
             check_interrupt()
@@ -255,10 +259,14 @@ class Composites:
                 error.entry = shortened(names[0])
                 raise
             except RecursionError:
-                raise LimitExceeded("nested too deep", entry=shortened(names[0])) from None
+                raise LimitExceeded(
+                    "the tensor is nested too deep for Python's recursion limit",
+                    entry=shortened(names[0]),
+                ) from None
             if not isinstance(tensor, torch.Tensor):
                 raise InvalidObjectError(
-                    f"a {type(tensor).__name__} where a tensor must be", entry=shortened(names[0])
+                    f"the skeleton makes a {type(tensor).__name__} here, not a tensor",
+                    entry=shortened(names[0]),
                 )
             for name in names:
                 yield name, tensor
@@ -280,7 +288,7 @@ class Composites:
     def _made_of_parts(self, value: Any, tensor_of: Callable[..., torch.Tensor]) -> Any:
         if isinstance(value, Reference):
             return self._resolved(value, tensor_of)
-        # In the order of ``parts_of``.
+        # The order of the parts is that of ``parts_of``.
         parts = (self._make(part, tensor_of) for part in interruptible(parts_of(value)))
         if isinstance(value, Call):
             args, *state = parts
@@ -298,7 +306,7 @@ class Composites:
         def fill() -> Any:
             if not isinstance(value, DICTS):
                 if isinstance(value, set | frozenset):
-                    # The hashes of what stood for the members were others.
+                    # The members have other hashes than the values that replaced them.
                     check_hashes(ready)
                 return type(value)(ready)
             made, attributes = type(value)(), ready[0]
@@ -308,7 +316,7 @@ class Composites:
                 vars(made).update(attributes)
             return made
 
-        # Classes that the caller trusts are hashed and compared.
+        # This hashes and compares objects of classes that the caller trusts.
         return pickle_codec.translated(fill, self._offset)
 
     def _resolved(self, reference: Reference, tensor_of: Callable[..., torch.Tensor]) -> Any:
@@ -318,11 +326,11 @@ class Composites:
         if not self._storage_uses[index]:
             del self._held[index]
         if storage is None:
-            raise AssertionError("a part of a tensor that was not received")
+            raise AssertionError("a storage of this tensor was not received")
         if type(reference.pid) is int:
             return tensor_of(reference.pid, storage)
         return pickle_codec.storage_for(reference.pid, storage)
 
 
 class _MadeOfItselfError(Exception):
-    """A noted call has its own result as an argument."""
+    """A recorded call has its own result as an argument."""

@@ -1,4 +1,9 @@
-"""Which tensors of a message are wanted: names, shell patterns, or a predicate."""
+"""The selection: names, shell patterns or a predicate, and the change of an object by name.
+
+In: ``select`` and the names of a message; or an object that was just built. Out: the selected
+names; or the object, with tensors replaced or left out. A ``MismatchError`` means that a name or
+pattern has no match in the message.
+"""
 
 from __future__ import annotations
 
@@ -23,55 +28,56 @@ Select = str | Iterable[str] | Callable[[str], object]
 _WILDCARDS = re.compile(r"[*?\[]")
 _CHANGING = (dict, MutableMapping, torch.nn.ParameterDict)
 _CONTAINERS = (dict, list, tuple, Mapping, torch.nn.ParameterDict)
-# Names are sorted in parts, since sorting holds all other threads up: 10,000 take 3 ms.
+# Names are sorted in parts, since sorting holds up all other threads: 10,000 names take 3 ms.
 _SORTED_AT_ONCE = 10_000
-# Comparing a name with a pattern takes up to 20 ns a character, and holds all other threads up.
+# The longest name that is compared with a pattern: a comparison takes up to 20 ns a character, and
+# holds up all other threads.
 _COMPARED_MAX = 2**16
 
 
 def selected(select: Select, names: Iterable[str], others: str = "") -> set[str]:
-    """The names that are selected.
+    """Return the selected names.
 
     Args:
-        select: A name or a pattern (``*``, ``?``, ``[...]``, as in ``fnmatch``, of which ``*``
-            matches dots, too), several of them, or a function of a name.
-        names: Those that there are.
-        others: Why there may be more that are not known, for errors.
+        select: A name or a pattern (``*``, ``?`` and ``[...]`` as in ``fnmatch``; ``*`` matches
+            dots as well), several of them, or a function of a name.
+        names: The names of the message.
+        others: The reason why the names of composite tensors are unknown, for errors.
 
     Raises:
-        MismatchError: A name or a pattern that none of them matches.
-        LimitExceeded: A name that is too long to be compared with a pattern.
+        MismatchError: A name or a pattern has no match.
+        LimitExceeded: A name is too long to be compared with a pattern.
     """
     if callable(select):
         return {name for name in interruptible(names, 100) if select(name)}
-    # A peer may send millions of names: of each pattern, only those are compared that begin as it
-    # does.
+    # A peer may send millions of names, so a pattern is compared only with the names that begin
+    # with its text before the first wildcard.
     known = _Sorted(names)
     found: set[str] = set()
     unmatched = []
     for pattern in dict.fromkeys([select] if isinstance(select, str) else select):
         check_interrupt()
-        # First as it stands: a name may have brackets.
+        # The pattern itself is tried first, since a name may have brackets.
         matches = {pattern} if pattern in known.names else known.matching(pattern)
         found |= matches
         if not matches:
             unmatched.append(pattern)
     if unmatched:
-        unknown = f" (tensors of several parts are not known by name: {others})" if others else ""
+        unknown = f" (the names of composite tensors are unknown: {others})" if others else ""
         listed = ", ".join(map(repr, unmatched))
         raise MismatchError(f"selected, but not in the message{unknown}: {listed}")
     return found
 
 
 class _Sorted:
-    """Names, in an order in which those with one beginning are found quickly."""
+    """Names, sorted in parts, for a quick search by their beginning."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = set(interruptible(names))
         self._parts: list[list[str]] = []
 
     def matching(self, pattern: str) -> set[str]:
-        """The names that a shell pattern matches."""
+        """Return the names that a shell pattern matches."""
         wildcard = _WILDCARDS.search(pattern)
         if wildcard is None:
             return set()
@@ -95,8 +101,8 @@ class _Sorted:
 def _comparable(name: str) -> str:
     if len(name) > _COMPARED_MAX:
         raise LimitExceeded(
-            f"a tensor has a name of {len(name)} characters, and patterns are compared with names "
-            f"of up to {_COMPARED_MAX}",
+            f"a tensor has a name of {len(name)} characters, and select compares patterns with "
+            f"names of at most {_COMPARED_MAX}: pass whole names, or a function",
             entry="header",
         )
     return name
@@ -105,28 +111,30 @@ def _comparable(name: str) -> str:
 def revise(
     obj: Any, names: Collection[str], change: Callable[[str, torch.Tensor], torch.Tensor | None]
 ) -> Any:
-    """Replace tensors in the containers of an object; in place, if that can be.
+    """Replace tensors in the containers of an object; in place, where that is possible.
 
-    One container that is in several places stays one. A tensor in it is left out if it is at all
-    of its places; otherwise the first place at which it is not says what comes in its place.
+    A container in several places stays one container. A tensor in it is left out if ``change`` says
+    so for all of its places; otherwise the first other answer counts.
 
     Args:
-        obj: Just built, so that nobody else has it.
-        names: Paths of the tensors that can be replaced.
-        change: Gets a name, and the tensor there; returns what comes in its place, or None if it is
-            to be left out. Only dicts and other mappings that can change leave a tensor out.
+        obj: An object that was just built, and that no other code has.
+        names: The paths of the tensors that can be replaced.
+        change: Called with a name and the tensor there; returns the replacement, or None to leave
+            the tensor out. Only dicts and other mutable mappings can leave a tensor out.
 
     Returns:
         The object; another one if it is a tensor or a tuple.
 
     Raises:
-        ProtocolError: Paths that are far longer, all in all, than the names.
-        LimitExceeded: Nested deeper than Python can follow.
+        ProtocolError: The paths in the object are far longer, all in all, than the names.
+        LimitExceeded: The object is nested deeper than Python's recursion limit allows.
     """
     try:
         return _Revision(names, change).whole(obj)
     except RecursionError:
-        raise LimitExceeded("nested too deep", entry="skeleton") from None
+        raise LimitExceeded(
+            "the object is nested too deep for Python's recursion limit", entry="skeleton"
+        ) from None
 
 
 class _Revision:
@@ -134,20 +142,20 @@ class _Revision:
         self, names: Collection[str], change: Callable[[str, torch.Tensor], torch.Tensor | None]
     ) -> None:
         self._names, self._change = names, change
-        # A pickle can have many tensors under a key of a megabyte. Paths are joined only where
-        # there are tensors, and for as long as the names of the header would give that many.
+        # A pickle can have many tensors under a key of a megabyte. Paths are joined only where a
+        # tensor is, and only as many characters as the names of the header allow.
         self._lengths = {len(name) for name in names}
         self._allowance = 2 * sum(map(len, names)) + 2**20
-        # Of each container, by the position of the tensor: what comes in its place. What one of
-        # several places leaves out may be wanted at another one.
+        # By container and position: the replacement of a tensor. A selection can leave a tensor
+        # out at one of its places and keep it at another.
         self._decided: dict[int, dict[int, torch.Tensor | None]] = {}
-        # Some mappings make their items each time: an id must not come again.
+        # Some mappings make their items at each access: no id may be used again.
         self._seen: dict[int, Any] = {}
-        # Containers that were met, and what became of them.
+        # By container: the container in the result.
         self._done: dict[int, Any] = {}
 
     def whole(self, obj: Any) -> Any:
-        """What comes in the place of the object."""
+        """Return the replacement of the object."""
         if isinstance(obj, torch.Tensor):
             name = self._name(None)
             return obj if name is None else self._change(name, obj)
@@ -155,7 +163,7 @@ class _Revision:
         return self._applied(obj)
 
     def _decide(self, obj: Any) -> None:
-        """Ask for every place of every tensor, in the order of ``walk``."""
+        """Call ``change`` for each place of each tensor, in the order of ``walk``."""
         seen = self._seen
         further: list[tuple[Path | None, Any]] = []
         waiting: list[tuple[Path | None, Any]] = [(None, obj)]
@@ -182,7 +190,7 @@ class _Revision:
                 self._note(name if name in self._names else None, value, n, tensor)
 
     def _note(self, name: str | None, container: Any, position: int, tensor: torch.Tensor) -> None:
-        """The first place counts at which the tensor is not left out."""
+        """Record the replacement at a place; of several, the first that is a tensor counts."""
         if name is None:
             return
         decided = self._decided.setdefault(id(container), {})
@@ -196,11 +204,13 @@ class _Revision:
         name = path.joined() if path else ""
         self._allowance -= len(name)
         if self._allowance < 0:
-            raise ProtocolError("tensors in other places than their names say", entry="skeleton")
+            raise ProtocolError(
+                "the skeleton has tensors in other places than their names say", entry="skeleton"
+            )
         return name if name in self._names else None
 
     def _applied(self, value: Any) -> Any:
-        """What comes in the place of a container, or of anything else but a tensor."""
+        """Return the replacement of a container; any other value as it is."""
         items = items_of(value)
         if items is None:
             return value
@@ -235,12 +245,12 @@ class _Revision:
             items.append(item if other is None else other)
         if all(other is item for other, item in zip(items, value, strict=True)):
             return value
-        # A named tuple takes its items one by one.
+        # The class of a named tuple takes the items as separate arguments.
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def _remove(container: Any, key: Any) -> None:
-    """Leave an item out, where that can be: not of a list, nor of a mapping that can't change."""
+    """Remove an item; nothing happens in lists and immutable mappings, which cannot lose one."""
     if isinstance(container, ChainMap):
         for each in container.maps:
             each.pop(key, None)
