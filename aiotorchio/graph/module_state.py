@@ -1,8 +1,8 @@
-"""The entries of a state dict that one module loads, as its submodules and their hooks see them.
+"""The entries of a state dict that one module loads, as its submodules and their hooks read them.
 
-In: what was received, with a mark where a tensor has its numbers in place already. Out: for each
-submodule a dict of the entries at and below it, whose tensors are copies: a hook may move them
-from name to name, or keep them.
+In: the received entries, with a mark for each tensor that was received in place. Out: for each
+submodule, a dict of the entries at and below it, whose tensors are copies: a hook may move them
+from name to name, or keep them. ``module_load`` passes these dicts to the submodules.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from aiotorchio.graph.modules import beginnings
 __all__ = ["IN_PLACE", "NOTHING", "Entries", "StateDict", "find"]
 
 IN_PLACE = object()
-"""Stands for the numbers that a tensor of the module has."""
+"""The mark for a tensor of the module that has its new numbers already."""
 
 NOTHING = object()
-"""Stands for what is not there."""
+"""The result for a name without a value."""
 
 
 class StateDict(OrderedDict[str, Any]):
-    """What a submodule is to load.
+    """The state dict that a submodule loads.
 
     Args:
-        entries: Some of them ``IN_PLACE``.
-        tensors: Those of the module, by name.
-        copies: Whether whoever reads an entry gets a copy of its tensor: not if it is torch, which
-            has nothing to do where the tensor is its own.
+        entries: The entries; tensors that were received in place are ``IN_PLACE``.
+        tensors: The tensors of the module, by name.
+        copies: Whether a reader gets a copy of a tensor that was received in place. False for
+            torch's own code, which does nothing if it gets the submodule's tensor.
 
     Attributes:
         touched: Names of the entries that were set or deleted.
@@ -54,7 +54,7 @@ class StateDict(OrderedDict[str, Any]):
             super().__setitem__(key, value)
 
     def raw(self, key: str) -> Any:
-        """The entry, or the mark in its place."""
+        """Return the entry, or the mark for it."""
         return super().__getitem__(key)
 
     def __getitem__(self, key: str) -> Any:
@@ -74,20 +74,20 @@ class StateDict(OrderedDict[str, Any]):
         self.touched.add(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As of a dict."""
+        """Return an entry or the default, as a dict does."""
         try:
             return self[key]
         except KeyError:
             return default
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """As of a dict."""
+        """Return an entry after adding the default if it is missing, as a dict does."""
         if key not in self:
             self[key] = default
         return self[key]
 
     def pop(self, key: str, *default: Any) -> Any:
-        """As of a dict."""
+        """Remove and return an entry, as a dict does."""
         if key not in self and default:
             return default[0]
         value = self[key]
@@ -95,26 +95,26 @@ class StateDict(OrderedDict[str, Any]):
         return value
 
     def popitem(self, last: bool = True) -> tuple[str, Any]:
-        """As of an ``OrderedDict``."""
+        """Remove and return the last or the first entry, as an ``OrderedDict`` does."""
         key = next(reversed(self) if last else iter(self))
         return key, self.pop(key)
 
     def clear(self) -> None:
-        """As of a dict."""
+        """Remove all entries, as a dict does."""
         self.touched |= self.keys()
         super().clear()
 
-    # Not one of this class, as the signature of the base says: it would have nothing to note.
+    # The base class declares an instance of this class, but a copy has nothing to record.
     def copy(self) -> OrderedDict[str, Any]:  # type: ignore[override]
-        """As of a dict."""
+        """Return an ordinary ``OrderedDict`` of the entries."""
         return OrderedDict((key, self[key]) for key in self)
 
     def items(self) -> Any:
-        """As of a dict, one after the other."""
+        """Return names with entries; each is read when the iteration reaches it."""
         return _Items(self)
 
     def values(self) -> Any:
-        """As of a dict, one after the other."""
+        """Return the entries; each is read when the iteration reaches it."""
         return _Values(self)
 
 
@@ -135,11 +135,11 @@ class _Values(_Items):
 
 
 class Entries:
-    """Entries by the submodules that they belong to.
+    """Entries, grouped by the submodules that own them.
 
     Args:
-        entries: By name.
-        owner: Gives the path of the submodule that an entry belongs to.
+        entries: The entries by name.
+        owner: Returns the path of the submodule that owns an entry.
     """
 
     def __init__(self, entries: Mapping[str, Any], owner: Callable[[str], str]) -> None:
@@ -150,18 +150,18 @@ class Entries:
         self._paths = sorted(self._of)
 
     def below(self, path: str) -> Iterator[tuple[str, Any]]:
-        """Those of a submodule, and of all in it."""
+        """Yield the entries of a submodule, and of all submodules in it."""
         if not path:
             groups = self._paths
         else:
-            # The letter behind a dot is a slash.
+            # In ASCII, the slash follows the dot.
             first, last = (bisect_left(self._paths, path + letter) for letter in "./")
             groups = [path, *self._paths[first:last]]
         for group in groups:
             yield from self._of.get(group, {}).items()
 
     def take_over(self, path: str, state: StateDict) -> set[str]:
-        """Change them as the code of a submodule has; returns to whom the changed ones belong."""
+        """Apply the changes of a submodule's code; return the owners of the changed entries."""
         prefix = path + "." if path else ""
         owners = set()
         for key in state.touched:
@@ -178,13 +178,13 @@ class Entries:
 
 
 def find(value: Any, name: str, lengths: dict[int, list[int]]) -> Any:
-    """What is in nested dicts, lists and tuples under a name; ``NOTHING`` if nothing is.
+    """Return the value at a path in nested dicts, lists and tuples; ``NOTHING`` if there is none.
 
     Args:
         value: The object.
-        name: A path in it.
-        lengths: For the next call: those of the keys of each dict. A peer chooses keys and names,
-            with any number of dots.
+        name: The path.
+        lengths: The lengths of the keys of each dict, kept from call to call. A peer chooses keys
+            and names, with any number of dots.
     """
     while name:
         if isinstance(value, list | tuple):

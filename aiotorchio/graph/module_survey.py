@@ -1,9 +1,9 @@
-"""One look through the submodules of a module, however many they are.
+"""A single pass through the submodules of a module.
 
-In: a module. Out: its submodules, the tensors of its state dict, and which of them have more to do
-in a load than to take tensors. ``modules`` makes a destination of it. A module can have ten
-thousand submodules of few classes, and is looked through for each message: everything is found in
-one pass, and what a class says is asked once.
+In: a module. Out: its submodules, the tensors of its state dict, and the submodules that have more
+to load than tensors. ``modules`` makes a target of it. A module can have ten thousand submodules of
+few classes, and every message needs a survey: so there is one pass, and each class is examined
+once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Survey", "survey"]
 
 
 class _Kind(NamedTuple):
-    """What the class of a module says."""
+    """The properties of a module class."""
 
     sharded: bool
     norm: bool
@@ -27,16 +27,17 @@ class _Kind(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What is known about the submodules of a module, itself among them.
+    """The properties of a module and its submodules.
 
     Attributes:
-        submodules: By path, one that is in several places at each.
-        own: The tensors of its state dict, by id.
-        active: Paths of those to which more happens in a load than that tensors are copied.
-        renames: Whether one has code that looks at what it is to load.
-        excuses: Whether one has code that hears of what is missing.
-        norms: Whether one may count batches.
-        sharded: The path of an FSDP1 module.
+        submodules: The submodules by path; one in several places has several paths. The module
+            itself has the path "".
+        own: The tensors of the state dict, by id.
+        active: Paths of submodules with more to load than tensors.
+        renames: Whether a submodule has code that reads the entries before they are loaded.
+        excuses: Whether a submodule has code that gets the list of missing names.
+        norms: Whether a submodule may count batches.
+        sharded: The path of an FSDP1 module; None if there is none.
     """
 
     submodules: dict[str, torch.nn.Module]
@@ -49,7 +50,7 @@ class Survey(NamedTuple):
 
 
 def survey(module: torch.nn.Module) -> Survey:
-    """Look through a module."""
+    """Examine a module and all its submodules."""
     submodules: dict[str, torch.nn.Module] = {}
     own: dict[int, torch.Tensor] = {}
     active: set[str] = set()
