@@ -1,8 +1,9 @@
-"""What a module loads beside its tensors: the last part of a commit.
+"""The load of a module's other entries, after its tensors: the last part of a commit.
 
-In: a ``ModuleDestination`` whose tensors have their new numbers, and the object that was received.
-Out: its submodules have loaded what belongs to them, or ``restore`` lets them load what they had.
-``transfer`` makes it a part of the commit of a message.
+In: a ``ModuleDestination`` whose tensors have their new numbers, and the received object. Out: its
+submodules have loaded their entries, or ``restore`` has loaded the earlier ones again.
+``engine.module_commit`` makes it a part of the commit. A ``MismatchError`` means that a submodule
+refused an entry or raised an error; its text has the class and the error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from aiotorchio.common.interrupt import interruptible
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.module_state import IN_PLACE, NOTHING, Entries, StateDict, find
 from aiotorchio.graph.modules import EXTRA_STATE, UNKNOWN_MAX, ModuleDestination
-from aiotorchio.graph.tensor_load import spread_misfit
+from aiotorchio.graph.tensor_load import WRITTEN, spread_misfit
 from aiotorchio.table.state_metadata import without_mark
 from aiotorchio.wire.header import shortened
 
@@ -28,15 +29,15 @@ __all__ = ["ModuleLoad", "is_extra_state"]
 
 
 class ModuleLoad:
-    """Gives one module what was received for it.
+    """The load of one module from a received object.
 
     Args:
-        destination: Whose ``tensors`` have their new numbers when ``steps`` is called.
+        destination: The module; its ``tensors`` have their new numbers when ``steps`` is called.
         received: The object that was received.
-        names: Those of its tensors, as far as they are wanted.
-        wanted: Whether a name counts.
-        strict: Whether an entry may be missing, or unexpected.
-        staged: Whether the tensors can be had back.
+        names: The names of its tensors in the selection.
+        wanted: The selection: contains the names that count.
+        strict: Whether missing and unexpected entries are errors.
+        staged: Whether the load is staged, so that tensors are restored after an error.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class ModuleLoad:
         prefix, tensors = destination.prefix, destination.tensors
         lengths: dict[int, list[int]] = {}
         root = find(received, prefix[:-1], lengths)
-        # Full pickle may have brought the mark.
+        # A pickle that was loaded with weights_only=False can have the mark.
         self._metadata: Mapping[str, Any] = without_mark(getattr(root, "_metadata", None)) or {}
         self._called: list[str] = []
         self._before: dict[str, Any] = {}
@@ -62,27 +63,7 @@ class ModuleLoad:
         self._lazy: list[str] = []
         self._first_error = ""
 
-        keys = [
-            name.removeprefix(prefix) for name in interruptible(names) if name.startswith(prefix)
-        ]
-        entries: dict[str, Any] = {key: IN_PLACE for key in keys if key in tensors}
-        # Old names, for example, which a hook knows.
-        unknown = [
-            key
-            for key in interruptible(keys)
-            if key not in tensors and destination.entry(key) is None
-        ][:UNKNOWN_MAX]
-        # Extra state that nobody takes is to be found out, too.
-        shown = root if isinstance(root, Mapping) else ()
-        others = [*destination.others, *filter(is_extra_state, interruptible(shown))]
-        others = [key for key in others if prefix + key in wanted]
-        for key in interruptible([*unknown, *others], 1):
-            value = find(root, key, lengths)
-            if value is NOTHING:
-                # The message may have the module's path in its keys.
-                value = find(received, prefix + key, lengths)
-            if value is not NOTHING:
-                entries[key] = value
+        entries = self._collected(received, root, names, lengths)
         missing = [
             key
             for key in (*tensors, *destination.others)
@@ -92,19 +73,55 @@ class ModuleLoad:
 
         owner = destination.owner
         self._entries = Entries(entries, owner)
-        # The submodules that have something to do: in a part of a message, those that have a part.
+        # The submodules to load: of a selection, those with a part of it.
         reached = destination.with_those_above({owner(key) for key in interruptible(entries)})
         everything = all(prefix + key in wanted for key in (*tensors, *destination.others))
         self._paths = destination.active if everything else destination.active & reached
         self._paths = self._paths | {owner(key) for key in entries if key not in tensors}
         if strict:
             self._paths |= {owner(key) for key in missing}
-        # Those that are called say themselves what they miss.
+        # Submodules that are loaded report their missing entries themselves.
         self._missing = [key for key in missing if owner(key) not in self._paths]
         self._visited = destination.with_those_above(self._paths)
 
+    def _collected(
+        self, received: Any, root: Any, names: Iterable[str], lengths: dict[int, list[int]]
+    ) -> dict[str, Any]:
+        """Return the received entries of the module; ``IN_PLACE`` stands for its tensors.
+
+        Args:
+            received: The object that was received.
+            root: The part of it at the path of the module.
+            names: The names of its tensors in the selection.
+            lengths: See ``find``.
+        """
+        destination, wanted = self._destination, self._wanted
+        prefix, tensors = destination.prefix, destination.tensors
+        keys = [
+            name.removeprefix(prefix) for name in interruptible(names) if name.startswith(prefix)
+        ]
+        entries: dict[str, Any] = {key: IN_PLACE for key in keys if key in tensors}
+        # A hook can know such names: old ones, for example.
+        unknown = [
+            key
+            for key in interruptible(keys)
+            if key not in tensors and destination.entry(key) is None
+        ][:UNKNOWN_MAX]
+        # Extra state is included that no submodule takes, so that it is found and reported.
+        shown = root if isinstance(root, Mapping) else ()
+        others = [*destination.others, *filter(is_extra_state, interruptible(shown))]
+        others = [key for key in others if prefix + key in wanted]
+        for key in interruptible([*unknown, *others], 1):
+            value = find(root, key, lengths)
+            if value is NOTHING:
+                # The keys of the message may begin with the path of the module.
+                value = find(received, prefix + key, lengths)
+            if value is not NOTHING:
+                entries[key] = value
+        return entries
+
     def _check(self, entries: Mapping[str, Any], absent: Iterable[str]) -> None:
-        """Refuse what is certain to be refused later, and shards that are not those of here."""
+        """Refuse entries that would be refused later, and shards of another rank."""
         destination, prefix = self._destination, self._destination.prefix
         misfits: dict[str, str] = {}
         for key in destination.others:
@@ -126,25 +143,25 @@ class ModuleLoad:
                 missing,
                 unexpected,
                 misfits,
-                verb="does not take what the message has",
+                verb="cannot load the entries of the message",
             )
 
     @property
     def has_steps(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether there are submodules to load."""
         return bool(self._paths)
 
     def note(self) -> None:
-        """Keep what submodules have beside their tensors; comes before these change."""
+        """Keep the entries of submodules other than tensors; call it before these change."""
         with self._refusing(""):
             self._before, self._versions = self._current()
         self._lazy = self._lazy_ones()
 
     def steps(self) -> Iterator[None]:
-        """Load; between two steps, other tasks may run.
+        """Load the entries; between two steps, other tasks may run.
 
         Raises:
-            MismatchError: A submodule refuses what was received, or raises an error.
+            MismatchError: A submodule refuses an entry, or raises an error.
         """
         missing, unexpected, errors = list(self._missing), list[str](), list[str]()
         yield from self._load("", missing, unexpected, errors)
@@ -162,7 +179,7 @@ class ModuleLoad:
     def _load(
         self, path: str, missing: list[str], unexpected: list[str], errors: list[str]
     ) -> Iterator[None]:
-        """As the function of that name in ``torch.nn.Module.load_state_dict``."""
+        """Load one submodule, as ``load`` in ``torch.nn.Module.load_state_dict`` does."""
         destination = self._destination
         submodule, called = destination.submodule(path), path in self._paths
         if called:
@@ -203,7 +220,7 @@ class ModuleLoad:
         try:
             yield
         except Exception as error:
-            # Whatever the caller's code raises, the error names the submodule.
+            # The caller's code can raise anything; the error here names the submodule.
             raise self._refused(path, f": {type(error).__name__}: {error}") from error
 
     def _refused(
@@ -214,11 +231,11 @@ class ModuleLoad:
         unexpected: Sequence[str] = (),
         misfits: Mapping[str, str] | None = None,
         *,
-        verb: str = "did not load what was received",
+        verb: str = "did not load the received entries",
     ) -> MismatchError:
         where = shortened(self._destination.prefix + path).removesuffix(".")
         kind = type(self._destination.submodule(path)).__name__
-        kept = "" if self._staged else " (its tensors are written to: staged=True keeps them)"
+        kept = "" if self._staged else WRITTEN
         self._first_error = f"{where or 'the module'} ({kind}) {verb}"
         self._first_error += kept + why
         return MismatchError(
@@ -230,7 +247,7 @@ class ModuleLoad:
         )
 
     def _current(self) -> tuple[dict[str, Any], Mapping[str, Any]]:
-        """What the module shows beside its tensors, and the versions of its submodules."""
+        """Return the entries of the module, and the versions of its submodules."""
         destination = self._destination
         shown: Any = destination.module.state_dict(keep_vars=True)
         state: dict[str, Any] = {}
@@ -253,14 +270,13 @@ class ModuleLoad:
         ]
 
     def restore(self) -> None:
-        """Load what was there before, as far as something was loaded; without effect otherwise.
+        """Load the earlier entries again; nothing happens if no submodule was loaded.
 
-        In the caller's thread, behind the tensors: they have their earlier numbers if they can be
-        had back.
+        It runs in the caller's thread, after the tensors were restored, if the load is staged.
 
         Raises:
-            MismatchError: A submodule does not take back what it had: names all entries that are
-                neither as before nor as in the message.
+            MismatchError: A submodule did not load its earlier entries; the error names all entries
+                that are neither as before nor as in the message.
         """
         called = list(dict.fromkeys(self._called))
         if not called:
@@ -274,49 +290,49 @@ class ModuleLoad:
                 self._call(path, state, self._versions, [], [], errors)
                 torch_private.run_load_post_hooks(destination.submodule(path), [], [])
             except Exception as error:
-                # Whatever the caller's code raises: the others take back what they had all the
-                # same, and this is told if anything is not as before.
+                # The caller's code can raise anything. The other submodules are restored all the
+                # same, and the error is reported if an entry is not as before.
                 errors.append(f"{type(error).__name__}: {error}")
             if errors:
                 failed[path] = errors[0]
-        # Not before: after an interrupt all of it is done again.
+        # Cleared last, so that all of it is repeated after an interrupt.
         self._called = []
         lines = self._not_as_before(failed)
         if lines:
             raise MismatchError(
-                "half applied: these entries are not as they were"
+                "half applied: these entries are not as they were before the load"
                 + "".join(f"\n    {line}" for line in lines)
-                + f"\nbehind this: {self._first_error}"
+                + f"\nThe load failed with: {self._first_error}"
             )
 
     def _not_as_before(self, failed: Mapping[str, str]) -> list[str]:
-        """The entries that are not as they were, with the errors of those that own them."""
+        """Return lines for the entries that are not as before, with the errors of their owners."""
         destination, prefix = self._destination, self._destination.prefix
         try:
             now, _ = self._current()
         except Exception as error:
-            # Of the caller's code again: then nobody knows, and that is told.
+            # The caller's code failed again, so the state is unknown, and the error says so.
             return [f"{prefix[:-1]}: {type(error).__name__}: {error}"]
         still = set(self._lazy_ones())
         lines = [f"{prefix}{key}: it has memory now" for key in self._lazy if key not in still]
         for key, value in self._before.items():
             why = failed.get(destination.owner(key), "")
             same = value is IN_PLACE or _same(value, now.get(key, NOTHING))
-            # What cannot be compared is as before, unless its owner says that it did not take it.
+            # A value that cannot be compared counts as restored, unless its owner failed.
             if same is False or (same is None and why):
                 lines.append(f"{prefix}{key}: {why or 'another value'}")
         return lines
 
 
 def _absent(missing: Iterable[str], unexpected: Iterable[str]) -> Iterator[str]:
-    """Lines of an error."""
+    """Yield lines of an error."""
     yield from (f"not in the message: {shortened(name)}" for name in missing)
-    yield from (f"not in the destination: {shortened(name)}" for name in unexpected)
+    yield from (f"not in the target: {shortened(name)}" for name in unexpected)
 
 
 def is_extra_state(key: object) -> bool:
-    """Whether an entry is extra state for somebody, whether or not there is one who takes it."""
-    # Half a million keys: first what is quick.
+    """Whether an entry has the name of extra state, for an existing submodule or not."""
+    # There can be half a million keys, so the fastest test comes first.
     return (
         isinstance(key, str) and key.endswith(EXTRA_STATE) and key.rpartition(".")[2] == EXTRA_STATE
     )
@@ -327,7 +343,7 @@ def _is_lazy(value: object) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    # Not by deepcopy alone: torch warns of its own copies of quantized tensors.
+    # deepcopy would make torch warn of the copies that it makes of quantized tensors.
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if type(value) is dict:
@@ -357,5 +373,5 @@ def _same(one: Any, other: Any) -> bool | None:
             return bool(((one == other) | ((one != one) & (other != other))).all())
         return bool(one == other)
     except Exception:
-        # Whatever the code of the caller's classes raises.
+        # Comparisons in code of the caller can raise anything.
         return None

@@ -1,9 +1,10 @@
-"""Modules as destinations: which of their tensors a message can be received into.
+"""Modules as targets: the tensors of a module that a message can be received into.
 
-In: a module of the caller's. What its ``state_dict()`` shows of its own parameters and persistent
-buffers is received into their memory. All else there (made for the occasion, gathered, packed,
-extra state) is received as part of the object, and loaded by the submodule that it belongs to (see
-``module_load``).
+In: a module of the caller. Out: a ``ModuleDestination``. Parameters and persistent buffers that
+``state_dict()`` shows are received into their memory. All its other entries (copies, gathered or
+packed tensors, extra state) are received as part of the object, and loaded by the submodule that
+owns them (see ``module_load``). A ``ValueError`` means that the module cannot be a target, and says
+what to do instead.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ __all__ = [
 
 EXTRA_STATE = "_extra_state"
 UNKNOWN_MAX = 10_000
-"""Names that the destination lacks, and that are given to code of its own: each takes microseconds
-on the event loop."""
+"""Names without a match in the module that its own code (pre-hooks, ``_load_from_state_dict``) may
+judge. Each takes microseconds on the event loop."""
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ENTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether it is a view of a storage, and nothing else.
+    """Whether a tensor is a view of a storage, and nothing else.
 
-    Subclasses without ``__torch_dispatch__`` are: parameters with attributes, for example.
+    This includes subclasses without ``__torch_dispatch__``, such as parameters with attributes.
     """
     if type(tensor) in _PLAIN:
         return tensor.layout is torch.strided and not tensor.is_nested
@@ -50,24 +51,24 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 
 class ModuleDestination:
-    """A module somewhere in a destination.
+    """A module that is a target, or is in one.
 
     Args:
-        path: Where it is; empty if it is the destination itself.
-        module: To be looked through.
+        path: The path of the module in the target; empty if it is the target itself.
+        module: The module.
 
     Attributes:
-        module: As given.
-        prefix: The path, with a dot behind it if it is not empty.
-        tensors: Parameters and persistent buffers by their name in ``state_dict()``: to be
+        module: The module.
+        prefix: The path with a dot after it; empty if the path is.
+        tensors: Parameters and persistent buffers by their name in ``state_dict()``, which are
             received into.
-        others: The names of all else in ``state_dict()``, each with the path of its submodule.
-        active: Paths of the submodules that have more to do in a load.
-        only_tensors: No load has more to do than to fill ``tensors``.
+        others: The names of all other entries of ``state_dict()``, with the path of their
+            submodule.
+        active: Paths of the submodules that have more to load than ``tensors``.
+        only_tensors: Whether every load is done when ``tensors`` are filled.
 
     Raises:
-        ValueError: An FSDP1 module, or entries whose owner is not to be told, with what to do
-            instead.
+        ValueError: The module is sharded by FSDP1, or the owner of an entry is unknown.
     """
 
     def __init__(self, path: str, module: torch.nn.Module) -> None:
@@ -87,8 +88,8 @@ class ModuleDestination:
         for name, value in module.state_dict(keep_vars=True).items():
             tensor = value if isinstance(value, torch.Tensor) and has_memory(value) else None
             if tensor is not None and id(tensor) not in own:
-                # Some show another tensor over the same memory: detached, or made anew each time as
-                # by ScriptModules.
+                # Some modules show another tensor over the same memory: a detached one, or, as
+                # ScriptModules do, a new one for each call.
                 if places is None:
                     places = {_place(each): each for each in own.values() if has_memory(each)}
                 tensor = places.get(_place(tensor)) if tensor.data_ptr() else None
@@ -96,7 +97,7 @@ class ModuleDestination:
                 self.tensors[name] = tensor
             else:
                 others.append(name)
-        # A peer chooses the names that are looked up: of any length, with any number of dots.
+        # A peer chooses the names to look up: of any length, with any number of dots.
         self._lengths = sorted(set(map(len, self._submodules)), reverse=True)
         self.others = {name: self.owner(name) for name in others}
         self._lengths_of_others = sorted(set(map(len, self.others)))
@@ -107,7 +108,7 @@ class ModuleDestination:
             self._check_names()
 
     def _check_names(self) -> None:
-        """Refuse a state dict that does not go by submodules: who would load its entries?"""
+        """Refuse a state dict whose names are not paths of submodules: none would load them."""
         for name in self.tensors:
             path = self.owner(name)
             key = name.removeprefix(path + "." if path else "")
@@ -115,32 +116,32 @@ class ModuleDestination:
             if key not in own and not self.judges(name):
                 raise ValueError(
                     f"state_dict() of {type(self.module).__name__} shows {self.prefix + name!r}, "
-                    "which is no path of a submodule, and some have more to load than tensors: "
-                    "receive into the module that it is taken from, or a dict"
+                    "which is no path of a submodule, and a submodule has more to load than "
+                    "tensors: receive into the submodule that has this tensor, or receive a dict"
                 )
 
     def attributes(self) -> Iterator[Any]:
-        """Everything that the submodules have and that is neither in ``state_dict()`` nor below."""
+        """Yield the attributes of the submodules that are not entries or submodules."""
         for submodule in self._submodules.values():
             yield from torch_private.passing_buffers(submodule)
             yield from (value for key, value in vars(submodule).items() if key not in _ENTRIES)
 
     def submodule(self, path: str) -> torch.nn.Module:
-        """By its path in the module."""
+        """Return the submodule at a path."""
         return self._submodules[path]
 
     def owner(self, name: str) -> str:
-        """The path of the submodule that an entry belongs to, going by its name."""
+        """Return the path of the submodule that owns an entry, going by its name."""
         found = (
             path
             for path in beginnings(name, self._lengths)
             if path in self._submodules and path != name
         )
-        # A key can be empty.
+        # The name of an entry can be empty.
         return next(found, "")
 
     def with_those_above(self, paths: Iterable[str]) -> set[str]:
-        """Paths of submodules, and of all that these are in."""
+        """Return paths of submodules, and those of the modules that contain them."""
         found: set[str] = set()
         for path in paths:
             while path not in found:
@@ -149,29 +150,29 @@ class ModuleDestination:
         return found
 
     def entry(self, name: str) -> str | None:
-        """The entry of ``others`` that a tensor of the message is, or is a part of."""
+        """Return the entry of ``others`` that a tensor of the message is, or is a part of."""
         found = (each for each in beginnings(name, self._lengths_of_others) if each in self.others)
         return next(found, None)
 
     def loaded_by_torch(self, name: str) -> torch.Tensor | None:
-        """The parameter or buffer behind an entry of ``others`` that torch's own code loads."""
+        """Return the parameter or buffer of an entry of ``others`` that torch's code loads."""
         path = self.others[name]
         submodule = self._submodules[path]
         own = torch_private.persistent_tensors(submodule)
         return None if self.judges(name) else own.get(name.removeprefix(path + "." if path else ""))
 
     def needs(self, name: str) -> bool:
-        """Whether torch's own code reports an entry of ``others`` that is not there."""
+        """Whether torch's own code reports a missing entry of ``others``."""
         if self._excuses or self.judges(name):
             return False
         path = self.others[name]
         if name.removeprefix(path + "." if path else "") == EXTRA_STATE:
-            # As torch: what a class shows and does not take back is not missed.
+            # As in torch: extra state of a class without set_extra_state is not missed.
             return torch_private.takes_extra_state(self.submodule(path))
         return self.loaded_by_torch(name) is not None
 
     def refuses(self, name: str) -> bool:
-        """Whether torch's own code reports extra state that nobody takes."""
+        """Whether torch's own code reports extra state that no submodule takes."""
         return (
             name.rpartition(".")[2] == EXTRA_STATE
             and name not in self.others
@@ -180,11 +181,11 @@ class ModuleDestination:
         )
 
     def judges(self, name: str) -> bool:
-        """Whether a submodule has code of its own for an entry that one side lacks.
+        """Whether code of a submodule decides about an entry that one side lacks.
 
-        An old name, for example, which a hook renames.
+        A hook renames an entry with an old name, for example.
         """
-        # torch has not always counted the batches of a BatchNorm.
+        # Early versions of torch did not count the batches of a BatchNorm.
         counts = name.endswith("num_batches_tracked")
         if not counts and not self._renames:
             return False
@@ -198,7 +199,7 @@ class ModuleDestination:
         return True
 
     def refusal(self, name: str) -> str | None:
-        """Why an entry of ``others`` cannot be given to its submodule; None if it can."""
+        """Return the reason why an entry of ``others`` cannot be loaded; None if it can."""
         path = self.others[name]
         submodule = self._submodules[path]
         key = name.removeprefix(path + "." if path else "")
@@ -207,7 +208,7 @@ class ModuleDestination:
         if key == EXTRA_STATE and torch_private.takes_extra_state(submodule):
             return None
         return (
-            f"state_dict() of {type(submodule).__name__} makes it, and nothing there loads it; "
+            f"state_dict() of {type(submodule).__name__} makes this entry, but nothing loads it: "
             "leave it out with select, or receive a dict"
         )
 
@@ -215,10 +216,10 @@ class ModuleDestination:
 def other_views(
     tensors: Iterable[torch.Tensor], modules: Iterable[ModuleDestination]
 ) -> list[torch.Tensor]:
-    """Views of the memory of these tensors that they or their modules have as attributes.
+    """Return other views of the memory of these tensors, in attributes of them or their modules.
 
-    Quantized layers compute with such a view of their weight, for example. Found are attributes
-    that are a tensor or have tensors in them (an item, or an attribute of an object).
+    A quantized layer computes with such a view of its weight, for example. The search covers
+    attributes that are tensors, and those that contain tensors (as an item, or as an attribute).
     """
     own = {id(tensor): tensor for tensor in tensors if has_memory(tensor)}
     storages = {torch_private.storage_key(tensor.untyped_storage()) for tensor in own.values()}
@@ -237,7 +238,7 @@ def other_views(
 
 
 def _values(value: Any) -> Iterable[Any]:
-    """The items of a container, or the attributes of an object."""
+    """Return the items of a container, or the values of an object's attributes."""
     if isinstance(value, dict):
         return value.values()
     if isinstance(value, list | tuple | set):
@@ -249,7 +250,7 @@ def _values(value: Any) -> Iterable[Any]:
 
 
 def beginnings(name: str, lengths: Iterable[int]) -> Iterator[str]:
-    """Beginnings of a name that end at a dot or its end, of these lengths."""
+    """Yield the beginnings of a name that have one of these lengths and end at a dot or its end."""
     for length in lengths:
         if not length or length == len(name) or name[length : length + 1] == ".":
             yield name[:length]

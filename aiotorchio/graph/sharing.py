@@ -1,7 +1,8 @@
-"""Destinations that share memory, compared with what the message's tensors share.
+"""Targets that share memory, compared with the sharing among the message's tensors.
 
-``shared`` finds those that are one tensor under several names (ties): their numbers are compared as
-they arrive. All others may share memory only in the way in which the message's tensors do.
+In: a header and the targets for its rows. Out: the ties, the misfits and the memory of the targets.
+Ties are several tensors of the message for one target: their numbers are compared as they arrive.
+All other targets may share memory only as the message's tensors do; the rest are misfits.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ __all__ = ["VIEW_BITS", "Sharing", "filled_by_others", "shared", "view_of_row"]
 
 VIEW_BITS = CONJUGATE | NEGATIVE
 
-# Each can take as long as all of the memory that they share needs to be drawn.
+# The number of misfits to find: each can take as long as drawing all of the shared memory.
 _SHOWN = 3
 
 
 class Sharing(NamedTuple):
-    """What destinations share.
+    """The memory that targets share.
 
     Attributes:
-        ties: Names of one tensor, for which the message has several.
-        misfits: Why tensors cannot share memory as they do, by name.
-        extents: Of the destinations, by device.
+        ties: Names of one target for which the message has several tensors.
+        misfits: By name, the reason why a target cannot share memory as it does.
+        extents: The memory of the targets, by device.
     """
 
     ties: list[list[str]]
@@ -42,16 +43,16 @@ class Sharing(NamedTuple):
 def shared(
     header: Header, numbers: Mapping[str, int], tensors: Mapping[str, torch.Tensor]
 ) -> Sharing:
-    """Compare what destinations share with what the message's tensors do.
+    """Compare the memory that targets share with the storages that the message's tensors share.
 
     Args:
-        header: Of the message.
+        header: The header of the message.
         numbers: The row of each name.
-        tensors: The destinations, each fit for its row.
+        tensors: The targets; each fits its row.
     """
     found = Sharing([], {}, extents_of(tensors))
     together = [keys for extents in found.extents.values() for keys in extents.together()]
-    # In the order of the destination: what comes later does not fit what comes first.
+    # In the order of the targets: of two that cannot share memory, the later one is the misfit.
     order = {name: n for n, name in enumerate(tensors)} if together else {}
     kinds: dict[object, int] = {}
     for keys in together:
@@ -61,7 +62,7 @@ def shared(
             views = {view_of_row(header.tensors[numbers[name]]) for name in names}
             if len(views) > 1:
                 found.ties.append(names)
-                # They are compared with each other, and with nothing else.
+                # The tensors of a tie are compared with each other only.
                 origins[first] = Origin(kinds.setdefault(("tie", first), len(kinds)))
             else:
                 row = header.tensors[numbers[first]]
@@ -75,11 +76,11 @@ def shared(
 def _conflicts(
     tensors: Mapping[str, torch.Tensor], origins: dict[str, Origin]
 ) -> Iterator[tuple[str, str]]:
-    """Tensors that cannot be filled together with another one, up to a number, with the reason.
+    """Yield targets that cannot be filled together with another one, up to a number, with reasons.
 
     Args:
-        tensors: By name.
-        origins: Those that may share memory; the ones that were found are taken out.
+        tensors: Targets by name.
+        origins: The origins of targets that may share memory; those that are yielded are removed.
     """
     footprints = {name: footprint(tensors[name]) for name in origins}
     pair = conflict(footprints, origins)
@@ -92,13 +93,13 @@ def _conflicts(
         more = " (and there are more like it)" if pair and count == _SHOWN - 1 else ""
         yield (
             second,
-            f"shares memory with {shortened(first)} in the destination, but not in the message, "
-            f"or in another way{more}",
+            f"shares memory with {shortened(first)} in the target, but not in the message, or not "
+            f"in the same way{more}",
         )
 
 
 def _places(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> Iterable[list[str]]:
-    """Names of one tensor each."""
+    """Return names in groups: each group has the names of one target."""
     places: dict[object, list[str]] = {}
     for name in interruptible(names, 100):
         places.setdefault((footprint(tensors[name]), tensors[name].dtype), []).append(name)
@@ -106,15 +107,15 @@ def _places(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> Iterab
 
 
 def view_of_row(row: TensorRow) -> object:
-    """Equal for tensors with the same bytes of a message."""
+    """Return a value that is equal for rows with the same bytes of the message."""
     return row.storage, row.offset, row.shape, row.stride, row.dtype, row.flags & VIEW_BITS
 
 
 def _kind(row: TensorRow, dtype: torch.dtype) -> object:
-    """Equal for tensors that are made from bytes of one storage in one way."""
+    """Return a value that is equal for targets that get their bytes from one storage in one way."""
     flags = row.flags & VIEW_BITS
     if torch_dtype(row.dtype) == dtype and not flags:
-        # A copy of the bytes, whatever they mean.
+        # The bytes are copied without conversion, for any dtype.
         return (row.storage,)
     return row.storage, row.dtype, flags, dtype
 
@@ -122,11 +123,11 @@ def _kind(row: TensorRow, dtype: torch.dtype) -> object:
 def filled_by_others(
     missing: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
 ) -> set[str]:
-    """Names that the message does not have, of memory that it fills all the same.
+    """Return the names of missing tensors whose memory other tensors of the message fill.
 
     Args:
-        missing: Destinations for which there is nothing in the message.
-        tensors: Those for which there is something.
+        missing: Targets for which the message has no tensor.
+        tensors: Targets for which it has one.
     """
     found = set()
     for extents in extents_of({**tensors, **missing}).values():

@@ -1,8 +1,9 @@
-"""Tensors of a received object that nothing names, or that no destination takes.
+"""Tensors of a received object that have no name, or no target.
 
-In: an object that was just built. Out: the path of each of its tensors, or of the place that has it
-somewhere without a name. The header does not know all of them: sparse and quantized tensors,
-DTensors and others have rows for their parts only. ``transfer`` compares them under ``strict``.
+In: an object that was just built. Out: the path of each of its tensors, or the nearest path to a
+tensor without a name. The header does not have all of them: sparse and quantized tensors, DTensors
+and others have rows for their parts only. ``engine.fit`` compares the object with the targets. A
+``MismatchError`` lists the names and places that have no target.
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import LimitExceeded, MismatchError
 from aiotorchio.graph.module_load import is_extra_state
 from aiotorchio.graph.modules import ModuleDestination
+from aiotorchio.graph.tensor_load import WRITTEN
 from aiotorchio.table.containers import TEXT_MAX, Path, items_of, key_text, leaves_of, utf8
 from aiotorchio.wire.header import shortened
 
 __all__ = ["check_strays", "does_not_fit", "named_tensors", "refused_extra_states"]
 
 _SHOWN = 20
-# What has attributes that are not a part of the object.
+# Objects whose attributes are not parts of the received object.
 _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.Tensor)
 _PLAIN = (str, bytes, int, float, complex, type(None))
 
 
 def named_tensors(obj: Any) -> dict[str, torch.Tensor]:
-    """The tensors of an object by name; of several with one name, the first."""
+    """Return the tensors of an object by name; of several with one name, the first."""
     found: dict[str, torch.Tensor] = {}
-    # Those of the header, and others.
+    # The limit leaves room for the names of the header, and for those of other tensors.
     for name, tensor in leaves_of(obj, torch.Tensor, text_max=3 * TEXT_MAX):
         found.setdefault(name, tensor)
     return found
@@ -40,16 +42,17 @@ def named_tensors(obj: Any) -> dict[str, torch.Tensor]:
 def check_strays(
     obj: Any, named: Mapping[str, torch.Tensor], takes: Callable[[str], bool], *, kept: bool
 ) -> None:
-    """Refuse an object that has tensors for which there is no destination.
+    """Refuse an object that has tensors without a target.
 
     Args:
-        obj: As it was built.
+        obj: The object as it was built.
         named: Its tensors by name.
-        takes: Whether something receives the tensor of a name, or all that is at a path.
-        kept: Whether the destinations are as they were.
+        takes: Whether a target receives the tensor of a name, or everything at a path.
+        kept: Whether the targets are as before the load.
 
     Raises:
-        MismatchError: With all of them.
+        MismatchError: The object has such tensors; lists all of them.
+        LimitExceeded: The paths to tensors without a name are too long, all in all.
     """
     unexpected = [name for name in named if not takes(name)]
     known = {id(tensor) for tensor in named.values()}
@@ -58,7 +61,9 @@ def check_strays(
         length += path.length if path else 0
         if length > TEXT_MAX:
             raise LimitExceeded(
-                f"the places of tensors have more than {TEXT_MAX} characters", entry="skeleton"
+                f"the paths to tensors without a name have more than {TEXT_MAX} characters in "
+                "total",
+                entry="skeleton",
             )
         place = path.joined() if path else ""
         if id(tensor) not in known and not takes(place):
@@ -69,26 +74,26 @@ def check_strays(
     if hidden:
         places = ", ".join(repr(shortened(path)) for path in list(dict.fromkeys(hidden))[:3])
         lines.append(
-            f"{len(hidden)} tensors or storages of the message have no name (in what is at "
-            f"{places}): load the object without into, or select the names that you want"
+            f"{len(hidden)} tensors or storages of the message have no name (they are inside of "
+            f"{places}): load the object without into, or select the names that you need"
         )
     raise does_not_fit(unexpected, lines, kept=kept)
 
 
 def refused_extra_states(destinations: Sequence[ModuleDestination], received: Any) -> Iterator[str]:
-    """The names of extra state that an object has for modules, and that nobody there takes.
+    """Yield the names of extra state in an object that no module takes.
 
     Args:
         destinations: The modules.
-        received: An object of mappings, which may be nested, with keys that may have dots.
+        received: A mapping, which may contain others, with keys that may have dots.
 
     Raises:
-        LimitExceeded: Names that are far too long, all in all.
+        LimitExceeded: The names of extra state are far too long, all in all.
     """
     if not destinations:
         return
     modules = {module.prefix: module for module in destinations}
-    # Whatever the peer's names are, no more is tried than the caller has.
+    # Only the prefixes of these modules are tried, for any names that a peer chose.
     lengths = sorted(set(map(len, modules)), reverse=True)
     for name in _extra_states(received):
         nearest = next((modules[name[:n]] for n in lengths if name[:n] in modules), None)
@@ -112,7 +117,7 @@ def _extra_states(received: Any) -> Iterator[str]:
                 length += place.length if place else 0
                 if length > TEXT_MAX:
                     raise LimitExceeded(
-                        f"the names of extra state have more than {TEXT_MAX} characters",
+                        f"the names of extra state have more than {TEXT_MAX} characters in total",
                         entry="skeleton",
                     )
                 yield place.joined() if place else ""
@@ -123,25 +128,25 @@ def _extra_states(received: Any) -> Iterator[str]:
 def does_not_fit(
     unexpected: Sequence[str], lines: Iterable[str] = (), *, kept: bool
 ) -> MismatchError:
-    """The error for an object that has too much.
+    """Return the error for an object that has more than the targets.
 
     Args:
-        unexpected: Names for which there is no destination.
-        lines: More that does not fit.
-        kept: Whether the destinations are as they were.
+        unexpected: Names without a target.
+        lines: Further lines for the text of the error.
+        kept: Whether the targets are as before the load.
     """
-    named = [f"not in the destination: {shortened(name)}" for name in unexpected[:_SHOWN]]
+    named = [f"not in the target: {shortened(name)}" for name in unexpected[:_SHOWN]]
     if len(unexpected) > _SHOWN:
-        named.append(f"not in the destination: {len(unexpected) - _SHOWN} more")
-    written = "" if kept else " (its tensors are written to: staged=True keeps them)"
+        named.append(f"not in the target: {len(unexpected) - _SHOWN} more")
+    written = "" if kept else WRITTEN
     return MismatchError(
-        "\n    ".join(["the object does not fit the destination" + written, *named, *lines]),
+        "\n    ".join(["the object does not fit the target" + written, *named, *lines]),
         unexpected=unexpected,
     )
 
 
 def _hidden(obj: Any) -> Iterator[tuple[Path | None, Any]]:
-    """Storages, and tensors in sets, keys and attributes, each with the nearest path."""
+    """Yield storages, and tensors in sets, keys and attributes, each with the nearest path."""
     seen: dict[int, Any] = {}
     waiting: list[tuple[Path | None, Any, bool]] = [(None, obj, False)]
     while waiting:
@@ -152,7 +157,7 @@ def _hidden(obj: Any) -> Iterator[tuple[Path | None, Any]]:
                 yield path, value
             continue
         if isinstance(value, torch.UntypedStorage | torch.TypedStorage):
-            # It has no name wherever it is.
+            # A storage never has a name.
             yield path, value
             continue
         if isinstance(value, _PLAIN) or id(value) in seen:
@@ -161,7 +166,7 @@ def _hidden(obj: Any) -> Iterator[tuple[Path | None, Any]]:
         items = items_of(value)
         if items is not None and not hidden:
             for key, item in interruptible(items):
-                # The path is written out where it is needed.
+                # A path is joined only where it is used.
                 if not isinstance(item, (*_PLAIN, torch.Tensor)):
                     waiting.append((Path.below(path, utf8(key_text(key))), item, False))
                 if not isinstance(key, _PLAIN):
@@ -171,7 +176,7 @@ def _hidden(obj: Any) -> Iterator[tuple[Path | None, Any]]:
 
 
 def _parts(value: Any, items: Any) -> Iterator[Any]:
-    """What is in an object, or in a container without names."""
+    """Yield the contents of an object, or of a container without names."""
     if items is not None:
         for pair in items:
             yield from pair

@@ -1,4 +1,10 @@
-"""Tensors that are there, to receive into: which of a message's tensors goes to which of them."""
+"""The match of a message's tensors with the targets of a load.
+
+In: ``into`` of the caller, and the header of a message. Out: the target of each tensor by name, and
+the memory that targets share. A ``TypeError`` or ``ValueError`` means that ``into`` cannot be
+received into; a ``MismatchError`` lists every difference between the message and the targets,
+before the payload is received.
+"""
 
 from __future__ import annotations
 
@@ -22,34 +28,34 @@ from aiotorchio.wire.header import CONJUGATE, META_LOCATION, NEGATIVE, Header, s
 
 __all__ = ["Known", "Match", "examined", "match", "target_tensors"]
 
-# Of each kind of misfit, as many as a person reads.
+# The number of lines that an error has for each kind of difference.
 _SHOWN = 20
 
 
 def target_tensors(into: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a destination that are received into, by name; see ``examined``."""
+    """Return the tensors that are received into, by name; see ``examined``."""
     return examined(into)[0]
 
 
 def examined(into: Any) -> tuple[dict[str, torch.Tensor], list[ModuleDestination]]:
-    """What a destination is made of: its tensors by name, tied ones under each, and its modules.
+    """Return the tensors and modules of ``into``; a tied tensor is under each of its names.
 
     Args:
-        into: A module, or a mapping from names to tensors and modules, which may be nested; what
-            is neither does not count.
+        into: A module, or a mapping from names to tensors and modules, which may be nested; other
+            items are ignored.
 
     Returns:
-        The tensors to be received into, those of the modules (see there) among them, and the
-        modules.
+        The tensors that are received into, by name, with those of the modules (see
+        ``ModuleDestination.tensors``); and the modules.
 
     Raises:
-        TypeError: Neither of them.
-        ValueError: Two tensors with the same name, or a module that can't be received into.
+        TypeError: ``into`` is neither a module nor a mapping.
+        ValueError: Two tensors have the same name, or a module can't be received into.
     """
     if not isinstance(into, Mapping | torch.nn.Module):
         raise TypeError(
-            "into is a mapping from names to tensors, a torch.nn.Module or a DoubleBuffer, not "
-            f"{type(into).__name__}"
+            "into must be a mapping from names to tensors, a torch.nn.Module or a DoubleBuffer, "
+            f"not {type(into).__name__}"
         )
     modules: list[ModuleDestination] = []
 
@@ -60,19 +66,19 @@ def examined(into: Any) -> tuple[dict[str, torch.Tensor], list[ModuleDestination
     found: dict[str, torch.Tensor] = {}
     for name, tensor in walk(into, opened):
         if found.setdefault(name, tensor) is not tensor:
-            raise ValueError(f"into has two tensors named {name!r}")
+            raise ValueError(f"into has two tensors named {name!r}, but names must be unique")
     return found, modules
 
 
 class Match(NamedTuple):
-    """Destinations for which a message has something.
+    """The targets for which a message has tensors.
 
     Attributes:
-        tensors: By name.
-        ties: Names of one destination, for which the message has several tensors: their numbers
-            must be the same.
-        extents: Where they are, by device.
-        filled: Names of destinations that the message lacks, all of whose bytes others fill.
+        tensors: The targets by name.
+        ties: Names of one target for which the message has several tensors, whose numbers must be
+            the same.
+        extents: The memory of the targets, by device.
+        filled: Names of targets that the message lacks, all of whose bytes others fill.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -91,20 +97,22 @@ def match(
     strict: bool,
     cast: bool,
 ) -> Match:
-    """The tensors that are received into, by their names in the message.
+    """Match the tensors of a message with targets, by name.
 
     Args:
-        header: Of a message.
-        destinations: By name.
-        modules: Which may have more to do with the message than those of their tensors that are
-            among the destinations.
-        selection: Whether a name counts, at either side.
-        all_selected: Whether tensors without a name count, too.
+        header: The header of the message.
+        destinations: The targets by name.
+        modules: Modules whose tensors are among the targets, and that can load other entries.
+        selection: Contains the names that count, on either side.
+        all_selected: Whether tensors without a name count as well.
         strict: Whether both sides must have the same names.
-        cast: Whether a destination may have another dtype, as far as ``torch.can_cast`` allows.
+        cast: Whether a target may have another dtype, if ``torch.can_cast`` allows it.
+
+    Returns:
+        The targets that are received into.
 
     Raises:
-        MismatchError: With all that does not fit.
+        MismatchError: The message does not fit the targets; lists all differences.
     """
     names = rows_by_name(header.tensors)
     found = {
@@ -121,91 +129,138 @@ def match(
     fitting = {name: each for name, each in found.items() if name not in misfits}
     sharing = shared(header, names, fitting)
     misfits |= sharing.misfits
-    missing, unexpected, unnamed, compared = [], [], 0, False
+    sides = (
+        _one_sided(header, names, destinations, modules, selection, fitting)
+        if strict
+        else _OneSided([], [], set(), {}, 0, False)
+    )
+    misfits |= sides.refused
+    nameless = sides.unnamed if all_selected and not sides.compared_later else 0
+    if misfits or sides.missing or sides.unexpected or nameless:
+        raise _mismatch(misfits, sides, nameless)
+    return Match(found, sharing.ties, sharing.extents, sides.filled)
+
+
+class _OneSided(NamedTuple):
+    """The names that only the message or only the targets have, under ``strict``.
+
+    Attributes:
+        missing: Names of targets that the message lacks.
+        unexpected: Names of the message without a target.
+        filled: Names of targets that the message lacks, all of whose bytes others fill.
+        refused: Entries of modules that the message has parts of and no code loads, with reasons.
+        unnamed: The number of tensors of the message without a name.
+        compared_later: Whether these are compared with targets when the object has been built.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    filled: set[str]
+    refused: dict[str, str]
+    unnamed: int
+    compared_later: bool
+
+
+def _one_sided(
+    header: Header,
+    names: Mapping[str, int],
+    destinations: Mapping[str, torch.Tensor],
+    modules: Sequence[ModuleDestination],
+    selection: Container[str],
+    fitting: Mapping[str, torch.Tensor],
+) -> _OneSided:
+    """Find the names that one side lacks.
+
+    ``names`` has the row of each name of the message, and ``fitting`` the targets that fit theirs;
+    see ``match`` for the other arguments.
+    """
     filled: set[str] = set()
-    if strict:
-        missing = [name for name in destinations if name in selection and name not in names]
-        if missing:
-            others = {
-                name: destinations[name] for name in missing if _has_places(destinations[name])
-            }
-            filled = set(filled_by_others(others, fitting))
-        known = Known(modules)
-        missing = [
-            name
-            for name in missing
-            if name not in filled
-            and not known.judges(name)
-            # That comes as a part of the object, and is compared when it is there.
-            and not (header.codec == "pickle" and is_copied_whole(destinations[name]))
-        ]
-        unexpected = [
-            name
-            for name in interruptible(names)
-            if name in selection and name not in destinations and not known.takes(name)
-        ]
-        misfits |= known.refused
-        unnamed = count_unnamed(header)
-        # These are compared when they are there: by modules, and with tensors of other kinds.
-        compared = any(module.others for module in modules) or any(
-            name not in names and is_copied_whole(tensor) for name, tensor in destinations.items()
+    missing = [name for name in destinations if name in selection and name not in names]
+    if missing:
+        others = {name: destinations[name] for name in missing if _has_places(destinations[name])}
+        filled = set(filled_by_others(others, fitting))
+    known = Known(modules)
+    missing = [
+        name
+        for name in missing
+        if name not in filled
+        and not known.judges(name)
+        # It is received as a part of the object, and compared when that has been built.
+        and not (header.codec == "pickle" and is_copied_whole(destinations[name]))
+    ]
+    unexpected = [
+        name
+        for name in interruptible(names)
+        if name in selection and name not in destinations and not known.takes(name)
+    ]
+    unnamed = count_unnamed(header)
+    compared_later = any(module.others for module in modules) or any(
+        name not in names and is_copied_whole(tensor) for name, tensor in destinations.items()
+    )
+    return _OneSided(missing, unexpected, filled, known.refused, unnamed, compared_later)
+
+
+def _mismatch(misfits: Mapping[str, str], sides: _OneSided, nameless: int) -> MismatchError:
+    """Return the error that lists all differences between a message and the targets.
+
+    Args:
+        misfits: The reasons why targets do not fit, by name.
+        sides: The names that one side lacks.
+        nameless: The number of tensors that are refused since they have no name.
+    """
+    # A missing tensor may be one of those without a name.
+    absent = "no tensor of this name" if sides.unnamed else "not in the message"
+    lines = [
+        *_lines(
+            "does not fit",
+            len(misfits),
+            (f"{shortened(name)}: {why}" for name, why in misfits.items()),
+        ),
+        *_lines(absent, len(sides.missing), map(shortened, sides.missing)),
+        *_lines("not in the target", len(sides.unexpected), map(shortened, sides.unexpected)),
+    ]
+    if nameless:
+        lines.append(
+            f"{nameless} tensors of the message have no name: load the object "
+            "without into, or select the names that you need"
         )
-    refused = unnamed and all_selected and not compared
-    if misfits or missing or unexpected or refused:
-        # It may be among those that have no name.
-        absent = "no tensor of this name" if unnamed else "not in the message"
-        lines = [
-            *_lines(
-                "does not fit",
-                len(misfits),
-                (f"{shortened(name)}: {why}" for name, why in misfits.items()),
-            ),
-            *_lines(absent, len(missing), map(shortened, missing)),
-            *_lines("not in the destination", len(unexpected), map(shortened, unexpected)),
-        ]
-        if refused:
-            lines.append(
-                f"{unnamed} tensors of the message have no name: load the object "
-                "without into, or select the names that you want"
-            )
-        raise MismatchError(
-            "the message does not fit the destination" + "".join(f"\n    {line}" for line in lines),
-            entry="header",
-            missing=missing,
-            unexpected=unexpected,
-            misfits=misfits,
-        )
-    return Match(found, sharing.ties, sharing.extents, filled)
+    return MismatchError(
+        "the message does not fit the target" + "".join(f"\n    {line}" for line in lines),
+        entry="header",
+        missing=sides.missing,
+        unexpected=sides.unexpected,
+        misfits=misfits,
+    )
 
 
 def _has_places(tensor: torch.Tensor) -> bool:
-    """Whether all elements of a destination could be filled."""
+    """Whether the bytes of a message can fill all elements of a target."""
     return has_memory(tensor) and not tensor.is_meta and _no_place(tensor) is None
 
 
 class Known:
-    """What modules know that one of both sides lacks.
+    """The names that modules load or excuse although one side lacks them.
 
     Args:
-        modules: Of the destination.
+        modules: The modules among the targets.
 
     Attributes:
-        refused: Entries of which the message has parts, and that nobody would load, with reasons.
+        refused: Entries that the message has parts of and no code loads, with reasons.
     """
 
     def __init__(self, modules: Sequence[ModuleDestination]) -> None:
         self._modules = {module.prefix: module for module in modules}
-        # Not one after the other: there can be thousands, and half a million names.
+        # Modules are found by prefix: there can be thousands, and half a million names.
         self._lengths = sorted({len(prefix) for prefix in self._modules}, reverse=True)
         self._unknown_left = UNKNOWN_MAX
         self.refused: dict[str, str] = {}
 
     def judges(self, name: str) -> bool:
-        """Whether a module may do without a tensor of this name, or take it for another."""
+        """Whether code of a module decides about a missing tensor of this name."""
         return any(module.judges(key) for module, key in self._of(name))
 
     def takes(self, name: str) -> bool:
-        """Whether a module loads a tensor that is none of its own."""
+        """Whether a module loads a tensor of this name, although it has no such tensor."""
         for module, key in self._of(name):
             entry = module.entry(key)
             if entry is not None:
@@ -231,7 +286,7 @@ def _refusals(
     modules: Iterable[ModuleDestination],
     selection: Container[str],
 ) -> dict[str, str]:
-    """Entries of state dicts that are there on both sides, and that nobody would load."""
+    """Return the entries of state dicts that both sides have and no code loads, with reasons."""
     refused = {}
     for module in modules:
         for entry in module.others:
@@ -247,33 +302,33 @@ def _refusals(
 
 
 def _unloadable(header: Header, index: int, tensor: torch.Tensor | None) -> str | None:
-    """Why torch's own code would not load a row into a tensor that takes no bytes."""
+    """Return the reason why torch's code would not load a row into a tensor without bytes."""
     if tensor is None or torch.nn.parameter.is_lazy(tensor):
         return None
     row = header.tensors[index]
     if header.locations[header.storages[row.storage].location] == META_LOCATION:
-        return "on meta at the sender, without bytes"
-    # What had no dimension had one in early versions of torch, which load_state_dict accepts.
+        return "the sender had it on meta, without bytes"
+    # Early versions of torch saved scalars with one dimension, which load_state_dict accepts.
     if tensor.shape != row.shape and (tensor.dim() or len(row.shape) != 1):
-        return f"shape {list(row.shape)} in the message, {list(tensor.shape)} in the destination"
+        return f"shape {list(row.shape)} in the message, {list(tensor.shape)} in the target"
     return spread_misfit(None, tensor)
 
 
 def _misfit(header: Header, index: int, tensor: torch.Tensor, *, cast: bool) -> str | None:
-    """Why a row cannot be received into a tensor."""
+    """Return the reason why a row cannot be received into a target; None if it can."""
     row = header.tensors[index]
     if header.locations[header.storages[row.storage].location] == META_LOCATION:
-        return "on meta at the sender, without bytes"
+        return "the sender had it on meta, without bytes"
     if not has_memory(tensor) or tensor.is_quantized:
         lazy = torch.nn.parameter.is_lazy(tensor)
         kind = f"a {type(tensor).__name__}" if lazy else kind_of(tensor)
-        return f"dense in the message; the destination is no plain strided tensor but {kind}"
+        return f"it is dense in the message, but the target is no plain strided tensor but {kind}"
     if tensor.device.type == META_LOCATION:
-        return "the destination is on meta, without memory"
+        return "the target is on meta, without memory"
     if tensor.shape != row.shape:
-        return f"shape {list(row.shape)} in the message, {list(tensor.shape)} in the destination"
+        return f"shape {list(row.shape)} in the message, {list(tensor.shape)} in the target"
     if tensor.is_conj() or tensor.is_neg():
-        return "the destination is a conjugate or negative view: resolve it first"
+        return "the target is a conjugate or negative view: resolve it first"
     reason = _no_place(tensor)
     if reason is not None:
         return reason
@@ -282,7 +337,7 @@ def _misfit(header: Header, index: int, tensor: torch.Tensor, *, cast: bool) -> 
     if dtype != tensor.dtype and not (cast and torch.can_cast(dtype, tensor.dtype)):
         possible = torch.can_cast(dtype, tensor.dtype)
         hint = " (cast=True converts)" if possible else " (torch.can_cast says no)" if cast else ""
-        return f"{dtype} in the message, {tensor.dtype} in the destination{hint}"
+        return f"{dtype} in the message, {tensor.dtype} in the target{hint}"
     if (dtype != tensor.dtype or flags) and not _converts(dtype, flags, tensor.dtype):
         kind = "conjugate or negative views of " if flags else ""
         return f"torch cannot convert {kind}{dtype} to {tensor.dtype}"
@@ -290,19 +345,19 @@ def _misfit(header: Header, index: int, tensor: torch.Tensor, *, cast: bool) -> 
 
 
 def _no_place(tensor: torch.Tensor) -> str | None:
-    """Why the elements of a strided tensor are no places for so many numbers."""
+    """Return the reason why elements of a strided tensor cannot be filled one by one."""
     order = order_of(tensor.shape, tensor.stride())
     end = int(tensor.storage_offset()) + order.extent
     if order.count and end * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return "the memory of the destination was freed"
+        return "the memory of the target was freed"
     if order.expanded or not order.distinct:
-        return "elements of the destination overlap"
+        return "elements of the target overlap"
     return None
 
 
 @lru_cache(maxsize=4096)
 def _converts(dtype: torch.dtype, flags: int, into: torch.dtype) -> bool:
-    """Whether torch can: it has conversions for most pairs of dtypes, and says so when asked."""
+    """Whether torch has a conversion between dtypes; a copy of one element shows it."""
     try:
         source = torch.empty((0,), dtype=dtype).set_(torch.UntypedStorage(16), 0, (1,), (1,))
         source = source.conj() if flags & CONJUGATE else source
@@ -315,7 +370,7 @@ def _converts(dtype: torch.dtype, flags: int, into: torch.dtype) -> bool:
 
 
 def _lines(what: str, count: int, texts: Iterable[str]) -> list[str]:
-    """A line for each of the first ones, and one for the rest."""
+    """Return a line for each of the first texts, and one for the number of the others."""
     more = count - _SHOWN
     lines = [f"{what}: {text}" for text in islice(texts, _SHOWN)]
     return lines + [f"{what}: {more} more"] * (more > 0)

@@ -1,7 +1,8 @@
-"""Destinations that are no view of a memory: sparse, quantized, nested, wrapper subclasses.
+"""Targets that are not views of a storage: sparse, quantized, nested, wrapper subclasses.
 
-In: such tensors of the caller's, and what the object has under their names. They are received as
-parts of the object, and copied by torch: the last part of a commit, as what modules load.
+In: such targets, and the received tensors with their names. They are received as parts of the
+object, and copied by torch as the last step of a commit, like the entries that modules load. A
+``MismatchError`` means that a tensor is missing, or cannot be copied into its target.
 """
 
 from __future__ import annotations
@@ -15,27 +16,30 @@ from aiotorchio.errors import MismatchError
 from aiotorchio.graph.modules import has_memory
 from aiotorchio.wire.header import META_LOCATION, shortened
 
-# What torch and the code of subclasses raise if they cannot copy (NotImplementedError among them).
+# The errors of torch and of subclasses for impossible copies; NotImplementedError is one of them.
 _REFUSALS = (RuntimeError, TypeError, ValueError, AssertionError)
 
-# What to do with whole tensors for a model of shards.
+# Advice for whole tensors in a message, and shards in the target.
 _WHOLE = (
     ": load the message without into, and give the dict to torch.distributed.checkpoint.state_dict."
     "set_model_state_dict"
 )
 
-__all__ = ["TensorLoad", "is_copied_whole", "kind_of", "spread_misfit"]
+# The state of a target after an error of a load that is not staged.
+WRITTEN = " (its tensors were written to; with staged=True they would be as before)"
+
+__all__ = ["WRITTEN", "TensorLoad", "is_copied_whole", "kind_of", "spread_misfit"]
 
 
 def is_copied_whole(tensor: torch.Tensor) -> bool:
-    """Whether it takes a whole tensor instead of bytes."""
+    """Whether a target takes a whole tensor instead of bytes."""
     if torch.nn.parameter.is_lazy(tensor):
         return False
     return not has_memory(tensor) or tensor.is_quantized
 
 
 def kind_of(tensor: torch.Tensor) -> str:
-    """What a person calls it."""
+    """Return words for the kind of a tensor, for errors."""
     name = _class_of(tensor).__name__
     if tensor.is_quantized:
         return f"a quantized {name} ({tensor.dtype}, {tensor.qscheme()})"
@@ -51,14 +55,14 @@ def kind_of(tensor: torch.Tensor) -> str:
 
 
 def spread_misfit(received: torch.Tensor | None, destination: torch.Tensor) -> str | None:
-    """Why a shard cannot be copied into another one; None if it can, and if neither is a DTensor.
+    """Return the reason why shards do not match; None if they do, or if neither is a DTensor.
 
-    torch would redistribute one with other placements, in which every rank has to take part, and
-    take the shard of another rank for its own.
+    torch would redistribute a shard with other placements, in which every rank has to take part,
+    and would accept the shard of another rank.
 
     Args:
-        received: None for a dense tensor of which only the row is known.
-        destination: Of any kind.
+        received: The received tensor; None for a dense tensor of which only the row is known.
+        destination: A target of any kind.
     """
     one = (None, None, ()) if received is None else _spread(received)
     other = _spread(destination)
@@ -66,21 +70,21 @@ def spread_misfit(received: torch.Tensor | None, destination: torch.Tensor) -> s
         return None
     kind = "a dense Tensor" if received is None else kind_of(received)
     hint = _WHOLE if one[0] is None or other[0] is None else ""
-    return f"{kind} in the message, {kind_of(destination)} in the destination{hint}"
+    return f"{kind} in the message, {kind_of(destination)} in the target{hint}"
 
 
 class TensorLoad:
-    """Copies what was received into such destinations.
+    """Copies of received tensors into such targets.
 
     Args:
-        destinations: By name.
-        received: By name, as far as the object has them.
-        strict: Whether one may be missing.
-        staged: Whether the other tensors can be had back.
-        rehearsal: Whether the tensors are all on ``meta``, since they have not been received yet.
+        destinations: The targets by name.
+        received: The received tensors by name; targets without one are left alone.
+        strict: Whether each target needs a received tensor.
+        staged: Whether the load is staged, so that the other tensors are restored after an error.
+        rehearsal: Whether all received tensors are on ``meta``, before the payload.
 
     Raises:
-        MismatchError: One that is missing, or cannot be copied; nothing was changed here.
+        MismatchError: A tensor is missing, or cannot be copied; nothing was changed.
     """
 
     def __init__(
@@ -98,14 +102,14 @@ class TensorLoad:
         reasons = {name: _misfit(each, destination) for name, destination, each in self._pairs}
         if not rehearsal:
             on_meta = (name for name, _, each in self._pairs if each.device.type == META_LOCATION)
-            reasons |= dict.fromkeys(on_meta, "on meta in the message, without bytes")
+            reasons |= dict.fromkeys(on_meta, "the sender had it on meta, without bytes")
         misfits = {name: reason for name, reason in reasons.items() if reason is not None}
         missing = [name for name in destinations if strict and name not in received]
         if misfits or missing:
             lines = [f"does not fit: {shortened(name)}: {why}" for name, why in misfits.items()]
             lines += [f"not in the message: {shortened(name)}" for name in missing]
             raise MismatchError(
-                "the object does not fit the destination"
+                "the object does not fit the target"
                 + self._kept
                 + "".join(f"\n    {line}" for line in lines),
                 missing=missing,
@@ -114,18 +118,18 @@ class TensorLoad:
 
     @property
     def has_steps(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether there are tensors to copy."""
         return bool(self._pairs)
 
     @property
     def _kept(self) -> str:
-        return "" if self._staged else " (its tensors are written to: staged=True keeps them)"
+        return "" if self._staged else WRITTEN
 
     def steps(self) -> Iterator[None]:
-        """Copy; between two steps, other tasks may run.
+        """Copy the tensors; between two steps, other tasks may run.
 
         Raises:
-            MismatchError: torch cannot copy one.
+            MismatchError: torch cannot copy a tensor.
         """
         for name, destination, received in self._pairs:
             try:
@@ -134,20 +138,21 @@ class TensorLoad:
                     destination.copy_(received)
             except _REFUSALS as error:
                 raise MismatchError(
-                    f"{kind_of(received)} could not be copied into the destination{self._kept}: "
+                    f"{kind_of(received)} could not be copied into the target{self._kept}: "
                     f"{type(error).__name__}: {error}",
                     entry=shortened(name),
                 ) from error
             yield
 
     def note(self) -> None:
-        """Nothing: what is there before is copied when it changes."""
+        """Do nothing: ``steps`` keeps the earlier numbers when it copies."""
 
     def restore(self) -> None:
-        """Copy back what was there before; without effect otherwise.
+        """Copy the earlier numbers back; nothing happens if no tensor was changed.
 
         Raises:
-            MismatchError: torch cannot; names all that are neither as before nor as in the message.
+            MismatchError: torch cannot copy them back; names the tensors that have neither their
+                earlier numbers nor those of the message.
         """
         failed = []
         for name, destination, value in reversed(self._before):
@@ -156,49 +161,48 @@ class TensorLoad:
                     destination.copy_(value)
             except _REFUSALS as error:
                 failed.append(f"{shortened(name)}: {type(error).__name__}: {error}")
-        # Not before: after an interrupt all of it is done again.
+        # Cleared last, so that all of it is repeated after an interrupt.
         self._before = []
         if failed:
             raise MismatchError(
-                "half applied: these tensors did not take back what they had"
+                "half applied: these tensors could not be restored to their earlier numbers"
                 + "".join(f"\n    {line}" for line in failed)
             )
 
 
 def _misfit(received: torch.Tensor, destination: torch.Tensor) -> str | None:
-    """Why a tensor cannot be copied into another one; None if it can."""
+    """Return the reason why a tensor cannot be copied into a target; None if it can."""
     one, other = kind_of(received), kind_of(destination)
     reason = spread_misfit(received, destination)
     if reason is not None or one != other:
-        return reason or f"{one} in the message, {other} in the destination"
+        return reason or f"{one} in the message, {other} in the target"
     if received.shape != destination.shape:
         return (
-            f"shape {list(received.shape)} in the message, {list(destination.shape)} in the "
-            "destination"
+            f"shape {list(received.shape)} in the message, {list(destination.shape)} in the target"
         )
     if received.dtype != destination.dtype:
         return (
-            f"{received.dtype} in the message, {destination.dtype} in the destination (cast=True "
-            "is for dense tensors)"
+            f"{received.dtype} in the message, {destination.dtype} in the target (cast=True is for "
+            "dense tensors only)"
         )
     return None
 
 
 def _class_of(tensor: torch.Tensor) -> type[torch.Tensor]:
-    # Not isinstance, which says yes to parameters of every class.
+    # isinstance says yes for parameters of every class, so the class itself is compared.
     return torch.Tensor if issubclass(type(tensor), torch.nn.Parameter) else type(tensor)
 
 
 def _spread(tensor: torch.Tensor) -> tuple[object, object, object]:
-    """Over which devices a DTensor is spread, how, and which part of it is here."""
-    # Of other classes, a peer sets the attributes.
+    """Return the mesh and placements of a DTensor, and the index of its shard on this rank."""
+    # For other classes, a peer may have set these attributes.
     if not type(tensor).__module__.startswith("torch.distributed."):
         return None, None, ()
     mesh: Any = getattr(tensor, "device_mesh", None)
     placements: Any = getattr(tensor, "placements", None)
     if mesh is None or placements is None:
         return None, None, ()
-    # A peer's mesh says where the peer is.
+    # In a received mesh, the coordinate is that of the sender.
     place = mesh.get_coordinate() or ()
     parts = [n for n, each in zip(place, placements, strict=False) if not each.is_replicate()]
     return mesh, placements, tuple(parts)

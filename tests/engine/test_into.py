@@ -590,7 +590,7 @@ def test_a_tensor_on_meta_with_attributes() -> None:
     sent = {"m": with_attributes(torch.empty(2, device="meta"), x=3)}
     loaded = load(encoded(sent))
     assert loaded["m"].device.type == "meta" and loaded["m"].x == 3
-    with pytest.raises(MismatchError, match="m: on meta at the sender"):
+    with pytest.raises(MismatchError, match="m: the sender had it on meta"):
         load(encoded(sent), into={"m": torch.zeros(2)})
 
 
@@ -677,7 +677,7 @@ def test_casts(source: str) -> None:
         into = {"w": place(values.shape, getattr(torch, destination), step=2, offset=1)}
         watched = Watched(into)
         if not torch.can_cast(tensor.dtype, into["w"].dtype):
-            with pytest.raises(MismatchError, match="in the destination"):
+            with pytest.raises(MismatchError, match="in the target"):
                 load(data[n], **into_options(mode, into), cast=True)
             watched.assert_untouched()
         else:
@@ -1174,9 +1174,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"cast": True}, ValueError, "no meaning without into"),
     ({"lock": anyio.Lock}, ValueError, "no meaning without into"),
     ({"into": W, "lock": contextlib.nullcontext()}, ValueError, "without staged"),
-    ({"into": 5}, TypeError, "into is a mapping"),
-    ({"into": [torch.zeros(2)]}, TypeError, "into is a mapping"),
-    ({"into": nn.Linear}, TypeError, "into is a mapping"),
+    ({"into": 5}, TypeError, "into must be a mapping"),
+    ({"into": [torch.zeros(2)]}, TypeError, "into must be a mapping"),
+    ({"into": nn.Linear}, TypeError, "into must be a mapping"),
     ({"into": {"a": [OPTIMIZER]}}, TypeError, r"an optimizer at 'a\.0'.*state_dict\(\)"),
     ({"into": {"a": {"b": W["w"]}, "a.b": torch.zeros(1)}}, ValueError, "two tensors named 'a.b'"),
     ({"into": W, "strict": None}, TypeError, "strict"),
@@ -1214,7 +1214,7 @@ async def test_a_lock_of_the_other_world_is_refused_before_anything_is_read() ->
 
 def test_what_is_no_double_buffer() -> None:
     for wrong in (5, [torch.zeros(2)], nn.Linear):
-        with pytest.raises(TypeError, match="into is a mapping"):
+        with pytest.raises(TypeError, match="into must be a mapping"):
             aiotorchio.DoubleBuffer(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"two tensors named 'a\.b'"):
         aiotorchio.DoubleBuffer({"a": {"b": torch.zeros(1)}, "a.b": torch.zeros(1)})

@@ -83,7 +83,7 @@ def test_shapes_are_compared_before_the_first_byte(mode: str) -> None:
     module, state = distributed.fsdp2(), distributed.plain().state_dict()
     state["0.weight"] = torch.ones(7, 5)
     said = distributed.is_refused(module, state, mode, MismatchError)
-    assert "0.weight: shape [7, 5] in the message, [7, 4] in the destination" in said
+    assert "0.weight: shape [7, 5] in the message, [7, 4] in the target" in said
 
 
 @all_modes
@@ -125,7 +125,7 @@ def test_a_shard_too_many_is_found_before_the_first_byte(mode: str) -> None:
     module, state = distributed.fsdp2(), distributed.fsdp2().state_dict()
     state["more"] = state["0.weight"].clone()
     said = distributed.is_refused(module, state, mode, MismatchError)
-    assert "not in the destination: more" in said
+    assert "not in the target: more" in said
 
 
 @pytest.mark.parametrize("kind", distributed.FSDP1)
@@ -160,7 +160,7 @@ def test_ddp_takes_the_names_that_load_state_dict_takes(mode: str) -> None:
     module = distributed.KINDS["ddp"]()
     said = distributed.is_refused(module, distributed.plain().state_dict(), mode, MismatchError)
     assert "not in the message: module.0.weight" in said
-    assert "not in the destination: 0.weight" in said
+    assert "not in the target: 0.weight" in said
 
 
 @pytest.mark.full

@@ -94,13 +94,13 @@ OTHERS: dict[str, tuple[Callable[[], torch.Tensor], str, str]] = {
     "another layout": (
         lambda: torch.eye(3).to_sparse_csr(),
         "coo",
-        "layout torch.sparse_coo in the message, a Tensor of layout torch.sparse_csr in the dest",
+        "layout torch.sparse_coo in the message, a Tensor of layout torch.sparse_csr in the targ",
     ),
     "another shape": (lambda: torch.eye(2).to_sparse(), "coo", r"shape \[3, 3\] in the message"),
     "another dtype": (
         lambda: torch.eye(3).double().to_sparse(),
         "coo",
-        "torch.float32 in the message, torch.float64 in the destination",
+        "torch.float32 in the message, torch.float64 in the target",
     ),
     "another scheme": (
         lambda: torch.quantize_per_channel(
@@ -110,7 +110,7 @@ OTHERS: dict[str, tuple[Callable[[], torch.Tensor], str, str]] = {
         "a quantized Tensor .torch.qint8, torch.per_tensor_affine. in the message",
     ),
     "dense in the message": (lambda: torch.eye(2).to_sparse(), "dense", "dense in the message"),
-    "dense in the destination": (lambda: torch.zeros(3, 3), "coo", "no tensor of this name: coo"),
+    "dense in the target": (lambda: torch.zeros(3, 3), "coo", "no tensor of this name: coo"),
     "not in the message": (lambda: quantized(1.0), "other", "not in the message: other"),
 }
 
@@ -181,7 +181,7 @@ def test_a_missing_one_is_refused_before_the_payload(mode: Mode) -> None:
 @all_modes
 def test_what_no_destination_takes_is_refused(mode: Mode) -> None:
     sent = sparse(3.0) | {"other": [torch.eye(2).to_sparse()]}
-    reason = r"not in the destination: other\.0"
+    reason = r"not in the target: other\.0"
     error = is_refused_before_the_payload(sent, sparse(1.0), mode, reason)
     assert error.unexpected == ("other.0",)
     into = sparse(1.0)
@@ -195,7 +195,7 @@ def test_what_no_destination_takes_is_refused(mode: Mode) -> None:
 
 def test_what_no_destination_takes_is_shown_up_to_a_number() -> None:
     sent = sparse(3.0) | {"other": [torch.eye(2).to_sparse() for _ in range(22)]}
-    error = is_refused_before_the_payload(sent, sparse(1.0), plain, "destination: 2 more")
+    error = is_refused_before_the_payload(sent, sparse(1.0), plain, "target: 2 more")
     assert len(error.unexpected) == 22
 
 
@@ -244,7 +244,7 @@ def test_a_tensor_that_is_named_elsewhere_is_not_without_a_name() -> None:
 def test_the_code_of_trusted_classes_runs_once() -> None:
     into, before = sparse(1.0) | {"other": torch.eye(2).to_sparse()}, Holder.made
     data = io.BytesIO(encoded(sparse(3.0) | {"a": Holder(torch.ones(2))}))
-    with pytest.raises(MismatchError, match="its tensors are written to"):
+    with pytest.raises(MismatchError, match="its tensors were written to"):
         aiotorchio.load(data, safe_globals=[Holder], into=into)
     assert Holder.made == before + 1
 

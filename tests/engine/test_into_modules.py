@@ -349,7 +349,7 @@ def test_a_hook_that_knows_old_names(kind: Any, mode: str) -> None:
 def test_a_name_that_no_hook_knows() -> None:
     state = nn.Sequential(OldName()).state_dict()
     state["0.other"] = torch.ones(1)
-    with pytest.raises(MismatchError, match=r"not in the destination: 0\.other") as caught:
+    with pytest.raises(MismatchError, match=r"not in the target: 0\.other") as caught:
         load(encoded(state), into=nn.Sequential(OldName()))
     assert caught.value.unexpected == ("0.other",)
     load(encoded(state), into=nn.Sequential(OldName()), strict=False)
@@ -451,7 +451,7 @@ def test_extra_state_for_a_module_of_tensors(mode: str, path: str, value: Any) -
     sent: Any = {"a": {"model": message}} if path else message
     into: Any = {"a": {"model": module}} if path else module
     before = state(module)
-    with pytest.raises(MismatchError, match=r"not in the destination: .*0\._extra_state"):
+    with pytest.raises(MismatchError, match=r"not in the target: .*0\._extra_state"):
         load(encoded(sent), **into_options(mode, into))
     assert state(module) == before
     load(encoded(sent), strict=False, **into_options(mode, into))
@@ -463,7 +463,7 @@ def test_extra_state_in_a_pickle_for_a_module_of_tensors(mode: str) -> None:
     module, message = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)).state_dict()
     before = state(module)
     message["0._extra_state"] = frozenset()
-    with pytest.raises(MismatchError, match=r"not in the destination: 0\._extra_state"):
+    with pytest.raises(MismatchError, match=r"not in the target: 0\._extra_state"):
         load(encoded(message), **into_options(mode, module))
     assert state(module) == before
 
@@ -485,7 +485,7 @@ def test_a_module_is_looked_through_in_one_pass() -> None:
 def test_an_empty_key_for_a_module_with_a_hook() -> None:
     module: Any = nn.Sequential(OldName())
     message = {**module.state_dict(), "": torch.ones(1)}
-    with pytest.raises(MismatchError, match="not in the destination"):
+    with pytest.raises(MismatchError, match="not in the target"):
         load(encoded(message), into=module)
 
 
@@ -494,7 +494,7 @@ def test_extra_state_that_nobody_takes() -> None:
     message["0._extra_state"] = torch.ones(1)
     module: Any = nn.Sequential(nn.Linear(2, 2))
     module.register_load_state_dict_post_hook(lambda module, keys: None)
-    with pytest.raises(MismatchError, match=r"not in the destination: 0\._extra_state"):
+    with pytest.raises(MismatchError, match=r"not in the target: 0\._extra_state"):
         load(encoded(message), into=module)
 
 
@@ -509,7 +509,7 @@ def test_an_entry_that_nothing_loads(mode: str) -> None:
     with pytest.raises(MismatchError) as caught:
         load(encoded(sent.state_dict()), **into_options(mode, module))
     assert caught.value.misfits.keys() == {"0.weight.absmax"}
-    assert "Quantized makes it, and nothing there loads it" in str(caught.value)
+    assert "Quantized makes this entry, but nothing loads it" in str(caught.value)
     assert state(module) == before
     load(encoded(sent.state_dict()), **into_options(mode, module), select="0.weight")
     assert state(module)["0.weight"] == state(sent)["0.weight"]
@@ -563,7 +563,7 @@ async def test_a_module_that_raises(mode: str, way: str) -> None:
         assert state(module) == before
         assert "written" not in str(caught.value)
     else:
-        assert "its tensors are written to" in str(caught.value)
+        assert "its tensors were written to" in str(caught.value)
     second.refused = None
     await load_in(way, encoded(sent), **into_options(mode, module))
     assert state(module) == plainly(sent)
@@ -1006,7 +1006,7 @@ def test_nested_entries_that_nothing_loads() -> None:
 
     module = Nested()
     before = plainly(module.state_dict())
-    with pytest.raises(MismatchError, match="nothing there loads it") as caught:
+    with pytest.raises(MismatchError, match="nothing loads it") as caught:
         load(encoded(Nested().state_dict()), into=module)
     assert caught.value.misfits.keys() == {"model"}
     assert plainly(module.state_dict()) == before
@@ -1101,7 +1101,7 @@ def test_extra_state_that_nobody_takes_is_refused_wherever_it_is(
     extra = {"x": 1} if codec == "tree" else Counter("ab")
     state = {**nn.Linear(2, 2).state_dict(), "_extra_state": extra}
     data = encoded(below("0", state, flat=flat))
-    with pytest.raises(MismatchError, match=r"not in the destination: 0\._extra_state"):
+    with pytest.raises(MismatchError, match=r"not in the target: 0\._extra_state"):
         aiotorchio.load(io.BytesIO(data), into=into)
     aiotorchio.load(io.BytesIO(data), into=into, strict=False)
     assert torch.equal(linear.weight, state["weight"])

@@ -372,7 +372,7 @@ def test_what_is_packed_alike_and_converted(mode: str) -> None:
     state = {str(n): view(sent) for n, view in enumerate(views)}
     load(encoded(state), **into_options(mode, into), cast=True)
     watched.assert_filled({"0": sent})
-    with pytest.raises(MismatchError, match="2: shares memory with 0 in the destination"):
+    with pytest.raises(MismatchError, match="2: shares memory with 0 in the target"):
         load(encoded(state | {"2": sent[:, 4:8]}), **into_options(mode, into), cast=True)
 
 

@@ -162,7 +162,7 @@ def test_a_lazy_module_that_is_not_lazy_any_more() -> None:
 
 @pytest.mark.parametrize("into", [None, 5, [A], (A,), {A}, A, nn.Linear, "text"], ids=repr)
 def test_what_is_no_destination(into: Any) -> None:
-    with pytest.raises(TypeError, match="into is a mapping"):
+    with pytest.raises(TypeError, match="into must be a mapping"):
         target_tensors(into)
 
 
@@ -234,7 +234,7 @@ def test_both_flags_of_the_sender_fit() -> None:
 
 
 NO_PLACE: dict[str, tuple[torch.Tensor, str]] = {
-    "another shape": (torch.zeros(3), r"shape \[2\] in the message, \[3\] in the destination"),
+    "another shape": (torch.zeros(3), r"shape \[2\] in the message, \[3\] in the target"),
     "another number of dimensions": (torch.zeros(2, 1), r"\[2\] .* \[2, 1\]"),
     "a scalar": (torch.tensor(0.0), r"\[2\] .* \[\]"),
     "another dtype": (torch.zeros(2, dtype=torch.float64), r"float32 in .*float64 in .*cast=True"),
@@ -302,7 +302,7 @@ def test_a_dtensor_is_no_place() -> None:
 
 def test_what_is_on_meta_at_the_sender_has_no_bytes() -> None:
     found = misfits({"w": torch.empty(2, device="meta")}, {"w": torch.zeros(2)})
-    assert found == {"w": "on meta at the sender, without bytes"}
+    assert found == {"w": "the sender had it on meta, without bytes"}
     meta = torch.empty(2, device="meta")
     assert list(misfits({"w": meta}, {"w": meta})) == ["w"]
 
@@ -313,7 +313,7 @@ def test_each_destination_without_memory_is_one_of_its_own() -> None:
         {"a": torch.ones(2), "b": torch.ones(2)},
         {"a": torch.empty(2, device="meta"), "b": torch.empty(2, device="meta")},
     )
-    assert set(found.values()) == {"the destination is on meta, without memory"}
+    assert set(found.values()) == {"the target is on meta, without memory"}
 
 
 def test_a_dtype_that_torch_does_not_have() -> None:
@@ -352,8 +352,8 @@ def test_two_tensors_of_one_name_cannot_be_told_apart() -> None:
 def test_casts(source: str, destination: str, fits: bool) -> None:
     obj, into = {"w": corpus.of_dtype(source)}, {"w": corpus.of_dtype(destination)}
     why = misfits(obj, into)["w"]
-    assert why.startswith(f"torch.{source} in the message, torch.{destination} in the destination")
-    # The hint appears only where it helps.
+    assert why.startswith(f"torch.{source} in the message, torch.{destination} in the target")
+    # The hint is only there where it helps.
     assert ("cast=True" in why) == fits
     if fits:
         assert matched(obj, into, cast=True)
@@ -389,11 +389,11 @@ def test_names_that_only_one_side_has() -> None:
     assert caught.value.unexpected == ("new", "b.new")
     assert caught.value.misfits == {}
     assert str(caught.value).splitlines() == [
-        "the message does not fit the destination",
+        "the message does not fit the target",
         "    not in the message: old",
         "    not in the message: b.old",
-        "    not in the destination: new",
-        "    not in the destination: b.new (at header)",
+        "    not in the target: new",
+        "    not in the target: b.new (at header)",
     ]
 
 
@@ -471,7 +471,7 @@ def test_the_text_of_many_misfits_is_short() -> None:
     assert len(str(error)) < 10_000
     assert "does not fit: wrong.19: shape" in str(error)
     assert "wrong.20" not in str(error)
-    for what in ("does not fit", "not in the message", "not in the destination"):
+    for what in ("does not fit", "not in the message", "not in the target"):
         assert f"{what}: {count - 20} more" in str(error)
 
 
@@ -481,7 +481,7 @@ def test_the_text_of_giant_names_is_short_and_says_why() -> None:
     with pytest.raises(MismatchError) as caught:
         matched(obj, {f"{giant}1": B, f"{giant}3": A})
     assert len(str(caught.value)) < 5000
-    assert "shape [1] in the message, [2] in the destination" in str(caught.value)
+    assert "shape [1] in the message, [2] in the target" in str(caught.value)
     assert caught.value.missing == (f"{giant}3",)
     assert caught.value.unexpected == (f"{giant}2",)
     assert list(caught.value.misfits) == [f"{giant}1"]
