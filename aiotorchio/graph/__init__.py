@@ -1,1 +1,1 @@
-"""Objects <-> (skeleton, tensor table, storages): torch, no I/O."""
+"""The way from an object to its rows, storages and skeleton, and back, without I/O."""

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Destination:
-    """The destination of all storages with one location.
+    """The device of all storages with one location.
 
     Attributes:
         device: The device that their bytes are received on, or the error if this machine lacks it.

@@ -113,13 +113,7 @@ def flatten(
     Raises:
         ValueError: The object needs the pickle codec, and ``allow_pickle`` is False.
     """
-    codec, table, skeleton = _encode(
-        obj,
-        skip,
-        allow_pickle=allow_pickle,
-        pickle_module=pickle_module,
-        pickle_protocol=pickle_protocol,
-    )
+    codec, table, skeleton = _encode(obj, skip, allow_pickle, pickle_module, pickle_protocol)
     for tensor in table.kept:
         # When torch serializes, it drops backward hooks with this warning.
         warn_if_has_hooks(tensor)
@@ -147,7 +141,6 @@ def flatten(
 def _encode(
     obj: object,
     skip: torch.serialization.skip_data | None,
-    *,
     allow_pickle: bool,
     pickle_module: Any,
     pickle_protocol: int,
