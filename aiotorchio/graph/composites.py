@@ -3,7 +3,7 @@
 In: the skeleton of a pickle, before the payload. Out: the names of its composite tensors, the
 storages that each needs, and each tensor itself as soon as its storages have arrived. A
 ``MismatchError`` means that the tensors cannot be used by name; an ``InvalidObjectError`` means
-that the rows of a tensor do not fit together.
+that the rows of a tensor do not fit together. ``engine`` calls it for iteration and selections.
 
 The weights-only unpickler runs over the skeleton once, as in a load. A proxy replaces every
 function that makes a tensor, and everything in ``safe_globals``: it only records the call. When all

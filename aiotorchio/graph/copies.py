@@ -3,6 +3,7 @@
 In: a ``Flattened``. Out: another one over copies of its storages, converted to a dtype or moved to
 a device if the caller passes one. Whole storages are copied, so that tensors go on sharing memory.
 A ``RuntimeError`` means that torch has counted a change of a tensor during the copy.
+``engine.snapshot`` calls it.
 """
 
 from __future__ import annotations

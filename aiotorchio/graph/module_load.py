@@ -179,7 +179,7 @@ class ModuleLoad:
     def _load(
         self, path: str, missing: list[str], unexpected: list[str], errors: list[str]
     ) -> Iterator[None]:
-        """Load one submodule, as ``load`` in ``torch.nn.Module.load_state_dict`` does."""
+        """Load a submodule and those in it, as ``load`` in torch's ``load_state_dict`` does."""
         destination = self._destination
         submodule, called = destination.submodule(path), path in self._paths
         if called:

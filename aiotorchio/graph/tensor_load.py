@@ -3,6 +3,7 @@
 In: such targets, and the received tensors with their names. They are received as parts of the
 object, and copied by torch as the last step of a commit, like the entries that modules load. A
 ``MismatchError`` means that a tensor is missing, or cannot be copied into its target.
+``engine.module_commit`` calls it.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Which strided tensors share bytes of memory, found by arithmetic, without I/O."""
+"""The search for strided tensors that share bytes of memory, without I/O."""

@@ -3,7 +3,8 @@
 In: the footprints of many tensors on one device. Out: two of them whose shared byte would be filled
 differently (``conflict``), or the tensors whose bytes other tensors fill (``filled``). Both answers
 are exact. Most cases need arithmetic only: it separates any number of columns, rows and blocks of
-one matrix. The remaining tensors are drawn (see ``drawing``).
+one matrix. The remaining tensors are drawn (see ``drawing``). ``graph.sharing`` calls it for the
+targets of one load, and ``engine.claims`` for those of two.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def _suspects_among(members: Sequence[_Member], steps: list[int]) -> Iterator[in
 
 
 def _without_widest(members: Sequence[_Member]) -> list[tuple[int, int, _Member]] | None:
-    """Return members as blocks of rows: the first row, the one after the last, and one row.
+    """Return members as blocks of rows: first row, row after the last, and the runs in a row.
 
     Returns None if the members are not blocks in rows of one length.
     """

@@ -49,7 +49,7 @@ def drawn_conflict(tensors: Sequence[tuple[T, Footprint, Origin]]) -> tuple[T, T
 
 
 def drawn_filled(targets: Mapping[T, Footprint], others: Sequence[Footprint]) -> set[T]:
-    """Answer ``conflicts.filled``."""
+    """Answer ``conflicts.filled`` for targets with their keys."""
     left = dict(targets)
     strip = _Strip([*targets.values(), *others])
     for position in strip.positions():

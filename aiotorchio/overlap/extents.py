@@ -63,7 +63,7 @@ def footprint(tensor: torch.Tensor) -> Footprint:
 
 
 def extent_of(tensor: torch.Tensor) -> int:
-    """Return the bytes from the first element of a strided tensor through the last one."""
+    """Return the number of bytes from the first element of a strided tensor to its last one."""
     if tensor.is_contiguous():
         return tensor.nbytes
     return order_of(tensor.shape, tensor.stride()).extent * tensor.element_size()

@@ -1,6 +1,7 @@
 """Storages without the gaps between their tensors, for ``compact=True``.
 
 In: the rows of an object. Out: the same rows over smaller storages, and the ranges to send.
+``graph.flatten`` calls it.
 
 The strides of the largest view of a storage, from the widest to the narrowest, are a lattice. In
 it, a view is a box, and views whose boxes do not meet have no element in common: they are packed

@@ -3,7 +3,7 @@
 In: the tensors and storages of an object, as a codec meets them. Out: the rows of a message's
 header, and the tensors and storages in the order of their rows. A tensor that a row cannot describe
 gets none, and its codec writes it in another way. A ``TypeError`` names a tensor that no message
-can carry.
+can carry. ``graph.flatten`` makes a table, and both codecs add to it.
 """
 
 from __future__ import annotations
