@@ -78,11 +78,11 @@ header = b"\\x99" + b"\\x91" * depth
 
 def attempt(data):
     try:
-        forge.load(data)
+        craft.load(data)
     except aiotorchio.AiotorchioError as error:
         print(type(error).__name__, error.message, sep=": ")
 
-for data in (forge.message(deep, "tree"), bytes(Message(header=header))):
+for data in (craft.message(deep, "tree"), bytes(Message(header=header))):
     thread = threading.Thread(target=attempt, args=(data,))
     thread.start()
     thread.join()
