@@ -1,4 +1,4 @@
-"""What the benchmarks share: two processes that move state over loopback, and peaks of memory.
+"""Shared helpers of the benchmarks: two processes that send a state over loopback, peak memory.
 
 Linux with glibc only.
 """
@@ -32,11 +32,12 @@ HOST = "127.0.0.1"
 MIB = 2**20
 
 State = dict[str, torch.Tensor]
-# What a process does with an order and a new connection to the other process; its answer.
+# The function with which a process carries out an order: it gets the order and a new connection to
+# the other process, and returns its answer.
 Handler = Callable[[Any, socket.socket], Any]
 
 CASES: dict[str, tuple[int, int]] = {
-    # name: (tensors, bytes each)
+    # name: (number of tensors, bytes of each)
     "1 GiB in 64 storages": (64, 16 * MIB),
     "10,000 tensors of 4 KiB": (10_000, 4096),
 }
@@ -63,19 +64,20 @@ def heading(rounds: int) -> str:
 
 
 async def finished(writer: asyncio.StreamWriter) -> None:
-    """Close once all is sent; the dup that the caller holds keeps the connection open."""
+    """Close once all is sent; the caller's duplicate keeps the connection open."""
     writer.close()
     await writer.wait_closed()
 
 
 class PeakMemory:
-    """The most resident memory since ``__enter__`` above what was resident then, in bytes."""
+    """The peak of resident memory since ``__enter__``, above the level at that time, in bytes."""
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        # What the rounds before have freed goes back to the system: memory is fresh for all.
+        # Return the memory that earlier rounds freed to the system, so that all methods get fresh
+        # memory.
         ctypes.CDLL(None).malloc_trim(0)
-        # Linux: 5 sets the high-water mark back to what is resident now.
+        # Linux: 5 resets the high-water mark to the resident memory of now.
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
         self._before = self.resident()
@@ -86,7 +88,7 @@ class PeakMemory:
 
     @classmethod
     def resident(cls) -> int:
-        """What is resident now."""
+        """Return the resident memory of this process, in bytes."""
         return cls._read("VmRSS")
 
     @staticmethod
@@ -97,12 +99,12 @@ class PeakMemory:
 
 
 def warm_memory(nbytes: int) -> None:
-    """Touch fresh memory, and give it back.
+    """Touch fresh memory, and return it to the system.
 
-    A virtual machine whose host has taken back what it did not use pays for the first touch, once
-    and many times over. Behind this, fresh memory costs what it costs the system itself.
+    On a virtual machine whose host has taken back unused memory, the first touch is many times
+    slower, once. After this call, fresh memory costs what it costs the system itself.
     """
-    # The system gets it back at once, and keeps it for whoever asks next.
+    # The system gets it back at once, and keeps it for the next process that needs memory.
     with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(mmap.MADV_HUGEPAGE)
         first = ctypes.c_char.from_buffer(memory)
@@ -111,11 +113,11 @@ def warm_memory(nbytes: int) -> None:
 
 
 class Link:
-    """What a method finds between its two processes.
+    """The connection between the two processes of a method.
 
     Args:
         control: Connected to the other process, blocking.
-        listens: Whether this is the end that new connections are made to.
+        listens: Whether this process accepts new connections; the other one makes them.
     """
 
     def __init__(self, control: socket.socket, *, listens: bool) -> None:
@@ -123,7 +125,7 @@ class Link:
         self._listens = listens
 
     def tell(self, what: Any = None) -> None:
-        """Give the other process an object."""
+        """Send an object to the other process."""
         data = pickle.dumps(what)
         self._control.sendall(struct.pack("<I", len(data)) + data)
 
@@ -133,15 +135,15 @@ class Link:
         return pickle.loads(self._take(size))
 
     def meet(self) -> None:
-        """Wait until the other process is here, too."""
+        """Wait until the other process calls this, too."""
         self.tell()
         self.hear()
 
     def sockets(self, count: int = 1, family: int = socket.AF_INET) -> list[socket.socket]:
-        """New connections to the other process, which calls this, too; blocking sockets.
+        """Make new blocking sockets to the other process, which calls this, too.
 
         Args:
-            count: How many.
+            count: How many sockets.
             family: ``AF_INET`` or ``AF_UNIX``.
         """
         if not self._listens:
@@ -160,12 +162,12 @@ class Link:
                 made = [listener.accept()[0] for _ in range(count)]
         if family == socket.AF_INET:
             for sock in made:
-                # As transports of asyncio do by themselves.
+                # asyncio's transports set the same option.
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return made
 
     def socket(self, family: int = socket.AF_INET) -> socket.socket:
-        """One new connection; see ``sockets``."""
+        """Make one new connection; see ``sockets``."""
         return self.sockets(1, family)[0]
 
     def _take(self, size: int) -> bytes:
@@ -180,11 +182,12 @@ class Link:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to move a state.
+    """A method of sending a state.
 
     Attributes:
-        send: A context manager that connects, and gives what is timed: a call that sends.
-        receive: Likewise; the call returns the state, or None if the method does not make one.
+        send: A context manager that connects and yields the timed call, which sends.
+        receive: The same for the receiver; the call returns the state, or None if the method makes
+            none.
     """
 
     send: Callable[[State, Link], AbstractContextManager[Callable[[], Any]]]
@@ -201,16 +204,16 @@ def two_processes(
     """Start a sender and a receiver that live until the end of the block.
 
     Args:
-        make_sender: Called in the first process; its result carries out the orders there.
-        make_receiver: Likewise in the second.
-        timeout: After so many seconds without an answer an order has failed.
+        make_sender: Called in the sender's process; its result carries out the orders there.
+        make_receiver: Called in the receiver's process; its result carries out the orders there.
+        timeout: Seconds after which an order without an answer has failed.
 
     Yields:
         A function that gives both an order, with a new connection between them, and returns the
         two answers. It raises a RuntimeError if a process has failed; both have to end then.
     """
-    # Large blocks are mappings of their own, whatever was freed before: glibc would raise this with
-    # every large block that is freed, and a method would find what another one has left.
+    # Large blocks always get their own mappings. glibc would raise this threshold with every large
+    # block that is freed, so that one method would change the memory of the next.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)
     context = multiprocessing.get_context("spawn")
     ends: list[Connection] = []
@@ -218,7 +221,7 @@ def two_processes(
     with socket.create_server((HOST, 0)) as listener:
         for make, meet in ((make_sender, listener.getsockname()[1]), (make_receiver, listener)):
             ours, theirs = context.Pipe()
-            # Not daemons: some methods start processes of their own.
+            # Not daemons: some methods start their own processes.
             process = context.Process(target=_obey, args=(theirs, make, meet))
             process.start()
             theirs.close()
@@ -246,7 +249,7 @@ def two_processes(
             # The other process may wait for the one that has failed.
             for process in processes:
                 process.terminate()
-            # One that is deep in native code does not see this.
+            # A process deep in native code does not notice this.
             patience = 10
             raise
         finally:
@@ -261,7 +264,7 @@ def two_processes(
 
 def _obey(orders: Connection, make: Callable[[], Handler], meet: socket.socket | int) -> None:
     torch.set_num_threads(1)
-    # So that temporary files go, and what a method has started.
+    # Temporary files and processes that a method has started go away.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     handle = make()
     with contextlib.suppress(EOFError):
@@ -277,9 +280,9 @@ def _obey(orders: Connection, make: Callable[[], Handler], meet: socket.socket |
 
 @contextlib.contextmanager
 def nonblocking(sock: socket.socket) -> Iterator[socket.socket]:
-    """A second handle on a socket, for a method to use and to close; the first blocks again after.
+    """Yield a second handle on a socket, for a method to close; the first blocks again after.
 
-    Blocking or not is a property of what both handles share.
+    Both handles share one blocking mode.
     """
     with sock.dup() as used:
         used.setblocking(False)

@@ -11,12 +11,12 @@ from methods import raw_sockets, streams
 from rounds import Run
 from section import GIB, KIB, LARGE, Section, installed, readable
 
-# Copies that a peer may make of what moves, on both sides together.
+# The number of copies of the state that a peer may make, on both sides together.
 SPARE = 6
 
 
 def _curve(points: Sequence[tuple[str, int, int, int]], title: str) -> Section:
-    """Some methods at each (label, tensors, bytes of each, transfers in a round)."""
+    """Compare some methods at each (label, tensors, bytes of each, transfers in a round)."""
     peers, missing = installed(["streaming", "torch.save + asyncio", "safetensors + asyncio"])
     makers: dict[str, Callable[[], Method]] = {"raw": raw_sockets, "ours": streams, **peers}
     runs = [

@@ -1,4 +1,7 @@
-"""Many connections at once, between one server and one client process: who has to wait for whom."""
+"""Measures fairness: many connections at once between one server and one client process.
+
+Each load notes when it is done, which shows whether one connection delays another.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ CONNECTIONS = 200
 
 Notes = dict[str, Any]
 Each = Callable[[Streams], Awaitable[Any]]
-# Does something with each connection, and gives what comes of it.
+# Uses each connection, and returns the results.
 Schedule = Callable[[list[Streams], Each], Awaitable[list[Any]]]
 
 
@@ -38,7 +41,7 @@ async def _connected(link: Link) -> AsyncIterator[list[Streams]]:
     yield connections
     for _, writer in connections:
         writer.close()
-        # The other end may have gone first.
+        # The peer may have closed first.
         with contextlib.suppress(OSError):
             await writer.wait_closed()
 
@@ -72,10 +75,10 @@ def _method(notes: Notes, schedule: Schedule) -> Method:
 
 
 def together(notes: Notes) -> Method:
-    """All at once; notes when each load was done."""
+    """Load over all connections at once; note when each load was done."""
     return _method(notes, _together)
 
 
 def in_turn(notes: Notes) -> Method:
-    """One after the other, over as many connections."""
+    """Load over as many connections, one after the other."""
     return _method(notes, _in_turn)

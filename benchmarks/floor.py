@@ -1,9 +1,9 @@
-"""What this machine takes for the parts that no transfer can do without.
+"""Measures the floor: the operations on this machine that no transfer can avoid.
 
     python benchmarks/floor.py
 
-One process, medians of seven; memory is warmed before each, as in the suite. A socket's part is the
-raw loop of the suite. Linux with glibc only.
+One process, medians of seven; memory is warmed before each measurement, as in the suite. The socket
+is measured with the raw loop of the suite. Linux with glibc only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def seconds(work: Callable[[], object], before: Callable[[], object] = lambda: N
 
 
 def touched(huge: bool) -> float:
-    """Seconds for the first touch of 1 GiB, by a plain write."""
+    """Return the seconds for the first touch of 1 GiB by a plain write."""
 
     def touch() -> mmap.mmap:
         memory = mmap.mmap(-1, GIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,4 +1,4 @@
-"""Goals: what is measured for each, on samples of rounds, and whether it is as good as wanted."""
+"""Goals: how each value is computed from samples of rounds, and whether it meets its target."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Measured = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Goal:
-    """What is wanted.
+    """A goal: a measured value, and the target that it should meet.
 
     Attributes:
-        what: Ours.
-        against: What it is measured by.
-        unit: Of the target.
+        what: The run of aiotorchio.
+        against: The run that it is compared with.
+        unit: The unit of the target.
         target: The value that is good enough.
-        measure: Gives the value; KeyError if there is no such run here.
+        measure: Returns the value; raises KeyError if there is no such run here.
         at_most: Whether less is better.
     """
 
@@ -78,7 +78,7 @@ def seconds(samples: list[Sample]) -> list[float]:
 
 
 def times(run: str, *others: str) -> Callable[[Samples], Measured]:
-    """How many times as long as a run the slowest of the others takes: the speed of the run."""
+    """Compare times: the speed of the run relative to the slowest of the other runs."""
 
     def measure(samples: Samples) -> Measured:
         slowest = max(
@@ -94,19 +94,19 @@ def times(run: str, *others: str) -> Callable[[Samples], Measured]:
 
 
 def speed(what: str, against: str, target: float, *, run: str = "ours", base: str = "raw") -> Goal:
-    """A run is so many times as fast as another one."""
+    """Compare speeds: how many times as fast as the other run."""
     return Goal(what, against, "x", target, times(run, base))
 
 
 def at_most(
     what: str, against: str, unit: str, target: float, measure: Callable[[Samples], Measured]
 ) -> Goal:
-    """A goal of which less is better."""
+    """Make a goal of which less is better."""
     return Goal(what, against, unit, target, measure, at_most=True)
 
 
 def peak(run: str, side: int, held: int = 0) -> Callable[[Samples], Measured]:
-    """The highest of all peaks, in MiB above what is held anyway."""
+    """Return the highest of all peaks, in MiB above the memory that is needed anyway."""
 
     def measure(samples: Samples) -> Measured:
         peaks = [(sample["peak"][side] - held) / MIB for sample in samples[run] if sample["peak"]]
@@ -116,7 +116,7 @@ def peak(run: str, side: int, held: int = 0) -> Callable[[Samples], Measured]:
 
 
 def late(samples: Iterable[Sample], side: int) -> Counter[float]:
-    """How many heartbeats came so many milliseconds late."""
+    """Return how many heartbeats came so many milliseconds late."""
     counts: Counter[float] = Counter()
     for sample in samples:
         notes: dict[str, int] = sample["notes"][side]["late"]
@@ -125,7 +125,7 @@ def late(samples: Iterable[Sample], side: int) -> Counter[float]:
 
 
 def percentile(counts: Counter[float], share: float) -> float:
-    """The least value that at least so large a share does not exceed."""
+    """Return the least value that at least such a share of the samples does not exceed."""
     wanted, seen = share * counts.total(), 0
     for value in sorted(counts):
         seen += counts[value]
@@ -135,7 +135,7 @@ def percentile(counts: Counter[float], share: float) -> float:
 
 
 def lag(run: str, side: int, share: float) -> Callable[[Samples], Measured]:
-    """A percentile of the lag over all heartbeats of all rounds."""
+    """Return a percentile of the lag over all heartbeats of all rounds."""
 
     def measure(samples: Samples) -> Measured:
         each = [percentile(late([sample], side), share) for sample in samples[run]]
@@ -145,7 +145,7 @@ def lag(run: str, side: int, share: float) -> Callable[[Samples], Measured]:
 
 
 def last_to_mean(run: str) -> Callable[[Samples], Measured]:
-    """How much later than the mean the last of many loads is done."""
+    """Return how much later than the mean the last of many loads is done."""
 
     def measure(samples: Samples) -> Measured:
         ratios = []

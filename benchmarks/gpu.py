@@ -1,4 +1,4 @@
-"""States on a GPU, and what bounds their way to another process: the copies, or the loopback."""
+"""Sections for states on a GPU, and for their two bounds: the device copies and the loopback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from methods import Transfer, inside, streams
 
 @contextlib.contextmanager
 def _synchronized() -> Iterator[None]:
-    """What is timed is over when the GPU is done."""
+    """Wait for the GPU at the end of the timed call."""
     torch.cuda.synchronize()
     yield
     torch.cuda.synchronize()
@@ -28,9 +28,9 @@ def ours() -> Method:
 
 
 def pinned_copies() -> Method:
-    """To pinned memory and, in the other process at the same time, from there to fresh tensors.
+    """Copy to pinned memory and, in the other process at the same time, from there to the GPU.
 
-    Nothing goes from one process to the other.
+    The second copy makes fresh tensors. No bytes are sent between the processes.
     """
 
     def pinned(nbytes: int) -> torch.Tensor:

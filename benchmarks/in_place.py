@@ -1,23 +1,23 @@
-"""Receiving into tensors that are there already, beside what the socket itself takes.
+"""Measures loads into existing tensors, compared with the raw socket.
 
     python benchmarks/in_place.py               # both cases, 7 rounds: 3 minutes, 6 GiB
     python benchmarks/in_place.py --rounds 11 --methods "raw;into"
 
-A sender and a receiver process live through the whole run; every round moves every case by every
-method once, each round beginning with another method. A time runs from the sender's start to the
-receiver's word that the tensors have what was sent. The memory of all tensors on both sides was
-touched before, except where a method takes memory of its own. After each time the content is
-compared: every round sends other numbers. Peak memory is what the receiver held at most above what
-it held before, its tensors included. The first round warms up and is not counted; the table has
-the medians of the others. Linux with glibc only.
+A sender and a receiver process live through the whole run; every round sends every case by every
+method once, and each round begins with another method. A time runs from the sender's start until
+the receiver reports that its tensors have the numbers. The memory of all tensors on both sides was
+touched before, except where a method allocates. After each time the content is compared: every
+round sends other numbers. Peak memory is the receiver's highest use above its use before, its
+tensors included. The first round warms up and is not counted; the table has the medians of the
+others. Linux with glibc only.
 
 Methods:
     raw            non-blocking sock_sendall / sock_recv_into, one tensor after the other
-    raw, one piece the same, from one piece of memory into another that are as large as all tensors
+    raw, one piece the same, between two pieces of memory that are as large as all tensors
     into           load_from_stream(into=tensors) over asyncio streams
     no checksum    the same, sent with checksum=False
     staged         the same with staged=True: all or nothing
-    double         into a DoubleBuffer: all or nothing, swapped by pointers
+    double         into a DoubleBuffer: all or nothing, by an exchange of pointers
     load, copy     load_from_stream, then copied into the tensors
 """
 
@@ -52,7 +52,7 @@ import aiotorchio
 
 
 class Tensors:
-    """What one side of a case has: tensors, and for one method one piece of their size."""
+    """The memory of one side of a case: tensors, and for one method one piece of their size."""
 
     def __init__(self, case: str) -> None:
         self.state = make_state(case)
@@ -61,21 +61,21 @@ class Tensors:
 
     @functools.cached_property
     def doubled(self) -> State:
-        """On their own, for a load changes which memory they have; only the receiver has them."""
+        """A second set of tensors for the receiver: a load changes which memory they have."""
         return make_state(self._case)
 
     @functools.cached_property
     def double(self) -> aiotorchio.DoubleBuffer:
-        """Of these."""
+        """A ``DoubleBuffer`` of the second set."""
         return aiotorchio.DoubleBuffer(self.doubled)
 
     def views(self, method: str) -> list[memoryview]:
-        """What the socket alone sends and receives."""
+        """The memory that the raw socket sends and receives."""
         tensors = [self.piece] if method == "raw, one piece" else list(self.state.values())
         return [bytes_of(tensor) for tensor in tensors]
 
 
-# Each method: what the sender does with a connected socket, and what the receiver does.
+# Each method: the calls of the sender and of the receiver with a connected socket.
 
 
 async def _save(tensors: Tensors, sock: socket.socket, **options: Any) -> None:
@@ -133,7 +133,7 @@ RAW = ["raw", "raw, one piece"]
 
 
 def move(method: str, side: int, tensors: Tensors, sock: socket.socket) -> Callable[[], None]:
-    """What is to be timed at one side; a view of each tensor is made before that."""
+    """Return the timed call of one side; a view of each tensor is made before the clock starts."""
     if method in RAW:
         raw = (_raw_send, _raw_receive)[side]
         views = tensors.views(method)

@@ -1,27 +1,27 @@
-"""Receiving tensors one after the other: how soon the first is out, and what is held meanwhile.
+"""Measures iteration: when the first tensor is ready, and the receiver's memory during the load.
 
     python benchmarks/iterate.py                # 7 rounds, 1 GiB in 64 tensors: 1 minute
 
-A sender and a receiver process live through the whole run; every round moves the tensors by every
-method once, each round beginning with another method. Both ends are connected and on their event
+A sender and a receiver process live through the whole run; every round sends the tensors by every
+method once, and each round begins with another method. Both ends are connected and on their event
 loops before the clock starts at the sender. The receiver drops each tensor before it takes the
-next; peak memory is what it held at most above what it held before. The first round warms up and is
-not counted; the table has the medians of the others. Linux with glibc only.
+next; peak memory is its highest use above its use before. The first round warms up and is not
+counted; the table has the medians of the others. Linux with glibc only.
 
-glibc keeps some of the memory of freed tensors of less than 32 MiB for later ones. What of the
-peak is its doing is seen by running this once more with MALLOC_MMAP_THRESHOLD_=1048576 in the
-environment, where it keeps nothing.
+glibc keeps some of the memory of freed tensors of less than 32 MiB for later ones. To see its share
+of the peak, run this again with MALLOC_MMAP_THRESHOLD_=1048576 in the environment, where glibc
+keeps nothing.
 
 Methods:
-    raw           non-blocking sock_sendall / sock_recv_into; the receiver takes as many bytes as a
-                  tensor has into fresh memory, and then the rest, as many at a time, into the same
+    raw           non-blocking sock_sendall / sock_recv_into; the receiver reads one tensor's bytes
+                  into fresh memory, and all other bytes, in pieces of that size, into the same
     async for     StreamReader.open() and ``async for`` over asyncio streams
     no checksum   the same, sent with checksum=False
     tensors_sync  the same in a worker thread, which takes the tensors by ``for``
 
-In the end it is measured what a sender gets rid of while its receiver does not take the next
-tensor: after the first one it does nothing for some seconds, in the first half of which buffers
-fill.
+At the end, backpressure is measured: the bytes that a sender gets rid of while its receiver does
+not take the next tensor. After the first tensor the receiver does nothing for some seconds; buffers
+fill in the first half of them.
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ READY = b"?"
 
 @dataclass
 class Times:
-    """When the receiver had the first tensor, and the last one, on the clock of both processes."""
+    """The times of the first and of the last tensor, on the clock that both processes share."""
 
     first: float = 0.0
     last: float = 0.0
 
     def note(self) -> None:
-        """Another tensor is here."""
+        """Note that another tensor has arrived."""
         self.last = time.perf_counter()
         self.first = self.first or self.last
 
 
-# --- The sender: says when it started, and how much it was rid of at what time --------------------
+# --- The sender: reports when it started, and the bytes it had sent at each time ------------------
 
 Sent = list[tuple[float, int]]
 
@@ -133,7 +133,8 @@ async def _take_sync(sock: socket.socket, times: Times, pause: float) -> None:
             times.note()
             del tensor
             if times.first == times.last:
-                # A consumer in a thread that takes its time: what is sent meanwhile is measured.
+                # A slow consumer in a thread: the bytes that are sent during its pause are
+                # measured.
                 time.sleep(pause)
 
     async with _opened(sock) as message:
@@ -171,7 +172,7 @@ def sender() -> Handler:
         method, pause = order
         send = METHODS[method][0]
         if method == "raw" and pause:
-            # What it is rid of is known after each piece only.
+            # The number of sent bytes is known after each piece only.
             send = functools.partial(_raw_send, size=64 * 2**10)
         with nonblocking(sock) as used:
             answer: tuple[float, Sent] = asyncio.run(send(state, used))
@@ -199,7 +200,7 @@ Order = Callable[[Any], tuple[Any, Any]]
 
 
 def measure(order: Order, rounds: int, methods: list[str]) -> None:
-    """How soon the first tensor is there, how soon the last, and the receiver's memory."""
+    """Measure when the first and the last tensor are ready, and the receiver's memory."""
     results: dict[str, list[tuple[float, float, int]]] = {method: [] for method in methods}
     for number in range(rounds + 1):
         turn = number % len(methods)
@@ -227,12 +228,12 @@ def measure(order: Order, rounds: int, methods: list[str]) -> None:
 
 
 def hold(order: Order, methods: list[str], pause: float) -> None:
-    """What the sender gets rid of while the receiver does not take the next tensor."""
+    """Measure the bytes that the sender gets rid of while the receiver pauses."""
     print(f"\nThe receiver takes one tensor ({NBYTES / MIB:.0f} MiB) and nothing for {pause:g} s")
     print(f"{'':14}{'MiB sent by the end':>20}{'of it in the second half':>26}")
     for method in methods:
         (_, sent), (first, _, _) = order((method, pause))
-        # Sent with the last bit of the pause: not what the first byte after it has set free.
+        # Count up to the end of the pause, without the bytes that the next read makes room for.
         half, end = (
             max((done for when, done in sent if when <= first + part * pause), default=0)
             for part in (0.5, 0.99)

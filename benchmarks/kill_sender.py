@@ -1,14 +1,14 @@
-"""Kills the sender at random moments of a load that is all or nothing, and looks what came of it.
+"""Tests loads that are all or nothing: kills the sender at random moments, and checks the tensors.
 
-    python benchmarks/kill_sender.py            # 200 kills for each way to load: a minute
+    python benchmarks/kill_sender.py            # 200 kills for each kind of load: a minute
     python benchmarks/kill_sender.py --kills 1000 --seed 1
 
-Each attempt forks a sender off a process that has imported torch, and loads what it sends into
-existing tensors: with ``staged=True``, and into a ``DoubleBuffer``. The sender gets SIGKILL
-after a random part of the message has arrived: from before the first byte until after the last,
-when the receiver has it all. Then every tensor must be, bit for bit, what it was before, or what
-was sent; all of them the one or the other, and the latter if and only if the load returned. The
-exit status is 0 only if that was so each time. Linux and macOS.
+Each attempt forks a sender from a process that has imported torch, and loads its message into
+existing tensors: with ``staged=True``, and into a ``DoubleBuffer``. The sender gets SIGKILL after a
+random part of the message has arrived: from before the first byte until after the last, when the
+receiver has all of it. Then every tensor must be, bit for bit, the old one or the sent one; all
+tensors must be of the same version, and the sent one if and only if the load returned. The exit
+status is 0 only if that was so each time. Linux and macOS.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ import aiotorchio
 HOST = "127.0.0.1"
 PATIENCE = 60
 
-# Small chunks and small buffers in the system, so that the sender is never far ahead of what the
-# receiver has: killed after half of it has arrived, it has not sent much more. Chunks that are much
-# smaller would not be received straight into the memory of the tensors.
+# Small chunks and small buffers in the system, so that the sender is never far ahead of the
+# receiver: killed after half of the message has arrived, it has not sent much more. Much smaller
+# chunks would not be received straight into the memory of the tensors.
 CHUNK_SIZE = 128 * 2**10
 SYSTEM_BUFFER = 64 * 2**10
 
 # Some that fill several chunks, and many that share one. None is so large that torch would use
-# several threads for it, which cost more than they bring where all processors are busy.
+# several threads for it, which is slower where all processors are busy.
 LENGTHS = [32 * 2**10] * 32 + [10 * 2**10] * 16 + [100] * 200
 
 State = dict[str, torch.Tensor]
 
 
 def make_state(version: int) -> State:
-    """Every number tells its version, and where it belongs."""
+    """Make a state in which every number tells its version and its position."""
     return {
         f"weights.{n}": torch.arange(length, dtype=torch.int32) + (1000 * version + n)
         for n, length in enumerate(LENGTHS)
@@ -59,7 +59,7 @@ def make_state(version: int) -> State:
 
 
 class Found(enum.Enum):
-    """What was in the tensors after a sender was killed."""
+    """The contents of the tensors after a sender was killed."""
 
     OLD = "old"
     NEW = "new"
@@ -73,10 +73,10 @@ class Kill:
     """One sender that was killed.
 
     Attributes:
-        moment: The part of the payload after which it was to be: below 0 before a byte of it,
-            above 1 after the load.
-        error: What the load raised, or "".
-        found: What was in the tensors then.
+        moment: The part of the payload after which it was killed: below 0 before the first byte,
+        above 1 after the load.
+        error: The error that the load raised, or "".
+        found: The contents of the tensors after the load.
     """
 
     moment: float
@@ -88,9 +88,9 @@ class Kill:
 
 
 class Senders:
-    """Senders one after the other, each in a process of its own.
+    """Senders one after the other, each in a new process.
 
-    They are forked off a process that has imported everything, which takes a second, once.
+    They are forked from a process that has imported everything, which takes a second, once.
     """
 
     def __enter__(self) -> Senders:
@@ -112,7 +112,7 @@ class Senders:
         self._pid: int | None = self._orders.recv()
 
     def kill(self) -> None:
-        """Kill the sender, if that was not done yet."""
+        """Kill the sender, unless it was killed before."""
         if self._pid is not None:
             os.kill(self._pid, signal.SIGKILL)
             self._pid = None
@@ -126,7 +126,7 @@ class Senders:
 
 def _fork_senders(orders: Connection) -> None:
     torch.set_num_threads(1)
-    # What is imported on first use.
+    # Modules that are imported on first use.
     asyncio.run(anyio.lowlevel.checkpoint())
     while True:
         try:
@@ -149,7 +149,7 @@ async def _send(port: int, version: int) -> None:
     sock.setblocking(False)
     reader, writer = await asyncio.open_connection(sock=sock)
     await aiotorchio.save_to_stream(make_state(version), writer, chunk_size=CHUNK_SIZE)
-    # Nothing is left to send. Nothing comes either: this process ends when it is killed.
+    # All is sent, and no bytes arrive: this process ends when it is killed.
     await reader.read()
 
 
@@ -160,12 +160,12 @@ def kill_senders(kills: int, way: str, seed: int) -> Iterator[Kill]:
     """Load versions into the same tensors, from senders that are killed.
 
     Args:
-        kills: How many.
+        kills: The number of senders.
         way: ``"staged"`` or ``"double"``; or ``"in place"``, which is not all or nothing.
-        seed: Of the moments.
+        seed: The seed of the moments.
 
     Yields:
-        What came of each.
+        The result of each.
     """
     moments = random.Random(seed)
     tensors = make_state(0)
@@ -177,11 +177,11 @@ def kill_senders(kills: int, way: str, seed: int) -> Iterator[Kill]:
     version = 0
     with socket.create_server((HOST, 0)) as listener, Senders() as senders:
         listener.settimeout(PATIENCE)
-        # What is accepted here inherits it.
+        # Accepted sockets inherit it.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SYSTEM_BUFFER)
         port = listener.getsockname()[1]
         for upcoming in range(1, kills + 1):
-            # One in five where it matters most: when nearly all, or just all, is there.
+            # One in five at the critical moments: when nearly all, or just all, has arrived.
             low, high = (0.9, 1.001) if moments.random() < 0.2 else (-0.05, 1.1)
             moment = moments.uniform(low, high)
             senders.start(port, upcoming)
@@ -197,7 +197,7 @@ def kill_senders(kills: int, way: str, seed: int) -> Iterator[Kill]:
 async def _load(
     connection: socket.socket, options: dict[str, Any], kill: Callable[[], None], moment: float
 ) -> str:
-    """Kill the sender at its moment, and return the error that came of it, or ""."""
+    """Kill the sender at its moment, and return the error that the load raised, or ""."""
 
     def progress(done: int, total: int) -> None:
         if done >= moment * total:
@@ -212,14 +212,14 @@ async def _load(
     except aiotorchio.TruncatedError as error:
         return type(error).__name__
     finally:
-        # If it was not to be killed before: it would end by itself when the connection does.
+        # A sender that is killed after the load; otherwise it would end when the connection does.
         kill()
         writer.close()
     return ""
 
 
 def _look(tensors: State, old: int, new: int, *, told: int) -> Found:
-    """What is in the tensors, of two versions and what the load told of them."""
+    """Compare the tensors with two versions and with the result of the load."""
     for version, found in ((old, Found.OLD), (new, Found.NEW)):
         expected = make_state(version)
         if all(torch.equal(tensors[name], expected[name]) for name in expected):

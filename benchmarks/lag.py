@@ -1,4 +1,4 @@
-"""How late other tasks of an event loop are while a state moves: a heartbeat beside a transfer."""
+"""Measures lag: how late a heartbeat on the event loop is while a state is transferred."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Notes = dict[str, Any]
 
 
 def heartbeat(notes: Notes) -> Beside:
-    """Beats every millisecond; notes how many beats came so many ms late."""
+    """Beat every millisecond; note how many beats came so many ms late."""
     late: Counter[str] = Counter()
 
     @contextlib.asynccontextmanager
@@ -32,13 +32,14 @@ def heartbeat(notes: Notes) -> Beside:
             due = time.perf_counter() + PERIOD
             while not over:
                 await asyncio.sleep(due - time.perf_counter())
-                # Each beat that was due meanwhile: a stall of 40 ms is 40 of them that are late.
+                # Each beat that was due during a stall counts: a stall of 40 ms makes 40 late
+                # beats.
                 while (lag := time.perf_counter() - due) >= 0:
                     late[f"{lag * 1000:.2f}"] += 1
                     due += PERIOD
 
         task = asyncio.create_task(beat())
-        # It sleeps before the transfer begins, and what holds up its last beat counts, too.
+        # The heartbeat sleeps before the transfer begins; a delay of its last beat counts, too.
         await asyncio.sleep(0)
         yield
         over = True
@@ -65,7 +66,7 @@ def torch_save(notes: Notes) -> Method:
         async def transfer() -> None:
             file = io.BytesIO()
             torch.save(state, file)
-            # Drained is when all is sent.
+            # The writer is drained when all is sent.
             writer.transport.set_write_buffer_limits(high=1, low=0)
             writer.write(file.tell().to_bytes(8, "little"))
             data = file.getbuffer()

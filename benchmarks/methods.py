@@ -1,7 +1,7 @@
-"""aiotorchio's ways to move a state, and beside each the raw loop that moves the same bytes.
+"""aiotorchio's methods of sending a state, each with the raw loop that sends the same bytes.
 
-A raw loop is what somebody writes by hand who knows how much will arrive: no names, no shapes, no
-checks, and one piece of fresh memory.
+A raw loop is code that one writes by hand when the number of bytes is known: no names, no shapes,
+no checks, and one piece of fresh memory.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ import aiotorchio
 from aiotorchio.memory.host import use_huge_pages
 
 PIECE_SIZE = 2**18
-# Over TLS, only the receiver can tell when all is sent: asyncio's TLS still has bytes of its own
-# when it is drained, and sends them only as long as the loop runs.
+# Over TLS, only the receiver can tell when all is sent: after a drain, asyncio's TLS still buffers
+# bytes, and sends them only as long as the loop runs.
 RECEIVED = b"!"
 
-# What is open while a transfer runs on its event loop.
+# A context manager that is open while a transfer runs on its event loop.
 Beside = Callable[[], AbstractAsyncContextManager[Any]]
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Transfer = Callable[[], Any]
@@ -48,7 +48,7 @@ def size_of(state: State) -> int:
 
 
 def some(count: int | None) -> int:
-    """As many bytes as were received; of none there is no end."""
+    """Yield buffers of as many bytes as were received, without end."""
     if not count:
         raise EOFError
     return count
@@ -62,7 +62,7 @@ def fresh(nbytes: int, huge: bool = False) -> memoryview:
 
 
 def inside(method: Method, around: Callable[[], AbstractContextManager[Any]]) -> Method:
-    """A method, each transfer of which runs inside a context manager."""
+    """Wrap a method so that each of its transfers runs inside a context manager."""
 
     @contextlib.contextmanager
     def end(of: AbstractContextManager[Transfer]) -> Iterator[Transfer]:
@@ -87,7 +87,7 @@ def on_loop(
     uv: bool = False,
     beside: Beside = contextlib.nullcontext,
 ) -> Iterator[Transfer]:
-    """One end of a method that lives on an event loop of asyncio's, or of uvloop."""
+    """One end of a method on asyncio's event loop, or on uvloop."""
 
     async def call(transfer: AsyncTransfer) -> Any:
         return await transfer()
@@ -105,7 +105,7 @@ def on_loop(
 
 @contextlib.asynccontextmanager
 async def connected(link: Link, family: int, tls: bool, *, serves: bool) -> AsyncIterator[Streams]:
-    """Streams as ``open_connection`` and ``start_server`` make them."""
+    """Connect streams as ``open_connection`` and ``start_server`` do."""
     loop, sock = asyncio.get_running_loop(), link.socket(family)
     sock.setblocking(False)
     if serves and tls:
@@ -129,7 +129,7 @@ async def connected(link: Link, family: int, tls: bool, *, serves: bool) -> Asyn
         reader, writer = await asyncio.open_connection(sock=sock)
     yield reader, writer
     writer.close()
-    # The other end may have gone first.
+    # The peer may have closed first.
     with contextlib.suppress(OSError):
         await writer.wait_closed()
 
@@ -142,7 +142,7 @@ def streams(
     beside: Beside = contextlib.nullcontext,
     **options: Any,
 ) -> Method:
-    """``save_to_stream``, with these options, and ``load_from_stream``."""
+    """``save_to_stream`` with these options, and ``load_from_stream``."""
 
     @contextlib.asynccontextmanager
     async def send(state: State, link: Link) -> AsyncIterator[AsyncTransfer]:
@@ -182,7 +182,7 @@ def raw_sockets(
 ) -> Method:
     """``loop.sock_sendall`` of each tensor, ``loop.sock_recv_into`` fresh memory.
 
-    ``huge_pages``: with the advice that aiotorchio gives for its memory, too.
+    ``huge_pages``: with the same advice to the system as aiotorchio gives for its memory.
     """
 
     @contextlib.asynccontextmanager
@@ -263,7 +263,7 @@ def raw_streams(*, tls: bool, huge_pages: bool = False) -> Method:
 def on_trio(
     link: Link, transfer: Callable[[anyio.abc.SocketStream], Awaitable[Any]]
 ) -> Iterator[Transfer]:
-    """One end of a method over a TCP stream of anyio's, on trio."""
+    """One end of a method over anyio's TCP stream, on trio."""
 
     async def run() -> Any:
         async with await anyio.abc.SocketStream.from_socket(sock) as stream:
@@ -280,7 +280,7 @@ def trio_streams(**options: Any) -> Method:
     def send(state: State, link: Link) -> AbstractContextManager[Transfer]:
         async def transfer(stream: anyio.abc.SocketStream) -> None:
             async for piece in aiotorchio.iter_bytes(state, **options):
-                # Any buffer is fine with the sockets of anyio.
+                # anyio's sockets take any buffer.
                 await stream.send(piece)  # type: ignore[arg-type]
 
         return on_trio(link, transfer)
@@ -297,7 +297,7 @@ def raw_trio(*, huge_pages: bool = False) -> Method:
         async def transfer(stream: anyio.abc.SocketStream) -> None:
             for view in views_of(state):
                 for start in range(0, len(view), PIECE_SIZE):
-                    # Likewise.
+                    # anyio's sockets take any buffer.
                     await stream.send(view[start : start + PIECE_SIZE])  # type: ignore[arg-type]
 
         return on_trio(link, transfer)
@@ -371,7 +371,7 @@ def by_file(
     *,
     timed: str,
 ) -> Method:
-    """Through a file in memory; what is timed is its writing, or its reading."""
+    """Transfer through a file in memory; the write, or the read, is timed."""
 
     @contextlib.contextmanager
     def send(state: State, link: Link) -> Iterator[Transfer]:

@@ -1,9 +1,9 @@
-"""Other ways to move a state between two processes, each as its own documentation uses it.
+"""Methods of other libraries that send a state between two processes, used as they document it.
 
-Every method is the fastest of the usual ways that its library has on one machine: where it can
-share memory, it does. What to know beside its time is in its docstring.
+Every method is the fastest of the usual ones of its library on one machine: if it can share memory,
+it does. Its docstring says what to know in addition to its time.
 
-Linux only, as some use ``/dev/shm``. A maker raises ImportError, with the reason, where its peer
+Linux only, as some use ``/dev/shm``. A maker raises ImportError, with the reason, where its library
 is not installed or cannot run.
 """
 
@@ -41,7 +41,7 @@ TIMEOUT = timedelta(seconds=60)
 
 
 def _specs(state: State) -> list[tuple[str, str, list[int]]]:
-    """What a receiver needs to make tensors of bytes: names, types and shapes."""
+    """Return the names, dtypes and shapes with which a receiver makes tensors of bytes."""
     return [
         (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
         for name, tensor in state.items()
@@ -51,7 +51,7 @@ def _specs(state: State) -> list[tuple[str, str, list[int]]]:
 def streaming() -> Method:
     """torch.distributed's private pair for streams, over blocking socket files.
 
-    The receiver reads each storage as bytes and shares their memory. What is not storage is a
+    The receiver reads each storage as bytes and shares their memory. The rest of the object is a
     pickle, loaded with ``weights_only``.
     """
     serialization = importlib.import_module("torch.distributed._serialization")
@@ -75,14 +75,15 @@ def streaming() -> Method:
 
 
 def _over_asyncio(dump: Callable[[State], Any], load: Callable[[bytes], State]) -> Method:
-    """A pair that makes bytes of a state and back; the bytes go over asyncio's streams."""
+    """A pair that makes bytes of a state and a state of bytes, which asyncio's streams carry."""
 
     @contextlib.contextmanager
     def send(state: State, link: Link) -> Iterator[Transfer]:
         async def transfer() -> None:
             data = memoryview(dump(state))
             writer.write(len(data).to_bytes(8, "little"))
-            # In one piece, what does not go at once would be copied to the transport's buffer.
+            # In one piece, the bytes that are not sent at once would be copied to the transport's
+            # buffer.
             for start in range(0, len(data), PIECE):
                 writer.write(data[start : start + PIECE])
                 await writer.drain()
@@ -118,7 +119,7 @@ def torch_save() -> Method:
 
 
 def safetensors() -> Method:
-    """The safetensors package's ``save`` and ``load``: all of the state again at both ends.
+    """The safetensors package's ``save`` and ``load``: a second copy of the state at both ends.
 
     No pickle. The result is in the order of safetensors, not in that of the state.
     """
@@ -129,8 +130,8 @@ def safetensors() -> Method:
 def torchft_http() -> Method:
     """The HTTPTransport of torchft, as its Manager makes it: ``_streaming_save`` over HTTP.
 
-    The sender only offers the state, which a thread of its server sends. What is not storage is
-    a pickle, loaded without ``weights_only``.
+    The sender only offers the state; a thread of its server sends it. The rest of the object is a
+    pickle, loaded without ``weights_only``.
     """
     module = importlib.import_module("torchft.checkpointing.http_transport")
 
@@ -159,9 +160,9 @@ def torchft_http() -> Method:
 
 
 def gloo() -> Method:
-    """torch.distributed's ``isend`` and ``irecv`` on gloo, into tensors the receiver allocates.
+    """torch.distributed's ``isend`` and ``irecv`` on gloo, into tensors that the receiver makes.
 
-    Names, types and shapes go before, as a pickle. The group is made before the clock starts.
+    Names, dtypes and shapes are sent first, as a pickle. The group is made before the clock starts.
     """
     dist: Any = importlib.import_module("torch.distributed")
     if not dist.is_available() or not dist.is_gloo_available():
@@ -169,7 +170,7 @@ def gloo() -> Method:
 
     @contextlib.contextmanager
     def group(store: Any, rank: int) -> Iterator[None]:
-        # Otherwise gloo takes the interface that the name of the machine leads to.
+        # Otherwise gloo takes the interface to which the host name resolves.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
         yield
@@ -211,8 +212,8 @@ def gloo() -> Method:
 def pyzmq() -> Method:
     """One multipart message: a header in JSON, and a frame for each tensor, without copies.
 
-    The receiver's tensors share the memory of the frames, and can be written to. Small frames lie
-    where libzmq has received them, so that their tensors may be at any address, not aligned.
+    The receiver's tensors share the memory of the frames, and can be written to. Small frames stay
+    where libzmq has received them, so their tensors may be at any address, not aligned.
     """
     zmq = importlib.import_module("zmq")
     zmq_asyncio = importlib.import_module("zmq.asyncio")
@@ -257,7 +258,7 @@ def pyzmq() -> Method:
         with socket(zmq.PULL) as (sock, runner):
             sock.bind(f"tcp://{HOST}:*")
             link.tell(sock.getsockopt_string(zmq.LAST_ENDPOINT))
-            # libzmq connects in the background; by then it has.
+            # libzmq connects in the background; the connection is ready by then.
             runner.run(greet())
             yield lambda: runner.run(transfer())
             link.meet()
@@ -268,11 +269,11 @@ def pyzmq() -> Method:
 def ray(*, clone: bool) -> Method:
     """Ray's object store: a driver puts a dict of arrays, and another gets it.
 
-    The store is memory that all processes of a machine share. A get does not copy: its tensors
-    are views of the store, and not to be written to. Arrays, as Ray pickles tensors with their
-    bytes. The cluster ends with its two drivers, or it would disturb the methods after it. As
-    clusters run for long, the state moves once before the clock starts, so that the store has its
-    memory: a process's peak does not show it.
+    The store is memory that all processes of a machine share. A get does not copy: its tensors are
+    read-only views of the store. Arrays are used because Ray pickles tensors with their bytes. The
+    cluster ends with its two drivers, or it would disturb the next methods. As clusters run for
+    long, the state is sent once before the clock starts, so that the store has its memory: a
+    process's peak does not show it.
 
     Args:
         clone: The receiver copies all tensors, to memory that it owns and can write to.
@@ -299,7 +300,7 @@ def ray(*, clone: bool) -> Method:
             # In a list, or the queue's actor would get the arrays.
             queue.put([reference])
 
-        # Of our own, or Ray would write one to the home directory.
+        # A temporary folder, or Ray would write to the home directory.
         token = os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
         options = {"num_cpus": 0, "object_store_memory": RAY_STORE, "include_dashboard": False}
         with (
@@ -329,7 +330,7 @@ def ray(*, clone: bool) -> Method:
         with driver(address=address):
             queue = pickle.loads(link.hear())
             transfer()
-            # Ray frees objects once a second; what comes next then takes the same memory.
+            # Ray frees objects once a second; the next object then takes the same memory.
             time.sleep(2)
             link.tell()
             yield transfer
@@ -342,9 +343,9 @@ def ray(*, clone: bool) -> Method:
 def tensorizer() -> Method:
     """Files in ``/dev/shm``, as the serializer of tensorizer has to seek.
 
-    The receiver starts on a file when it is complete, and reads it into memory of its own. The
-    serializer always computes SHA-256 and CRC-32 of each tensor; the receiver by default verifies
-    neither. A file has a limited index, and cannot hold 10,000 tensors; many take several.
+    The receiver starts on a file when it is complete, and reads it into new memory. The serializer
+    always computes SHA-256 and CRC-32 of each tensor; the receiver by default verifies neither. The
+    index of a file is limited, and cannot hold 10,000 tensors; many tensors take several files.
     """
     module = importlib.import_module("tensorizer")
 
@@ -372,7 +373,7 @@ def tensorizer() -> Method:
             for path in paths:
                 sock.recv(1)
                 with module.TensorDeserializer(path, device="cpu") as tensors:
-                    # They come as parameters.
+                    # The tensors arrive as parameters.
                     state |= {name: tensor.detach() for name, tensor in tensors.items()}
             return state
 

@@ -1,11 +1,11 @@
-"""Where the time of a save and of a load goes when there are many tensors: each step on its own.
+"""Measures each step of a save and of a load of many tensors.
 
     python benchmarks/phases.py                 # 10,000 tensors of 4 KiB
     python benchmarks/phases.py --count 100000 --nbytes 1024
 
-One process, no sockets, Python's collector off; medians of seven, in milliseconds. These are the
-steps that ``engine/send.py`` and ``engine/receive.py`` take, by their inner names: they may be
-others in another version.
+One process, no sockets, Python's garbage collector off; medians of seven, in milliseconds. The
+steps are those of ``engine/send.py`` and ``engine/receive.py``, by their private names, which may
+change with any version.
 """
 
 from __future__ import annotations

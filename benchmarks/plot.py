@@ -1,10 +1,10 @@
-"""Pictures of the results of the suite.
+"""Draws pictures of the results of the suite.
 
     python benchmarks/plot.py benchmarks/results/FILE.json docs/pictures
 
 Needs matplotlib, and nothing else: pictures are made of the file alone, and the same file gives the
-same bytes. Lines and bars are medians over rounds; bands and whiskers go from minimum to maximum.
-A picture whose sections are not in the file is left out.
+same bytes. Lines and bars are medians over rounds; bands and whiskers go from minimum to maximum. A
+picture whose sections are not in the file is left out.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-# Without types: who checks types need not have it installed.
+# Without types: a type check does not need matplotlib.
 matplotlib: Any = importlib.import_module("matplotlib")
 matplotlib.use("svg")
 pyplot: Any = importlib.import_module("matplotlib.pyplot")
 
 STYLE = {
-    # White behind dark text is readable on light and dark pages alike.
+    # Dark text with a white outline is readable on light and dark pages.
     "figure.facecolor": "white",
     "text.color": "#24292f",
     "axes.labelcolor": "#24292f",
@@ -45,7 +45,7 @@ STYLE = {
 }
 SAVED = {"Date": None, "Creator": None}
 
-# Colours that remain different to colour-blind eyes; ours stands out.
+# Colours that colour-blind people can tell apart; aiotorchio's stands out.
 LOOKS: dict[str, dict[str, Any]] = {
     "ours": {"color": "#0969da", "linewidth": 2.5, "zorder": 3},
     "raw": {"color": "#8c959f", "linestyle": "--"},
@@ -75,7 +75,7 @@ def seconds(run: Json) -> list[float]:
 
 
 def curve(axes: Any, section: Json, x_of: Callable[[Json], float], labels: list[str]) -> None:
-    """Throughput of each method, at what each of its runs moves."""
+    """Draw the throughput of each method at the sizes of its runs."""
     methods: dict[str, list[Json]] = {}
     for run in section["runs"]:
         methods.setdefault(run["method"], []).append(run)
@@ -137,7 +137,7 @@ def memory(sections: Sections, figure: Any) -> None:
 
 
 def later(run: Json, side: int) -> tuple[list[float], list[float]]:
-    """Of each lag, the share of heartbeats that came at least as late."""
+    """Return, for each lag, the share of heartbeats that came at least as late."""
     counts: Counter[float] = Counter()
     for sample in run["samples"]:
         for lag, count in sample["notes"][side]["late"].items():
@@ -163,7 +163,7 @@ def lag(sections: Sections, figure: Any) -> None:
         axes.axvline(50, color="black", linewidth=0.8, label="goal: all within 50 ms")
     both[0].set_ylabel("share of heartbeats at least as late")
     both[0].yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-    # Below both, as it is in the way of the lines.
+    # Below both axes, where it does not cover the lines.
     figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
@@ -193,7 +193,7 @@ def peers(sections: Sections, figure: Any) -> None:
         axes.set_xlim(left=0)
 
 
-# Each picture: the sections it is made of, its size in inches, and how it is drawn.
+# Each picture: its sections, its size in inches, and the function that draws it.
 PICTURES: dict[str, tuple[list[str], tuple[float, float], Callable[[Sections, Any], None]]] = {
     "throughput-by-size": (["curve-size"], (8, 4.5), by_size),
     "throughput-by-count": (["curve-count"], (8, 4.5), by_count),

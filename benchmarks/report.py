@@ -1,4 +1,4 @@
-"""The tables of the suite, in markdown, made of a file of results alone."""
+"""Writes the tables of the suite, in Markdown, from a file of results alone."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from common import MIB
 from goals import SIDES, Result, late, percentile
 
-# What JSON gives.
+# The types that JSON gives.
 Json = dict[str, Any]
 
 
 def number(value: float) -> str:
-    """Three digits that count; no more after the point than it takes."""
+    """Format a number with three significant digits, and no more decimals than these need."""
     if value == 0:
         return "0"
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"

@@ -1,4 +1,4 @@
-"""Resident memory over time, while a state moves."""
+"""Measures resident memory over time, while a state is transferred."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ def _sampled(notes: dict[str, Any]) -> Iterator[None]:
 
 
 def watched(make: Callable[[], Method], notes: dict[str, Any]) -> Method:
-    """A method; notes [seconds, MiB above before] every ten milliseconds, in a thread."""
+    """Wrap a method; note [seconds, MiB above before] every ten milliseconds, in a thread."""
     return inside(make(), lambda: _sampled(notes))

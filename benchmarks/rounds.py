@@ -1,11 +1,11 @@
-"""Rounds: every method once, in two processes, each round beginning with another method.
+"""Rounds: every method once, in two processes; each round begins with another method.
 
-Both ends connect before the clock starts, and meet; the time is that from when the first one
-starts until the last one is done, on the clock that both share. CPU time and peaks of memory are
-those of each process, until both are done; what a method has other processes do is not in them.
-Both touch as much memory as will arrive, and give it back, before they meet: no method is the first
-to use it. A first round warms up: it is not counted, and what arrives in it is compared with what
-was sent.
+Both ends connect and synchronize before the clock starts; the time runs from the start of the first
+one until the end of the last one, on the clock that both share. CPU time and peaks of memory are
+those of each process, until both are done; other processes that a method starts are not counted.
+Both touch as much memory as will arrive, and return it, before they synchronize: no method is the
+first to use it. A first round warms up: it is not counted, and its result is compared with the sent
+state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, TypedDict
 import torch
 from common import Handler, Link, Method, PeakMemory, State, state_of, two_processes, warm_memory
 
-# Nothing here takes as long, if it works.
+# Longer than any order takes, if it works.
 PATIENCE = 120.0
 
 Notes = dict[str, Any]
@@ -30,20 +30,20 @@ Notes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A method, and what it moves.
+    """A run: a method, and the state that it sends.
 
     Attributes:
-        method: How the method is called.
+        method: The name of the method.
         make: Makes the method, in both processes; in each round anew.
-        count: Of tensors.
-        nbytes: Of each tensor.
-        label: How the run is called, if not by its method.
-        base: The label of the run that moves the same by a raw loop.
-        copies: How often one transfer moves the state.
+        count: The number of tensors.
+        nbytes: The size of each tensor.
+        label: The name of the run, if it is not the method's.
+        base: The label of the run that sends the same by a raw loop.
+        copies: How often one transfer sends the state.
         repeat: Transfers in a round, each over a new connection. If there are several, the medians
             count, in warm memory, and peaks are not measured.
         noted: ``make`` takes a dict, for notes that go into the results.
-        device: Where the state is.
+        device: The device of the state.
     """
 
     method: str
@@ -64,11 +64,11 @@ class Run:
 
     @property
     def state_size(self) -> int:
-        """Bytes in the state."""
+        """The bytes of the state."""
         return self.count * self.nbytes
 
     def shrunk(self, scale: float) -> Run:
-        """Of less: fewer tensors, or smaller ones if there are few."""
+        """Return the run with fewer bytes: fewer tensors, or smaller ones if there are few."""
         values = dict(vars(self))
         if self.count * scale >= 1:
             values["count"] = int(self.count * scale)
@@ -86,12 +86,12 @@ class Sample(TypedDict):
     notes: list[Notes]
 
 
-# What one process knows of a transfer: start, end, seconds of CPU time, peak, notes.
+# The values that one process measures of a transfer: start, end, seconds of CPU time, peak, notes.
 Half = tuple[float, float, float, int, Notes]
 
 
 def check(states: Any, run: Run) -> None:
-    """Compare what has arrived with what was sent, bit by bit."""
+    """Compare the received state with the sent one, bit by bit."""
     for state in states if isinstance(states, list) else [states]:
         if len(state) != run.count:
             raise RuntimeError(f"{run.name}: {len(state)} tensors have arrived, not {run.count}")
@@ -118,20 +118,20 @@ def transferred(
         cpu, start = time.process_time(), time.perf_counter()
         state = transfer()
         stop = time.perf_counter()
-        # Threads may still be at it.
+        # Threads may still be working.
         link.meet()
         cpu = time.process_time() - cpu
         if run.repeat == 1:
             memory.__exit__()
         if first and state is not None:
             check(state, run)
-        # It may lie in memory that the method takes back.
+        # It may be in memory that the method takes back.
         del state
     return start, stop, cpu, memory.nbytes if run.repeat == 1 else 0, notes
 
 
 def work(sends: bool) -> Handler:
-    """What the sender does, or the receiver, with an order for one run of a round."""
+    """Carry out the order of the sender, or of the receiver, for one run of a round."""
     states: dict[tuple[int, int, str], State] = {}
 
     def state_for(run: Run) -> State:
@@ -149,7 +149,7 @@ def work(sends: bool) -> Handler:
             notes: Notes = {}
             method = run.make(notes) if run.noted else run.make()
             end = method.send(state_for(run), link) if sends else method.receive(link)
-            # Only a receiver has something to compare.
+            # Only a receiver has a state to compare.
             halves.append(transferred(end, link, run, notes, first and not sends))
         return halves
 
@@ -169,10 +169,10 @@ def sample_of(run: Run, sent: list[Half], received: list[Half]) -> Sample:
 
 
 def measure(runs: Sequence[Run], rounds: int) -> tuple[dict[str, list[Sample]], str]:
-    """All runs in so many rounds, after the first one.
+    """Measure all runs in so many rounds, after the first one.
 
     Returns:
-        The samples, and what went wrong, if anything: a run has failed, or took longer than
+        The samples, and the error if there was one: a run has failed, or took longer than
         ``PATIENCE``. Whole rounds before that count.
     """
     samples: dict[str, list[Sample]] = {run.name: [] for run in runs}

@@ -1,4 +1,4 @@
-"""What a section of the suite is."""
+"""Sections of the suite: runs that are compared with each other, and goals for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rounds import Run
 
 KIB, GIB = 2**10, 2**30
 
-# Tensors, and bytes of each.
+# The number of tensors, and bytes of each.
 LARGE = (64, 16 * MIB)
 
 
@@ -22,12 +22,13 @@ class Section:
     """Runs that are compared with each other.
 
     Attributes:
-        title: Its heading.
-        runs: Of each round.
-        goals: For these runs.
+        title: The heading.
+        runs: The runs of each round.
+        goals: The goals for these runs.
         missing: Methods that cannot run here, and why.
-        reason: Why nothing of it can run here.
-        spare: Memory that is needed beside the states that are sent, in sizes of the largest.
+        reason: Why the whole section cannot run here.
+        spare: Memory that is needed in addition to the states that are sent, in sizes of the
+            largest.
     """
 
     title: str
@@ -38,16 +39,16 @@ class Section:
     spare: float = 1.25
 
     def needs(self) -> int:
-        """Bytes of memory that should be available."""
+        """Return the bytes of memory that should be available."""
         states = {(run.count, run.nbytes): run.state_size for run in self.runs}
         largest = max(run.state_size * run.copies for run in self.runs)
         return sum(states.values()) + int(self.spare * largest)
 
     def scaled(self, scale: float) -> Section:
-        """With only this share of the bytes, for a trial."""
+        """Return the section with only this share of the bytes, for a trial."""
         if scale == 1:
             return self
-        # Ratios and lags can be tried so; what is wanted of memory is about objects of full size.
+        # A trial gives ratios and lags; the goals for memory are about objects of full size.
         goals = [goal for goal in self.goals if goal.unit != "MiB"]
         return replace(self, runs=[run.shrunk(scale) for run in self.runs], goals=goals)
 
@@ -57,7 +58,7 @@ def _peer(name: str) -> Method:
 
 
 def installed(names: Iterable[str]) -> tuple[dict[str, Callable[[], Method]], dict[str, str]]:
-    """The peers that can run here, and why the others cannot."""
+    """Return the peers that can run here, and why the others cannot."""
     makers: dict[str, Callable[[], Method]] = {}
     missing = {}
     for name in names:
@@ -66,7 +67,7 @@ def installed(names: Iterable[str]) -> tuple[dict[str, Callable[[], Method]], di
         except ImportError as error:
             missing[name] = str(error)
         else:
-            # By name: it goes to other processes.
+            # By name: it is sent to other processes.
             makers[name] = functools.partial(_peer, name)
     return makers, missing
 

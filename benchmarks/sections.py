@@ -1,4 +1,4 @@
-"""The sections of the suite: what moves by which methods, and what is wanted of ours."""
+"""The sections of the suite: the states, the methods, and the goals for aiotorchio."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from peers import PEERS
 from rounds import Run
 from section import KIB, LARGE, Section, installed
 
-# The raw loop into memory for which it asks for huge pages, as we do.
+# The raw loop into memory with huge pages, as in aiotorchio.
 HUGE = "raw, huge pages"
 
 LARGER = (256, 16 * MIB)
@@ -258,7 +258,7 @@ def fairness() -> Section:
             speed("200 connections at once", one_by_one, 0.8, run=at_once, base=one_by_one),
             at_most("the last of 200 at once", "their mean", "x", 3, last_to_mean(at_once)),
         ],
-        # Of what arrives: the state itself is small.
+        # Limits of the chunks that arrive: the state itself is small.
         spare=1.5,
     )
 
@@ -268,7 +268,7 @@ def cuda() -> Section:
     return Section(
         "8 GiB in 512 storages, from CUDA to CUDA, asyncio streams over TCP",
         [
-            # Ours receives into slabs that it has touched before.
+            # aiotorchio receives into staging buffers that it has touched before.
             Run("raw", functools.partial(raw_sockets, huge_pages=True), *state),
             Run("pinned copies", gpu.pinned_copies, *state, device="cuda"),
             Run("ours", gpu.ours, *state, device="cuda"),

@@ -1,12 +1,12 @@
-"""What it costs to send a state that goes on changing: for how long it must hold still, and memory.
+"""Measures snapshots of a changing state: how long it must hold still, and the memory.
 
     python benchmarks/snapshot.py               # 5 rounds, 1 GiB in 64 tensors: half a minute
 
 A sender and a receiver process live through the whole run; every round sends the state by every
-method once, each round beginning with another method. The receiver takes the bytes into one buffer.
-Held is the time for which nobody may change the state; peak memory is what the sender has held at
-most above what it held before, and after half is what it still held when half of the payload was
-sent. The first round warms up and is not counted. Linux with glibc only.
+method once, and each round begins with another method. The receiver reads the bytes into one
+buffer. "Held" is the time for which no code may change the state; peak memory is the sender's
+highest use above its use before, and "after half" is its use when half of the payload was sent. The
+first round warms up and is not counted. Linux with glibc only.
 
 Methods:
     live          save_to_stream; the state holds still until it returns
@@ -44,7 +44,7 @@ METHODS = ("live", "snapshot", "deepcopy")
 
 
 async def _save(method: str, state: State, sock: socket.socket) -> tuple[float, float, int]:
-    """Seconds held, seconds in all, and bytes held when half is sent."""
+    """Return the seconds held, the seconds in all, and the memory when half is sent."""
     halves: list[int] = []
 
     def progress(done: int, total: int) -> None:

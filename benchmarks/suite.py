@@ -1,13 +1,13 @@
-"""All goals of speed, memory and lag, measured in one go, beside peers.
+"""Measures all goals of speed, memory and lag in one run, next to other libraries.
 
-    python benchmarks/suite.py                          # everything this machine can: half an hour
+    python benchmarks/suite.py                          # everything that can run here: half an hour
     python benchmarks/suite.py --rounds 1 --sections large,small --scale 0.1 --out FILE  # a trial
     python benchmarks/suite.py --report FILE
 
 Writes every sample of every round to a file, and prints tables that are made of this file; plot.py
-draws pictures of it. Peers that are not installed are left out, as is what does not fit into the
-memory. What is measured, and by which methods, is in sections.py; how, in rounds.py. Linux with
-glibc only.
+draws pictures of it. Libraries that are not installed are left out, and so are runs that do not fit
+into the memory. sections.py lists the runs and methods; rounds.py measures them. Linux with glibc
+only.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ PACKAGES = (
 
 
 def available_memory() -> int:
-    """In bytes."""
+    """Return the available memory, in bytes."""
     with open("/proc/meminfo") as file:
         line = next(line for line in file if line.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
 
 
 def machine() -> dict[str, Any]:
-    """What is measured on; the name is for a file."""
+    """Describe the machine that runs the suite; the name is for a file."""
     cores = len(os.sched_getaffinity(0))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -77,7 +77,7 @@ def versions() -> dict[str, str]:
 
 
 def why_not(section: Section) -> str:
-    """Why a section cannot run on this machine; empty if it can."""
+    """Return why a section cannot run on this machine; empty if it can."""
     available = available_memory()
     if not section.reason and section.needs() > available:
         needs = readable(section.needs())
@@ -86,7 +86,7 @@ def why_not(section: Section) -> str:
 
 
 def run(section: Section, rounds: int) -> dict[str, Any]:
-    """A section as it is stored."""
+    """Run a section, and return it as it is stored."""
     samples: dict[str, list[Sample]] = {}
     error, skipped = "", why_not(section)
     if not skipped:
@@ -148,7 +148,7 @@ def main() -> int:
         start = time.monotonic()
         section = SECTIONS[name]().scaled(args.scale)
         stored = results["sections"][name] = run(section, args.rounds)
-        # After each section: what is measured is not lost if the next one takes too much memory.
+        # Written after each section: no result is lost if the next section takes too much memory.
         out.write_text(json.dumps(results) + "\n")
         ended = stored["error"] or (stored["skipped"] and f"skipped: {stored['skipped']}") or "done"
         print(f"{name}: {ended}, {time.monotonic() - start:.0f} s", file=sys.stderr)
