@@ -1,7 +1,7 @@
 """A new process takes over the live state of one that trains on; both then agree to the last bit.
 
-The first process trains a small transformer on this repository's own pages. After a while it
-starts a second one, which knows nothing but a TCP port. That one asks for the state (weights,
+The first process trains a small transformer on this repository's own pages. After a while it starts
+a second one, which gets nothing but a TCP port. The second one receives the state (weights,
 optimizer, schedule, random numbers, data) and takes the next ten steps with it, while the first
 takes the same ten. The exit status is 0 only if every loss is the same in both.
 
@@ -34,12 +34,12 @@ State = dict[str, Any]
 Sending = Coroutine[Any, Any, Summary]
 
 
-# --- The training: nothing here knows that it will be interrupted --------------------------------
+# --- The training: no code here deals with interruptions ------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What a peer must know to build the same model and take the same batches."""
+    """The values with which a peer builds the same model and takes the same batches."""
 
     width: int
     depth: int
@@ -52,7 +52,7 @@ class Config:
 
 
 class Transformer(nn.Module):
-    """Predicts the next byte of a text."""
+    """A transformer that predicts the next byte of a text."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.width, 256)
 
     def forward(self, text: Tensor) -> Tensor:
-        """Logits of the next byte, at every place."""
+        """Return the logits of the next byte at every position."""
         length = text.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length)
         hidden = self.bytes(text) + self.places.weight[:length]
@@ -85,9 +85,9 @@ class Training:
     """A model in training: ``step`` changes it, ``state`` is everything that the next step needs.
 
     Args:
-        config: Of the model and its training.
-        model: Made from that.
-        text: What it learns, in bytes.
+        config: The configuration of the model and its training.
+        model: The model, made from the configuration.
+        text: The training text, in bytes.
     """
 
     def __init__(self, config: Config, model: Transformer, text: Tensor) -> None:
@@ -102,7 +102,7 @@ class Training:
 
     @classmethod
     def from_state(cls, state: State) -> Training:
-        """Go on where another process was. Takes the state's tensors as they are: no copies."""
+        """Go on from another process's state. Its tensors are used themselves: no copies."""
         config = Config(**state["config"])
         with torch.device("meta"):
             model = Transformer(config)
@@ -116,7 +116,7 @@ class Training:
         return training
 
     def state(self) -> State:
-        """The live tensors themselves: the next step changes them."""
+        """Return the live tensors themselves: the next step changes them."""
         return {
             "config": asdict(self.config),
             "model": self.model.state_dict(),
@@ -147,7 +147,7 @@ class Training:
 
 
 def pages() -> Tensor:
-    """The pages of this repository, repeated if they are few; without any, this file."""
+    """Return the pages of this repository, repeated if they are few; without any, this file."""
     root = Path(__file__).resolve().parent.parent
     found = sorted([*root.glob("*.md"), *root.glob("docs/**/*.md")])
     text = b"\n".join(page.read_bytes() for page in found) or Path(__file__).read_bytes()
@@ -160,8 +160,8 @@ def pages() -> Tensor:
 class LiveTraining:
     """Training in a worker thread, so that the event loop has time for peers.
 
-    The lock of ``_stepped`` is held during each step: whoever else holds it is between two steps,
-    where the state is consistent. It is fair, so nobody waits longer than for one step.
+    The lock of ``_stepped`` is held during each step: code that holds it runs between two steps,
+    where the state is consistent. The lock is fair, so the wait is never longer than one step.
     """
 
     def __init__(self, training: Training) -> None:
@@ -187,13 +187,13 @@ class LiveTraining:
             await self._stepped.wait_for(lambda: self.training.steps >= step)
 
     async def snapshot(self, writer: asyncio.StreamWriter) -> tuple[int, float, Sending]:
-        """What sends the state between two steps: which, and the seconds that it held them up.
+        """Take a snapshot between two steps; return the step, the seconds of pause, and the save.
 
         The tensors of a message must not change until the last byte has left. Sending the live
-        ones would take no memory, but stop the training for as long as the network and the peer
-        please. A snapshot takes the size of the state once more, less with each chunk that is
-        sent, and stops the training for a pause that no peer can make longer. In a worker thread
-        it does not hold up the event loop either.
+        tensors would take no memory, but stop the training until the network and the peer are done.
+        A snapshot takes the size of the state once more, less with each chunk that is sent, and
+        stops the training for a pause that no peer can make longer. In a worker thread it does not
+        block the event loop either.
         """
         async with self._stepped:
             start = time.perf_counter()
@@ -204,7 +204,7 @@ class LiveTraining:
 
 
 async def lead(config: Config, steps: int) -> bool:
-    """Train, start a peer after so many steps, serve it, and compare what both do then."""
+    """Train, start a peer after so many steps, serve it, and compare both after that."""
     text = pages()
     live = LiveTraining(Training(config, Transformer(config), text))
     parameters = sum(p.numel() for p in live.training.model.parameters())
@@ -230,7 +230,7 @@ async def lead(config: Config, steps: int) -> bool:
 async def serve(
     live: LiveTraining, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> tuple[int, State]:
-    """Send a peer the state; return the step at which it was cut, and what the peer reports."""
+    """Send a peer the state; return the step of the snapshot, and the report of the peer."""
     try:
         peak = peak_memory()
         cut, pause, sending = await live.snapshot(writer)
@@ -263,7 +263,7 @@ async def run_peer(port: int) -> None:
 
 
 def compare(ours: dict[int, float], theirs: dict[int, float]) -> bool:
-    """Tell whether a peer's losses are ours, to the last bit."""
+    """Tell whether a peer's losses equal those of this process, to the last bit."""
     print(f"\nstep  loss    {'here':22}there")
     equal = 0
     for step, loss in theirs.items():
@@ -282,7 +282,7 @@ async def join(port: int) -> None:
     reader, writer = await asyncio.open_connection(HOST, port)
     try:
         peak = peak_memory()
-        # No pickle: whatever answers at that port, it cannot make this process run its code.
+        # No pickle: no peer at that port can make this process run its code.
         state = await load_from_stream(reader, allow_pickle=False)
         grown = peak_memory() - peak
         training = Training.from_state(state)
@@ -299,13 +299,13 @@ async def join(port: int) -> None:
 
 
 def say(what: str, text: str) -> None:
-    """Print one line of the story."""
+    """Print one line with the time."""
     print(f"{what:8}{text}", flush=True)
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had, in bytes; 0 where the system is not Linux."""
-    # Not getrusage: a process that was started by a big one would begin with the peak of that.
+    """Return the peak memory of this process, in bytes; 0 where the system is not Linux."""
+    # Not getrusage: a process that a big one has started would begin with the peak of that.
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

@@ -1,11 +1,11 @@
 """A state of 8 GiB passes between two processes that may use 512 MiB of memory each.
 
 The sender makes one shard after the other, each when the network has taken the one before. The
-receiver looks at one shard after the other, and holds up the sender while it does. Neither ever has
-more than one of them. The operating system enforces the limit; Linux only.
+receiver checks one shard after the other, and the sender waits for it. Neither ever has more than
+one shard in memory. The operating system enforces the limit; Linux only.
 
-Number n of all the numbers in the state is n, so that a shard that is wrong, damaged or in the
-wrong place would be seen. The exit status is 0 only if all of it was right.
+Number n of all the numbers in the state is n, so that a wrong, damaged or misplaced shard would be
+noticed. The exit status is 0 only if all of it was right.
 
 python stream_larger_than_memory.py                              about 20 seconds on two cores
 python stream_larger_than_memory.py --gib 64 --limit-mib 384
@@ -35,7 +35,7 @@ SHARD = TensorSpec((SHARD_LENGTH,), torch.int64)
 
 
 def make_shard(number: int) -> Tensor:
-    """A part of the state: in earnest, read from a disk or gathered from other machines."""
+    """Make a part of the state; a real one is read from a disk or gathered from other machines."""
     return torch.arange(number * SHARD_LENGTH, (number + 1) * SHARD_LENGTH)
 
 
@@ -43,7 +43,7 @@ def make_shard(number: int) -> Tensor:
 
 
 async def shards(count: int) -> AsyncIterator[tuple[str, Tensor]]:
-    """Every shard with its name, made when it is its turn, and kept by nobody after that."""
+    """Yield every shard with its name; each is made when it is its turn, and not kept."""
     for number in range(count):
         yield f"shard.{number}", await asyncio.to_thread(make_shard, number)
 
@@ -51,7 +51,7 @@ async def shards(count: int) -> AsyncIterator[tuple[str, Tensor]]:
 async def send(port: int, count: int) -> None:
     _, writer = await asyncio.open_connection(HOST, port)
     try:
-        # Shapes and dtypes go ahead of all tensors, so they have to be known.
+        # Shapes and dtypes are sent before all tensors, so they have to be known.
         specs = {f"shard.{number}": SHARD for number in range(count)}
         await StreamWriter(writer).save(shards(count), specs=specs)
     finally:
@@ -62,14 +62,14 @@ async def send(port: int, count: int) -> None:
 
 
 def is_right(shard: Tensor, number: int) -> bool:
-    """Whether a shard is what was sent; takes the memory of another one for a moment."""
+    """Tell whether a shard is the expected one; takes the memory of another shard for a moment."""
     return torch.equal(shard, make_shard(number))
 
 
 async def receive(connection: socket.socket, total_nbytes: int) -> bool:
-    """Look at every shard; tell whether all were right."""
+    """Check every shard; tell whether all were right."""
     reader, writer = await asyncio.open_connection(sock=connection)
-    # By default a message may be as large as the memory of the machine: it might be kept.
+    # By default a message may be as large as the memory of the machine, since a load keeps it.
     limits = Limits(total_nbytes=total_nbytes)
     right = 0
     try:
@@ -77,7 +77,7 @@ async def receive(connection: socket.socket, total_nbytes: int) -> bool:
             async for name, shard in message:
                 number = int(name.removeprefix("shard."))
                 right += await asyncio.to_thread(is_right, shard, number)
-                # Otherwise it would live on until the next one is here.
+                # Otherwise the shard would live on until the next one has arrived.
                 del shard
             print(f"received  {right} of {len(message.tensors)} shards are right")
             return right == len(message.tensors) > 0
@@ -89,10 +89,10 @@ async def receive(connection: socket.socket, total_nbytes: int) -> bool:
 
 
 def limit_memory(who: str, nbytes: int) -> None:
-    """Have the system refuse this process more memory than that, and see that it does.
+    """Have the system refuse this process more memory than that, and check that it does.
 
-    The limit holds for all memory that a process can write to and does not share: what torch took
-    for itself on import, the stacks of threads, and all tensors.
+    The limit holds for all memory that a process can write to and does not share: torch's own
+    memory after the import, the stacks of threads, and all tensors.
     """
     resource.setrlimit(resource.RLIMIT_DATA, (nbytes, nbytes))
     try:
@@ -104,8 +104,8 @@ def limit_memory(who: str, nbytes: int) -> None:
 
 
 def show_peak(who: str) -> None:
-    """Print the most memory that this process had, the code of torch and Python included."""
-    # Not ru_maxrss, which a process has from whoever started it.
+    """Print the peak memory of this process, the code of torch and Python included."""
+    # Not ru_maxrss, which a process inherits from its parent.
     with open("/proc/self/status", encoding="ascii") as status:
         peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     print(f"{who:10}peak of resident memory {peak / 1024:.0f} MiB", flush=True)

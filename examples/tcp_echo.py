@@ -18,7 +18,7 @@ from aiotorchio import load_from_stream, save_to_stream
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Load what comes and save it back; asyncio calls this for every connection."""
+    """Load an object and save it back; asyncio calls this for every connection."""
     try:
         state = await load_from_stream(reader, allow_pickle=False)
         await save_to_stream(state, writer)
@@ -50,7 +50,7 @@ async def ask(host: str, port: int, mib: int) -> bool:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Like ``torch.equal``, but tells -0 from 0 and knows a NaN when it sees it again."""
+    """Compare like ``torch.equal``, but tell -0 from 0 and take NaN as equal to the same NaN."""
     same_type = (a.dtype, a.shape) == (b.dtype, b.shape)
     return same_type and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 

@@ -1,11 +1,11 @@
 """A trainer pushes new weights to inference workers, which go on answering while they arrive.
 
 Each worker keeps two sets of memory for its weights. Requests are answered from one of them while
-the next version is received into the other; between two requests the two change places. That takes
-as long as it takes to swap pointers, however large the model is.
+the next version is received into the other; between two requests the two sets are exchanged. That
+exchanges pointers only, so it takes equally long for any size of the model.
 
 In version n every weight is n, and every answer depends on every weight, so an answer from weights
-of two versions would be seen. The exit status is 0 only if there was none.
+of two versions would be noticed. The exit status is 0 only if there was none.
 
 python weight_sync.py                          about 15 seconds on two cores
 python weight_sync.py --workers 1 --mib 1024   the pause stays as it is
@@ -44,7 +44,7 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Model(nn.Module):
-    """Layers beside each other: each number of an answer depends on one row of one layer."""
+    """Parallel layers: each number of an answer depends on one row of one layer."""
 
     def __init__(self, mib: int) -> None:
         super().__init__()
@@ -52,16 +52,17 @@ class Model(nn.Module):
         self.layers = nn.ParameterList(torch.zeros(rows, WIDTH) for _ in range(LAYERS))
 
     def forward(self, question: Tensor) -> Tensor:
-        """The mean of each row of weights, if the question is all ones."""
+        """Return the mean of each row of weights, if the request is all ones."""
         return torch.stack([layer @ question for layer in self.layers]) / WIDTH
 
 
-# --- A worker: answers requests, and takes new weights meanwhile ----------------------------------
+# --- A worker: answers requests, and receives new weights at the same time
+# -------------------------
 
 
 @dataclass
 class Report:
-    """What happened at a worker; times in seconds."""
+    """The counts and times of a worker; times in seconds."""
 
     requests: int = 0
     versions: int = 0
@@ -73,12 +74,12 @@ class Report:
 
 
 class Worker:
-    """Answers one request after the other, with the newest weights that it has."""
+    """A worker that answers one request after the other, with the newest weights that it has."""
 
     def __init__(self, mib: int) -> None:
         self.model = Model(mib)
         self.buffers = DoubleBuffer(self.model)
-        # Held for each request and for each swap: a request sees one version from start to end.
+        # Held for each request and for each exchange: a request uses one version from start to end.
         self.lock = asyncio.Lock()
         self.version = 0
         self.receiving = False
@@ -108,10 +109,10 @@ class Worker:
         return answer
 
     async def take_next(self, stream: StreamReader) -> bool:
-        """Take or refuse the next version; False if there is none."""
+        """Load or refuse the next version; return False if there is none."""
         try:
             async with stream.open() as message:
-                # The header is here, the weights are not.
+                # The header has arrived, the weights have not.
                 version = int(message.metadata["version"])
                 if version <= self.version:
                     self.report.refused += 1
@@ -129,7 +130,7 @@ class Worker:
 
     @asynccontextmanager
     async def between_requests(self) -> AsyncIterator[None]:
-        """The lock, and how long a swap held it: requests wait no longer than that."""
+        """Hold the lock, and note for how long: requests wait no longer than that."""
         async with self.lock:
             start = time.perf_counter()
             yield
@@ -141,7 +142,7 @@ async def work(port: int, mib: int) -> None:
     reader, writer = await asyncio.open_connection(HOST, port)
     stream = StreamReader(reader)
     try:
-        await worker.take_next(stream)  # nothing to answer with before that
+        await worker.take_next(stream)  # no weights to answer with before that
         async with asyncio.TaskGroup() as tasks:
             requests = tasks.create_task(worker.answer())
             while await worker.take_next(stream):
@@ -166,13 +167,13 @@ async def train(args: argparse.Namespace) -> bool:
     port = server.sockets[0].getsockname()[1]
     spawn = multiprocessing.get_context("spawn")
     for _ in range(args.workers):
-        # Daemons end with this process, whatever happens to it.
+        # Daemons end with this process in any case.
         spawn.Process(target=work_in_process, args=(port, args.mib), daemon=True).start()
     async with asyncio.timeout(DEADLINE_SECONDS), server:
         workers = [await joining.get() for _ in range(args.workers)]
         model = Model(args.mib)
         for version in range(1, args.versions + 1):
-            await asyncio.sleep(args.interval)  # here the training would be
+            await asyncio.sleep(args.interval)  # a real trainer would train here
             for weights in model.parameters():
                 nn.init.constant_(weights, version)
             await push(model, version, workers)
@@ -195,7 +196,7 @@ async def push(model: Model, version: int, workers: list[Connection]) -> None:
 
 
 async def finish(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> dict[str, Any]:
-    """Tell a worker that there is no more, and hear its report."""
+    """Tell a worker that there are no more versions, and return its report."""
     writer.write_eof()
     report: dict[str, Any] = await load_from_stream(reader, allow_pickle=False)
     writer.close()
@@ -203,7 +204,7 @@ async def finish(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 def show(reports: list[Report], versions: int) -> bool:
-    """Print what the workers report; tell whether all is as it should be."""
+    """Print the reports of the workers; tell whether they are as expected."""
     print("\n        requests  versions    stale  longest pause    longest request  half-applied")
     print("worker  answered     taken  refused      by a swap  receiving     else       answers")
     good = True
