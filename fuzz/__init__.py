@@ -1,1 +1,1 @@
-"""Fuzzing of what a peer sends; see README.md."""
+"""Fuzzing of all input that a peer sends; see README.md."""

@@ -12,12 +12,12 @@ from typing import Any
 
 HERE = Path(__file__).parent
 HARNESSES = ("parser", "tree", "pickled")
-# torch alone takes 300 MB, and coverage of it grows.
+# torch alone takes 300 MB, and the coverage counters grow.
 RSS_LIMITS_MB = {"parser": 700, "tree": 2500, "pickled": 2500}
 
 
 def main(name: str, arguments: list[str]) -> None:
-    """Fuzz until something is found, or as the options say."""
+    """Fuzz until there is a find, or as the options say."""
     atheris: Any = importlib.import_module("atheris")
     if name == "parser":
         _leave_torch_out()
@@ -39,7 +39,7 @@ def main(name: str, arguments: list[str]) -> None:
         try:
             harness.test_one_input(data)
         except BaseException:
-            # libFuzzer writes it, too, unless the interpreter ends before it gets there.
+            # libFuzzer writes the input, too, unless the interpreter ends before that.
             if fuzzing:
                 (finds / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
             raise

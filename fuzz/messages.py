@@ -1,4 +1,4 @@
-"""Messages taken apart, changed, and put together with the digests that a hostile sender makes."""
+"""Takes messages apart, changes them, and joins them again with the digests of a hostile sender."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Frame:
 
     Args:
         kind: Four letters.
-        number: As it stands in the head.
-        offset: Likewise.
-        body: What follows the head.
-        length: As the head has it, if that is a lie.
+        number: The number in the head.
+        offset: The offset in the head.
+        body: The bytes after the head.
+        length: The length in the head, if it is not that of the body.
     """
 
     kind: bytes
@@ -76,8 +76,8 @@ class Draft:
 
     Args:
         preface: Its first 16 bytes.
-        frames: As far as they can be told apart.
-        rest: What is behind them.
+        frames: The frames, as far as they can be told apart.
+        rest: The bytes after the frames.
     """
 
     preface: bytes
@@ -106,11 +106,11 @@ class Draft:
         return b"".join([*encoded, self.rest])
 
     def find(self, kind: bytes) -> Frame | None:
-        """The first frame of a kind."""
+        """Return the first frame of a kind."""
         return next((frame for frame in self.frames if frame.kind == kind), None)
 
     def fit(self) -> None:
-        """Make the chunks those that the header announces, if they are few."""
+        """Replace the chunks by those that the header announces, if they are few."""
         header, skeleton = self.find(HEADER), self.find(SKELETON)
         if header is None or skeleton is None:
             return
@@ -130,7 +130,7 @@ class Draft:
 
 
 def dissect(data: bytes) -> Draft:
-    """Take bytes apart as if they were a message; joined again they have the same length."""
+    """Take bytes apart as if they were a message; the joined parts have the same length."""
     draft = Draft(data[:PREFACE_SIZE], [])
     position = PREFACE_SIZE
     while len(data) - position >= FRAME_HEAD_SIZE and len(draft.frames) < _FRAMES_MAX:
@@ -145,12 +145,12 @@ def dissect(data: bytes) -> Draft:
 
 
 def vary(encoded: bytes, random: Random, leaves: list[Any] | None = None) -> bytes | None:
-    """Change a value of MessagePack in a few places; None if it is none.
+    """Change a MessagePack value in a few places; return None if the bytes are no such value.
 
     Args:
         encoded: The value.
         random: Decides what is changed.
-        leaves: What may come in, beside what has been a problem somewhere.
+        leaves: Values that may be put in, in addition to values that have caused problems before.
     """
     try:
         root = [msgspec.msgpack.decode(encoded)]
@@ -165,7 +165,7 @@ def _vary_once(root: list[Any], random: Random, leaves: list[Any]) -> None:
     places = _places(root)
     within, at = random.choice(places)
     alike = [leaf for leaf in leaves if type(leaf) is type(within[at])]
-    # Mostly of the same type: the first thing that anybody checks.
+    # Mostly of the same type, as the type is the first check of every reader.
     others = [place for place in places if type(place[0][place[1]]) is type(within[at])]
     other, there = random.choice(others if random.random() < 0.8 else places)
     match random.randrange(9):

@@ -1,8 +1,8 @@
-"""Whole messages, damaged in every way that chance has, and loaded.
+"""Loads whole messages that are damaged at random.
 
 ``python -m fuzz.mutate`` tries every cut and every flipped bit of several small messages, then
-random damage of larger ones, by a network and by a hostile sender who makes the digests right
-again. It prints how often each outcome came, and keeps what should not have come in ``finds``.
+random damage of larger ones, by a network and by a hostile sender, whose digests are right. It
+prints how often each outcome came, and keeps the finds in ``finds``.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _sample(obj: Any, **options: Any) -> Sample:
 
 
 def small() -> dict[str, Sample]:
-    """Messages of each kind, as small as they can be."""
+    """Return messages of each kind, as small as they can be."""
     state = OrderedDict(w=torch.arange(5.0), b=torch.tensor([1, 2], dtype=torch.int8))
     shared = [torch.arange(3)]
     return {
@@ -87,7 +87,7 @@ def small() -> dict[str, Sample]:
 
 
 def larger() -> dict[str, Sample]:
-    """Messages of several chunks."""
+    """Return messages of several chunks."""
     generator = torch.Generator().manual_seed(0)
     state = {f"layer.{n}.weight": torch.rand(16, 16, generator=generator) for n in range(8)}
     state["many"] = torch.rand(2000, generator=generator)
@@ -105,13 +105,13 @@ def larger() -> dict[str, Sample]:
 
 
 def judge(data: bytes, whole: Sequence[Sample]) -> str:
-    """Load what was one of several messages, or two of them.
+    """Load a message that was made of one or two good ones.
 
     Returns:
-        The name of what came of it.
+        The name of the outcome.
 
     Raises:
-        Find: An object that none of them has.
+        Find: The loaded object is in none of the good messages.
     """
     outcome = _load(data)
     if isinstance(outcome, str):
@@ -139,12 +139,12 @@ def judge_cut(data: bytes) -> str:
 
 
 def judge_hostile(data: bytes) -> str:
-    """Load what a hostile sender made in many ways: any object, as long as it can be used."""
+    """Load a hostile sender's message with many options; any object that can be used is fine."""
     for options in _OPTIONS:
         outcome = _load(data, placed=False, **options)
         if not isinstance(outcome, str):
             use(outcome[0])
-    # A loop takes longer than all of the above.
+    # A loop takes longer than all of the calls above.
     if zlib.crc32(data) % 8 == 0:
         asyncio.run(_open(data))
     outcome = _load(data)
@@ -168,7 +168,7 @@ _OPTIONS: tuple[dict[str, Any], ...] = (
 
 
 async def _open(data: bytes) -> None:
-    """Ask a message for all that it says before it is loaded, and iterate over it."""
+    """Read all properties of a message before it is loaded, and iterate over it."""
 
     class Pieces:
         async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -190,7 +190,7 @@ def _load(data: bytes, *, placed: bool = True, **options: Any) -> str | tuple[An
         with no_flood():
             return (aiotorchio.load(io.BytesIO(data), limits=LIMITS, **options),)
     except AiotorchioError as error:
-        # What does not fit what the caller has is in no place of the message.
+        # An error about the caller's own objects names no place in the message.
         if placed:
             check_refusal(error, 0, len(data))
         return type(error).__name__
@@ -208,18 +208,18 @@ def _structure(obj: Any) -> tuple[Any, ...]:
 
 
 def cuts(data: bytes) -> Iterator[bytes]:
-    """Every beginning but the whole."""
+    """Yield every beginning but the whole."""
     return (data[:size] for size in range(len(data)))
 
 
 def bits(data: bytes) -> Iterator[bytes]:
-    """With one bit flipped, each in its turn."""
+    """Yield the message with each bit flipped in turn."""
     for at, bit in itertools.product(range(len(data)), range(8)):
         yield data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
 
 
 def damaged(random: Random, sample: Sample, other: Sample) -> bytes:
-    """What a bad network makes of a message, and of another."""
+    """Damage a message as a bad network does, with parts of another message."""
     data = sample.data
     start, end = sorted(random.randrange(len(data) + 1) for _ in range(2))
     if random.random() < 0.5:
@@ -285,7 +285,7 @@ def _frames(data: bytes) -> list[bytes]:
 
 
 def _storages_swapped(random: Random, data: bytes) -> bytes:
-    """The bytes of two storages of one size exchanged, and the frames as they were."""
+    """Exchange the bytes of two storages of one size, and leave the frames as they were."""
     draft = dissect(data)
     header = draft.find(HEADER)
     assert header is not None
@@ -311,7 +311,7 @@ def _storages_swapped(random: Random, data: bytes) -> bytes:
 
 
 def repaired(random: Random, sample: Sample) -> bytes:
-    """What a hostile sender makes of a message: every digest is right."""
+    """Make every digest of a damaged message right, as a hostile sender does."""
     draft = dissect(sample.data)
     for _ in range(random.choice([1, 1, 2, 3])):
         kind = random.choice([HEADER, HEADER, SKELETON])
@@ -330,7 +330,7 @@ def _vary_body(random: Random, draft: Draft, kind: bytes) -> None:
         return
     changed = vary(frame.body, random) if random.random() < 0.8 else None
     if changed is None:
-        # A pickle, or nothing that is well-formed is wanted.
+        # The body is a pickle, or the result need not be well-formed.
         body = bytearray(frame.body)
         at = random.randrange(len(body))
         match random.randrange(4):
@@ -352,20 +352,20 @@ def _vary_body(random: Random, draft: Draft, kind: bytes) -> None:
 def tally(
     inputs: Iterable[bytes], judged: Any, *arguments: Any, keep: Path | None = None
 ) -> Counter[str]:
-    """Judge many inputs, and count what came of them.
+    """Judge many inputs, and count the outcomes.
 
     Args:
-        inputs: What to judge.
+        inputs: The inputs to judge.
         judged: Judges one of them.
-        arguments: What it takes beside.
-        keep: Folder for what should not have come; without one it is raised.
+        arguments: More arguments of ``judged``.
+        keep: The folder for finds; without one a find is raised.
     """
     counts: Counter[str] = Counter()
     for data in inputs:
         try:
             outcome = judged(data, *arguments)
         except Exception as error:
-            # Whatever it is, it is a find; the others are still to be judged.
+            # Any exception is a find; the other inputs are still to be judged.
             if keep is None:
                 raise
             outcome = f"FIND {type(error).__name__}"

@@ -1,4 +1,4 @@
-"""What came out of hostile bytes is an object like any other: it can be saved, and loaded again."""
+"""Checks of objects that came from hostile bytes: they can be used, saved, and loaded again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
     "use",
 ]
 
-# Of the skeleton in its message, for errors.
+# The offset of the skeleton in its message, for errors.
 OFFSET = 1000
 _PARTS = craft.flattened(hostile.tensors())
 HEADER: Header = _PARTS.header
@@ -43,7 +43,7 @@ HEADER: Header = _PARTS.header
 STORAGES: list[torch.UntypedStorage] = _PARTS.storages
 _BYTES = [bytes(s.tolist()) if s.device.type == "cpu" else b"" for s in STORAGES]
 _DEEP = 20_000
-# So little that a copy of whatever is accepted is no flood.
+# Small enough that copies of any accepted object are no flood.
 LIMITS = Limits(total_nbytes=2**22)
 _USED_MAX = 20
 _PLAIN = (type(None), bool, int, str, bytes)
@@ -51,7 +51,7 @@ _NAMED = (*_PLAIN, float, complex, torch.dtype)
 
 
 def rebuilder(skeleton: bytes, codec: Codec) -> Rebuilder:
-    """What a load with default options makes of a skeleton."""
+    """Return the rebuilder of a load with default options."""
     return Rebuilder(
         skeleton,
         codec,
@@ -67,19 +67,19 @@ def rebuilder(skeleton: bytes, codec: Codec) -> Rebuilder:
 
 
 def check_untouched() -> None:
-    """Make sure that no skeleton has changed the storages."""
+    """Check that no skeleton has changed the storages."""
     for storage, expected in zip(STORAGES, _BYTES, strict=True):
         if storage.device.type == "cpu" and bytes(storage.tolist()) != expected:
             raise Find("a skeleton has changed a storage")
 
 
 def round_trip(obj: Any) -> None:
-    """Save and load an object, and compare; if torch could save it."""
+    """Save and load an object, and compare, if torch could save it."""
     with _recursion():
         try:
             parts = craft.flattened(obj)
         except Exception:
-            # What torch can't save either may fail in any way.
+            # An object that torch can't save either may fail with any error.
             if _torch_saves(obj):
                 raise
             return
@@ -93,13 +93,13 @@ def round_trip(obj: Any) -> None:
 def _torch_saves(obj: Any) -> bool:
     try:
         torch.save(obj, io.BytesIO())
-    except Exception:  # of any kind: it says that it can't
+    except Exception:  # torch raises errors of any kind for an object that it can't save
         return False
     return True
 
 
 def _check_names(parts: Flattened) -> None:
-    """Make sure that the names of the header pass for the paths of the object, and no others."""
+    """Check that the names of the header are paths of the object, and no others are."""
     rows = parts.header.tensors
     check_tree(parts.skeleton, rows, names=True, limits=Limits(), offset=OFFSET)
     for row in rows[:3]:
@@ -117,7 +117,7 @@ def _check_names(parts: Flattened) -> None:
 
 @contextmanager
 def _recursion() -> Iterator[None]:
-    """Let what is compared be as deep as what is loaded may be."""
+    """Raise the recursion limit, so that an object as deep as a load allows can be compared."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(_DEEP)
     try:
@@ -127,7 +127,7 @@ def _recursion() -> Iterator[None]:
 
 
 def leave_out(obj: Any) -> None:
-    """Take every other tensor out of an object by its name, as a selection does; it is changed."""
+    """Remove every other tensor from an object by its name, as a selection does."""
     names = {name for name, _ in walk(obj)} | {name for row in HEADER.tensors for name in row.names}
     turns = itertools.count()
     with contextlib.suppress(AiotorchioError):
@@ -135,10 +135,10 @@ def leave_out(obj: Any) -> None:
 
 
 def use(obj: Any) -> None:
-    """Do with the tensors of an object what crashes if they are not what they claim to be."""
+    """Use the tensors of an object in ways that crash if a tensor's metadata is wrong."""
     tensors = [value for value in _parts(obj) if isinstance(value, torch.Tensor)]
     for tensor in tensors[:_USED_MAX]:
-        # Not all kinds can do all of this.
+        # Not all kinds of tensors support all of this.
         with torch.no_grad(), contextlib.suppress(RuntimeError):
             tensor.detach().clone()
             if tensor.device.type == "meta" or tensor.is_nested:
@@ -150,9 +150,9 @@ def use(obj: Any) -> None:
 
 
 def _comparable(obj: Any) -> bool:
-    """Whether it has order and short names everywhere, as comparing it takes.
+    """Whether an object has order and short names everywhere, which the comparison needs.
 
-    In sets, tensors, nan and other sets have no order. Of keys a text is made.
+    In sets, tensors, nan and other sets have no order. Keys are turned into text.
     """
     for value in _parts(obj):
         if isinstance(value, set | frozenset) and not all(type(item) in _PLAIN for item in value):
@@ -166,7 +166,7 @@ def _comparable(obj: Any) -> bool:
 
 
 def _parts(obj: Any) -> Iterator[Any]:
-    """Everything in an object, once."""
+    """Yield every part of an object, once."""
     waiting, seen = [obj], set()
     while waiting:
         value = waiting.pop()

@@ -1,4 +1,4 @@
-"""What may come of hostile bytes: an object, or an ``AiotorchioError`` that says where."""
+"""The allowed outcomes of hostile bytes: an object, or an ``AiotorchioError`` with a place."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ __all__ = ["Find", "MutateBytes", "check_refusal", "choose", "no_flood"]
 MutateBytes = Callable[[bytes, int], bytes]
 """Changes bytes at random, to at most so many: the engine's own mutation."""
 
-# Beyond this, memory is a flood: the floor that any skeleton may take is 64 MiB.
+# Growth of memory beyond this is a flood: the least budget of any skeleton is 64 MiB.
 _FLOOD = 192 * 2**20
-# Texts of errors are cut at 10,000 characters, and none of ours is that long.
+# Texts of errors are cut at 10,000 characters, and none of the library's is that long.
 _SHOWN_MAX = 9_000
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Find(AssertionError):
-    """Something happened that must never happen."""
+    """A violation of a rule that must always hold."""
 
 
 def check_refusal(error: AiotorchioError, start: int, size: int) -> None:
-    """Make sure that an error says what it is about, and a place within the data.
+    """Check that an error has a text, and a place within the data.
 
     Args:
-        error: As it was raised.
-        start: First byte of the data in the message.
-        size: Of the data, in bytes.
+        error: The error as it was raised.
+        start: The first byte of the data in the message.
+        size: The size of the data, in bytes.
     """
     if error.entry is None or error.offset is None:
         raise Find(f"an error without a place: {error!r}") from error
@@ -46,7 +46,7 @@ def check_refusal(error: AiotorchioError, start: int, size: int) -> None:
 
 @contextmanager
 def no_flood() -> Iterator[None]:
-    """Make sure that the most memory of this process does not grow by much meanwhile."""
+    """Check that the peak memory of this process grows only a little within the block."""
     before = _reset_peak()
     yield
     grown = _peak() - before
@@ -55,7 +55,10 @@ def no_flood() -> Iterator[None]:
 
 
 def _reset_peak() -> int:
-    """What is resident, from where the peak is taken; elsewhere than on Linux it never falls."""
+    """Reset the peak to the resident memory, and return it.
+
+    On other systems than Linux the peak never falls.
+    """
     if _RESET.exists():
         _RESET.write_text("5")
     return _peak()

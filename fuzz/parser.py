@@ -1,8 +1,8 @@
-"""Whole messages against the parser of the wire; nothing here needs torch.
+"""Harness of the wire's parser over whole messages; it does not import torch.
 
-Besides what every harness looks for: the parser asks for no more than its limits allow, the
-result does not depend on how the bytes arrive, nothing behind a message matters, and what is
-accepted can be composed again.
+In addition to the checks of every harness: the parser requests no more than its limits allow, the
+result does not depend on how the bytes are cut, bytes after a message do not matter, and accepted
+messages can be composed again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _READ_MAX = max(LIMITS.header_nbytes, LIMITS.skeleton_nbytes, ABORT_REASON_MAX)
 
 @dataclass(frozen=True)
 class Accepted:
-    """What the parser found in a whole message."""
+    """The results of the parser for a whole accepted message."""
 
     header: Header
     checksum: bool
@@ -58,7 +58,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Refused:
-    """Why it did not."""
+    """The error with which the parser refused a message."""
 
     kind: type[AiotorchioError]
     entry: str | None

@@ -1,7 +1,7 @@
-"""Pickles as hostile senders make them: the scan, then the weights-only unpickler.
+"""Harness of pickles from hostile senders: the scan, then the weights-only unpickler.
 
-They go through the rebuilder of a message, as in a load, over a fixed table of tensors. What is
-accepted can be used without a crash, and arrives as the same object when it is sent again.
+The pickles go through the rebuilder of a message, as in a load, over a fixed table of tensors. An
+accepted object can be used without a crash, and arrives as the same object when it is sent again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _DTYPES = ("float32", "int64", "uint8", "int8", "qint8", "quint4x2", "complex64"
 _LAYOUTS = ("sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "strided")
 _SCHEMES = ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")
 _NUMBERS = [0, 0, 0, 1, 1, 1, 2, 2, 3, 4, 4, 4, 5, 8, 255, 2**31, 2**40, 2**62, 2**63 - 1]
-# What is made here stays harmless where no check is: the bounds are low instead.
+# The bounds are low, so that the calls made here stay harmless even where a check is missing.
 _LOW = {"hash_steps": 1000, "compare_steps": 4000, "values": 2000}
 _NUMBERS += [2**63, -1, -2, -(2**63), 2**64]
 
@@ -80,7 +80,7 @@ def test_one_input(data: bytes) -> None:
 
 
 def mutate(data: bytes, max_size: int, random: Random, mutate_bytes: MutateBytes) -> bytes:
-    """Change a pickle: its opcodes, or its bytes as they are; or make one."""
+    """Change a pickle, by its opcodes or its bytes; or make a new one."""
     changed: bytes = choose(
         random,
         (2, lambda: mutate_bytes(data, max_size)),
@@ -99,11 +99,11 @@ def _check_torch() -> None:
 
 
 def _vary(data: bytes, max_size: int, random: Random, mutate_bytes: MutateBytes) -> bytes:
-    """Opcodes changed, repeated, left out, exchanged, or put in."""
+    """Change, repeat, leave out, exchange or insert opcodes."""
     pieces, end = [], 0
     try:
         for at, *_ in opcodes(data):
-            # Behind the last is where the next begins, and nobody says where that is.
+            # An opcode ends where the next one begins; the end of the last one is not known.
             pieces.append(data[end:at])
             end = at
             if len(pieces) > 1000:
@@ -138,7 +138,7 @@ class _Maker:
         self._slots = 0
 
     def value(self, depth: int) -> Code:
-        """Any object, of fewer parts the deeper it is."""
+        """Make any object; deeper ones have fewer parts."""
         random = self._random
         if depth > 4 or random.random() < 0.1:
             return self.atom()
@@ -187,15 +187,15 @@ class _Maker:
         return made
 
     def kept(self, depth: int) -> Code:
-        """An object that is used again."""
+        """Make an object that is used again."""
         self._slots += 1
         slot = self._slots
         again = get(slot)
-        # In itself, too, as long as it can be.
+        # It may contain itself, where its type allows that.
         return Code(b"](" + self.value(depth) + put(slot) + again + self.value(depth) + b"e")
 
     def doubled(self) -> Code:
-        """A tuple that is short in a pickle, longer for a hash, and longer still as a text."""
+        """Make a tuple that is short in a pickle, longer for a hash, and longer still as a text."""
         leaf = assemble("x" * self._random.choice([0, 10, 1000]))
         return Code(leaf + (put(900) + get(900) + b"\x86") * self._random.choice([1, 4, 8, 12]))
 
@@ -232,7 +232,7 @@ class _Maker:
         return {self._random.choice(names): self.value(depth) for _ in range(2)}
 
     def tensor_like(self) -> Code:
-        """A call of a function of torch, with arguments of which one may be anything."""
+        """Call a function of torch, with arguments of which one may be anything."""
         random = self._random
         flag = random.random() < 0.2
         shape = self.shape()
@@ -305,5 +305,5 @@ class _Maker:
 
 
 def assemble_items(pairs: dict[Code, Code]) -> bytes:
-    """The opcodes of keys and values, one after the other."""
+    """Return the opcodes of keys and values, one after the other."""
     return b"".join(key + value for key, value in pairs.items())

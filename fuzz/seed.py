@@ -1,4 +1,4 @@
-"""Writes the seeds of every harness to ``fuzz/seeds``: honest messages, and what attackers send."""
+"""Writes the seeds of every harness to ``fuzz/seeds``: honest messages, and those of attackers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["SEEDS", "seeds"]
 
 SEEDS = Path(__file__).parent / "seeds"
 _SIZE_MAX = 4096
-# Of a message, which has chunks of 4096 bytes.
+# The chunk size of the messages.
 _MESSAGE_MAX = 10_000
-# What every process makes anew: seeds should be the same each time.
+# Values that every process makes anew; with fixed ones the seeds are the same each time.
 _RANDOM = {"pretrained", "generator_states"}
 
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def seeds() -> dict[str, list[bytes]]:
-    """Name of each harness -> its seeds, small ones only."""
+    """Return the seeds of each harness by its name, small ones only."""
     sizes = {"parser": _MESSAGE_MAX, "tree": _SIZE_MAX, "pickled": _SIZE_MAX}
     every = {"parser": _messages(), "tree": _trees(), "pickled": _pickles()}
     return {
@@ -85,7 +85,7 @@ def _pickles() -> Iterator[bytes]:
             yield case.skeleton
     for obj in _objects():
         yield pickle_codec.dump(obj, Table(), pickle_module=pickle, pickle_protocol=2)
-    # In the rows of the table that the harness has, honest ones of the kinds that have none.
+    # Honest skeletons for the kinds that have none, with the rows of the harness's table.
     for honest in (
         hostile.sparse("sparse_coo", craft.tensor(1), craft.tensor(0), (4,)),
         hostile.sparse("sparse_coo", craft.tensor(1), craft.tensor(0), (4,), True),

@@ -1,6 +1,6 @@
-"""Skeletons of the tree codec, decoded over a fixed table of tensors.
+"""Harness of the tree codec: skeletons are decoded over a fixed table of tensors.
 
-What is accepted has names, and arrives as the same object when it is sent again.
+An accepted object has the right names, and arrives as the same object when it is sent again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["MAX_LEN", "mutate", "test_one_input"]
 
 MAX_LEN = 4096
 _REFUSED = (dict, msgspec.msgpack.Ext, datetime)
-# What tags have behind them, beside what makes trouble in any MessagePack.
+# The contents of tags, and values that make trouble in any MessagePack.
 _LEAVES = [
     *range(11),
     *([0], [1], [2], [3, []], [4], [5, 0], [5, 9], [6, 0.0, -0.0], [7, b"\xff" * 9], [8]),
@@ -66,7 +66,7 @@ def mutate(data: bytes, max_size: int, random: Random, mutate_bytes: MutateBytes
 
 
 def _check_growth(data: bytes) -> None:
-    """Compare what looks at the bytes with what decodes them."""
+    """Compare the check of the size, which only reads the bytes, with the decoder."""
     try:
         check_size(data, LIMITS.depth)
         passed = True
@@ -95,7 +95,7 @@ def _check_growth(data: bytes) -> None:
 
 
 def _refusal(data: bytes, names: bool) -> AiotorchioError | None:
-    """Why a skeleton is refused before its payload is received; None if it is not."""
+    """Return why a skeleton is refused before its payload is received; None if it is accepted."""
     try:
         rebuilder(data, "tree").check(HEADER.tensors, names=names)
     except AiotorchioError as error:
