@@ -1,1 +1,1 @@
-"""What a hostile peer sends, over every way to receive it."""
+"""Attacks of a hostile peer, over every backend that receives."""

@@ -1,4 +1,4 @@
-"""What a case is, and how cases get from the tests to the processes that run them."""
+"""Cases of attacks, and the files that carry them from the tests to the processes that run them."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Case:
-    """What a peer does, and what has to come of it.
+    """The actions of a peer, and the result that they must have.
 
     Attributes:
-        name: Of the case.
+        name: The name of the case.
         wanted: The one class of error; empty if there must be none.
-        messages: What the peer sends; if there are several, each over a connection of its own.
-        maker: Makes the one message, if it takes long: all who know the cases need not.
-        connections: How many connections the scenario opens; 0: one for each message, one after
-            the other. On each comes the next message, or the last one again.
+        messages: The messages that the peer sends; if there are several, each over a new
+            connection.
+        maker: Makes the one message if that takes long, so that only its users wait for it.
+        connections: How many connections the scenario opens; 0: one for each message, one after the
+            other. On each comes the next message, or the last one again.
         play: How the peer sends the messages; see ``sender``.
-        scenario: What is done at the other end; see ``scenarios``.
-        loader: Which call takes the message; see ``loaders``.
-        dress: What the stream looks like to the library; see ``loaders``.
+        scenario: The actions of the receiver; see ``scenarios``.
+        loader: The call that takes the message; see ``loaders``.
+        dress: The form in which the library gets the stream; see ``loaders``.
         reason: Words of the last error, a regular expression; empty: any.
-        limits: What the receiver accepts, if not the default.
-        bounds: Bounds of its checks, if not those of ``Bounds``.
-        options: Of the loader.
-        honest: Which object it is about; see ``corpus.HONEST``.
-        after: What may become of the stream: ``"ended"`` (it is poisoned, and the peer is
+        limits: The limits of the receiver, if not the default.
+        bounds: The bounds of its checks, if not those of ``Bounds``.
+        options: The options of the loader.
+        honest: The honest object of the case; see ``corpus.HONEST``.
+        after: The state of the stream after the case: ``"ended"`` (it is poisoned, and the peer is
             stopped), ``"clean"`` (the next message on it arrives), or the class of error that the
-            next load raises; empty: nobody looks.
+            next load raises; empty: not checked.
         located: Whether the error says where it was found.
-        recursion_limit: Of the interpreter meanwhile, if not the default.
-        ways: Parts of the names of the ways it is for; empty: all.
+        recursion_limit: The interpreter's recursion limit during the case, if not the default.
+        ways: Parts of the names of the backends that run the case; empty: all.
         full: Whether it runs in the full tier only.
-        deadline: Seconds until it must be over, but for 2 seconds of grace; more on a machine that
-            is slow or busy.
+        deadline: Seconds until it must be over, with 2 seconds of grace; more on a machine that is
+            slow or busy.
         earliest: Seconds before which it must not be over.
-        memory: Bytes that memory may grow by, beside those that are received, of all connections
+        memory: Bytes that memory may grow by, in addition to the received bytes, of all connections
             together.
-        family: Which cases it belongs to.
+        family: The group that the case belongs to.
     """
 
     name: str
@@ -75,42 +76,42 @@ class Case:
     family: str = ""
 
     def is_for(self, way: str) -> bool:
-        """Whether it runs over a way."""
+        """Whether a backend runs the case."""
         return not self.ways or any(part in way for part in self.ways)
 
     @property
     def contents(self) -> tuple[bytes, ...]:
-        """The messages, made."""
+        """The messages, made if necessary."""
         return self.messages if self.maker is None else (self.maker(),)
 
     @property
     def nbytes(self) -> int:
-        """The most that is sent over one connection."""
+        """The most bytes that are sent over one connection."""
         return max(map(len, self.contents), default=0)
 
     @property
     def sent(self) -> tuple[bytes, ...]:
-        """What is sent over each connection in turn."""
+        """The messages that are sent over each connection in turn."""
         messages = self.contents or (b"",)
         return messages + messages[-1:] * (self.connections - len(messages))
 
 
 def row_name(row: int) -> str:
-    """The name of the tensor of a row in messages of many rows; half of them begin with an x."""
+    """The name of a row's tensor in messages of many rows; half of the names begin with an x."""
     return f"{'xy'[row % 2]}{row:05}"
 
 
 def files_of(case: Case) -> Iterator[tuple[str, bytes]]:
-    """Names of files, and what is in them."""
+    """The contents of files by name."""
     contents = case.contents
     for number, message in enumerate(contents):
         yield (case.name if len(contents) == 1 else f"{case.name}.{number}"), message
 
 
 def write_cases(cases: Iterable[Case], directory: Path) -> None:
-    """For ``Cases`` of other processes."""
+    """Write the files that ``Cases`` reads in other processes."""
     entries = []
-    # Many cases send the same.
+    # Many cases send the same message.
     files: dict[bytes, str] = {}
     for case in cases:
         names = []
@@ -124,10 +125,10 @@ def write_cases(cases: Iterable[Case], directory: Path) -> None:
 
 
 class Cases(Mapping[str, Case]):
-    """The same cases by name; what they send is read from their files each time one is looked up.
+    """The same cases by name; each lookup reads the messages from their files.
 
     Args:
-        directory: Has the files.
+        directory: The folder of the files.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -1,7 +1,7 @@
 """Every bad input, with the one class of error that it gets, and honest objects that get none.
 
-``python -m tests.attacks.corpus DIRECTORY`` writes what is sent in all of them but the long ones, a
-file each: seeds for whoever mutates messages.
+``python -m tests.attacks.corpus DIRECTORY`` writes the messages of all cases but the long ones, a
+file each: seeds for mutation of messages.
 """
 
 from __future__ import annotations
@@ -41,15 +41,16 @@ AUTHORITY_FILE = "authority.pem"
 WARM_UP = "honest-warm_up"
 SEED_NBYTES = 2**16
 GIB = 2**30
-# As small as is told apart from a busy machine.
+# The least seconds that can be told from the delays of a busy machine.
 SOON = 0.2
-# Clocks are read in steps.
+# Clocks have a coarse resolution.
 EARLIEST = 0.19
-# Where the receiver works for long on what is there, it does not matter how it came.
+# Backends of cases in which the receiver works long on bytes that have arrived: the link does not
+# matter.
 PLAIN_WAYS = ("blocking-none-tcp", "streams-asyncio-tcp", "anyio-trio-tcp")
-# Levels: beyond every limit, and too few to harm a reader that goes into them.
+# Levels of nesting: beyond every limit, and too few to harm a reader that recurses into them.
 DEEP = 300
-# Of a message that may be as large as a model.
+# The limit of a message that may be as large as a model.
 ROOMY = {"total_nbytes": LIMITS.total_nbytes}
 MACHINE = {"total_nbytes": GIB}
 
@@ -73,7 +74,7 @@ def truncated() -> Iterator[Case]:
     yield cuts("cut_at_every_byte", *(SMALL[:size] for size in range(len(SMALL))))
     borders = test_parser.starts(two_chunks())
     yield cuts("cut_at_every_frame", *(CHUNKS[:border] for border in borders))
-    # Of 4000 bytes, tensors show the first 8.
+    # Of 4000 bytes, the tensors show the first 8.
     unseen = Message(pack(fields(storages=[[4000, 4, 0], [3, 1, 0]])), bytes(4032 + 3))
     end_of_unseen = test_parser.starts(unseen)[2] + 32 + 2000
     yield cuts("cut_where_no_tensor_looks", bytes(unseen)[:end_of_unseen])
@@ -83,25 +84,25 @@ def truncated() -> Iterator[Case]:
     yield cuts(
         "tls_cut_before_a_message", b"", play="cut", ways=("tls",), after=("TruncatedError",)
     )
-    # What was not read by then is lost with the connection, maybe all of the message.
+    # Bytes that were not read by then are lost with the connection, maybe the whole message.
     broken: dict[str, Any] = {"play": "reset", "scenario": "load_when_open"}
     broken["after"] = ("ended", "TruncatedError")
     yield cuts("reset", within, **broken)
     yield cuts("reset_in_a_chunk", CHUNKS[:2000], **broken)
-    # A claim that the limits allow takes no memory before its bytes are there.
+    # A claim within the limits takes no memory before its bytes arrive.
     large = fields(storages=[[512 * MIB, 1, 0]], tensors=[], chunk_size=64 * MIB)
     claim = Message(pack(large))
     del claim.frames[2:]
     claim.frames.append(frame(claim.identity, CHUNK, bytes(4096), length=64 * MIB))
     yield cuts("claim_of_half_a_gib", bytes(claim), limits=MACHINE, memory=16 * MIB)
-    # What the limits allow to be said in few bytes.
+    # Claims of a few bytes that the limits allow.
     for table, item in (
         ("tensors", [0, "bool", 0, [], [], 0, []]),
         ("storages", [0, 1, 0]),
     ):
         header = Message(with_many(table, pack(item), aiotorchio.Limits().entries))
         opening = header.preface + header.frames[0]
-        # These are what the limits allow to be said: ``Limits.header_nbytes`` tells what they take.
+        # The limits allow these claims; ``Limits.header_nbytes`` gives their memory footprint.
         memory = 16 * MIB + 20 * len(header.header)
         yield cuts(f"half_a_million_{table}", opening, ways=PLAIN_WAYS, memory=memory)
     for name, head, body in (
@@ -152,7 +153,7 @@ def nested_fields() -> Iterator[bytes]:
 
 
 def protocol() -> Iterator[Case]:
-    """Not what SPEC.md describes."""
+    """Messages that violate SPEC.md."""
     wanted, after = "ProtocolError", ("ended",)
     identity = Message().identity
     opening = Message().preface + b"".join(Message().frames[:2])
@@ -161,7 +162,8 @@ def protocol() -> Iterator[Case]:
         "magic_zip": b"PK\x03\x04" + bytes(60),
         "magic_zeros": bytes(64),
         "version": flipped(SMALL, 8),
-        # There is one hash, and a flag that says whether it is there: the others are unknown.
+        # There is one hash, and a flag that says whether it is present: the other flags are
+        # unknown.
         "unknown_flag": SMALL[:10] + b"\x03\x00" + SMALL[12:],
         "unknown_hash": SMALL[:10] + b"\x02\x00" + SMALL[12:],
         "reserved": flipped(SMALL, 12),
@@ -207,7 +209,7 @@ def protocol() -> Iterator[Case]:
 
 
 def rows() -> Iterator[Case]:
-    """Rows of tensors that cannot be."""
+    """Rows of impossible tensors."""
     by_class: dict[str, list[bytes]] = {}
     for kind, items in parameters(test_header.test_bad_row):
         by_class.setdefault(kind.__name__, []).append(bytes(Message(pack(items))))
@@ -228,7 +230,7 @@ def rows() -> Iterator[Case]:
 
 
 def limited() -> Iterator[Case]:
-    """More than is allowed."""
+    """Messages that exceed a limit."""
     preface = Message().preface
     claimed = Message()
     claimed.frames[1] = frame(claimed.identity, SKELETON, length=1001)
@@ -284,7 +286,7 @@ def limited() -> Iterator[Case]:
 
 
 def with_many(table: str, item: bytes, count: int) -> bytes:
-    """A header with the same item in a table, again and again."""
+    """Make a header with the same item in a table, again and again."""
     names = ["byteorder", "nonce", "producer", "metadata", "codec", "chunk_size"]
     names += ["locations", "storages", "tensors"]
     parts = [pack(value) for value in fields(storages=[[1, 1, 0]], tensors=[])]
@@ -293,12 +295,12 @@ def with_many(table: str, item: bytes, count: int) -> bytes:
 
 
 def damaged() -> Iterator[Case]:
-    """Other bytes than those that were sent."""
+    """Messages with other bytes than those that were sent."""
     wanted = "ChecksumError"
     header, skeleton, chunk, end = (start + 32 for start in test_parser.starts(Message()))
     for name, place in (("header", header), ("skeleton", skeleton), ("payload", chunk)):
         yield Case(f"flip-{name}", wanted, (flipped(SMALL, place),), after=("ended",))
-    # The frame's own digest finds it: nobody knows then where the message ends.
+    # The frame's own digest finds it: then the end of the message is unknown.
     yield Case("flip-end", wanted, (flipped(SMALL, end),))
     yield Case("flip-digest", wanted, (flipped(SMALL, chunk - 1),), after=("ended",))
     yield Case("swapped_storages", wanted, (swapped_storages(),), after=("ended",))
@@ -316,7 +318,7 @@ def damaged() -> Iterator[Case]:
 
 
 def parameters(test: Any) -> list[Any]:
-    """What another test is run with."""
+    """The parameters of another test."""
     mark = next(mark for mark in test.pytestmark if mark.name == "parametrize")
     return list(mark.args[1])
 
@@ -329,7 +331,7 @@ def messages_of(headers: Iterable[Any]) -> tuple[bytes, ...]:
 
 
 def skeletons() -> Iterator[Case]:
-    """What is wrong in the object around the tensors."""
+    """Errors in the skeletons around the tensors."""
     tensors = hostile.tensors()
     plain = craft.flattened(tensors)
     for codec, cases in (("tree", hostile.trees()), ("pickle", hostile.pickles())):
@@ -350,7 +352,7 @@ def skeletons() -> Iterator[Case]:
                 bounds=dict(case.bounds),
             )
         yield Case(f"{codec}-cuts", "ProtocolError", tuple(cut), play="finish", after=())
-    # Some programs lift Python's bound on recursion; it must not be what protects the stack.
+    # Some programs lift Python's recursion limit; it must not be the only protection of the stack.
     for name, wanted, message in (
         ("tree", "LimitExceeded", craft.message(b"\x92\x00" * DEEP + b"\xc0", "tree")),
         ("pickle", "LimitExceeded", craft.message(hostile.limits()["deep_tuple_300_key"])),
@@ -383,7 +385,7 @@ def skeletons() -> Iterator[Case]:
 
 
 def slow() -> Iterator[Case]:
-    """Peers that keep the other end waiting."""
+    """Peers that keep the receiver waiting."""
     wanted = "TransferTimeout"
     idle = {"idle_timeout": SOON}
     clock: dict[str, Any] = {"deadline": SOON, "earliest": EARLIEST}
@@ -402,7 +404,7 @@ def slow() -> Iterator[Case]:
     yield Case("silent_in_large", wanted, (bytes(half)[: 2 * MIB + 999],), **silent)
     handshake = {"handshake_timeout": SOON, "idle_timeout": None}
     yield Case("silent_handshake", wanted, (SMALL[:20],), **silent | {"limits": handshake})
-    # A byte each 0.05 s, of the last hundred: five seconds, if nobody stops it.
+    # A byte each 0.05 s, of the last hundred: five seconds, if no deadline ends it.
     rate = idle | {"least_rate": 1000}
     dripping = silent | {"play": "drip", "limits": rate}
     yield Case("slow_end", wanted, (SMALL,), **dripping)
@@ -410,7 +412,7 @@ def slow() -> Iterator[Case]:
     yield Case("slow_header", wanted, (header,), **dripping)
     late = handshake | {"least_rate": 0}
     yield Case("slow_handshake", wanted, (header,), **dripping | {"limits": late})
-    # Slow, but not too slow: without a byte it waits for a thirtieth of what it may.
+    # Slow, but not too slow: the longest pause is a thirtieth of the time budget.
     steady = {"idle_timeout": 1.0, "least_rate": 1}
     yield Case("steady", "", play="steady", limits=steady, after=("clean",), deadline=5)
     never: dict[str, Any] = {"play": "late", "limits": {"start_timeout": SOON}, "after": ("clean",)}
@@ -418,7 +420,7 @@ def slow() -> Iterator[Case]:
 
 
 def deaf() -> Iterator[Case]:
-    """Peers that do not take what is sent to them."""
+    """Peers that do not read the bytes that are sent to them."""
     wanted = "TransferTimeout"
     options: dict[str, Any] = {"scenario": "save", "located": False, "after": ("ended",)}
     slow: dict[str, Any] = {
@@ -432,7 +434,7 @@ def deaf() -> Iterator[Case]:
 
 
 def misused() -> Iterator[Case]:
-    """What the owner of a stream must not do with it."""
+    """Forbidden uses of a stream by its owner."""
     stream_error: dict[str, Any] = {"located": False}
     stopped = stream_error | {"after": ("ended",)}
     waiting = ("streams", "anyio", "socket")
@@ -475,7 +477,7 @@ def misused() -> Iterator[Case]:
 
 
 def behind() -> object:
-    """The object that comes behind others on a stream."""
+    """An object that follows others on a stream."""
     return {"behind": torch.arange(8.0)}
 
 
@@ -521,7 +523,7 @@ HONEST: dict[str, Callable[[], object]] = {
 
 
 def honest() -> Iterator[Case]:
-    """What no check may refuse, there and back."""
+    """Objects that no check may refuse, there and back."""
     for name in HONEST:
         yield Case(
             f"honest-{name}", "", play="echo", scenario="echo", honest=name, after=("echoed",)
@@ -529,7 +531,7 @@ def honest() -> Iterator[Case]:
 
 
 def long_skeletons() -> Iterator[Case]:
-    """What is allowed, and takes long: other tasks have their turn meanwhile."""
+    """Allowed skeletons that take long: other tasks get turns during the load."""
     lists: dict[str, tuple[Any, int, tuple[str, ...]]] = {
         "empty_lists": ([0], 520_000, ("streams-asyncio-tcp",)),
         "numbers": (1, 3_000_000, ("anyio-trio-tcp",)),
@@ -538,7 +540,7 @@ def long_skeletons() -> Iterator[Case]:
     }
     for name, (item, count, ways) in lists.items():
         nbytes = len(msgspec.msgpack.encode(item)) * count
-        # As long as the limits allow, and a part of it that takes a second.
+        # As long as the limits allow, with a part that takes a second.
         for part, parts in (("", 1), ("-part", 8)):
             yield Case(
                 f"long-{name}{part}",
@@ -547,14 +549,14 @@ def long_skeletons() -> Iterator[Case]:
                 after=("clean",),
                 ways=ways,
                 full=not part,
-                # Twelve seconds of processor time, and in some runs as much again for the meter.
+                # Twelve seconds of processor time, and in some runs as much again for the probe.
                 deadline=20 if part else 60,
                 memory=64 * MIB + 48 * nbytes // parts,
             )
 
 
 def long_list(item: Any, count: int) -> bytes:
-    """A message of the tree codec: a list of so many equal values."""
+    """Make a message of the tree codec: a list of so many equal values."""
     node = msgspec.msgpack.encode(item)
     return craft.message(b"\xdd" + struct.pack(">I", count + 1) + b"\x00" + node * count, "tree")
 
@@ -563,7 +565,7 @@ def long_list(item: Any, count: int) -> bytes:
 
 
 def family_of(case: Case, function: str) -> str:
-    """The function that makes a case; of the many skeletons, their codec, too."""
+    """The function that makes a case; for the many skeletons, their codec, too."""
     return case.name.split("-")[0] if function == "skeletons" else function
 
 

@@ -1,10 +1,9 @@
-"""Work that a peer can cause, with each way to take a message: tables of kinds and loaders.
+"""The work that a peer can cause, with each loader: tables of kinds and loaders.
 
-A kind is a message that is cheap to send, or a way to send it, with what a receiver may ask of it.
-Each kind meets each loader, but for those that a kind names with the reason. What may not happen is
-the same for all: the event loop is held, memory grows by what was not sent, a cancelled call goes
-on. All messages are honest, so that nothing ends the work before its time, but those that end
-early.
+A kind is a message that is cheap to send, or a way to send it, and the receiver's options for it.
+Each kind meets each loader, except those that a kind names with the reason. The rules are the same
+for all: the event loop is not held, memory grows only by received bytes, a cancelled call ends. All
+messages are honest, so that no error ends the work early, except those that end in the middle.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from tests.support.frames import Message, fields, frame, pack
 
 __all__ = ["FAMILIES", "KINDS", "Kind", "met"]
 
-# Enough to hold the loop for longer than it may be, if all of it ran there.
+# Enough to hold the loop for longer than allowed, if all of it ran there.
 ROWS, NAMES, SIDE = 10_000, 60_000, 8000
-# Tensors to receive into: their number is the caller's, and each costs a tenth of a millisecond.
+# Tensors to receive into: the caller chooses their number, and each costs a tenth of a millisecond.
 DESTINATIONS = 1000
 CHUNK_SIZE = 64 * MIB
 WAITING = ("streams", "anyio", "socket")
-# Where a connection can follow one that was broken off: what OpenSSL keeps of that one for its
-# thread, CPython may blame on the next.
+# Backends where a connection can follow a broken one: OpenSSL keeps the errors of a broken
+# connection for its thread, and CPython may report them for the next one.
 PLAIN = ("asyncio-tcp", "asyncio-unix", "uvloop-tcp", "trio-tcp", "trio-unix")
 Options = dict[str, Any]
 
@@ -51,18 +50,19 @@ class Kind:
 
     Attributes:
         make: The message.
-        into: Destinations; see ``loaders.destinations``.
-        select: What is selected by ``select``.
+        into: The targets; see ``loaders.destinations``.
+        select: The value of ``select``.
         selects: Other loaders that select the same.
         without: Loaders that it does not meet, with the reason.
-        fast: Loaders of the fast tier: where the work was found, and each loader for some kind.
-        cancels: Likewise, of the fast tier, for a call that is cancelled; empty: the work is too
-            short for that with any loader.
-        memory: As of ``Case``.
-        deadline: As of ``Case``.
-        play: As of ``Case``.
-        dress: As of ``Case``.
-        ways: As of ``Case``.
+        fast: Loaders of the fast tier: the one with which the work was found, and each loader for
+            some kind.
+        cancels: Loaders of the fast tier for a call that is cancelled; empty: the work is too short
+            for that with any loader.
+        memory: See ``Case``.
+        deadline: See ``Case``.
+        play: See ``Case``.
+        dress: See ``Case``.
+        ways: See ``Case``.
     """
 
     make: Callable[[], bytes]
@@ -93,7 +93,7 @@ class Kind:
 
 
 def dict_of(names: Mapping[str, int]) -> bytes:
-    """A skeleton: a dict of tensors, by name their rows."""
+    """Make a skeleton: a dict of tensors, by name their rows."""
     items: list[Any] = [Tag.DICT]
     for name, row in names.items():
         items += [name, [Tag.TENSOR, row]]
@@ -143,7 +143,7 @@ def one_tensor(nbytes: int, unit: int, row: tuple[Any, ...], byteorder: str = "l
 
 
 def swapped() -> bytes:
-    """32 MiB of the other byte order."""
+    """A payload of 32 MiB in foreign byte order."""
     return one_tensor(32 * MIB, 2, ("int16", (16 * MIB,), (1,)), "big")
 
 
@@ -165,15 +165,15 @@ def saved(obj: object) -> bytes:
 
 @functools.cache
 def long_skeleton() -> bytes:
-    """A skeleton of the tree codec, which takes long, and a tensor."""
+    """A long skeleton of the tree codec, and a tensor."""
     numbers = [[n % 100] * (n % 3) for n in range(20_000)]
     return saved({"w": torch.ones(1), "lists": numbers, "texts": ["abc"] * 100_000})
 
 
 @functools.cache
 def long_pickle() -> bytes:
-    """A pickle that takes long, and a tensor."""
-    # Frozensets are what the tree codec does not know.
+    """A long pickle, and a tensor."""
+    # The tree codec has no frozensets.
     return saved(
         {"w": torch.ones(1), "other": frozenset({1}), "pairs": [(n, str(n)) for n in range(20_000)]}
     )
@@ -214,7 +214,7 @@ def claimed_skeleton() -> bytes:
 
 
 def claimed_chunk() -> bytes:
-    """The first byte of a chunk of 64 MiB, of which one tensor has all but a little."""
+    """The first byte of a chunk of 64 MiB, nearly all of it one tensor."""
     large = [0, "uint8", 0, [CHUNK_SIZE - 64], [1], 0, ["large"]]
     small = [1, "float32", 0, [1], [1], 0, ["w"]]
     header = fields(
@@ -250,7 +250,7 @@ KINDS: dict[str, Kind] = {
         cancels="iterate",
         deadline=1,
         into={"rows": DESTINATIONS, "shape": [0]},
-        # Names times patterns are ten millions.
+        # Ten million pairs of a name and a pattern.
         select=[f"x{n:04}*" for n in range(1000)],
         selects=("into", "staged", "iterate"),
         without=dict.fromkeys(
@@ -291,7 +291,7 @@ KINDS: dict[str, Kind] = {
     "empty_rows": Kind(
         lambda: rows(0), fast=("relocate",), into={"rows": DESTINATIONS, "shape": [0]}, select="x*"
     ),
-    # A row takes a microsecond for the property.
+    # The property takes a microsecond for each row.
     "specs": Kind(
         lambda: rows(0, count=6 * ROWS),
         fast=("tensors",),
@@ -331,14 +331,14 @@ KINDS: dict[str, Kind] = {
     "large_nested": Kind(
         lambda: nested(2, 20_000), fast=("skip",), cancels="load", into=ONE, selects=NAMED
     ),
-    # Each has three parts, and comes by its name when the last of them is in.
+    # Each has three parts, and is yielded by its name when the last of them has arrived.
     "parts": Kind(
         lambda: sparse(2000, 10), fast=("iterate",), cancels="iterate", into=ONE, select="*"
     ),
 }
 
 
-# Where a peer may stop after a claim: what it sends until then, and loaders that do not get there.
+# Claims after which a peer may stop: the bytes until then, and loaders that do not get there.
 CLAIMS: dict[str, tuple[Callable[[], bytes], Mapping[str, str]]] = {
     "header": (claimed_header, {}),
     "skeleton": (claimed_skeleton, {"tensors": HEADER_ONLY}),
@@ -360,7 +360,7 @@ def costs() -> Iterator[Case]:
                 maker=kind.make,
                 full=loader not in kind.fast,
                 play=kind.play,
-                # A stream in disguise can't be broken, and keeps what follows.
+                # A stream in disguise can't be broken, and keeps the following messages.
                 scenario="load_once" if kind.dress else "load",
                 after=() if kind.dress else ("ended", "clean"),
                 deadline=kind.deadline,
@@ -369,9 +369,9 @@ def costs() -> Iterator[Case]:
 
 
 def cancelled() -> Iterator[Case]:
-    """Long work that is cancelled in the midst of it."""
+    """Long work that is cancelled in the middle."""
     for name, kind in KINDS.items():
-        # The property is there when the header is in.
+        # The property is available when the header has arrived.
         short = {"tensors"} if name not in ("names", "rows", "crumbs") else {}
         loaders = [loader for loader in met(kind) if loader not in short]
         for loader in loaders if kind.cancels else ():
@@ -389,7 +389,7 @@ def cancelled() -> Iterator[Case]:
 
 
 def claims() -> Iterator[Case]:
-    """Long frames that are claimed, and a byte of them sent, over many connections at once."""
+    """Long frames that are claimed, with one byte sent of each, over many connections at once."""
     for number, (name, (make, without)) in enumerate(CLAIMS.items()):
         loaders = [loader for loader in LOADERS if loader not in without]
         for loader in loaders:
@@ -417,7 +417,7 @@ def claims() -> Iterator[Case]:
 
 
 def equals() -> Iterator[Case]:
-    """Streams that equal each other, of two connections."""
+    """Streams that compare equal, of two connections."""
     whole = bytes(Message(skeleton=dict_of({"w": 0}), header=pack(one_row()), payload=bytes(4)))
     for number, dress in enumerate(("equal", "unhashable", "equal_pieces", "unhashable_pieces")):
         fast = (
@@ -449,8 +449,8 @@ def equals() -> Iterator[Case]:
                     scenario="load_beside_broken",
                     **common,
                 )
-                # Not over TLS: whoever leaves a sound connection waits for the farewell of its
-                # peer, which serves the other one.
+                # Not over TLS: the client that leaves a sound connection waits for the close of its
+                # peer, which serves the other connection.
                 plain = PLAIN if common["ways"] else (*PLAIN, "blocking")
                 yield Case(
                     f"{dress}-turns-{loader}",
@@ -482,7 +482,7 @@ def one_row() -> list[Any]:
 
 
 def in_common(kind: Kind, loader: str) -> Options:
-    """Of the cases of a kind with a loader."""
+    """The common attributes of all cases of a kind with a loader."""
     waits = loader in WAITING_LOADERS
     return {
         "loader": loader,
@@ -497,7 +497,7 @@ def in_common(kind: Kind, loader: str) -> Options:
 
 
 def by_turns(loaders: list[str], number: int) -> str:
-    """The loader that a kind has in the fast tier: each of them for some kind."""
+    """The loader of a kind in the fast tier: each loader for some kind."""
     return loaders[number % len(loaders)]
 
 

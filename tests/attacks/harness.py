@@ -1,7 +1,7 @@
-"""Runs cases over the ways they are for, in processes of their own; groups of them are tests.
+"""Runs cases over their backends, in new processes; groups of cases are tests.
 
-The fast tier has each case but those marked ``full`` over one way that waits on an event loop, and
-a part of them over one that blocks; the full tier has all cases over all ways.
+The fast tier has each case not marked ``full`` over one backend on an event loop, and a part of
+them over one blocking backend; the full tier has all cases over all backends.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ WAYS = [
     "socket-trio-unix",
 ]
 CASES = {case.name: case for case in all_cases()}
-# Of the ways that wait, those of the fast tier, each for a part of the cases; and the one that
-# blocks, for one of so many of them.
+# Backends of the fast tier: those on an event loop, each for a part of the cases; and the blocking
+# one, for one of so many of them.
 FAST_WAITING = ("streams-asyncio-tcp", "streams-uvloop-tcp", "anyio-trio-tcp", "socket-trio-unix")
 FAST_BLOCKING, BLOCKING_EVERY = "blocking-none-tcp", 4
-# Families that need stacks as small as the threads of blocking ways have.
+# Families that need stacks as small as those of the threads of blocking backends.
 IN_SMALL_STACKS = ("deep",)
 # Cases of a test. pytest-xdist begins with the modules that have most tests: these take longest.
 GROUP_MAX = 8
-# In seconds, beyond a deadline; both are longer on a machine that is slow or busy.
+# Seconds beyond a deadline; both are longer on a machine that is slow or busy.
 GRACE = 2
 RECEIVER = ("-W", "ignore", "-m", "tests.attacks.receiver")
 
@@ -73,7 +73,7 @@ only_where_measured = pytest.mark.skipif(
 
 @cache
 def fast_ways(name: str) -> list[str]:
-    """The ways of a case in the fast tier."""
+    """The backends of a case in the fast tier."""
     case = CASES[name]
     if case.full:
         return []
@@ -89,7 +89,7 @@ def fast_ways(name: str) -> list[str]:
 
 
 def groups(families: Iterable[str]) -> list[Any]:
-    """Parameters of a test: way, and names of cases of one family, by tier."""
+    """The parameters of a test: backend, and names of cases of one family, by tier."""
     return [
         pytest.param(way, names, id=identity, marks=marks)
         for identity, way, names, marks in _groups(families)
@@ -110,9 +110,9 @@ def _groups(families: Iterable[str]) -> Iterator[tuple[str, str, Names, list[Any
 
 
 class Run:
-    """One run of all cases that are wanted, in processes of their own.
+    """One run of all selected cases, in new processes.
 
-    What breaks the run itself is told once: the tests after the first are skipped.
+    An error of the run itself is reported once: the tests after the first are skipped.
     """
 
     def __init__(self, wanted: dict[str, list[str]], directory: Path) -> None:
@@ -121,7 +121,7 @@ class Run:
         try:
             self.outcomes = run(wanted, directory)
         except Exception as error:
-            # Whatever it is: the first test tells, and the others are skipped for it.
+            # Any exception: the first test reports it, and the others are skipped.
             self._broken = f"{type(error).__name__}: {error}"
 
     def check(self) -> None:
@@ -145,13 +145,13 @@ def run_of(items: Iterable[pytest.Item], test: Callable[..., None], directory: P
 
 
 def is_wanted(name: str) -> bool:
-    """Whether a case is among those that ``ATTACKS`` names, patterns between commas, if it does."""
+    """Whether a case matches ``ATTACKS``, patterns between commas, if that is set."""
     patterns = os.environ.get("ATTACKS", "*").split(",")
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def run(wanted: dict[str, list[str]], directory: Path) -> Outcomes:
-    """Run cases in processes of their own."""
+    """Run cases in new processes."""
     names = {WARM_UP}.union(*wanted.values())
     write_cases([case for name, case in CASES.items() if name in names], directory)
     (directory / WANTED_FILE).write_text(json.dumps(wanted))
@@ -176,7 +176,7 @@ def run(wanted: dict[str, list[str]], directory: Path) -> Outcomes:
 
 
 def check_group(way: str, names: Names, run: Run) -> None:
-    """Fail if anything is wrong with what came of a group of cases."""
+    """Fail if an outcome of a group of cases is wrong."""
     run.check()
     wrong = []
     for name in (name for name in names if is_wanted(name)):
@@ -189,7 +189,7 @@ def check_group(way: str, names: Names, run: Run) -> None:
 
 
 def faults_of(case: Case, outcome: dict[str, Any]) -> list[str]:
-    """In words, what is wrong with what came of a case."""
+    """The faults of an outcome, in words."""
     slowness = outcome["slowness"]
     latest = (case.deadline + GRACE) * slowness
     received = case.nbytes * max(case.connections, 1)

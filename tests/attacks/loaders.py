@@ -1,4 +1,4 @@
-"""The ways to take a message off a stream, and streams that are not what the library expects."""
+"""The calls that take a message off a stream, and streams of unexpected forms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.backends import End
 __all__ = ["LOADERS", "WAITING_LOADERS", "dressed"]
 
 Load = Callable[[], Awaitable[Any]]
-# Gets the end of a connection, and options of a case; what it returns takes the message.
+# Gets the end of a connection, and the options of a case; its result takes the message.
 Loader = Callable[[End, Limits, dict[str, Any]], Load]
 
 
@@ -32,7 +32,7 @@ def load(end: End, limits: Limits, options: dict[str, Any]) -> Load:
 
 
 def into(end: End, limits: Limits, options: dict[str, Any]) -> Load:
-    # The tensors are made here: before anything is measured.
+    # The tensors are made here: before the measurement begins.
     into = destinations(**options.pop("into"))
     return lambda: end.load(limits=limits, into=into, **options)
 
@@ -87,7 +87,7 @@ LOADERS: dict[str, Loader] = {
     loader.__name__: loader
     for loader in (load, into, staged, select, relocate, iterate, skip, tensors, unsafe_globals)
 }
-# Those that blocking streams do not have.
+# Loaders that blocking streams do not have.
 WAITING_LOADERS = ("iterate", "skip", "tensors", "unsafe_globals")
 
 
@@ -99,10 +99,10 @@ def destinations(
     names: list[str] | None = None,
     transposed: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Tensors to receive into, all of one shape, for so many rows or for these names."""
+    """Make tensors to receive into, all of one shape, for so many rows or for these names."""
     wanted = names or list(map(row_name, range(rows)))
     size = math.prod(shape)
-    # Not zeros: fresh memory that nobody has written to would seem to grow when it is.
+    # Not zeros: fresh memory would seem to grow at the first write.
     memory = torch.ones(len(wanted) * size, dtype=getattr(torch, dtype))
     made = [memory[n * size : (n + 1) * size].view(shape) for n in range(len(wanted))]
     return dict(zip(wanted, (each.t() for each in made) if transposed else made, strict=True))
@@ -112,7 +112,7 @@ def destinations(
 
 
 class Pieces:
-    """An async iterator over what comes from a stream, in small pieces or as it comes."""
+    """An async iterator over the bytes of a stream, in small pieces or as they come."""
 
     def __init__(self, stream: Any, size: int = 0) -> None:
         self._stream = stream
@@ -133,7 +133,7 @@ class Pieces:
 
 
 async def received(stream: Any) -> bytes:
-    """What there is on a stream; nothing at its end."""
+    """The bytes of a stream that can be read now; empty at its end."""
     if isinstance(stream, asyncio.StreamReader):
         return await stream.read(2**16)
     if isinstance(stream, socket.socket):
@@ -147,7 +147,7 @@ async def received(stream: Any) -> bytes:
 
 
 def alike(stream: Any, *, hashable: bool = True) -> Any:
-    """The same stream, which equals all others of its class from now on."""
+    """The same stream, which from now on equals all others of its class."""
     names: dict[str, Any] = {"__slots__": (), "__eq__": lambda self, other: True}
     names["__hash__"] = (lambda self: 0) if hashable else None
     stream.__class__ = type(type(stream).__name__, (type(stream),), names)
@@ -166,7 +166,7 @@ DRESSES: dict[str, Callable[[Any], Any]] = {
 
 
 def dressed(end: End, dress: str) -> End:
-    """An end of a connection as the library gets to see it."""
+    """The form in which the library gets the end of a connection."""
     other = copy.copy(end)
     other.source = DRESSES[dress](end.source)
     return other

@@ -1,10 +1,10 @@
-"""Runs all cases over one way, each in sight of a clock, and says what came of them.
+"""Runs all cases over one backend, each under a clock, and writes their outcomes.
 
     python -m tests.attacks.receiver DIRECTORY
 
-Each way has a process of its own, forked off this one, which has imported torch for all of them.
-It writes two lines for each case: its name, and then what came of it, as JSON. So it is known which
-case it died in; then it is replaced by another one, for the cases that are left.
+Each backend has a process, forked from this one, which has imported torch for all of them. It
+writes two lines for each case: its name, and then its outcome, as JSON. So the case in which a
+process dies is known; another process then runs the remaining cases.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, TextIO
 import anyio
 import anyio.abc
 import torch
-import torch._dynamo  # what jagged tensors need
+import torch._dynamo  # jagged tensors need it
 
 from tests.attacks.cases import Case, Cases
 from tests.attacks.corpus import AUTHORITY_FILE, HONEST, WARM_UP
@@ -44,14 +44,14 @@ __all__ = ["WANTED_FILE", "WAYS"]
 
 WANTED_FILE = "wanted.json"
 
-# What the process may take beside what it has when it begins: more than any case should need,
-# less than a machine has.
+# Memory that the process may take in addition to its memory at the start: more than any case should
+# need, less than a machine has.
 ROOM = 6 * 2**30
-# Worker threads live with as little on some systems.
+# Worker threads have stacks as small as this on some systems.
 STACK_SIZE = 256 * 2**10
 ATTEMPTS = 3
-# In seconds, of one attempt at a case with all that is done around it: processor time of the
-# process; and time on the clock, for what waits in vain. Both on a machine that is fast and free.
+# Seconds for one attempt at a case with all that is done around it: processor time of the process,
+# and time on the clock, for waits without end. Both on a machine that is fast and free.
 HANGS_AFTER, WAITS_AT_MOST = 90, 25
 
 
@@ -68,7 +68,7 @@ WAYS = {world.name: world for world in backends.WORLDS} | {
 
 
 class Runner:
-    """Runs cases over one way."""
+    """Runs cases over one backend."""
 
     def __init__(self, way: World, sender: Sender) -> None:
         self._way = way
@@ -81,7 +81,7 @@ class Runner:
             if outcome.turns and outcome.seconds <= case.deadline + 1:
                 break
             self.slowness = max(self.slowness, slowdown(again=True))
-            # What the machine adds, it does not always add; what the case takes, it always takes.
+            # A delay by the machine does not occur in every attempt; a delay by the case does.
             again = await self._attempt(case)
             for name in ("held", "busy", "stall", "ending", "ending_stall"):
                 setattr(again, name, min(getattr(again, name), getattr(outcome, name)))
@@ -89,9 +89,9 @@ class Runner:
         return outcome
 
     async def warm_up(self, case: Case) -> None:
-        """Run a case only to make what is made once: modules, threads, buffers."""
+        """Run a case only to make the things that are made once: modules, threads, buffers."""
         before = surroundings(self._way.loop)
-        # uvloop keeps a descriptor of its own.
+        # uvloop keeps one descriptor open.
         del before["descriptors"]
         with time_limited(self.slowness):
             await self._play(case, Outcome(case.name))
@@ -116,7 +116,7 @@ class Runner:
                 else:
                     await self._visit(case, outcome)
         except Exception as error:
-            # An outcome like others: the test says what is wrong with it.
+            # A failure is an outcome like others: the test reports it.
             outcome.errors[f"{type(error).__name__} in the test"] = 1
             outcome.text = "".join(traceback.format_exception(error))[-1000:]
             self._sender.finish()
@@ -134,7 +134,7 @@ class Runner:
             yield Visit(case, end, self._sender, outcome, another)
 
     async def _load_each(self, case: Case, outcome: Outcome) -> None:
-        """All messages of a case, each over a connection of its own, under one probe."""
+        """Load all messages of a case, each over a new connection, under one probe."""
 
         async def each() -> None:
             for message in case.messages:
@@ -156,7 +156,7 @@ class Runner:
         self._sender.finish()
 
     async def _left(self, before: dict[str, Any]) -> str:
-        """What is there that was not there before, once all that was closed is torn down."""
+        """The leaks: everything new that still exists once all closed things are torn down."""
         end = time.monotonic() + PATIENCE
         while True:
             gc.collect()
@@ -172,11 +172,12 @@ class Runner:
 
 
 class Supervisor:
-    """Runs each way in processes of its own, several ways at once.
+    """Runs each backend in new processes, several backends at once.
 
     Args:
-        directory: Has the cases, takes the outcomes: of each way in a file with its name.
-        wanted: Names of cases, by way.
+        directory: The folder with the cases; the outcomes of each backend go to a file with its
+            name.
+        wanted: Names of cases, by backend.
     """
 
     def __init__(self, directory: Path, wanted: dict[str, list[str]]) -> None:
@@ -197,7 +198,7 @@ class Supervisor:
                 if status:
                     self._blame(way, os.waitstatus_to_exitcode(status))
         finally:
-            # If this breaks, all of it ends.
+            # If this breaks, the whole run ends.
             for process in self._running:
                 os.kill(process, signal.SIGKILL)
 
@@ -214,7 +215,7 @@ class Supervisor:
                 run_way(WAYS[way], names, self._cases, self._directory, file)
             code = 0
         except BaseException:
-            # Nothing may go on into the copy of the parent's stack.
+            # The child must never return into the copy of the parent's stack.
             traceback.print_exc()
         finally:
             os._exit(code)
@@ -226,7 +227,7 @@ class Supervisor:
         return self._path(way).read_text().splitlines() if self._path(way).exists() else []
 
     def _blame(self, way: str, code: int) -> None:
-        """Say which case a process died in, and go on with the next."""
+        """Report the case in which a process died, and go on with the next."""
         lines = self._lines(way)
         assert len(lines) % 2, f"{way} died outside of a case"
         how = signal.Signals(-code).name if code < 0 else str(code)
@@ -236,7 +237,7 @@ class Supervisor:
 
 
 def run_way(way: World, names: list[str], cases: Cases, directory: Path, file: TextIO) -> None:
-    """Run cases in this process, with bounds to its memory and time."""
+    """Run cases in this process, with bounds on its memory and time."""
     threading.stack_size(STACK_SIZE)
     limit_memory()
     sender = Sender(directory, way.link)
@@ -266,8 +267,7 @@ async def run_all(names: list[str], cases: Cases, way: World, sender: Sender, fi
 def time_limited(slowness: float) -> Iterator[None]:
     """End this process if it computes or waits for too long within the block.
 
-    Signals do it, with their default action: whatever holds the process up, no code of it has to
-    run for that.
+    Signals with their default action do it: they need no code of the process to run.
     """
     signal.setitimer(signal.ITIMER_PROF, HANGS_AFTER * slowness)
     signal.setitimer(signal.ITIMER_REAL, patience(WAITS_AT_MOST))
@@ -298,7 +298,7 @@ def main() -> None:
     needed = Cases(directory).objects
     HONEST_OBJECTS.update((name, make()) for name, make in HONEST.items() if name in needed)
     gc.collect()
-    # What is there now is not looked through again and again.
+    # Objects that exist now are not searched again and again.
     gc.freeze()
     supervisor.run()
 

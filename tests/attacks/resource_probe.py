@@ -1,4 +1,4 @@
-"""What came of a case, and what it took: time, memory, turns of the event loop, and leaks."""
+"""Measures the outcome of a case: time, memory, turns of the event loop, and leaks."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ __all__ = [
 
 # Seconds; all but the first are multiplied by ``Outcome.slowness``.
 HELD_MAX, BUSY_MAX, STALL_MAX, ENDING_MAX = 0.05, 0.05, 1.0, 0.1
-# Seconds between two beats: a task that never waited would have worker threads wait for the
+# Seconds between two beats: with a task that never waited, worker threads would wait for the
 # interpreter's lock at each turn.
 _BEAT_EVERY = 0.001
 
 
 @dataclass
 class Outcome:
-    """What came of a case.
+    """The outcome of a case.
 
     Attributes:
-        errors: How many messages were refused with each class of error; with none: empty.
-        text: Of the last error.
-        located: Whether all errors that can say where they were found do.
+        errors: How many messages were refused with each class of error; empty if none was.
+        text: The text of the last error.
+        located: Whether all errors that can have a location have one.
         after: See ``Case.after``.
-        seconds: The longest that a call took.
-        grown: Bytes that the peak of memory lies above what was taken before.
+        seconds: The longest call.
+        grown: Bytes between the memory before and the peak.
         held: Seconds of processor time that the event loop's thread took between two turns.
-        busy: Seconds of processor time that all threads took between two turns: one of them did
-            not let the loop have the interpreter, or the machine not a processor.
+        busy: Seconds of processor time that all threads took between two turns: one of them kept
+            the interpreter from the loop, or the machine had no processor for it.
         stall: Seconds on the clock between two turns.
         ending: Seconds of processor time that all threads took from a cancellation to the end of
             the call.
         ending_stall: Seconds on the clock of the same.
-        left: What the case left behind.
-        slowness: Of the machine meanwhile; see ``tests.support.speed``.
+        left: The leaks of the case.
+        slowness: The slowness of the machine during the case; see ``tests.support.speed``.
     """
 
     name: str = ""
@@ -99,14 +99,14 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
 
 
 def peak_nbytes() -> int:
-    """The most memory that was resident since the last ``reset_peak``."""
+    """The peak of resident memory since the last ``reset_peak``."""
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
 def reset_peak() -> int:
-    # What was freed is given back first: it would take part of the growth.
+    # Freed memory is returned to the system first: else it would hide a part of the growth.
     gc.collect()
     _trim(0)
     with open("/proc/self/clear_refs", "w") as file:
@@ -119,13 +119,13 @@ def _clocks() -> tuple[float, float, float]:
 
 
 class ResourceProbe:
-    """Time, memory and turns of the event loop for what runs inside of its block.
+    """Measures time, memory and turns of the event loop within its block.
 
     A task beats at the first turn of the loop in each millisecond. Between two beats, the processor
-    time of its own thread is what the loop was held by, and at most a millisecond of turns before:
-    it does not depend on who else uses the machine. That of all
-    threads shows calls in worker threads that keep the interpreter to themselves; time on the
-    clock shows calls that wait on the loop for the peer.
+    time of its thread is the time for which the loop was held, and at most a millisecond of turns
+    before: it does not depend on other processes on the machine. The processor time of all threads
+    shows calls in worker threads that keep the interpreter to themselves; time on the clock shows
+    calls that wait on the loop for the peer.
     """
 
     def __init__(self, outcome: Outcome, *, beats: bool) -> None:
@@ -148,11 +148,11 @@ class ResourceProbe:
         self._beat_at = now
 
     def cancelled(self) -> None:
-        """A call was cancelled now."""
+        """Note that a call was cancelled now."""
         self._cancelled_at = _clocks()
 
     def ended(self) -> None:
-        """The call that was cancelled has ended now."""
+        """Note that the cancelled call has ended now."""
         outcome = self._outcome
         _, busy, stall = (
             end - start for start, end in zip(self._cancelled_at, _clocks(), strict=True)
@@ -175,10 +175,10 @@ class ResourceProbe:
 
 
 def surroundings(loop: str) -> dict[str, Any]:
-    """What a case may not change."""
+    """The state of the process that a case may not change."""
     return {
         "descriptors": len(descriptors()),
-        # Those of the library's pool stay; trio keeps idle ones for all who use it.
+        # Threads of the library's pool stay; trio keeps idle ones for all its users.
         "threads": sorted(
             thread.name
             for thread in threading.enumerate()

@@ -1,4 +1,4 @@
-"""What is done at the end of a connection to the sender of a case, and with what."""
+"""The actions of the receiver of a case, and the helpers that they use."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tests.support.speed import patience
 
 __all__ = ["HONEST_OBJECTS", "PATIENCE", "PRODUCED", "SCENARIOS", "Sender", "Visit", "caught"]
 
-# In seconds; until a connection is torn down, and for what follows a case.
+# Seconds until a connection is torn down, and for the steps after a case.
 PATIENCE = patience(2.5)
 # More than the kernel holds between two sockets.
 LARGE_NBYTES = 32 * MIB
 
 
 class Sender:
-    """The process of ``sender``, and what is said to it."""
+    """The process of ``sender``, and the messages to it."""
 
     def __init__(self, directory: Path, link: str) -> None:
         self._sock, theirs = socket.socketpair()
@@ -69,24 +69,24 @@ class Sender:
         self._plays = True
 
     def finish(self) -> None:
-        """The case is over: it closes its connection."""
+        """Tell the sender that the case is over: it closes its connection."""
         if self._plays:
             self.send("over")
             self._plays = False
 
     async def ended(self, *, waits: bool) -> bool:
-        """Whether it saw its connection end, which is still open here; the case is over, too."""
+        """End the case; whether the sender saw its connection end, which is still open here."""
         self.send("ended?")
         self._plays = False
         return bool(await self.receive(waits=waits))
 
     async def receive(self, *, waits: bool = True) -> Any:
-        """What it says; ``waits``: on an event loop."""
+        """Receive an answer of the sender; ``waits``: on an event loop."""
         line = b""
         while not line.endswith(b"\n"):
             if waits:
                 await anyio.wait_readable(self._sock)
-            # What comes is short, and comes at once.
+            # The answer is short, and comes at once.
             line += self._sock.recv(4096) or b"null\n"
         return json.loads(line)
 
@@ -99,7 +99,7 @@ class Visit:
     """One connection to the sender.
 
     Attributes:
-        load: Takes what the case says off the stream, in the way that it says.
+        load: Takes the message off the stream with the loader of the case.
         another: Opens another connection.
     """
 
@@ -121,11 +121,11 @@ class Visit:
         self.load = LOADERS[case.loader](self.end, self.limits, dict(case.options))
 
     async def watched(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        """Run a call under the eyes of a probe; what it returned, if it did."""
+        """Run a call under a probe; return its result, if it has one."""
         return (await self.all_watched([call]))[0]
 
     async def all_watched(self, calls: list[Callable[[], Awaitable[Any]]]) -> list[Any]:
-        """Likewise with several calls at once."""
+        """Run several calls at once under a probe."""
         probe = ResourceProbe(self.outcome, beats=self.waits)
         if not self.waits:
             with probe:
@@ -141,13 +141,14 @@ class Visit:
                 async with anyio.create_task_group() as running:
                     for number in range(len(calls)):
                         running.start_soon(run, number)
-                        # The first steps of all of them are not one turn of the loop.
+                        # Without this, the first steps of all of them would be one turn of the
+                        # loop.
                         await anyio.sleep(_BETWEEN)
             group.cancel_scope.cancel()
         return results
 
     def _noted_in_threads(self, calls: list[Callable[[], Awaitable[Any]]]) -> list[Any]:
-        """Run blocking calls, of which the first is in this thread."""
+        """Run blocking calls, the first of them in this thread."""
         results: list[Any] = [None] * len(calls)
 
         def run(number: int) -> None:
@@ -162,9 +163,9 @@ class Visit:
         return results
 
     async def watched_until(self, seconds: float, call: Callable[[], Awaitable[Any]]) -> None:
-        """Cancel a call after some time, if it takes that long, under the eyes of a probe."""
+        """Run a call under a probe, and cancel it after some time, if it takes that long."""
         probe = ResourceProbe(self.outcome, beats=True)
-        # What it returns in time is freed when nobody watches.
+        # A result that comes in time is freed outside of the measurement.
         results: list[Any] = []
 
         async def run() -> None:
@@ -181,7 +182,7 @@ class Visit:
                 probe.ended()
             group.cancel_scope.cancel()
         for error, _ in results:
-            # It may have ended before it was cancelled.
+            # The call may have ended before it was cancelled.
             self.outcome.note(error, self.case.nbytes)
 
     async def _noted(self, call: Callable[[], Awaitable[Any]]) -> Any:
@@ -190,14 +191,14 @@ class Visit:
         return result
 
     async def load_next(self) -> Any:
-        # Whatever comes: it is there already, or never will be.
+        # Any byte or end of the stream is there by now, or never comes.
         return await self.end.load(limits=Limits(start_timeout=PATIENCE, idle_timeout=PATIENCE))
 
     async def save(self) -> Any:
         return await self.end.save(_large, limits=self.limits)
 
     async def see_after(self, call: Callable[[], Awaitable[Any]]) -> None:
-        """See what became of the stream, by another call."""
+        """Check the state of the stream with another call."""
         error, result = await caught(call)
         if isinstance(error, aiotorchio.StreamPoisoned):
             ended = await self.sender.ended(waits=self.waits)
@@ -209,7 +210,7 @@ class Visit:
             self.outcome.after = "clean"
 
     async def both(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        """Two calls at once, until the first of them is over."""
+        """Run two calls at once, until the first of them is over."""
         results: list[tuple[Exception | None, Any]] = []
         if self.waits:
 
@@ -241,13 +242,13 @@ async def caught(call: Callable[[], Awaitable[Any]]) -> tuple[Exception | None, 
     try:
         return None, await call()
     except Exception as error:
-        # Of which class it is, is what is tested. Its traceback leads to all that was being loaded.
+        # The class of the error is tested. Its traceback would keep all that was being loaded.
         return error.with_traceback(None), None
 
 
 # Seconds between the beginnings of two loads.
 _BETWEEN = 0.002
-# Made before any process is forked off: autograd does not work in one that was.
+# Made before any process is forked: autograd does not work in a forked process.
 HONEST_OBJECTS: dict[str, object] = {}
 _large = torch.zeros(LARGE_NBYTES, dtype=torch.uint8)
 
@@ -278,31 +279,31 @@ PRODUCED: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
 
 
 async def load(visit: Visit) -> None:
-    """Load what the peer sends."""
+    """Load the peer's message."""
     await visit.watched(visit.load)
     await visit.see_after(visit.load_next)
 
 
 async def load_once(visit: Visit) -> None:
-    """Load what the peer sends, and nothing more."""
+    """Load the peer's message, and nothing more."""
     await visit.watched(visit.load)
 
 
 async def load_when_open(visit: Visit) -> None:
-    """Load what the peer does not send before the stream is open: it could not be opened then."""
+    """Load a message that the peer sends only after the stream is open."""
     visit.sender.send("now")
     await load(visit)
 
 
 async def load_late(visit: Visit) -> None:
-    """Load what the peer does not send in time, and what it sends then."""
+    """Load a message that the peer sends too late, and then one that arrives."""
     await visit.watched(visit.load)
     visit.sender.send("now")
     await visit.see_after(visit.load_next)
 
 
 async def load_cancelled(visit: Visit) -> None:
-    """A load that is cancelled before a byte has come does no harm."""
+    """Cancel a load before a byte has arrived: it does no harm."""
     async with anyio.create_task_group() as group:
         group.start_soon(visit.end.load)
         await all_blocked()
@@ -336,7 +337,7 @@ async def load_after_error(visit: Visit) -> None:
 
 
 async def load_after_cancel(visit: Visit) -> None:
-    """Cancelled when a part of it is there."""
+    """Cancel a load when a part of it has arrived."""
     async with anyio.create_task_group() as group:
 
         def cancel(*_: object) -> None:
@@ -348,7 +349,7 @@ async def load_after_cancel(visit: Visit) -> None:
 
 
 async def load_at_once(visit: Visit) -> None:
-    """Load over all connections of the case, none of which may hold the others up."""
+    """Load over all connections of the case; none of them may hold the others up."""
     async with AsyncExitStack() as opened:
         others = range(visit.case.connections - 1)
         visits = [visit, *[await opened.enter_async_context(visit.another()) for _ in others]]
@@ -356,7 +357,7 @@ async def load_at_once(visit: Visit) -> None:
 
 
 async def load_and_cancel(visit: Visit) -> None:
-    """Load over the first connection, and cancel that at other times over the others."""
+    """Load over the first connection, and cancel loads at other times over the others."""
     await visit.watched(visit.load)
     took, count = visit.outcome.seconds, visit.case.connections
     for number in range(1, count):
@@ -373,11 +374,11 @@ async def load_beside_broken(visit: Visit) -> None:
 
 
 async def load_in_turns(visit: Visit) -> None:
-    """Load from streams that equal each other, and have more than one message at hand."""
+    """Load from streams that equal each other, and have more than one message ready."""
     async with visit.another() as other:
         for each in (visit, other):
             await each.watched(each.load)
-        # The streams came in this order; what follows the message on each is the same.
+        # The streams arrived in this order; the bytes after the message are the same on each.
         for each in (visit, other):
             error, result = await caught(each.load_next)
             if error is not None:
@@ -408,7 +409,7 @@ async def produce(visit: Visit) -> None:
 
 
 async def save(visit: Visit) -> None:
-    """Save to a peer that does not take it."""
+    """Save to a peer that does not read the message."""
     await visit.watched(visit.save)
     await visit.see_after(visit.save)
 
@@ -437,7 +438,7 @@ async def echo(visit: Visit) -> None:
     obj = HONEST_OBJECTS[visit.case.honest]
     await visit.watched(lambda: visit.end.save(obj))
     loaded = await visit.watched(visit.load)
-    # An error says all, if there is one.
+    # If there is an error, it is the only result.
     if visit.outcome.errors == {"": 2}:
         assert_same(loaded, obj)
         visit.outcome.after = "echoed"

@@ -1,9 +1,9 @@
-"""The other end of every case, in a process without torch: sends what it is told to, as it is told.
+"""The sender of every case, in a process without torch: it sends as the case says.
 
     python -m tests.attacks.sender DESCRIPTOR LINK DIRECTORY
 
 The descriptor is one of a socket on which the receiver says, in lines of JSON, which case comes
-next, and asks whether the connection was ended; it lives as long as the receiver does.
+next, and queries whether the connection was ended; the process lives as long as the receiver does.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = ["HONEST_FILE", "TLS_FILE"]
 
 HONEST_FILE = "honest.message"
 TLS_FILE = "server.pem"
-# In seconds: within this time a receiver that gave up must have ended its connection, and whoever
-# reads must have read. Far longer than either takes: only what has failed waits for it.
+# Seconds within which a receiver that gave up must have ended its connection, and a reading
+# receiver must have read. Both take far less time: only a failure waits for it.
 PATIENCE = patience(2.5)
 BYTE_EVERY = 0.05
 CRUMB_SIZE = 200
@@ -41,7 +41,7 @@ class Control:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        # Without a buffer: what is in one, select does not see.
+        # Without a buffer: select does not see buffered bytes.
         self._lines = sock.makefile("rb", buffering=0)
 
     def fileno(self) -> int:
@@ -73,7 +73,7 @@ class Peer:
             self.ended = True
 
     def look(self, seconds: float) -> None:
-        """Find out whether the receiver ends the connection in this time."""
+        """Check whether the receiver ends the connection in this time."""
         end = time.monotonic() + seconds
         while not self.ended:
             self.sock.settimeout(max(end - time.monotonic(), 0.001))
@@ -85,13 +85,13 @@ class Peer:
                 self.ended = True
 
     def told(self, seconds: float | None = None) -> bool:
-        """Wait until the receiver says something."""
+        """Wait until the receiver sends a line."""
         return bool(select.select([self.control], [], [], seconds)[0])
 
     def finish(self) -> None:
-        """Say that there is no more."""
+        """Tell the receiver that no more bytes follow."""
         if isinstance(self.sock, ssl.SSLSocket):
-            # It says so, and would wait for the other end to say so, too.
+            # ``unwrap`` sends the close of TLS, and would wait for that of the other end.
             self.sock.setblocking(False)
             with contextlib.suppress(OSError, ValueError):
                 self.sock.unwrap()
@@ -115,37 +115,37 @@ def _ended() -> bytes:
 
 
 def whole(peer: Peer, data: bytes) -> None:
-    """The message, and an honest one behind it."""
+    """Send the message, and an honest one after it."""
     peer.send(data + peer.honest)
 
 
 def silent(peer: Peer, data: bytes) -> None:
-    """The message, and then nothing."""
+    """Send the message, and then nothing."""
     peer.send(data)
 
 
 def finish(peer: Peer, data: bytes) -> None:
-    """The message, and the end of the stream."""
+    """Send the message, and the end of the stream."""
     peer.send(data)
     peer.finish()
 
 
 def cut(peer: Peer, data: bytes) -> None:
-    """The message, and the connection is closed; TLS is not told."""
+    """Send the message, and close the connection without a close of TLS."""
     peer.send(data)
     peer.sock.close()
     peer.ended = True
 
 
 def crumbs(peer: Peer, data: bytes) -> None:
-    """The message in small pieces, each in a record of its own if there is TLS."""
+    """Send the message in small pieces, each in a separate record with TLS."""
     for start in range(0, len(data), CRUMB_SIZE):
         peer.send(data[start : start + CRUMB_SIZE])
     peer.send(peer.honest)
 
 
 def reset(peer: Peer, data: bytes) -> None:
-    """The message, when it can be received, and the connection breaks."""
+    """Send the message, wait until it can be received, and reset the connection."""
     peer.told()
     peer.control.receive()
     peer.send(data)
@@ -155,7 +155,7 @@ def reset(peer: Peer, data: bytes) -> None:
 
 
 def drip(peer: Peer, data: bytes, slowly: int = 100) -> None:
-    """The last 100 bytes of the message one by one, slowly, after all the others at once."""
+    """Send the last 100 bytes of the message one by one, slowly, after all the others at once."""
     peer.send(data[:-slowly])
     for byte in data[-slowly:]:
         if peer.ended or peer.told(BYTE_EVERY):
@@ -165,24 +165,24 @@ def drip(peer: Peer, data: bytes, slowly: int = 100) -> None:
 
 
 def steady(peer: Peer, data: bytes) -> None:
-    """An honest message, the last 40 bytes of which come as slowly, and one that does not."""
+    """Send an honest message, its last 40 bytes as slowly, and another message at normal speed."""
     drip(peer, peer.honest, 40)
     peer.send(peer.honest)
 
 
 def late(peer: Peer, data: bytes) -> None:
-    """Nothing, until the receiver asks; then an honest message."""
+    """Send nothing until the receiver sends a line; then an honest message."""
     peer.told()
     peer.control.receive()
     peer.send(peer.honest)
 
 
 def deaf(peer: Peer, data: bytes) -> None:
-    """Reads nothing until it is asked whether the connection was ended."""
+    """Read nothing until the receiver queries whether the connection was ended."""
 
 
 def sip(peer: Peer, data: bytes) -> None:
-    """Reads a byte now and then."""
+    """Read a byte now and then."""
     while not peer.ended and not peer.told(BYTE_EVERY):
         try:
             peer.ended = not peer.sock.recv(1)
@@ -191,19 +191,19 @@ def sip(peer: Peer, data: bytes) -> None:
 
 
 def taste(peer: Peer, data: bytes) -> None:
-    """Reads the first bytes, says so, and reads no more."""
+    """Read the first bytes, tell the receiver, and read no more."""
     peer.receive_exactly(100)
     peer.control.send("tasted")
 
 
 def leave(peer: Peer, data: bytes) -> None:
-    """Reads the first bytes, and closes."""
+    """Read the first bytes, and close."""
     peer.receive_exactly(100)
     cut(peer, b"")
 
 
 def echo(peer: Peer, data: bytes) -> None:
-    """Reads a whole message, and sends it back."""
+    """Read a whole message, and send it back."""
     message = peer.receive_exactly(PREFACE_SIZE)
     kind = b""
     while kind not in (b"DONE", b"ABRT"):
@@ -214,7 +214,9 @@ def echo(peer: Peer, data: bytes) -> None:
 
 
 def answer(peer: Peer, data: bytes) -> None:
-    """Reads a request of HTTP, and sends the message, which has its answer's head, and the end."""
+    """Read a request of HTTP, and send the message, which begins with the head of the answer, and
+    the end.
+    """
     request = b""
     while not request.endswith(b"\r\n\r\n"):
         request += peer.receive_exactly(1)
@@ -231,7 +233,7 @@ PLAYS: dict[str, Callable[[Peer, bytes], None]] = {
 
 
 class Host:
-    """Plays the cases that the receiver asks for, one after the other."""
+    """Plays the cases that the receiver names, one after the other."""
 
     def __init__(self, control: Control, link: str, directory: Path) -> None:
         self._control = control
@@ -258,7 +260,7 @@ class Host:
         peer: Peer | None = None
         with contextlib.ExitStack() as opened:
             for message in case.sent:
-                # The receiver may have no more to ask, if something is wrong.
+                # The receiver may send no more lines after a failure.
                 ready, _, _ = select.select([self._server.fileno(), self._control.fileno()], [], [])
                 if self._server.fileno() not in ready:
                     break
@@ -271,7 +273,7 @@ class Host:
                 if len(case.contents) > 1 and not case.connections:
                     peer.look(PATIENCE)
                     peer.sock.close()
-            # The receiver asks, or has no more to ask.
+            # The receiver sends a line, or ends the link.
             if self._control.receive() == "ended?" and peer is not None:
                 peer.look(PATIENCE)
                 self._control.send(peer.ended)
@@ -280,7 +282,7 @@ class Host:
         sock, _ = self._server.accept()
         sock.settimeout(PATIENCE)
         if sock.family != socket.AF_UNIX:
-            # Whatever is sent in two pieces would wait for 40 ms in between.
+            # A message in two pieces would wait for 40 ms in between.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._context is not None:
             try:

@@ -1,6 +1,6 @@
-"""Every bad input, over every way to receive it: one class of error, in time, and nothing else.
+"""Runs every bad input over every backend: one class of error, in time, and no other effect.
 
-All work that a peer can cause, with each way to take a message, is in bounds.
+All work that a peer can cause stays in bounds, with each loader.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ pytestmark = only_where_measured
 
 @pytest.fixture(scope="module")
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """What came of all cases that are to be tested, by way and name."""
+    """The outcomes of all selected cases, by backend and name."""
     return run_of(request.session.items, test_attacks, tmp_path_factory.mktemp("attacks"))
 
 

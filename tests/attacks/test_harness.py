@@ -1,4 +1,4 @@
-"""The harness of the attacks: what breaks it is one failure, and its tables have no holes."""
+"""Tests the harness of the attacks: an error in it is one failure, and its tables have no holes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.attacks.loaders import LOADERS
 
 pytest_plugins = "pytester"
 
-# As the modules of attacks are, over a few of their cases.
+# Modules like those of the attacks, over a few of their cases.
 MODULE = """
 import pytest
 from tests.attacks import harness
@@ -38,7 +38,7 @@ def outcomes(pytester: pytest.Pytester) -> pytest.RunResult:
     [
         "import sys; sys.exit('no room')",
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-        # It ends well, and says nothing.
+        # The process ends with status 0, and prints nothing.
         "pass",
     ],
     ids=["fails", "killed", "silent"],
@@ -89,7 +89,7 @@ def test_the_fast_tier_has_each_loader_and_each_loop() -> None:
     assert {case.scenario for case in fast.values()} == {case.scenario for case in CASES.values()}
     ways = {way for name in fast for way in fast_ways(name)}
     assert {way.split("-")[1] for way in ways} == {way.split("-")[1] for way in WAYS}
-    # What holds an event loop is seen only where there is one.
+    # Only a backend with an event loop shows that the loop is held.
     for name, case in fast.items():
         waits = any(case.is_for(way) for way in WAYS if not way.startswith("blocking"))
         assert not waits or any(not way.startswith("blocking") for way in fast_ways(name))
