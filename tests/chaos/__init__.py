@@ -1,1 +1,1 @@
-"""Objects through a network that does its worst, by a seed."""
+"""Transfers through networks that damage, delay and cut the bytes, by a seed."""

@@ -1,7 +1,7 @@
-"""The worlds that speak TLS, with contexts of the test's choice.
+"""The backends with TLS, with contexts that the test chooses.
 
-Who has not failed says farewell, and waits for that of the peer before it closes, as asyncio does:
-uvloop drops what it has not decrypted yet when the connection ends.
+An end that has not failed closes TLS, and waits for the peer's close before it closes the
+connection, as asyncio does: uvloop drops bytes that it has not decrypted when the connection ends.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from anyio.streams.tls import TLSStream
 from tests.support.backends import PATIENCE, AnyioEnd, AsyncioEnd, BlockingEnd, End, World
 from tests.support.speed import patience
 
-# Seconds for a peer to answer, who may be cut off.
+# Seconds for a peer to answer; it may be cut off.
 _FAREWELL = patience(2)
-# What a farewell meets where the connection is gone.
+# Errors of the close of TLS where the connection is gone.
 _BROKEN = (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError)
 
 __all__ = ["TLS_WORLDS", "Contexts", "tls_world"]
@@ -31,7 +31,7 @@ __all__ = ["TLS_WORLDS", "Contexts", "tls_world"]
 
 @dataclass(frozen=True)
 class Contexts:
-    """Those of both sides, and whom the client believes to talk to."""
+    """The contexts of both sides, and the server name that the client expects."""
 
     server: ssl.SSLContext
     client: ssl.SSLContext
@@ -70,7 +70,7 @@ async def _asyncio_end(contexts: Contexts, sock: socket.socket, serves: bool) ->
     try:
         yield AsyncioEnd(reader, writer)
     except BaseException:
-        # A cancellation, too: closing would wait for the peer.
+        # For a cancellation, too: closing would wait for the peer.
         transport.abort()
         raise
     finally:
@@ -121,5 +121,5 @@ TLS_WORLDS = [
 
 
 def tls_world(kind: str, loop: str, contexts: Contexts) -> World:
-    """One of ``TLS_WORLDS``; the end that serves is the server."""
+    """Return one of ``TLS_WORLDS``; the end that serves is the server."""
     return World(kind, "tls", loop, functools.partial(_OPENERS[kind], contexts))

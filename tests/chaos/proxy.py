@@ -1,7 +1,7 @@
-"""A network between two ends that does to the bytes what a schedule says.
+"""A network between two ends that damages the bytes by a schedule.
 
-Faults are tied to bytes, not to time: the same schedule does the same to the same bytes, however
-TCP has cut them up on their way here.
+Faults are tied to bytes, not to time: the same schedule makes the same changes in the same bytes,
+however TCP has cut them up on their way here.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ ENDINGS: tuple[FaultKind, ...] = ("truncate", "reset", "silence")
 
 _PIECE_SIZE = 64 * 2**10
 _PAUSE_MAX = 0.003
-# Of a socket's buffer. Receivers keep theirs: TCP probes small windows with a clock of its own.
+# The size of a socket's buffer. Receivers keep theirs: TCP probes small windows on a slow timer.
 _NARROW = 16 * 2**10
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What becomes of a stretch of bytes.
+    """A change to a range of bytes.
 
     Args:
-        kind: The endings let nothing through any more: there is an end, a reset, or nothing at all.
-        offset: Of the first byte, since the schedule began.
-        length: Of the stretch; endings have none.
-        seed: Of the bits that change.
+        kind: Endings let no more bytes through: there is an end, a reset, or silence.
+        offset: The offset of the first byte, since the schedule began.
+        length: The length of the range; endings have none.
+        seed: The seed of the bits that change.
     """
 
     kind: FaultKind
@@ -57,16 +57,16 @@ class Fault:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a network does to what the sender sends.
+    """The changes of a network to the bytes of the sender.
 
     Args:
         faults: In the order of their offsets; they do not overlap.
-        count: How many bytes somebody will read; None for all.
+        count: How many bytes the receiver will read; None for all.
         fragments: Whether bytes are passed on in pieces from one byte to 64 KiB.
-        pauses: How likely there is a pause behind a piece.
-        narrow: Whether senders soon have to wait for a receiver who does not read.
-        tells_sender: Whether the sender notices an ending, too; else what it sends is lost.
-        seed: Of pieces and pauses.
+        pauses: The probability of a pause after a piece.
+        narrow: Whether senders soon have to wait for a receiver that does not read.
+        tells_sender: Whether the sender notices an ending, too; otherwise its bytes are lost.
+        seed: The seed of pieces and pauses.
     """
 
     faults: tuple[Fault, ...] = ()
@@ -83,10 +83,10 @@ class Mangler:
 
     Args:
         faults: As in a schedule.
-        count: Likewise.
+        count: As in a schedule.
 
     Attributes:
-        harmed: Whether bytes that count come out otherwise than they went in.
+        harmed: Whether bytes that count differ between input and output.
     """
 
     def __init__(self, faults: tuple[Fault, ...], count: int | None) -> None:
@@ -97,7 +97,9 @@ class Mangler:
         self.harmed = False
 
     def feed(self, data: bytes) -> Iterator[bytes | Fault]:
-        """What comes out when bytes go in; behind an ending, nothing more must go in."""
+        """Pass bytes in, and yield the bytes that come out; after an ending, no more bytes may go
+        in.
+        """
         self._held += data
         while self._held:
             fault = self._faults[0] if self._faults else None
@@ -114,13 +116,14 @@ class Mangler:
                     return
                 piece = self._take(fault.length)
                 changed = fault.change(piece)
-                # What is repeated is as it was; what follows, if it counts, is not where it was.
+                # Repeated bytes are unchanged; the bytes after them, if they count, are at other
+                # offsets.
                 followed = self._count is None or self._position < self._count
                 self.harmed |= not changed.startswith(piece) or (followed and changed != piece)
                 yield changed
 
     def end(self) -> bytes:
-        """What was held back, at the end."""
+        """Return the bytes that were held back, at the end."""
         return self._take(len(self._held))
 
     def _take(self, count: int) -> bytes:
@@ -134,11 +137,11 @@ class Link:
     """A connection through a network.
 
     Args:
-        schedule: Applies to what goes from ``near`` to ``far``, from ``begin`` on.
+        schedule: The schedule of the bytes from ``near`` to ``far``, from ``begin`` on.
 
     Attributes:
         near: The sender's socket.
-        far: The receiver's.
+        far: The receiver's socket.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -158,11 +161,11 @@ class Link:
 
     @property
     def harmed(self) -> bool:
-        """Whether something else came out than what went in, or less."""
+        """Whether the bytes that came out differ from those that went in, or are fewer."""
         return self._mangler.harmed
 
     def begin(self) -> None:
-        """The schedule applies to all that is sent from now on; what was before has arrived."""
+        """Apply the schedule to all bytes that are sent from now on; those before have arrived."""
         self._began = True
 
     async def carry(self) -> None:
@@ -173,7 +176,7 @@ class Link:
                     back = group.create_task(self._back())
                     group.create_task(self._forth(back))
             except* OSError:
-                # One side is gone, and the other is told so.
+                # One side is gone: reset the other one.
                 self._reset_on_close(self._near, self._far)
 
     async def _back(self) -> None:
@@ -200,11 +203,11 @@ class Link:
         while view:
             count = len(view)
             if self._schedule.fragments:
-                # As often below a hundred bytes as above.
+                # Pieces below a hundred bytes are as frequent as larger ones.
                 count = min(int(self._random.paretovariate(0.15)), _PIECE_SIZE)
             await loop.sock_sendall(self._far, view[:count])
             view = view[count:]
-            # What is sent in one turn of the loop would arrive as one piece.
+            # Pieces that are sent in one turn of the loop would arrive as one piece.
             await asyncio.sleep(0)
             if self._random.random() < self._schedule.pauses:
                 await asyncio.sleep(self._random.uniform(0, _PAUSE_MAX))
@@ -217,7 +220,7 @@ class Link:
             await asyncio.wait([back])
             self._reset_on_close(self._far)
             self._far.close()
-            # Nothing will come: TLS waits for an answer to its farewell.
+            # No more bytes will come: without an end, TLS would wait for an answer to its close.
             self._near.shutdown(socket.SHUT_WR)
         elif kind == "truncate":
             self._far.shutdown(socket.SHUT_WR)
@@ -226,7 +229,7 @@ class Link:
                 self._near.shutdown(socket.SHUT_RDWR)
                 return
         elif self._schedule.tells_sender:
-            # Nothing is taken any more, either, until the receiver gives up.
+            # No more bytes are read, either, until the receiver gives up.
             await asyncio.wait([back])
             return
         loop = asyncio.get_running_loop()

@@ -1,7 +1,7 @@
-"""Runs transfers through bad networks, and counts what became of them.
+"""Runs transfers through bad networks, and counts their outcomes.
 
-``python -m tests.chaos.run --transfers 20000 --seed 1`` takes minutes; one that has failed can be
-run again alone, with ``--only`` and its number.
+``python -m tests.chaos.run --transfers 20000 --seed 1`` takes minutes; a failed transfer can be run
+again alone, with ``--only`` and its number.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.support.speed import patience
 
 __all__ = ["Outcome", "Report", "run"]
 
-# What takes longer hangs.
+# A longer transfer hangs.
 DEADLINE = patience(20)
 _AT_ONCE = 12
 _MEMORY_MAX = 64 * 2**20
@@ -44,12 +44,12 @@ _MEMORY_MAX = 64 * 2**20
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a transfer.
+    """The outcome of a transfer.
 
     Attributes:
         sender: "all sent", or the class of its error.
         receiver: "all arrived", or the class of its error.
-        complaints: What must not be so.
+        complaints: Violated rules.
     """
 
     transfer: Transfer
@@ -60,12 +60,12 @@ class Outcome:
 
 @dataclass
 class Report:
-    """What became of a run.
+    """The outcome of a run.
 
     Attributes:
-        outcomes: Of each transfer.
-        leaks: What is there that was not there before.
-        seconds: How long it took.
+        outcomes: The outcome of each transfer.
+        leaks: Things that exist after the run and did not exist before.
+        seconds: The duration.
     """
 
     outcomes: list[Outcome] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """Complaints, with where they come from."""
+        """The complaints, with the transfers that they belong to."""
         return [
             f"transfer {each.transfer.index} ({each.transfer.kind}, {each.transfer.sender.name} to "
             f"{each.transfer.receiver.name}): {complaint}"
@@ -83,7 +83,7 @@ class Report:
         ]
 
     def lines(self) -> Iterator[str]:
-        """A table to be printed."""
+        """The lines of a table."""
         counts = Counter((each.transfer.kind, each.receiver) for each in self.outcomes)
         senders = Counter((each.transfer.kind, each.sender) for each in self.outcomes)
         for kind in dict.fromkeys(each.transfer.kind for each in self.outcomes):
@@ -97,7 +97,7 @@ class Report:
 
 
 class Laboratory(contextlib.ExitStack):
-    """An event loop of each kind, a network, and threads for those who block."""
+    """An event loop of each kind, a network, and threads for blocking ends."""
 
     def __enter__(self) -> Laboratory:
         super().__enter__()
@@ -112,7 +112,7 @@ class Laboratory(contextlib.ExitStack):
         return self.enter_context(portal)
 
     def tasks(self) -> Counter[str]:
-        """Those of all loops."""
+        """The tasks of all loops."""
         portals = {"network": self._network, **self._portals}
 
         async def count() -> int:
@@ -121,11 +121,11 @@ class Laboratory(contextlib.ExitStack):
         return Counter({name: portal.call(count) for name, portal in portals.items()})
 
     def new_tasks(self) -> list[str]:
-        """Loops with tasks that were not there before."""
+        """The loops with tasks that did not exist before."""
         return [f"{count} tasks on {name}" for name, count in (self.tasks() - self._idle).items()]
 
     def carry_out(self, transfer: Transfer) -> Outcome:
-        """Make a transfer, in the thread that calls."""
+        """Run a transfer in the calling thread."""
         link = Link(transfer.schedule)
         sent, received = Progress(), Progress()
         began = time.monotonic()
@@ -172,11 +172,11 @@ def _complaint(future: Future[None], began: float) -> str | None:
     try:
         future.result(began + DEADLINE + 5 - time.monotonic())
     except (TimeoutError, CancelledError):
-        # Whatever it is that still waits.
+        # Cancel it, whatever it waits for.
         future.cancel()
         return "it hangs"
     except BaseException as error:
-        # All of them are told to whoever reads the report.
+        # The report shows every error to its reader.
         return "".join(traceback.format_exception(error))
     return "it hangs" if time.monotonic() - began > DEADLINE else None
 
@@ -186,7 +186,7 @@ def _describe(progress: Progress, whole: str) -> str:
 
 
 class _Complaints(logging.Handler):
-    """What event loops have to complain about, such as errors that nobody has fetched."""
+    """Collects log records of event loops, such as errors that were never retrieved."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -199,7 +199,7 @@ class _Complaints(logging.Handler):
 
 
 def _threads() -> Counter[str]:
-    """Those that do not wait for work in a pool of the library's or of trio's."""
+    """Threads that do not wait for work in the pool of the library or of trio."""
     names = [each.name for each in threading.enumerate()]
     return Counter(name for name in names if not name.startswith(("aiotorchio", "Trio thread")))
 
@@ -216,7 +216,7 @@ def _resident_nbytes() -> int:
 
 @contextlib.contextmanager
 def _watched(leaks: list[str]) -> Iterator[None]:
-    """Find what is left behind."""
+    """Find leaks of the block."""
     gc.collect()
     files, threads, states = descriptors(), _threads(), len(guard._states)
     heard, logger = _Complaints(), logging.getLogger("asyncio")
@@ -236,15 +236,15 @@ def _watched(leaks: list[str]) -> Iterator[None]:
 
 
 def run(transfers: Transfers, indices: Iterable[int] | None = None) -> Report:
-    """Make transfers, several at once.
+    """Run transfers, several at once.
 
     Args:
-        transfers: What to send.
-        indices: Which of them; by default all.
+        transfers: The transfers.
+        indices: The indices of those to run; by default all.
     """
     report, began = Report(), time.monotonic()
     todo = list(range(len(transfers)) if indices is None else indices)
-    # What is used for the first time, and kept, is no leak.
+    # Things that are kept after the first use are no leaks.
     warm, rest = todo[: len(todo) // 4], todo[len(todo) // 4 :]
     with Laboratory():
         pass

@@ -1,4 +1,4 @@
-"""Whatever a network does, what arrives is what was sent, or there is an error; and nothing stays.
+"""Over any damaged network, the sent object arrives, or there is an error; and there are no leaks.
 
 The long run is ``python -m tests.chaos.run``.
 """
@@ -45,7 +45,7 @@ def test_every_kind_of_network_had_its_way(report: Report) -> None:
             assert found["ChecksumError"] > 10
             assert found["TruncatedError"] > 10
             assert found["ProtocolError"] > 0
-    # They have stopped senders, too.
+    # Faults of the network have stopped senders, too.
     assert any(each.sender == "TruncatedError" for each in report.outcomes)
 
 
@@ -65,7 +65,7 @@ def test_every_world_took_part(report: Report) -> None:
 
 
 def test_wrong_objects_would_be_noticed() -> None:
-    """Without checksums, changed bytes are others."""
+    """Without checksums, changed bytes make other objects, and the tests notice it."""
     transfers = Transfers(examples(400), seed=0, reckless=True)
     changed = [n for n, each in enumerate(transfers) if each.kind in ("corrupt", "swap")]
     report = run(transfers, changed)
@@ -89,7 +89,7 @@ def test_a_seed_gives_the_same_transfers() -> None:
 
 
 def mangled(data: bytes, sizes: list[int], *faults: Fault) -> tuple[bytes, bool, str | None]:
-    """What comes out of bytes that go in by pieces, whether it harms, and what ends it."""
+    """Feed bytes in pieces; return the output, whether it is harmed, and the ending."""
     mangler = Mangler(faults, len(data))
     out = b""
     while data:

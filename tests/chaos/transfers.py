@@ -1,4 +1,4 @@
-"""What is sent through a network, between whom, and what must become of it; all by a seed."""
+"""Random transfers by a seed: object, peers, damage by the network, and rules that must hold."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["KINDS", "Message", "Progress", "Transfer", "Transfers"]
 Kind = Literal["calm", "fragment", "delay"] | FaultKind
 Way = Literal["new", "into", "staged", "double"]
 
-# Of a hundred transfers.
+# The number of each kind in a hundred transfers.
 KINDS: dict[Kind, int] = {
     "calm": 12,
     "fragment": 14,
@@ -42,8 +42,8 @@ KINDS: dict[Kind, int] = {
 }
 HARMLESS: tuple[Kind, ...] = ("calm", "fragment", "delay")
 
-# Whoever sends bytes that are not to be believed may keep a receiver waiting for more. An honest
-# sender has all the time it may need on a busy machine.
+# A sender of damaged bytes may keep a receiver waiting for more. An honest sender gets all the time
+# that it may need on a busy machine.
 _HARMED = Limits(start_timeout=1, handshake_timeout=1, idle_timeout=1)
 _HONEST = Limits()
 
@@ -60,7 +60,7 @@ def _tensor(draw: random.Random, nbytes_max: int) -> torch.Tensor:
     bits = torch.frombuffer(
         bytearray(draw.randbytes(count * dtype.itemsize + 1)), dtype=torch.uint8
     )
-    # A storage of its own, of just that size.
+    # A new storage, of just that size.
     return bits[:-1].clone().view(dtype)
 
 
@@ -73,7 +73,7 @@ def _object(draw: random.Random) -> dict[str, Any]:
 
 
 def _structured(draw: random.Random) -> Any:
-    """Tensors that share storages in containers of several kinds, for which some need pickle."""
+    """Tensors that share storages in containers of several kinds, some of which need pickle."""
     state = _object(draw)
     tensors = [each for each in state.values() if isinstance(each, torch.Tensor)]
     views = [each[len(each) // 3 :: 2] for each in tensors]
@@ -93,7 +93,7 @@ def _objects(seed: int) -> list[Any]:
 
 @dataclass(frozen=True)
 class Message:
-    """An object, and the ways in which it is sent and received."""
+    """An object, and the options with which it is sent and received."""
 
     obj: Any = field(repr=False)
     nbytes: int
@@ -101,11 +101,11 @@ class Message:
     way: Way
 
     async def receive(self, end: End, limits: Limits) -> None:
-        """Load it.
+        """Load the message.
 
         Raises:
-            AssertionError: It is another, or destinations are neither old nor new.
-            AiotorchioError: It did not arrive.
+            AssertionError: The object differs, or targets are neither old nor new.
+            AiotorchioError: The message did not arrive.
         """
         if self.way == "new":
             assert_same(await end.load(limits=limits), self.obj)
@@ -132,7 +132,7 @@ class Message:
 
 @dataclass
 class Progress:
-    """How far a sender or a receiver came: messages that it is done with, and what stopped it."""
+    """The progress of a sender or a receiver: finished messages, and the error that stopped it."""
 
     done: int = 0
     error: AiotorchioError | None = None
@@ -143,7 +143,7 @@ class Transfer:
     """Messages over one connection.
 
     Attributes:
-        serves: Whether the sender is the server, of TLS.
+        serves: Whether the sender is the TLS server.
     """
 
     index: int
@@ -155,7 +155,8 @@ class Transfer:
     schedule: Schedule
 
     async def send(self, end: End, link: Link, progress: Progress) -> None:
-        # The receiver is there, and so is all that was sent so far: TLS has shaken hands.
+        # The receiver is connected, and all bytes so far have arrived: the TLS handshake is
+        # complete.
         assert await end.receive(1) == b"!"
         link.begin()
         for message in self.messages:
@@ -169,14 +170,15 @@ class Transfer:
             progress.done += 1
 
     def complaints(self, sent: Progress, received: Progress, *, harmed: bool) -> list[str]:
-        """What must not be so, beside what has been raised."""
+        """Violated rules, in addition to the errors that were raised."""
         both = f" (sender: {sent.error!r}, receiver: {received.error!r})"
         found = []
         if harmed and received.error is None:
             found.append("the harm went unnoticed")
         if not harmed and received.error is not None and not self._impatient(received):
             found.append("the receiver failed without a cause" + both)
-        # What follows the last message is nobody's: it may reset a sender who has just sent all.
+        # No call reads the bytes after the last message: they may reset a sender that has just sent
+        # all.
         if not self.schedule.faults and sent.error is not None:
             found.append("the sender failed without a cause" + both)
         if received.done < self._whole() and not self._impatient(received):
@@ -188,8 +190,8 @@ class Transfer:
         return self.kind not in HARMLESS and isinstance(received.error, TransferTimeout)
 
     def _whole(self) -> int:
-        """How many messages have passed before the first fault."""
-        # A reset takes back what has not been read. TLS says the same in more bytes.
+        """The number of messages that have passed before the first fault."""
+        # A reset discards unread bytes. TLS needs more bytes for the same messages.
         if not self.schedule.faults or self.kind == "reset" or self.sender.link == "tls":
             return 0
         end, count = 0, 0
@@ -211,13 +213,13 @@ def _contexts() -> Contexts:
 
 
 class Transfers(Sequence[Transfer]):
-    """All that come of a seed.
+    """All transfers of a seed.
 
     Args:
-        count: How many.
-        seed: The first ones are the same for every count.
-        reckless: Send without checksums what will be changed, for those who want to see that
-            wrong objects would be noticed.
+        count: The number of transfers.
+        seed: The first transfers are the same for every count.
+        reckless: Send messages that will be changed without checksums, to show that wrong objects
+            would be noticed.
     """
 
     def __init__(self, count: int, seed: int, *, reckless: bool = False) -> None:
@@ -277,7 +279,7 @@ def _schedule(draw: random.Random, kind: Kind, sizes: Sequence[int]) -> Schedule
     faults: list[Fault] = []
     for offset in sorted(_offset(draw, sizes) for _ in range(count)):
         begin = max(offset, faults[-1].offset + faults[-1].length if faults else 0)
-        # Within the messages, so that all of it comes.
+        # Within the messages, so that the whole fault takes effect.
         length = min(_length(draw, kind), sum(sizes) - begin)
         if kind in ENDINGS or length:
             # Harmless kinds have a count of 0 above, which mypy can't see.
@@ -294,7 +296,7 @@ def _schedule(draw: random.Random, kind: Kind, sizes: Sequence[int]) -> Schedule
 
 
 def _offset(draw: random.Random, sizes: Sequence[int]) -> int:
-    """Anywhere, or where a message has its header or its end."""
+    """A random offset, often in the header or the end of a message."""
     n = draw.randrange(len(sizes))
     begin, end = sum(sizes[:n]), sum(sizes[: n + 1])
     match draw.randrange(4):
