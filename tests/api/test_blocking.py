@@ -1,6 +1,6 @@
-"""Paths: what is there is replaced by a whole file, or stays; what is no file is written to.
+"""Blocking saves and loads of paths: a regular file is replaced as a whole, or stays unchanged.
 
-And what a file says of its pickle before it is loaded.
+Pipes are written to. The unsafe globals of a file can be read before a load.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
 
 
 def test_saves_to_one_path_do_not_disturb_each_other(tmp_path: Path) -> None:
-    """The one inside of the other: each is whole, and the last to end stays."""
+    """A save within a save: each file is whole, and the save that ends last stays."""
     path = tmp_path / "state"
 
     def progress(done: int, total: int) -> None:
@@ -98,7 +98,7 @@ def test_a_directory_is_no_file(tmp_path: Path) -> None:
 
 
 class Distrusted:
-    """On no list."""
+    """A class on no allowlist."""
 
 
 def file_of(obj: object, **options: Any) -> io.BytesIO:

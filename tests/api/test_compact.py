@@ -1,4 +1,4 @@
-"""``compact=True`` in the public functions: what arrives is the same, but for what nobody sees."""
+"""``compact=True`` in the public functions: the same object arrives, without unused bytes."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ async def test_iter_bytes_files_and_options(snapshot: bool, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", corpus.case_parameters())
 def test_every_object_of_the_corpus(name: str) -> None:
-    """What shows all of its storages arrives exactly; the others arrive twice the same."""
+    """An object that shows all of its storages arrives exactly; others arrive the same twice."""
     obj = corpus.make(name)
     file = io.BytesIO()
     summary = aiotorchio.save(obj, file, compact=True)
@@ -103,7 +103,7 @@ def test_every_object_of_the_corpus(name: str) -> None:
         assert_same(loaded, obj)
         return
     again = io.BytesIO()
-    # Nothing is left that could be left out.
+    # A second save leaves out no more bytes.
     assert not aiotorchio.save(loaded, again, compact=True).left_out_nbytes
     again.seek(0)
     assert_same(aiotorchio.load(again, **options), loaded)
@@ -201,14 +201,14 @@ async def test_into_a_double_buffer() -> None:
 
 
 def base_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of a larger one, of the same numbers."""
+    """Make a view of a larger tensor, with the same numbers."""
     wide = torch.zeros((*tensor.shape, 3), dtype=tensor.dtype)
     wide[..., 1] = tensor.detach()
     return _Scaled(wide[..., 1])  # type: ignore[return-value]
 
 
 class _Scaled:
-    """Multiplies in place, so that the view stays one."""
+    """A proxy of a view that multiplies it in place, so that it stays a view."""
 
     def __init__(self, view: torch.Tensor) -> None:
         self.view = view
@@ -218,7 +218,7 @@ class _Scaled:
 
 
 def test_a_change_while_it_is_sent() -> None:
-    """Packed parts are copied; what changes is noticed all the same, and never half of it sent."""
+    """Packed parts are copied; a change is noticed all the same, and never half of it is sent."""
     base = torch.zeros(1000, 1000)
     change = functools.partial(base.add_, 1)
     for snapshot in (False, True):

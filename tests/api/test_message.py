@@ -1,4 +1,4 @@
-"""Messages that are opened first: what the header says, and all ways to go on from there."""
+"""Messages that are opened first: properties of the header, and every call that reads the rest."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ OVER_ALL_LINKS = [
 
 
 class Tap:
-    """Hands out the bytes of a stream in small pieces, and counts them.
+    """Yields the bytes of a stream in small pieces, and counts them.
 
     Args:
         data: The stream.
-        size: Of a piece.
-        stop: Where the stream stalls; it ends there once ``resumed`` is set.
+        size: The size of a piece.
+        stop: The offset at which the stream stalls; it ends there once ``resumed`` is set.
     """
 
     def __init__(self, data: bytes, size: int = 1, stop: int | None = None) -> None:
@@ -107,7 +107,7 @@ class Tap:
 
 
 def frame_ends(data: bytes) -> list[int]:
-    """Behind the header, the skeleton, every chunk and the end of each message."""
+    """The offsets after the header, the skeleton, every chunk and the end of each message."""
     ends, position = [], 0
     while position < len(data):
         if data[position : position + 8] == data[:8]:
@@ -119,12 +119,12 @@ def frame_ends(data: bytes) -> list[int]:
 
 
 def opened(data: bytes, *more: bytes) -> AbstractAsyncContextManager[Message]:
-    """A message that is there as a whole, with others behind it."""
+    """A message that has arrived as a whole, with others after it."""
     return StreamReader(Tap(b"".join([data, *more]), 1000)).open()
 
 
 async def all_of(message: Message, **options: Any) -> dict[str, torch.Tensor]:
-    """Every tensor of an iteration, each name once."""
+    """Collect every tensor of an iteration, each name once."""
     found: dict[str, torch.Tensor] = {}
     async for name, tensor in message.iterate(**options):
         assert name not in found
@@ -133,7 +133,7 @@ async def all_of(message: Message, **options: Any) -> dict[str, torch.Tensor]:
 
 
 def mixed_state() -> dict[str, Any]:
-    """Tensors of all kinds that have names, in the order in which they go on the wire."""
+    """A state of tensors of all kinds that have names, in their order on the wire."""
     whole, tied = torch.arange(600), torch.nn.Parameter(torch.rand(2, 2))
     return {
         "nothing": torch.empty(0, 3),
@@ -181,7 +181,7 @@ async def test_what_the_header_says(kind: str) -> None:
             assert message.producer.startswith("aiotorchio/")
             assert torch.__version__ in message.producer
             assert_same(await message.load(), CHUNKED)
-            # It can still be asked.
+            # The message is still readable.
             assert list(message.tensors) == ["w"]
         async with reader.open() as other:
             assert other.metadata == {}
@@ -216,7 +216,7 @@ async def test_names(obj: Any, names: list[str], unnamed: int) -> None:
     async with opened(encoded(obj)) as message:
         assert list(message.tensors) == names
         assert message.unnamed == unnamed
-        # ``walk`` knows nothing of the attribute of an ordered dict.
+        # ``walk`` ignores the attribute of an ordered dict.
         for path, tensor in walk(obj):
             assert message.tensors.get(path, TensorSpec.of(tensor)) == TensorSpec.of(tensor)
 
@@ -296,7 +296,8 @@ async def test_wrong_values_of_unread(unread: Any) -> None:
     assert_same(await StreamReader(tap).load(), SMALL)
 
 
-# ------------------------------------------------------------------------------ what is taken when
+# ------------------------------------------------------------------------------ which bytes are
+# read
 
 
 async def test_nothing_is_taken_before_it_is_asked_for() -> None:
@@ -338,7 +339,7 @@ async def test_a_message_that_is_not_read_stops_its_sender(kind: str) -> None:
             await all_blocked()
         return done
 
-    # Buffers of TCP grow when one reads.
+    # Buffers of TCP grow as the receiver reads.
     async with both_ends(kind, "unix") as (near, far), anyio.create_task_group() as group:
 
         async def push() -> None:
@@ -439,7 +440,7 @@ async def sender_that_stops(near: End) -> AsyncIterator[None]:
     async with anyio.create_task_group() as group:
         group.start_soon(push)
         yield
-        # Not when TCP asks the next time whether there is room: that may take minutes.
+        # It must notice at once, not when TCP next probes for room: that may take minutes.
         told = await soon(lambda: bool(errors))
         group.cancel_scope.cancel()
     assert told
@@ -450,7 +451,7 @@ async def test_an_abort_stops_the_sender_at_once(kind: str, link: str) -> None:
     async with both_ends(kind, link) as (near, far), sender_that_stops(near):
         reader = StreamReader(far.source)
         async with reader.open(unread="abort") as message:
-            # It has sent what the sockets take, and waits.
+            # The sender has filled the sockets, and waits.
             await all_blocked()
             assert message.tensors
         with pytest.raises(StreamPoisoned, match="left there"):
@@ -622,7 +623,7 @@ async def test_a_sender_that_gives_up_in_an_open_message(kind: str) -> None:
                 await all_of(message)
         with pytest.raises(RemoteAbort, match="in the middle"):
             async with reader.open():
-                pass  # it is skipped, and the skip finds the abort
+                pass  # the message is skipped, and the skip finds the abort
         with pytest.raises(RemoteAbort, match="in the middle"):
             async with reader.open() as message:
                 await message.skip()
@@ -642,7 +643,7 @@ async def test_skipping_by_hand(took: int) -> None:
         await message.skip()
         with pytest.raises(RuntimeError, match="read already"):
             await message.load()
-        # Whoever goes on behind a skip gets no memory that nothing was written to.
+        # Code that goes on after a skip gets no uninitialized memory.
         if took:
             with pytest.raises((RuntimeError, StopAsyncIteration)):
                 await anext(tensors)
@@ -764,7 +765,7 @@ async def test_nothing_more_comes_of_a_message_that_broke() -> None:
         reader = StreamReader(tap)
         async with reader.open() as message:
             await act(message)
-            # Not an error of the machinery, and no end that looks like that of the message.
+            # The error is no ``StopIteration``, and does not look like the end of the message.
             with pytest.raises((RuntimeError, AiotorchioError)) as caught:
                 await message.skip()
             assert "StopIteration" not in str(caught.value)
@@ -820,7 +821,7 @@ async def test_the_options_of_a_load_hold_for_an_open_message() -> None:
     async with reader.open() as message:
         with pytest.raises(UnsafeObjectError, match="allow_pickle"):
             await message.load(allow_pickle=False)
-        # Nothing was done with it: who knows better can say so.
+        # The message is unused: the caller can load it with other options.
         assert_same(await message.load(), PICKLED)
     assert_same(await reader.load(), SMALL)
     async with opened(encoded(SMALL)) as message:
@@ -831,7 +832,7 @@ async def test_the_options_of_a_load_hold_for_an_open_message() -> None:
 
 
 class Unknown:
-    """Is on no list."""
+    """A class on no allowlist."""
 
     def __init__(self) -> None:
         self.weight = torch.arange(100_000)
@@ -881,7 +882,7 @@ async def test_every_tensor_comes_once_under_each_name(kind: str) -> None:
                 found = await all_of(message, progress=lambda *n, to=figures: to.append(n))
                 assert list(found) == list(message.tensors) == list(expected)
                 assert figures[-1] == (message.nbytes, message.nbytes)
-            # With what they share.
+            # The tensors share memory as before.
             assert_same(found, expected)
 
 
@@ -935,7 +936,7 @@ async def anything_is_kept(data: bytes) -> bool:
 
 
 async def lives_on(memory: ref[torch.UntypedStorage]) -> bool:
-    # A worker thread, or trio itself, may take another turn to let go of what it has returned.
+    # A worker thread, or trio itself, may keep a result for another turn.
     with anyio.move_on_after(patience(1)):
         await until(lambda: memory() is None)
     return memory() is not None
@@ -1018,7 +1019,7 @@ async def test_tensors_with_attributes_have_names() -> None:
 
 
 async def test_names_in_mappings_that_are_not_dicts() -> None:
-    """Also where the class would not be built."""
+    """Names go through any mapping, even one whose class would not be built."""
     state = {"user": UserDict({"w": torch.ones(2)}), "chain": ChainMap({"a": [torch.zeros(3)]})}
     async with opened(encoded(state)) as message:
         assert message.tensors.keys() == {"user.w", "chain.a.0"} and not message.unnamed
@@ -1078,7 +1079,7 @@ async def test_a_function_as_map_location() -> None:
     async with opened(encoded(state, chunk_size=4096)) as message:
         tensors = message.iterate(map_location=place)
         assert_same((await anext(tensors))[1], torch.zeros(2048).long())
-        # One after the other, as they come.
+        # Storages are placed one after the other, as they arrive.
         assert seen == [(16384, "cpu")]
         assert_same([tensor async for _, tensor in tensors], [torch.zeros(3)])
     assert seen == [(16384, "cpu"), (12, "cpu")]
@@ -1217,7 +1218,7 @@ async def test_damage_in_a_chunk(chunk: int) -> None:
         with pytest.raises(ChecksumError, match=f"chunk {chunk}"):
             async for pair in message:
                 found |= [pair]
-    # What came before is intact.
+    # The tensors before it are intact.
     assert_same(found, {name: ONE_EACH[name] for name in list(ONE_EACH)[:chunk]})
     with pytest.raises(StreamPoisoned):
         await reader.load()
@@ -1227,7 +1228,7 @@ async def test_a_damaged_end_is_found_behind_the_last_tensor() -> None:
     data = encoded(ONE_EACH, chunk_size=4096)
     damaged = bytearray(data)
     damaged[-1] ^= 1
-    # An end that is intact in itself, but of other frames.
+    # An end frame that is intact, but belongs to other frames.
     identity, start = parse(data).header.message_id, frame_ends(data)[-2]
     foreign = data[:start] + frame(identity, END, bytes(8), number=5, offset=5 * 4096)
     for wrong, lives_on in ((bytes(damaged), False), (foreign, True)):
@@ -1335,7 +1336,7 @@ in_threads = pytest.mark.parametrize(("anyio_backend", "run"), THREADS)
 
 
 class Consumer:
-    """What a blocking loader of a model does, in a thread."""
+    """The blocking loader of a model, in a thread."""
 
     def __init__(self, message: Message, **options: Any) -> None:
         self.tensors = message.tensors_sync(**options)
@@ -1375,7 +1376,7 @@ async def test_the_event_loop_goes_on_while_a_thread_waits(run: Run) -> None:
             consumer = Consumer(message)
             group.start_soon(run, consumer)
             await until(lambda: len(consumer.found) == 0 and message._running is not None)
-            # With both ends on this loop, only a loop that goes on can send the rest.
+            # Both ends run on this loop: it must go on to send the rest.
             await near.send(data[10_000:])
             await until(lambda: message._incoming.ended)
         assert_same(consumer.found, ONE_EACH)
@@ -1459,7 +1460,7 @@ async def test_what_a_thread_gave_away_is_not_kept(run: Run) -> None:
 
 
 class Stalled:
-    """A task that waits for a thread, which waits for bytes that do not come."""
+    """A task that waits for a thread, which waits for bytes that never arrive."""
 
     def __init__(self, run: Run) -> None:
         data = encoded(ONE_EACH, chunk_size=4096)
@@ -1478,10 +1479,10 @@ class Stalled:
             self.left.set()
 
     async def error(self) -> BaseException | None:
-        """What the thread has got when the task is through."""
+        """The error of the thread after the end of the task."""
         with anyio.move_on_after(PATIENCE / 6):
             await until(lambda: self.left.is_set() and self.consumer.error is not None)
-        # Nobody could end a thread that has got nothing by now, but the end of its bytes.
+        # If the thread has no error by now, only the end of its bytes can end it.
         self.tap.resumed.set()
         await until(lambda: self.consumer.error is not None)
         return self.consumer.error

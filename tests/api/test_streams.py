@@ -218,7 +218,7 @@ MEDIUM = {"w": torch.arange(150_000), "b": torch.ones(3)}
 
 
 def cancellable(kind: str) -> dict[str, torch.Tensor]:
-    # Under TLS is TCP, which buffers more.
+    # TLS runs over TCP, which buffers more.
     return {"w": torch.arange(1_000_000)} if kind == "streams-tls" else MEDIUM
 
 
@@ -303,7 +303,7 @@ async def test_a_load_cancelled_anywhere(kind: str) -> None:
         assert len(anyio.get_running_tasks()) == tasks
         if outcomes[-1] == "done":
             break
-    # First it waits for the first byte, then it has some.
+    # First the load waits for the first byte, later it has some bytes.
     assert outcomes == sorted(outcomes, key=["clean", "poisoned", "done"].index)
     assert set(outcomes) == {"clean", "poisoned", "done"}
     assert max(open_descriptors[1:]) <= max(open_descriptors[0], open_descriptors[1])
@@ -325,7 +325,7 @@ async def test_a_load_cancelled_before_its_first_byte_leaves_the_stream_usable(k
 async def test_a_save_cancelled_before_its_first_byte_leaves_the_stream_usable(kind: str) -> None:
     async with both_ends(kind) as (near, far):
         if kind == "socket":
-            # A socket that takes bytes gets them before anything is waited for.
+            # If the socket had room, the bytes would be sent before the first wait.
             fill(near.sink)
         with anyio.CancelScope() as scope:
             scope.cancel()
@@ -369,7 +369,7 @@ async def test_cancellation_in_streams_that_only_stall() -> None:
 
 
 class Pieces(anyio.abc.ByteReceiveStream):
-    """Bytes from memory; waits before every piece."""
+    """Yields bytes from memory; waits before every piece."""
 
     def __init__(self, data: bytes, size: int) -> None:
         self.data, self.size, self.taken = data, size, 0
@@ -486,7 +486,7 @@ def test_a_reset_connection_is_a_truncated_message_for_both_sides(world: World) 
         connected_to_it.clear()
 
 
-# A closed descriptor tells nobody: sockets are shut down instead.
+# A closed descriptor wakes no waiting call: sockets are shut down instead.
 @pytest.mark.parametrize(
     ("anyio_backend", "kind"), [world for world in IN_ONE_LOOP if world.values[1] != "socket"]
 )
@@ -523,7 +523,7 @@ def test_a_blocking_socket_with_a_timeout() -> None:
         with pytest.raises(TransferTimeout) as caught:
             aiotorchio.load(near)
         assert isinstance(caught.value, TimeoutError)
-        # Nothing was taken: the stream is as it was.
+        # No byte was read: the stream is as before.
         aiotorchio.save(SMALL, far)
         assert_same(aiotorchio.load(near), SMALL)
         with pytest.raises(TransferTimeout):
@@ -556,7 +556,8 @@ async def test_a_sender_that_fails_between_chunks_tells_the_receiver(
             options: dict[str, Any] = {"chunk_size": 2**12 if obj is CHUNKED else 2**19}
             with pytest.raises(ZeroDivisionError):
                 await near.save(obj, progress=failing(8192), **options)
-            # Behind the last chunk the receiver has it all, and need not know.
+            # After the last chunk the receiver has the whole message, and need not learn of the
+            # error.
             with pytest.raises(ZeroDivisionError):
                 await near.save(obj, progress=failing(40_000), chunk_size=2**24)
             await near.save(obj, **options)
@@ -589,7 +590,7 @@ async def test_iter_bytes_of_a_sender_that_fails() -> None:
 
 
 class FailingCopier:
-    """A device whose third copy fails."""
+    """A copier of a device whose third copy fails."""
 
     pins = False
 
@@ -700,7 +701,7 @@ async def test_wrong_options_of_a_save(
             await anext(aiotorchio.iter_bytes(SMALL, **options))
         with pytest.raises(error, match=match):
             aiotorchio.save(SMALL, io.BytesIO(), **options)
-        # Nothing was sent.
+        # No byte was sent.
         await near.save(SMALL)
         assert_same(await far.load(), SMALL)
 
@@ -883,7 +884,7 @@ async def test_what_follows_on_a_generator_stays_for_the_next_load() -> None:
 
 
 class Body:
-    """An HTTP body as some libraries have it: each iterator goes on where the last one stopped."""
+    """An HTTP body of some libraries: each iterator goes on where the last one stopped."""
 
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces = pieces
@@ -936,7 +937,7 @@ async def test_pieces_that_reuse_one_buffer() -> None:
     async def pieces() -> AsyncGenerator[bytearray, None]:
         buffer = bytearray()
         for piece in sliced(encoded(CHUNKED) + encoded(SMALL), 13):
-            buffer[:] = piece  # fails while anyone holds a view of it
+            buffer[:] = piece  # fails while a view of it exists
             yield buffer
             buffer[:] = bytes(len(buffer))
             buffer.clear()
