@@ -1,4 +1,4 @@
-"""Real libraries, without a network: models are built from configurations."""
+"""Settings of tests with real libraries; without a network, models come from configurations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import pytest
 
-# Read when the libraries are imported.
+# The libraries read these variables when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -22,7 +22,7 @@ EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def logits(model: Any) -> torch.Tensor:
-    """Of a fixed text."""
+    """The logits of a fixed text."""
     with torch.no_grad():
         result: torch.Tensor = model.eval()(torch.arange(8)[None]).logits
     return result

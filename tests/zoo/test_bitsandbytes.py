@@ -27,7 +27,7 @@ def eight_bits() -> Any:
     model = nn.Sequential(
         make(64, 32, has_fp16_weights=False), make(32, 64, has_fp16_weights=False)
     )
-    # Which quantizes it.
+    # The move to a device quantizes the model.
     return model.to("cpu")
 
 
@@ -42,7 +42,7 @@ def four_bits() -> Any:
 
 
 def load_four_bits(model: Any, state: Any) -> Any:
-    """As transformers does: load_state_dict refuses the state that these layers show."""
+    """Load as transformers does: load_state_dict refuses the state that these layers show."""
     quantized = {name: state[name] for name in state if name.startswith("1.weight.")}
     model[1].weight = layers.Params4bit.from_prequantized(
         state["1.weight"], quantized, device="cpu"
@@ -55,7 +55,7 @@ def load_four_bits(model: Any, state: Any) -> Any:
 NOBODY = r"1\.weight\.absmax: state_dict\(\) of Linear4bit makes it"
 
 MODELS = {
-    # A layer that was used once takes no other state: see below.
+    # A used layer loads no other state: see ``test_layers_that_were_used``.
     "8 bits": Model(eight_bits, run, messages=1),
     "4 bits": Model(four_bits, run, load_four_bits, refused=dict.fromkeys(INTO, NOBODY)),
 }

@@ -1,4 +1,4 @@
-"""LoRA adapters of peft, in and apart from the model that they adapt."""
+"""LoRA adapters of peft, as a part of the adapted model and alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ peft = pytest.importorskip("peft")
 
 
 def adapted() -> Any:
-    """A model with an adapter that changes what it computes."""
+    """A model with an adapter that changes its outputs."""
     config = peft.LoraConfig(
         r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
     )
@@ -35,7 +35,7 @@ def adapter_only() -> Any:
 
 
 def adapter(model: Any) -> Any:
-    """What peft saves of it, under shorter names than those of the model."""
+    """The state that peft saves of it, under shorter names than those of the model."""
     return peft.get_peft_model_state_dict(model)
 
 

@@ -20,7 +20,7 @@ _folders: list[Path] = []
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path) -> Iterator[None]:
-    """Where memory-mapped tensors are."""
+    """The folder of memory-mapped tensors."""
     _folders.append(tmp_path)
     yield
     _folders.pop()
@@ -53,7 +53,7 @@ def update(state: Any, received: Any) -> Any:
 
 
 class Scaled(nn.Module):
-    """Has its parameters in a TensorDict."""
+    """A module with its parameters in a TensorDict."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Graph networks of torch_geometric, with lazy layers of its own."""
+"""Graph networks of torch_geometric, with the library's lazy layers."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tests.zoo.ways import Model, cases, check
 
 quantization = pytest.importorskip("torchao.quantization")
 
-# Not in the annotations of torch.
+# torch's annotations lack it.
 INT4: torch.dtype = vars(torch)["int4"]
 
 

@@ -18,7 +18,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Classifier(nn.Module):
-    """A model that keeps how good it was."""
+    """A model with a metric of its accuracy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Classifier(nn.Module):
 
 
 class Collection(nn.Module):
-    """Metrics that share their states with each other, and one that keeps all that it has seen."""
+    """Metrics that share their states with each other, and one that keeps all inputs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The harness: a model of a library, received in every way, computes as after ``load_state_dict``.
+"""The harness: a library's model, received in every way, computes as after ``load_state_dict``.
 
 In: a ``Model`` and a way. A way gives exactly the state and the outputs that the library's own load
 gives, twice in a row, or refuses before the first byte with an error that names the entry and
@@ -38,13 +38,13 @@ class Model:
     """A model of a library.
 
     Attributes:
-        make: Makes one, with other numbers each time.
-        run: The outputs, of a fixed input.
+        make: Makes a model, with other numbers each time.
+        run: Computes the outputs for a fixed input.
         load: Loads a state into a model, or makes another model of it; the reference.
-        state: The state to be sent.
-        receiver: Makes one to receive into, if not as the sender.
-        destination: What ``into`` gets of a model.
-        messages: How many are received, one after the other, with the outputs behind each.
+        state: Returns the state to send.
+        receiver: Makes a model to receive into, if it differs from the sender.
+        destination: Returns the value of ``into`` for a model.
+        messages: How many messages are received, one after the other, with the outputs after each.
         safe_globals: The classes that a receiver trusts.
         refused: By way: a pattern of the error.
         xfail: By way: why the way neither works nor refuses yet.
@@ -98,10 +98,10 @@ def bits(value: Any) -> Any:
 
 
 def filled(state: Any, tensors: Mapping[str, torch.Tensor], path: str = "") -> Any:
-    """The same state, with the tensors that were received under the paths of its own.
+    """The same state, with the received tensors under its own paths.
 
     Raises:
-        KeyError: One was not received.
+        KeyError: A tensor was not received.
     """
     if isinstance(state, torch.Tensor):
         return tensors[path]
@@ -116,7 +116,7 @@ def filled(state: Any, tensors: Mapping[str, torch.Tensor], path: str = "") -> A
 
 
 async def receive(model: Model, way: str, receiver: Any, into: Any, state: Any) -> Any:
-    """Receive a state in one of the ways; what is returned has it then."""
+    """Receive a state in one of the ways; return the model that has it."""
     stream = Pieces(encoded(state), 1000)
     if way == "iterate":
         async with aiotorchio.StreamReader(stream).open() as message:
@@ -130,7 +130,7 @@ async def receive(model: Model, way: str, receiver: Any, into: Any, state: Any) 
 
 
 def check(model: Model, way: str) -> None:
-    """Receive states, one after the other, or be refused."""
+    """Receive states, one after the other, or check the refusal."""
     make_receiver = model.receiver or model.make
     receiver = make_receiver()
     into = model.destination(receiver)
@@ -145,7 +145,7 @@ def check(model: Model, way: str) -> None:
             assert caught.value.entry == "header"
             assert bits(model.state(receiver)) == before
             continue
-        # The library may keep what it is given.
+        # The library may keep the state that it gets.
         expected = model.load(make_receiver(), copy.deepcopy(state))
         assert bits(state) != before
         receiver = asyncio.run(receive(model, way, receiver, into, state))
