@@ -1,4 +1,4 @@
-"""Fixtures that every test can use, and what holds for the whole run."""
+"""Fixtures for every test, and settings of the whole run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ASYNC_WORLDS = [
 def pytest_configure(config: pytest.Config) -> None:
     """Choose how many random inputs there are, before tests are imported."""
     tiers.set_tier(config.option.markexpr)
-    # The same examples each time, however slow the machine is; new ones are looked for by fuzz/.
+    # The same examples each time, on slow machines too; fuzz/ searches for new ones.
     settings.register_profile(
         "tests",
         max_examples=tiers.examples(100),
@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("tests")
 
 
-# Before pytest deselects by marks.
+# This runs before pytest deselects by marks.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the cases of the full tier."""
@@ -43,9 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep the collector away from what is there to stay, thousands of tests among it.
+    """Keep the garbage collector away from permanent objects, thousands of tests among them.
 
-    Tests that look for what is left behind collect some thousand times: 0.2 s each, otherwise.
+    Tests that look for leaks collect some thousand times: 0.2 s each without this.
     """
     gc.collect()
     gc.freeze()
@@ -55,7 +55,7 @@ def pytest_collection_finish() -> None:
 def pytest_fixture_setup(
     fixturedef: pytest.FixtureDef[Any],
 ) -> Generator[None, object, object]:
-    """Have a shared fixture that breaks reported once."""
+    """Report a broken shared fixture once."""
     try:
         return (yield)
     except Exception as error:

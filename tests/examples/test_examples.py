@@ -1,4 +1,4 @@
-"""The examples run as they are, and tell by their exit status whether all went well."""
+"""Runs the examples as they are; their exit status tells whether all went well."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from tests.support.speed import patience
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-# With what they run here.
+# The arguments with which they run here.
 ARGUMENTS = {
     "tcp_echo.py": "--mib 4",
     "peer_recovery.py": "--steps 2 --width 32 --depth 1",
@@ -37,9 +37,9 @@ def run_example(name: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    """What came of an example; they run beside each other, which takes half as long.
+    """The outcome of an example; the examples run in parallel, which takes half as long.
 
-    Only those of which a test asks, the slow ones of them in the full tier.
+    Runs only the examples of the selected tests, the slow ones in the full tier.
     """
     sources = [
         inspect.getsource(item.function)
