@@ -1,8 +1,8 @@
-"""The worlds that bytes can be sent from and received in, over real connected sockets.
+"""The backends that send and receive bytes, over real connected sockets.
 
-A world runs a script on one end of a connection, in the thread that calls it and on an event loop
-of its own, so that two worlds of different event loops can talk to each other. A script is a
-coroutine over an ``End``; the blocking worlds run theirs without any event loop.
+A backend runs a script on one end of a connection, in the calling thread and on its own event loop,
+so that two backends of different event loops can exchange messages. A script is a coroutine over an
+``End``; the blocking backends run theirs without any event loop.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from tests.support.speed import patience, slowdown
 T = TypeVar("T")
 Script = Callable[["End"], Coroutine[Any, Any, T]]
 
-# Nothing takes that long, unless it hangs.
+# A longer wait means that something hangs.
 PATIENCE = patience(30)
 
 
 class End(ABC):
-    """One end of a connection, with the stream in it that the library is given."""
+    """One end of a connection, with the stream that the library gets."""
 
     def __init__(self, stream: Any, sink: Any = None) -> None:
         self.source = stream
@@ -55,16 +55,16 @@ class End(ABC):
 
     @abstractmethod
     async def send(self, data: bytes) -> None:
-        """Send bytes of the user's own."""
+        """Send bytes outside of a message."""
 
     @abstractmethod
     async def receive(self, size: int) -> bytes:
-        """Receive exactly so many bytes of the user's own."""
+        """Receive exactly so many bytes outside of a message."""
 
 
 class AsyncioEnd(End):
     async def send(self, data: bytes) -> None:
-        # Not drained: whoever saves next finds them in the transport's buffer.
+        # Not drained: the next save finds them in the transport's buffer.
         self.sink.write(data)
 
     async def receive(self, size: int) -> bytes:
@@ -101,7 +101,7 @@ class SocketEnd(End):
 
 
 class IterableEnd(AnyioEnd):
-    """Sends what ``iter_bytes`` yields, receives from an async generator of random pieces."""
+    """Sends the buffers of ``iter_bytes``, receives from an async generator of random pieces."""
 
     def __init__(self, stream: anyio.abc.ByteStream) -> None:
         super().__init__(stream)
@@ -127,7 +127,7 @@ class IterableEnd(AnyioEnd):
         return await aiotorchio.load_from_stream(self.pieces, **options)
 
     async def receive(self, size: int) -> bytes:
-        # What follows a message in a piece is kept for the next load: a user can't have it.
+        # The rest of a piece after a message is kept for the next load: it is not available here.
         raise NotImplementedError
 
 
@@ -228,8 +228,8 @@ async def anyio_tls_end(sock: socket.socket, serves: bool) -> AsyncIterator[End]
     async with stream:
         yield AnyioEnd(stream)
         if not serves:
-            # Whoever closes before it has read the server's session tickets resets the connection,
-            # and what it has sent is lost.
+            # An end that closes before it has read the server's session tickets resets the
+            # connection, and the bytes that it has sent are lost.
             with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
                 await stream.receive()
 
@@ -274,7 +274,7 @@ async def _anyio_stream(sock: socket.socket) -> anyio.abc.SocketStream:
     return stream
 
 
-# ------------------------------------------------------------------------------ worlds
+# ------------------------------------------------------------------------------ backends
 
 ANYIO_BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "asyncio": ("asyncio", {}),
@@ -350,7 +350,7 @@ def connected(link: str) -> tuple[socket.socket, socket.socket]:
 
 
 def converse(near: World, near_script: Script[Any], far: World, far_script: Script[Any]) -> Any:
-    """Run two worlds at the ends of one connection; what the far one returns."""
+    """Run two backends at the ends of one connection; return the result of the far one."""
     assert near.link == far.link
     near_sock, far_sock = connected(near.link)
     errors: list[Exception] = []
@@ -384,7 +384,7 @@ KINDS: dict[str, tuple[Opener, str]] = {
     "anyio-tls": (anyio_tls_end, "tls"),
     "socket": (socket_end, "unix"),
 }
-# Parameters for tests that run on every loop with every kind of stream that there is on it.
+# Parameters for tests that run on every loop with every kind of stream of that loop.
 IN_ONE_LOOP = [
     pytest.param(backend, kind, id=f"{name}-{kind}")
     for name, backend in ANYIO_BACKENDS.items()
@@ -404,7 +404,7 @@ async def both_ends(kind: str, link: str | None = None) -> AsyncIterator[tuple[E
     async def open_near() -> None:
         ends["near"] = await near.__aenter__()
 
-    # Side by side: of TLS, each waits for the other.
+    # Opened in parallel: with TLS, each waits for the other.
     async with anyio.create_task_group() as group:
         group.start_soon(open_near)
         ends["far"] = await far.__aenter__()
@@ -417,25 +417,25 @@ async def both_ends(kind: str, link: str | None = None) -> AsyncIterator[tuple[E
 
 
 def descriptors() -> set[str]:
-    """Those of this process that are open."""
+    """The open file descriptors of this process."""
     return set(os.listdir("/proc/self/fd"))
 
 
 async def all_blocked() -> None:
-    """Wait until every other task of this loop waits for something."""
+    """Wait until every other task of this loop is waiting."""
     for _ in range(10):
         await anyio.wait_all_tasks_blocked()
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let other tasks run until something is so."""
+    """Let other tasks run until a condition is true."""
     with anyio.fail_after(PATIENCE):
         while not condition():
             await anyio.lowlevel.checkpoint()
 
 
 async def soon(condition: Callable[[], bool]) -> bool:
-    """Whether something is so before anybody's clock can matter: TCP probes after 200 ms."""
+    """Whether a condition becomes true before any timer can matter: TCP probes after 200 ms."""
     # Turns of the loop alone would be too few where worker threads wait for a busy machine.
     turns, deadline = 0, anyio.current_time() + 0.15 * slowdown()
     while turns < 1000 or anyio.current_time() < deadline:
@@ -447,12 +447,12 @@ async def soon(condition: Callable[[], bool]) -> bool:
 
 
 def suppress_broken() -> contextlib.AbstractContextManager[None]:
-    """For who sends to a receiver that gives up."""
+    """Suppress the errors of a sender whose receiver gives up."""
     return contextlib.suppress(OSError, anyio.BrokenResourceError, anyio.ClosedResourceError)
 
 
 class CancelledAt(Exception):
-    """A call was cancelled where it should be."""
+    """A call was cancelled at the chosen wait."""
 
 
 @types.coroutine

@@ -1,7 +1,7 @@
-"""Objects that must arrive exactly as they left, and the comparison that proves it.
+"""Objects that must arrive exactly as they were, and the comparison that proves it.
 
-``CASES`` maps a name to what makes the object; ``LOAD_OPTIONS`` has the arguments of ``load`` for
-the cases that need some; ``assert_same`` compares bit for bit, with everything that is shared.
+``CASES`` maps a name to the factory of the object; ``LOAD_OPTIONS`` has the arguments of ``load``
+for the cases that need some; ``assert_same`` compares bit for bit, with all shared memory.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def case(
 
 
 def make(name: str) -> Any:
-    """The object of a case; the same one every time."""
+    """Make the object of a case; the same one every time."""
     random.seed(0)
     torch.manual_seed(0)
     return CASES[name]()
@@ -54,12 +54,12 @@ def make(name: str) -> Any:
 
 
 def assert_same(actual: object, expected: object) -> None:
-    """Fails unless both are the same down to the bits, types, strides and what is shared."""
+    """Check that both are the same down to the bits, types, strides and shared memory."""
     _Comparison().compare(actual, expected, "object")
 
 
 _PLAIN = (type(None), bool, int, float, str, bytes)
-# Of two equal ones of these, nobody can tell one from the other.
+# Two equal values of these types are indistinguishable.
 _EXACT = frozenset(_PLAIN) - {float}
 _VALUE_TYPES = (*_PLAIN, torch.Size, torch.dtype, torch.device, torch.layout, torch.qscheme, type)
 
@@ -112,7 +112,7 @@ class _Comparison:
 
     def _met(self, a: Any, b: Any, path: str) -> bool:
         if isinstance(a, tuple) and all(type(item) in _PLAIN for item in a):
-            return False  # plain values alone: nobody can tell
+            return False  # plain values alone: sharing is not visible
         self._kept += [a, b]
         met = id(a) in self._there
         assert self._there.setdefault(id(a), id(b)) == id(b), f"{path}: shared, should not be"
@@ -173,7 +173,7 @@ def _parts(tensor: torch.Tensor) -> tuple[list[str], list[Any]]:
 
 
 def _parts_of(a: torch.Tensor) -> Iterator[tuple[str, Any]]:
-    """What a tensor is made of besides the bytes of its storage."""
+    """The parts and properties of a tensor in addition to the bytes of its storage."""
     if a.layout is torch.sparse_coo:
         yield "shape", tuple(a.shape)
         yield "is_coalesced", a.is_coalesced()
@@ -374,7 +374,7 @@ for _name, _scheduler in SCHEDULERS.items():
 
 @case
 def checkpoint() -> object:
-    """What a training script saves."""
+    """The state that a training script saves."""
     model = resnet()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
@@ -435,7 +435,7 @@ VALUES: dict[str, Callable[[], object]] = {
     "large": lambda: torch.randn(300_000),
     "chunk_border": lambda: [torch.arange(n, dtype=torch.uint8) for n in (63, 64, 65, 4096, 0, 1)],
     "many_small": lambda: [torch.full((n % 7,), float(n)) for n in range(300)],
-    # What is shared
+    # Shared memory
     "twice": lambda: [x := torch.randn(3), x],
     "nested_twice": lambda: {"a": (x := torch.randn(3)), "b": {"c": [x]}},
     "shared_storage": lambda: [x := torch.arange(12.0), x[2:5], x.view(3, 4).t(), x.detach()],
@@ -634,7 +634,7 @@ class Tagged(torch.Tensor):
 
 
 class Wrapper(torch.Tensor):
-    """A tensor without a storage around one that has some."""
+    """A tensor without a storage around one that has a storage."""
 
     wrapped: torch.Tensor
 
@@ -659,7 +659,7 @@ class Wrapper(torch.Tensor):
 
 
 class Point:
-    """A class of the caller's own."""
+    """A class of the caller."""
 
     def __init__(self, x: float, weight: torch.Tensor) -> None:
         self.x, self.weight = x, weight
@@ -708,7 +708,7 @@ def parameter_with_attributes() -> object:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """A process group of this process alone, for what DTensors need."""
+    """A process group of this process alone, which DTensors need."""
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
 
@@ -729,7 +729,7 @@ def dtensor() -> object:
 
 
 def dtensor_globals() -> Iterable[Any]:
-    """What a receiver of DTensors has to trust."""
+    """The classes that a receiver of DTensors has to trust."""
     import torch.distributed.tensor as module
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import _dtensor_spec

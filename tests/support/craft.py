@@ -25,7 +25,7 @@ class Code(bytes):
 
 
 def assemble(value: Any) -> bytes:
-    """The opcodes that make a value of plain types and of ``Code``."""
+    """Assemble the opcodes that make a value of plain types and of ``Code``."""
     if isinstance(value, Code):
         return value
     if value is None:
@@ -144,7 +144,7 @@ def load_tree(skeleton: bytes, tensors: Sequence[torch.Tensor] = (), **options: 
 
 
 def round_trip(obj: object, **options: Any) -> Any:
-    """Through ``save`` and ``load``."""
+    """Save and load an object."""
     file = io.BytesIO()
     aiotorchio.save(obj, file, chunk_size=CHUNK_SIZE)
     file.seek(0)

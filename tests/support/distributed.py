@@ -1,8 +1,8 @@
 """Models of torch.distributed in a process group, and each way to receive one.
 
 In: a kind of model and a mode. Out: the model as after ``load_state_dict``, or one error before the
-first byte with the model unchanged. Run as
-``python -m tests.support.distributed RANK COUNT STORE FOLDER``, it is one process of several.
+first byte with the model unchanged. ``python -m tests.support.distributed RANK COUNT STORE FOLDER``
+runs one process of several.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def plain() -> nn.Sequential:
-    """With buffers, a size that ranks cannot share evenly, and numbers drawn anew."""
+    """A model with buffers, a size that ranks cannot share evenly, and new random numbers."""
     model = nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
     norm: Any = model[1]
     norm.running_mean.normal_()
@@ -40,7 +40,7 @@ def plain() -> nn.Sequential:
 
 
 def fsdp2(*, used: bool = False) -> nn.Module:
-    """As users make it: each layer that is worth it, and the rest.
+    """A usual FSDP2 model: each large layer is sharded, and then the rest.
 
     Args:
         used: Whether it has computed something: its root has whole parameters then.
@@ -57,7 +57,7 @@ def fsdp2(*, used: bool = False) -> nn.Module:
 
 
 def tensor_parallel() -> nn.Module:
-    """Shards by columns and rows."""
+    """A model sharded by columns and rows."""
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
@@ -71,7 +71,7 @@ def tensor_parallel() -> nn.Module:
 
 def fsdp1(*, use_orig_params: bool) -> nn.Module:
     with warnings.catch_warnings():
-        # That FSDP1 may go, and that there is nothing to be sharded with one rank.
+        # Warnings that FSDP1 may be removed, and that one rank has nothing to shard.
         warnings.simplefilter("ignore")
         return FullyShardedDataParallel(plain(), use_orig_params=use_orig_params, device_id=CPU)
 
@@ -102,7 +102,7 @@ def bits(module: nn.Module) -> dict[str, Any]:
 
 
 def outputs(module: nn.Module) -> Any:
-    """Of a fixed input; all ranks compute together."""
+    """The outputs for a fixed input; all ranks compute together."""
     module.eval()
     result = local(module(torch.arange(12.0).view(3, 4)))
     module.train()
@@ -110,7 +110,7 @@ def outputs(module: nn.Module) -> Any:
 
 
 def is_as_after_load_state_dict(kind: str, mode: str) -> None:
-    """The shards of a rank into those of the same rank, in place."""
+    """Receive the shards of a rank into those of the same rank, in place."""
     sent, module, expected = KINDS[kind](), KINDS[kind](), KINDS[kind]()
     data = encoded(sent.state_dict())
     expected.load_state_dict(sent.state_dict())
@@ -133,7 +133,7 @@ def is_as_after_load_state_dict(kind: str, mode: str) -> None:
 
 
 def is_refused(module: nn.Module, state: Any, mode: str, error: type[Exception]) -> str:
-    """Before the first byte, and nothing has changed: what the error says."""
+    """Check that a load is refused before the first byte and changes nothing; return the error."""
     before = bits(module)
     done: list[int] = []
     try:
@@ -146,10 +146,10 @@ def is_refused(module: nn.Module, state: Any, mode: str, error: type[Exception])
 
 
 def main(rank: int, count: int, store: str, folder: str) -> None:
-    """Take part."""
+    """Run one rank."""
     dist.init_process_group("gloo", store=FileStore(store, count), rank=rank, world_size=count)
     try:
-        # Different numbers on each rank: a shard that comes from another one is noticed.
+        # Different numbers on each rank: a shard of another rank is noticed.
         for kind in KINDS:
             for mode in ["load", *MODES]:
                 torch.manual_seed(0)
@@ -165,7 +165,7 @@ def main(rank: int, count: int, store: str, folder: str) -> None:
                 try:
                     decoded(theirs.read_bytes(), **into_options(mode, into))
                 except MismatchError as error:
-                    # Both ranks have four rows of the seven, or three: the mesh is the same.
+                    # Both ranks may have as many rows, but other positions in the mesh.
                     assert "at (0,) of the mesh in the" in str(error), error
                     assert "at (1,) of the mesh in the" in str(error), error
                 else:

@@ -1,4 +1,4 @@
-"""A shared fixture that breaks is one error, however many tests wanted it.
+"""Reports a broken shared fixture as one error, however many tests use it.
 
 pytest keeps the exception of a fixture of a module or of the session, and raises it again in every
 test. Thousands of cases that share one fixture would bury the error under its copies.
@@ -14,7 +14,7 @@ __all__ = ["keep_first_error"]
 
 
 def keep_first_error(fixturedef: pytest.FixtureDef[Any], error: Exception) -> None:
-    """Let the tests that want a broken fixture after the first one be skipped.
+    """Skip the tests that use a broken fixture, except the first one.
 
     The first test has the error itself, with its traceback, so that the run fails.
     """

@@ -108,7 +108,7 @@ class Message:
         self.frames.append(self.end())
 
     def end(self) -> bytes:
-        """The end frame for what ``frames`` holds behind the header."""
+        """The end frame for ``frames`` after the header."""
         digest = EndDigest(self.identity)
         chunks = [f for f in self.frames[1:] if f[:4] in (SKELETON, CHUNK)]
         for encoded in chunks:
@@ -200,7 +200,9 @@ def fill(buffers: Iterable[memoryview], data: memoryview) -> int:
 
 
 def parse_three_ways(data: bytes, *, limits: Limits = LIMITS) -> Parsed:
-    """Whole, byte by byte, and with another message behind it, which must stay there."""
+    """Parse a message whole, byte by byte, and with another message after it, which must stay
+    unread.
+    """
     parsed = parse(data, limits=limits)
     for other in (
         parse(data, limits=limits, cut=bytewise),

@@ -1,4 +1,4 @@
-"""What a hostile sender puts into a skeleton, each with the one class of error it gets, and why.
+"""Skeletons of a hostile sender, each with the one class of error it gets, and the reason.
 
 Every input here is harmless, to this package and to any other software. Where the size is the
 attack, the case has low ``Limits`` or ``Bounds``, and a small input of the same shape that is
@@ -40,7 +40,7 @@ from tests.support.reasons import LOW, REASONS
 FLOATS, INDICES, BEYOND, WIDE, PAIR, SHORT = range(6)
 QUANTA, EXPANDED, ODD, META, EXPANDED_INDICES, EQUAL_INDICES = range(6, 12)
 ROWS, COLUMNS_BEYOND, BLOCKS, PLANES, META_INDICES = range(12, 17)
-MODULUS = 2**61 - 1  # of hash(int)
+MODULUS = 2**61 - 1  # the modulus of hash(int)
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Case:
     """A skeleton that is refused.
 
     Attributes:
-        skeleton: What the sender puts into a message.
+        skeleton: The skeleton in the message.
         wanted: Name of the class of the error.
-        reason: Words of the error, a regular expression: it is refused for this reason.
-        limits: What the receiver accepts, if not the default.
-        bounds: Bounds of the checks, if not those of ``Bounds``.
+        reason: Words of the error, a regular expression.
+        limits: The limits of the receiver, if not the default.
+        bounds: The bounds of the checks, if not those of ``Bounds``.
     """
 
     skeleton: bytes
@@ -96,7 +96,7 @@ def unsafe() -> dict[str, Any]:
     rebuilt = name("torch._utils", "_rebuild_tensor_v2")
     args = (storage(FLOATS, "float32"), 0, (4,), (1,), False, ordered_dict())
     cases: dict[str, Any] = {
-        # The call of any function is refused for its name: these would do nothing.
+        # The call of any function is refused for its name: these would have no effect.
         "os": call("os", "getpid"),
         "posix": call("posix", "getpid"),
         "builtins": call("builtins", "print"),
@@ -227,7 +227,7 @@ def doubled(levels: int) -> Code:
 
 
 def doubled_late(levels: int) -> Code:
-    """Likewise of lists, which are empty until all others are made, the outermost filled first."""
+    """The same of lists, which are empty until all others are made, the outermost filled first."""
     empty = b"".join(b"]" + put(1000 + level) for level in range(levels + 1))
     filled = b"".join(
         get(1000 + level) + b"(" + get(1000 + level - 1) * 2 + b"e"
@@ -237,7 +237,7 @@ def doubled_late(levels: int) -> Code:
 
 
 def texts_doubled(levels: int) -> Code:
-    """Likewise, with a text: each level takes twice as long to show."""
+    """The same with a text: each level takes twice as long to show."""
     text = assemble(("x" * 100,))
     return Code(text + (put(901) + get(901) + b"\x86") * levels)
 
@@ -251,7 +251,7 @@ def equal_parts(count: int, levels: int) -> Code:
 
 
 def members_of_one_hash(count: int, levels: int) -> bytes:
-    """Likewise, for a list."""
+    """A list of members of one hash."""
     return b"".join(
         doubled(levels) + assemble(number) + b"\x86" for number in colliding_integers(count)
     )
@@ -265,7 +265,7 @@ def filled_late(function: Code, items: Code) -> Code:
 
 
 def colliding_integers(count: int) -> list[int]:
-    """Integers of more than 64 bits with the same hash, a few."""
+    """A few integers of more than 64 bits with the same hash."""
     return [n * MODULUS + 1 for n in range(2**4, 2**4 + count)]
 
 
@@ -274,7 +274,7 @@ COLLIDING_TUPLES = ((1, 1), (5, 1678395250935405367), (25, -1526424474090560516)
 
 
 def keys(values: Iterable[Any]) -> Code:
-    """A dict with these keys, which no dict of this process has to hold."""
+    """A dict with these keys, as opcodes: no dict of this process has to hold them."""
     return Code(b"}(" + b"".join(assemble(value) + b"N" for value in values) + b"u")
 
 
@@ -553,7 +553,7 @@ def node(*items: Any) -> list[Any]:
 
 
 def trees() -> dict[str, Case]:
-    """Skeletons of the other codec."""
+    """Skeletons of the tree codec."""
     pack: Callable[[Any], bytes] = msgpack.packb
 
     def integer(value: int) -> list[Any]:
@@ -651,7 +651,7 @@ def trees() -> dict[str, Case]:
 
 
 def case(codec: str, key: str, skeleton: bytes, wanted: str) -> Case:
-    """A case with the reason, the limits and the bounds that ``reasons`` has for it."""
+    """A case with its reason, limits and bounds from ``reasons``."""
     reasons = [words for words, keys in REASONS[codec][wanted].items() if key in keys.split()]
     assert len(reasons) == 1, f"{codec} {wanted} {key}: {reasons}"
     limits, bounds = next(

@@ -1,7 +1,7 @@
 """A second reader of the format, written from SPEC.md alone: slow, simple, and without torch.
 
-It takes a message from bytes. It shares no code with the package, so what both of them say about a
-message, SPEC.md says. Section numbers in comments are those of SPEC.md.
+It reads a message from bytes. It shares no code with the package, so where both of them agree about
+a message, SPEC.md defines it. Section numbers in comments are those of SPEC.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REQUIRES_GRAD, PARAMETER, CONJ, NEG = 1, 2, 4, 8  # flags of a tensor row (5.4)
 
 
 class AiotorchioError(Exception):
-    """What is wrong, and where: an offset of the message."""
+    """An error, and its place: an offset of the message."""
 
     def __init__(self, message: str, offset: int | None = None) -> None:
         super().__init__(message)
@@ -173,7 +173,7 @@ class Header:
         return [(at, min(size, total - at)) for at in range(0, total, size)]
 
 
-# Stand-ins for what only torch has. Each compares as torch's own does.
+# Proxies for torch's own classes. Each compares as torch's class does.
 
 
 @dataclass(frozen=True)
@@ -217,12 +217,12 @@ class Message:
     skeleton: bytes
     tree: Any  # of the tree codec
     persistent_ids: list[int | StorageId]  # of the pickle codec, in order, with repetitions
-    storages: list[bytes]  # as they are in the payload; empty on meta
+    storages: list[bytes]  # as in the payload; empty on meta
     end: bytes  # the body of the DONE frame
     consumed: int
 
     def values(self, number: int) -> list[Any] | None:
-        """The elements of a tensor in row-major order; None: of a dtype that is not known here."""
+        """Return the elements of a tensor in row-major order; None for an unknown dtype."""
         row = self.header.tensors[number]
         itemsize, unit, kind = DTYPES[row.dtype]
         code = {
@@ -274,7 +274,7 @@ def _unpacker(data: bytes) -> Any:
 
 
 def _decode(data: bytes, what: str) -> Any:
-    """One value, and nothing behind it."""
+    """Decode one value that must fill all of the bytes."""
     unpacker = _unpacker(data)
     try:
         value = unpacker.unpack()
@@ -288,7 +288,7 @@ def _decode(data: bytes, what: str) -> Any:
 
 
 def _array_length(data: bytes, at: int) -> int | None:
-    """How many items the head of an array announces; None: it is no array."""
+    """Return how many items the head of an array announces; None: it is no array."""
     first = data[at] if at < len(data) else 0
     if 0x90 <= first <= 0x9F:
         return first & 15
@@ -339,7 +339,7 @@ def parse_header(body: bytes, limits: Limits) -> Header:
         raise ProtocolError(f"header: {error!r}") from None
 
     def field() -> Any:
-        """The next one."""
+        """Return the next field."""
         start = walk.tell()
         try:
             walk.skip()
@@ -351,7 +351,7 @@ def parse_header(body: bytes, limits: Limits) -> Header:
             raise ProtocolError(str(error)) from None
 
     def table(what: str) -> list[Any]:
-        """The next field, a table, whose items are counted first."""
+        """Return the next field, a table, whose items are counted first."""
         if (_array_length(body, walk.tell()) or 0) > limits.entries:
             raise LimitExceeded(f"header: too many {what}")
         return _list(field(), what)
@@ -440,7 +440,7 @@ def _check_row(row: Row, header: Header, limits: Limits) -> None:
 # The tree codec (6.1)
 
 _PLAIN = (type(None), bool, int, float, str, bytes)
-# Which names torch knows is not a matter of SPEC.md; these are the kinds of devices of torch 2.
+# SPEC.md does not list the kinds of devices; these are those of torch 2.
 _DEVICE = re.compile(
     r"(cpu|cuda|ipu|xpu|mkldnn|opengl|opencl|ideep|hip|ve|fpga|maia|xla|lazy|vulkan|mps|meta|hpu|mtia"
     r"|privateuseone)(:(0|[1-9][0-9]*))?",
@@ -564,7 +564,7 @@ _GLOBALS = frozenset(
 
 
 class _StandIn(dict[Any, Any]):
-    """Stands for a global, and for all that it makes. It does nothing."""
+    """A proxy for a global, and for all objects that it makes. It does nothing."""
 
     def __new__(cls, *args: object) -> _StandIn:
         return super().__new__(cls)
@@ -622,7 +622,7 @@ class _Unpickler(pickle.Unpickler):
 def parse_pickle(body: bytes, header: Header) -> list[int | StorageId]:
     """The persistent ids, in order; protocol, opcodes and globals as without trust in the sender.
 
-    What the stand-ins are called with, and what is appended to what, is not looked at.
+    The arguments of calls and the appended items are not checked.
     """
     operations = io.BytesIO(body)
     try:
@@ -652,7 +652,7 @@ def parse_pickle(body: bytes, header: Header) -> list[int | StorageId]:
 
 @dataclass
 class Reader:
-    """Takes one message from the front of ``data``. What it knows so far is in its attributes."""
+    """Reads one message from the front of ``data``. Its attributes have the results so far."""
 
     data: bytes
     limits: Limits = field(default_factory=Limits)
@@ -664,7 +664,7 @@ class Reader:
     tree: Any = None
     persistent_ids: list[int | StorageId] = field(default_factory=list)
     chunks: list[bytes] = field(default_factory=list)
-    _key: bytes = b""  # what digests begin with (3.3)
+    _key: bytes = b""  # the first input of each digest (3.3)
     _heads: list[bytes] = field(default_factory=list)
 
     def _take(self, size: int) -> bytes:
@@ -687,7 +687,7 @@ class Reader:
     def _frame(
         self, kind: bytes, number: int, offset: int, *, length: int | None = None, limit: int = 0
     ) -> bytes:
-        """The body of the frame that must follow: of exactly ``length``, or within ``limit``."""
+        """Read the body of the next frame: of exactly ``length``, or within ``limit``."""
         head = self._take(32)
         got_kind, got_number, got_offset, got_length, digest = struct.unpack("<4sIQQQ", head)
         # 3.4, rule 1
@@ -762,5 +762,5 @@ class Reader:
 
 
 def read(data: bytes, limits: Limits | None = None) -> Message:
-    """The message at the front of ``data``; what follows it is not looked at."""
+    """Read the message at the front of ``data``; bytes after it are ignored."""
     return Reader(data, limits or Limits()).read()

@@ -1,4 +1,4 @@
-"""What the tests of these rooms share: payloads made by hand, strided views, a copier to watch."""
+"""Helpers of the payload tests: payloads made by hand, strided views, copiers that count."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def filled(sizes: Sequence[int]) -> list[torch.UntypedStorage]:
     storages = []
     for n, size in enumerate(sizes):
         storage = torch.UntypedStorage(size)
-        # Not a power of two, so that what is a chunk too early or too late is not the same.
+        # Not a power of two, so that a shift by a chunk changes the bytes.
         view_of(storage)[:] = (bytes(range(251)) * (size // 251 + 2))[n % 251 :][:size]
         storages.append(storage)
     return storages
 
 
 def layout(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Offsets at multiples of 64, and the size of the whole."""
+    """Return the offsets, multiples of 64, and the size of the whole."""
     offsets, end = [], 0
     for size in sizes:
         start = -(-end // 64) * 64
@@ -65,7 +65,7 @@ def received(incoming: IncomingPayload, data: bytes, chunk: int) -> IncomingPayl
         for view in views:
             view[:] = part[position : position + len(view)]
             position += len(view)
-        # Nothing of a chunk may be written over by the rest of it: it is verified as a whole.
+        # The views of a chunk may not overlap: the chunk is verified as a whole.
         assert b"".join(views) == part
         if move:
             move()
@@ -73,7 +73,7 @@ def received(incoming: IncomingPayload, data: bytes, chunk: int) -> IncomingPayl
 
 
 def storages_made(monkeypatch: pytest.MonkeyPatch) -> list[torch.UntypedStorage]:
-    """Every storage that is made from now on, while the test runs."""
+    """Collect every storage that is made from now on, while the test runs."""
     storages: list[torch.UntypedStorage] = []
     real: Callable[..., torch.UntypedStorage] = torch.UntypedStorage
 
@@ -95,7 +95,9 @@ def bytes_at(incoming: IncomingPayload, row: int) -> bytes:
 
 
 class CopierOnCpu:
-    """Stands for a device: counts its slabs, and refuses to copy from slab to slab."""
+    """A copier of a fake device: counts its staging buffers, and refuses copies between two of
+    them.
+    """
 
     pins = False
 
@@ -120,7 +122,7 @@ class CopierOnCpu:
 
 
 class CountingCopier:
-    """Copies what it is given, and fails half-way in one of its copies."""
+    """A copier that counts its copies, and fails half-way in one of them."""
 
     pins = False
 
@@ -153,7 +155,7 @@ def staging(copier: Copier | None) -> dict[str, Any]:
 
 
 class View(NamedTuple):
-    """What a tensor shows of a storage, counted in elements."""
+    """A view of a storage, counted in elements."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -162,7 +164,7 @@ class View(NamedTuple):
 
     @property
     def extent(self) -> int:
-        """Elements of a storage that has this view, and some before and behind it."""
+        """Return the elements of a storage that has this view, and some before and after it."""
         if 0 in self.shape:
             return self.offset + self.behind
         steps = zip(self.shape, self.stride, strict=True)
@@ -173,7 +175,7 @@ class View(NamedTuple):
         return tensor.set_(storage, self.offset, self.shape, self.stride)
 
     def random(self, dtype: torch.dtype) -> torch.Tensor:
-        """Over a storage of its own, of random bytes."""
+        """Make the view over a new storage of random bytes."""
         return self.over(random_storage(self.extent * dtype.itemsize), dtype)
 
     def on_meta(self, dtype: torch.dtype) -> torch.Tensor:
@@ -195,7 +197,7 @@ def nested(
     extent = 1
     for dim in draw(st.permutations(range(len(shape)))):
         if shape[dim] == 1:
-            # It does not matter: there is no second element.
+            # Any stride will do: there is no second element.
             stride[dim] = draw(st.integers(0, 9))
         elif not expanded or draw(st.integers(0, 3)):
             stride[dim] = extent + draw(st.sampled_from([0, 0, 0, 1, 2, 5]))
@@ -209,7 +211,7 @@ shapes = st.lists(st.integers(1, 4), max_size=4).map(tuple)
 
 @st.composite
 def views(draw: Callable[[Any], Any], shape: tuple[int, ...], *, expanded: bool = False) -> View:
-    """Views of elements with addresses of their own, anywhere in a larger storage."""
+    """Draw views of elements with distinct addresses, anywhere in a larger storage."""
     stride, _ = nested(draw, shape, expanded=expanded)
     return View(shape, stride, draw(st.integers(0, 40)), draw(st.integers(0, 40)))
 
@@ -225,7 +227,7 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of each element, in one more dimension: what copies and compares any dtype."""
+    """The bytes of each element, in one more dimension: any dtype can be copied and compared so."""
     size = tensor.element_size()
     stride = [step * size for step in tensor.stride()]
     view = View((*tensor.shape, size), (*stride, 1), int(tensor.storage_offset()) * size)
@@ -233,7 +235,7 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def bytes_of_storage(tensor: torch.Tensor) -> bytes:
-    """All of them: what the tensor shows, and what lies around it and in its gaps."""
+    """All bytes of a storage: those of the tensor, those around it, and those in its gaps."""
     return bytes(view_of(tensor.untyped_storage()))
 
 

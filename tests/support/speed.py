@@ -1,10 +1,9 @@
-"""How slow this machine is right now, so that tests know when something hangs.
+"""Measures how slow this machine is right now, so that tests can tell when something hangs.
 
-The fixed number of seconds after which nothing takes that long is another one on each machine, and
-on a machine that is busy. Deadlines of the harness are ``patience`` of the seconds that would be
-generous on a machine that is as fast as the reference and has nothing else to do. Only a test that
-hangs waits for such a deadline, so that it may be long. Bounds that a test measures against are
-multiplied by ``slowdown`` itself.
+The number of seconds after which something certainly hangs depends on the machine and its load.
+Deadlines of the harness are ``patience(seconds)``, with the generous number of seconds for an idle
+machine that is as fast as the reference. Only a test that hangs waits for such a deadline, so that
+it may be long. Bounds that a test measures against are multiplied by ``slowdown`` itself.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ __all__ = ["patience", "slowdown"]
 # Seconds that the work below takes on the reference, one free core of a server of 2023.
 _REFERENCE = 0.08
 _ROUNDS, _NUMBERS = 20, 60_000
-# The load of a machine changes: a deadline allows for so much more than there is when it is set.
+# The load of a machine changes: a deadline allows for a load that is so many times higher later.
 _MARGIN = 8
 _SLOWDOWN_MAX = 20
-# Seconds for which a measurement holds.
+# Seconds for which a measurement is valid.
 _HOLDS = 10
 
 _measured: tuple[float, float] | None = None
 
 
 def slowdown(*, again: bool = False) -> float:
-    """How many times as long as on an idle reference work takes at present; at least 1.
+    """Measure how many times as long as on an idle reference work takes at present; at least 1.
 
-    It is the time on the wall that counts: that of a machine that is busy with other processes, or
-    of a thread that waits for others, passes as that of a slow one.
+    The time on the clock counts: on a machine that is busy with other processes, or in a thread
+    that waits for others, it is as long as on a slow machine.
 
     Args:
         again: Measure now, however recent the last measurement is.
@@ -44,12 +43,12 @@ def slowdown(*, again: bool = False) -> float:
 
 
 def patience(seconds: float) -> float:
-    """The seconds after which it is certain that something hangs.
+    """Return the seconds after which something certainly hangs.
 
     Args:
-        seconds: Those after which it would be certain on an idle reference.
+        seconds: The number of seconds on an idle reference.
     """
-    # To the millisecond: sockets give back the same number as their timeout.
+    # To the millisecond: sockets return the same number as their timeout.
     return round(seconds * _MARGIN * slowdown(), 3)
 
 

@@ -1,4 +1,4 @@
-"""Tensors to receive into, of every layout, and a watch over every byte around them."""
+"""Tensors of every layout to receive into, and a check of every byte around them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import aiotorchio
 from aiotorchio.memory.host import view_of
 
-# What is in the memory of destinations before: no dtype has that everywhere by chance.
+# The bytes of targets before a load: unlikely numbers in any dtype.
 BEFORE = bytes(range(1, 252))
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
@@ -33,13 +33,13 @@ def load(data: bytes, **options: Any) -> Any:
 
 
 async def load_pieces(pieces: Any, **options: Any) -> Any:
-    """A load from an async generator, closed as trio wants it."""
+    """Load from an async generator, and close it as trio requires."""
     async with aclosing(pieces):
         return await aiotorchio.load_from_stream(pieces, **options)
 
 
 class Pieces(anyio.abc.ByteReceiveStream):
-    """Bytes from memory; waits before every piece."""
+    """Yields bytes from memory; waits before every piece."""
 
     def __init__(self, data: bytes, size: int) -> None:
         self._data, self._size, self.taken = data, size, 0
@@ -83,16 +83,16 @@ def place(
     offset: int = 0,
     behind: int = 0,
 ) -> torch.Tensor:
-    """A tensor over a storage full of other bytes.
+    """Make a tensor over a storage full of other bytes.
 
     Args:
-        shape: Of the tensor.
-        dtype: Of the tensor.
-        order: Dimensions, that with the widest stride first.
+        shape: The shape of the tensor.
+        dtype: The dtype of the tensor.
+        order: The dimensions, the one with the widest stride first.
         step: Elements from one element to the next.
-        gap: Elements that are left out behind each row, matrix and so on.
+        gap: Elements that are left out after each row, matrix and so on.
         offset: Elements before the first one.
-        behind: Elements behind the last one.
+        behind: Elements after the last one.
     """
     stride, width = [0] * len(shape), step
     for dim in reversed(range(len(shape)) if order is None else order):
@@ -129,7 +129,7 @@ def _parameter(tensor: torch.Tensor) -> torch.Tensor:
     return torch.nn.Parameter(place(tensor.shape, tensor.dtype), requires_grad=False)
 
 
-# What makes a destination for a tensor of a message.
+# Each function makes a target for a tensor of a message.
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "whole": lambda t: place(t.shape, t.dtype),
     "part": lambda t: place(t.shape, t.dtype, offset=5, behind=7),
@@ -142,16 +142,16 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def places_for(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A destination for each tensor, of one layout after the other."""
+    """Make a target for each tensor, of one layout after the other."""
     layouts = list(LAYOUTS.values())
     return {name: layouts[n % len(layouts)](each) for n, (name, each) in enumerate(state.items())}
 
 
-# What must be in their memory
+# The expected contents of their memory
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers as integers, which can be copied and compared whatever they are."""
+    """The same numbers as integers, which can be copied and compared for any dtype."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     storage, dtype = tensor.untyped_storage(), _CARRIERS[tensor.element_size()]
     return over(storage, dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
@@ -165,10 +165,10 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 class Watched:
-    """Knows destinations as they were, with every byte of their storages.
+    """Knows the bytes of targets before a load, with every byte of their storages.
 
     Args:
-        tensors: By name.
+        tensors: The targets by name.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -184,14 +184,16 @@ class Watched:
         ]
 
     def assert_untouched(self) -> None:
-        """Every bit is as it was, and where it was."""
+        """Check that every bit is as it was, at the same address."""
         assert self._where() == self._places
         for name, tensor in self._tensors.items():
             storage = tensor.untyped_storage()
             assert bytes(view_of(storage)) == self._before[storage.data_ptr()], name
 
     def assert_filled(self, values: Mapping[str, torch.Tensor]) -> None:
-        """These values are in the tensors of these names, and all other bytes are as they were."""
+        """Check that these values are in the tensors of these names, and all other bytes are
+        unchanged.
+        """
         expected = {address: storage_of(data) for address, data in self._before.items()}
         for (name, tensor), storage in zip(self._tensors.items(), self._storages, strict=True):
             if name in values:

@@ -1,17 +1,17 @@
 """The two tiers of the suite: the fast one, and everything.
 
-A test function is a behaviour, and its parameters are of two kinds. Some are ways to carry the
-behaviour out: an event loop, a kind of stream, a kind of link. The fast tier runs one way of each
-behaviour, and not the same way for all. Other parameters are what the behaviour is about: the fast
-tier runs cases in which each value appears once instead of each combination, and an evenly spread
-part of a long list of values. All other cases are marked ``full``.
+A test function is a behaviour, and its parameters are of two kinds. Some are backends for the
+behaviour: an event loop, a kind of stream, a kind of link. The fast tier runs one backend for each
+behaviour, and different ones for different behaviours. Other parameters are values of the
+behaviour: the fast tier runs cases in which each value appears once instead of each combination,
+and an evenly spread part of a long list of values. All other cases are marked ``full``.
 
 Tests that draw random inputs (hypothesis, fuzz, chaos) run in both tiers, in the fast one with a
 fifth of the inputs.
 
-The rules hold for tests to come. A test function never loses its last case to them; functions that
-are slow by nature are listed below with the reason. One that marks some of its cases itself, as
-tests/attacks does, is left alone.
+The rules apply to new tests, too. A test function always keeps at least one case; functions that
+are slow by nature are listed below with the reason. A function that marks some of its cases itself,
+as tests/attacks does, is left alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["FAST", "examples", "mark_tiers", "set_tier"]
 FAST = "not full"
 _fast = False
 
-# Parameters that are ways to carry a behaviour out, and values that make a "kind" one.
+# Parameters that choose a backend, and values that make a "kind" one.
 _WAYS = {"anyio_backend", "far", "link", "loop", "loop_factory", "near", "run", "way", "world"}
 _KINDS = {"streams", "streams-tls", "anyio", "anyio-tls", "socket"}
 
@@ -74,13 +74,13 @@ _SLOW = {
 
 
 def set_tier(expression: str) -> None:
-    """Tell the tier by the value of ``-m``, before tests are imported."""
+    """Choose the tier by the value of ``-m``, before tests are imported."""
     global _fast
     _fast = expression == FAST
 
 
 def examples(count: int) -> int:
-    """As many random inputs as the tier has of ``count``."""
+    """The number of random inputs of the tier for a test with ``count`` of them."""
     return max(count // 5, 5) if _fast else count
 
 
@@ -104,19 +104,19 @@ def mark_tiers(items: Iterable[pytest.Item]) -> None:
 
 
 def _entry(table: Mapping[str, T], name: str) -> T | None:
-    """What a table says of a function, or of the file or folder that it is in."""
+    """The entry of a table for a function, or for the file or folder that it is in."""
     path = name.partition("::")[0]
     keys = [name, path, *map(str, PurePosixPath(path).parents)]
     return next((table[key] for key in keys if key in table), None)
 
 
 def _chosen(cases: list[pytest.Function]) -> list[pytest.Function]:
-    """Few cases that show each value once."""
+    """A few cases in which each value appears once."""
     values = {case.nodeid: _values(case) for case in cases}
-    # The same ones in every run, and other ways for other functions.
+    # The same cases in every run, and other backends for other functions.
     order = sorted(values, key=lambda nodeid: zlib.crc32(nodeid.encode()))
     chosen, seen = set[str](), set[tuple[str, int]]()
-    # First those that show most.
+    # First the cases with most new values.
     for least in range(max(map(len, values.values())), 0, -1):
         for nodeid in order:
             if len(values[nodeid] - seen) >= least:
@@ -127,7 +127,7 @@ def _chosen(cases: list[pytest.Function]) -> list[pytest.Function]:
 
 
 def _values(case: pytest.Function) -> set[tuple[str, int]]:
-    """The values of parameters that a case shows, but for the ways to show them."""
+    """The values of a case's parameters, without those that choose a backend."""
     # By identity: every case of a list of parameters has the same objects.
     return {
         (name, id(value))

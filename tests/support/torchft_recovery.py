@@ -1,8 +1,8 @@
-"""torchft's HTTPTransport over aiotorchio; test_compat runs it in two processes.
+"""Runs torchft's HTTPTransport over aiotorchio; test_compat runs it in two processes.
 
-``serve FILE`` has a state, writes it to a file and offers it, whole and in chunks; it says at which
+``serve FILE`` has a state, writes it to a file and offers it, whole and in chunks; it prints the
 ports, and stops at the end of its input. ``recover FILE PORT PORT`` fetches the state twice, writes
-what it got to a file, and says how many loads each took.
+it to a file, and prints how many loads each fetch took.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ loads: list[None] = []
 
 
 def transports() -> list[Any]:
-    """Of torchft, with the two names replaced where it looks for them."""
+    """Transports of torchft, with the two names replaced in its module."""
     module: Any = importlib.import_module("torchft.checkpointing.http_transport")
 
     def counted(*args: Any, **options: Any) -> object:
@@ -41,7 +41,7 @@ def transports() -> list[Any]:
 
 def shut_down(transport: Any) -> None:
     transport.shutdown()
-    # Which leaves the socket open.
+    # torchft leaves the socket open.
     transport._server.server_close()
 
 
@@ -72,7 +72,7 @@ def serve(file: str) -> None:
     servers = transports()
     for server in servers:
         server.send_checkpoint([1], STEP, state, TIMEOUT)
-    # Not its address(): the name of a bare machine may lead nowhere.
+    # Not its address(): the name of a bare machine may not resolve.
     print(*(server.address().split(":")[-1].split("/")[0] for server in servers), flush=True)
     sys.stdin.read()
     for server in servers:
