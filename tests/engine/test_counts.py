@@ -1,6 +1,6 @@
-"""What speed rests on, in counts: copies, system calls, work for each tensor, bytes that wait.
+"""Counts on which speed rests: copies, system calls, work for each tensor, waiting bytes.
 
-How long things take is for benchmarks; here is what must not grow unnoticed.
+Benchmarks measure times; these tests show growth of the counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from aiotorchio.streams.base import PIECE_SIZE
 from tests.support.backends import IN_ONE_LOOP, AsyncioEnd, all_blocked, both_ends
 
 MIB = 2**20
-# Four chunks and a half, each of parts of several storages.
+# Four and a half chunks, each with parts of several storages.
 LARGE = {f"layer.{n}": torch.full((3 * MIB // 4,), float(n)) for n in range(6)}
 LARGE_NBYTES = 18 * MIB
 
@@ -39,19 +39,19 @@ def message(obj: object) -> bytes:
 
 
 class Tireless(socket.socket):
-    """Takes and gives at once all that it is asked to, and counts the calls.
+    """A fake socket that sends and receives all bytes of a call at once, and counts the calls.
 
     Attributes:
-        calls: System calls that there would have been.
-        addresses: Where the bytes were, of each buffer that can be written to, and how many.
-        data: What is to be received.
+        calls: The system calls of a real socket.
+        addresses: Address and size of each writable buffer.
+        data: The bytes to receive.
     """
 
     def __init__(self, data: bytes = b"") -> None:
         near, self._far = socket.socketpair()
         super().__init__(near.family, near.type, fileno=near.detach())
         self.setblocking(False)
-        # Loops that ask whether it is ready are told so.
+        # Event loops find the socket ready to read.
         self._far.send(b"!")
         self.calls = 0
         self.addresses: list[tuple[int, int]] = []
@@ -90,7 +90,7 @@ class Tireless(socket.socket):
 
 
 def bytes_within(state: dict[str, torch.Tensor], addresses: Sequence[tuple[int, int]]) -> int:
-    """How many of the bytes were in the memory of the tensors themselves."""
+    """Count the bytes that were in the memory of the tensors themselves."""
     ranges = [(tensor.data_ptr(), tensor.nbytes) for tensor in state.values()]
     return sum(
         size
@@ -104,7 +104,7 @@ async def test_sockets_send_from_the_tensors_themselves() -> None:
     with Tireless() as sock:
         await aiotorchio.save_to_stream(LARGE, sock)
         assert bytes_within(LARGE, sock.addresses) == LARGE_NBYTES
-        # Of each chunk its head, and two turns; the last of them goes with what follows.
+        # The head of each chunk, and two turns; the last of them carries the next head, too.
         assert sock.calls <= 5 * 3 + 2
 
 
@@ -113,7 +113,7 @@ async def test_sockets_receive_into_the_tensors_themselves() -> None:
     with Tireless(message(LARGE)) as sock:
         state = await aiotorchio.load_from_stream(sock)
         assert bytes_within(state, sock.addresses) == LARGE_NBYTES
-        # Magic, preface, two heads and their bodies, and the end; then as above.
+        # Magic, preface, two heads and their bodies, and the end; then the chunks as in a save.
         assert sock.calls <= 8 + 5 * 3
         assert all(torch.equal(state[name], LARGE[name]) for name in LARGE)
 
@@ -148,15 +148,15 @@ def test_blocking_sockets_send_from_and_receive_into_the_tensors_themselves() ->
         assert bytes_within(state, sock.addresses) == LARGE_NBYTES
 
 
-# Of 18 MiB. Transports read 256 KiB at a time, and TLS has buffers of its own; anyio takes from a
-# transport whatever uvloop gives it in one turn.
+# Of 18 MiB. Transports read 256 KiB at a time, and TLS has internal buffers; anyio reads all bytes
+# from a transport that uvloop delivers in one turn.
 HELD_MAX = {"streams": MIB, "socket": MIB // 4, "streams-tls": 3 * MIB}
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(("anyio_backend", "kind"), IN_ONE_LOOP)
 async def test_bytes_of_python_hold_pieces_only(kind: str) -> None:
-    """The memory of tensors is torch's: here are copies on the way, of both ends."""
+    """The memory of tensors is torch's: Python's memory shows copies on the way, at both ends."""
     async with both_ends(kind) as (near, far):
         tracemalloc.start()
         try:
@@ -176,7 +176,7 @@ async def test_bytes_of_python_hold_pieces_only(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["streams", "streams-tls"])
 def test_a_transport_is_given_no_more_than_a_piece(kind: str) -> None:
-    """Of a peer that reads nothing, only the system's buffers are filled."""
+    """A peer that reads nothing fills only the system's buffers."""
 
     async def main() -> int:
         async with both_ends(kind) as (near, far):
@@ -195,7 +195,7 @@ def test_a_transport_is_given_no_more_than_a_piece(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["streams", "streams-tls"])
 def test_a_reader_buffers_no_more_than_its_limit(kind: str) -> None:
-    """What nobody has asked for yet is the sender's to keep."""
+    """Bytes that were not requested yet stay at the sender."""
 
     async def main() -> int:
         async with both_ends(kind) as (near, far):
@@ -211,7 +211,7 @@ def test_a_reader_buffers_no_more_than_its_limit(kind: str) -> None:
             await saving
             return waiting
 
-    # A transport stops at twice the limit, which is 64 KiB, behind what it has just read.
+    # A transport stops at twice the limit, which is 64 KiB, plus its last read.
     assert asyncio.run(main()) <= 2 * 2**16 + PIECE_SIZE
 
 
@@ -223,7 +223,7 @@ def many(count: int) -> dict[str, torch.Tensor]:
 
 
 class Counted(TorchDispatchMode):
-    """Counts operations of torch."""
+    """Counts torch's operations."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
@@ -243,19 +243,19 @@ def test_operations_of_torch_for_each_tensor() -> None:
     assert saving.operations == 0
     with Counted() as loading:
         aiotorchio.load(io.BytesIO(data))
-    # Each is made, and put over its storage; one more to make them like.
+    # Each tensor is made, and put over its storage; one more operation makes their prototype.
     assert loading.operations <= 2 * len(state) + 1
 
 
 def calls(work: Callable[[], object]) -> int:
-    """Calls of functions, in Python and in C."""
+    """Count calls of functions, in Python and in C."""
     count = 0
 
     def note(frame: object, event: str, argument: object) -> None:
         nonlocal count
         count += event in ("call", "c_call")
 
-    work()  # what is done once
+    work()  # work that is done once
     sys.setprofile(note)
     try:
         work()
@@ -270,7 +270,7 @@ def calls_for_each(work: Callable[[dict[str, torch.Tensor]], Callable[[], object
 
 
 def test_calls_for_each_tensor_that_is_saved() -> None:
-    # 42, on Python 3.11.
+    # 42 were counted, on Python 3.11.
     assert calls_for_each(lambda state: lambda: message(state)) <= 45
 
 
@@ -279,7 +279,7 @@ def test_calls_for_each_tensor_that_is_loaded() -> None:
         data = message(state)
         return lambda: aiotorchio.load(io.BytesIO(data))
 
-    # 35, on Python 3.11.
+    # 35 were counted, on Python 3.11.
     assert calls_for_each(load) <= 38
 
 
@@ -293,7 +293,7 @@ def test_blocks_of_memory_for_each_tensor_that_is_loaded() -> None:
         return made
 
     blocks(10)
-    # Its name, the tensor, and its storage.
+    # The name, the tensor, and its storage.
     assert (blocks(3000) - blocks(1000)) / 2000 <= 4
 
 

@@ -1,7 +1,7 @@
-"""Ctrl-C, or no memory, in a line of the library: the process goes on as if it had not been.
+"""Ctrl-C, or a MemoryError, in any line of the library: the process goes on as before.
 
-Ctrl-C comes in the blocking twins: an event loop takes it between two of its callbacks, and cancels
-a task, which is tested elsewhere. In calls on a loop there is no memory.
+Ctrl-C comes in the blocking calls: an event loop takes it between two of its callbacks, and cancels
+a task; other tests cover that. MemoryError comes in calls on a loop.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from aiotorchio import AiotorchioError, StreamPoisoned
 from tests.support.backends import PATIENCE, both_ends, connected, descriptors
 
 PACKAGE = str(Path(aiotorchio.__file__).parent) + os.sep
-# What holds the collector up is not proof against this: see docs/security.md. Nor are the scopes
-# and groups of anyio, if it comes between the end of their block and their own code.
+# The pause of the garbage collector is not proof against this: see docs/security.md. Nor are the
+# scopes and groups of anyio, if the error comes between the end of their block and their own code.
 COLLECTION = os.path.join(PACKAGE, "common", "gc_pause.py")
 SCOPES = {"_with_deadline", "_with", "run_in_thread"}
 STATE = {"w": torch.arange(3000.0), "b": torch.ones(3), "meta": {"step": 7, "lr": [1e-3, (1, 2)]}}
 PICKLED = {"set": frozenset({1}), "w": torch.arange(3000.0), "sparse": torch.eye(3).to_sparse()}
-# Every so many lines; each test begins with another one.
+# Every seventh line; each test begins with another one.
 STEP = 7
 
 
@@ -64,7 +64,7 @@ def interrupted(after: int, error: type[BaseException]) -> Iterator[list[str]]:
 
 
 def as_before() -> tuple[Any, ...]:
-    """What a call must leave as it was."""
+    """The state of the process that a call must restore."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -73,9 +73,9 @@ def as_before() -> tuple[Any, ...]:
 
 
 def every_line(attempt: Callable[[], str], error: type[BaseException], first: int) -> set[str]:
-    """Interrupt an attempt at every so many lines until it is through; what came of it."""
+    """Interrupt an attempt at every seventh line until it is through; return the outcomes."""
     outcomes, expected = set(), as_before()
-    # Those of other tests may end at any time.
+    # Threads of other tests may end at any time.
     threads = set(threading.enumerate())
     for after in range(first, 10**6, STEP):
         with interrupted(after, error) as where:
@@ -111,13 +111,13 @@ def test_saves_and_loads(error: type[BaseException], obj: Any, first: int) -> No
             except (error, AiotorchioError):
                 pass
             sys.settrace(None)
-            # The streams know how they stand: none is busy for ever, and none is taken for whole.
+            # The streams are in a known state: none stays busy, and none is wrongly clean.
             near.settimeout(5)
             far.settimeout(5)
             try:
                 aiotorchio.save("next", near)
                 if done != "nothing":
-                    # Or the first one, of which nothing was taken.
+                    # Or the first object, of which no byte was read.
                     following = aiotorchio.load(far)
                     assert following == "next" or following.keys() == obj.keys()
             except (StreamPoisoned, aiotorchio.TruncatedError):
@@ -153,7 +153,7 @@ def test_staged_loads_are_all_or_nothing(error: type[BaseException], first: int)
 
 
 def test_a_socket_is_as_it_was() -> None:
-    """Timeouts of the owner's are back, whatever happened."""
+    """The owner's timeouts are restored in any case."""
 
     def attempt() -> str:
         near, far = socket.socketpair()
@@ -183,7 +183,7 @@ def test_no_memory_on_an_event_loop(kind: str, first: int) -> None:
                 except* (MemoryError, AiotorchioError):
                     pass
                 sys.settrace(None)
-                # Neither direction is busy for ever, or taken for whole.
+                # Neither direction stays busy, or is wrongly clean.
                 try:
                     await near.save("next")
                     if done == "both":

@@ -1,4 +1,4 @@
-"""Loads into tensors that are there, and loads of a part: end to end."""
+"""Loads into existing tensors, and loads of a selection: end to end."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def state_of_all_sizes() -> dict[str, torch.Tensor]:
 
 
 def assert_are(loaded: Any, destinations: Mapping[str, Any]) -> None:
-    """The tensors of an object are the very destinations."""
+    """Check that the tensors of an object are the very targets."""
     found = {path: id(tensor) for path, tensor in walk(loaded)}
     assert found == {path: id(tensor) for path, tensor in walk(dict(destinations))}
 
@@ -187,7 +187,7 @@ def test_any_layout_into_any_layout(source: str, mode: str) -> None:
 @pytest.mark.parametrize("dtype", corpus.STRIDED_DTYPES)
 def test_every_dtype(dtype: str) -> None:
     tensor = corpus.of_dtype(dtype)
-    # Alone, and with a tensor of its storage that arrives in memory of its own.
+    # Alone, and with a tensor of its storage that arrives in new memory.
     messages = [encoded({"w": tensor}), encoded({"w": tensor, "other": tensor[:3]})]
     for mode, layout, data in itertools.product(MODES, ("part", "every second"), messages):
         destinations = {"w": LAYOUTS[layout](tensor)}
@@ -197,7 +197,7 @@ def test_every_dtype(dtype: str) -> None:
 
 
 def random_views(rng: random.Random) -> dict[str, torch.Tensor]:
-    """Tensors of a few shared storages, some of them tied."""
+    """Make tensors of a few shared storages, some of them tied."""
     state: dict[str, torch.Tensor] = {}
     for n in range(rng.randint(1, 4)):
         storage = torch.randn(rng.choice([1, 50, 3000])).untyped_storage()
@@ -234,12 +234,12 @@ def random_places(rng: random.Random, state: dict[str, torch.Tensor]) -> dict[st
 
 @pytest.mark.parametrize("seed", range(60))
 def test_any_views_into_any_places(seed: int) -> None:
-    """Whatever shares a storage, with a destination or without: all is as in a plain load."""
+    """Tensors that share a storage, with a target or without, arrive as in a plain load."""
     rng = random.Random(seed)
     state = random_views(rng)
     data = encoded(state, chunk_size=4096)
     expected = load(data)
-    # Small tensors are received where they belong, too, as large ones are.
+    # With a low limit, small tensors are received in place, as large ones are.
     with mock.patch.object(incoming, "SMALL_STORAGE", rng.choice([1, 64, 2**16])):
         for mode in MODES:
             destinations = random_places(rng, state)
@@ -340,7 +340,7 @@ def test_a_module_goes_on_training(mode: str) -> None:
     optimizer = torch.optim.Adam(model.parameters())
     loss = model(torch.ones(1, 3, requires_grad=True)).sum() ** 2
     load(encoded(sent.state_dict()), **into_options(mode, model))
-    # What was computed with the numbers of before has no gradient any more.
+    # Results of the old numbers have no gradient any more.
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     for module in (sent, model):
@@ -365,7 +365,7 @@ def test_the_state_of_an_optimizer(mode: str) -> None:
     assert_are(loaded, own)
     corpus.assert_same(own["state"], sent["state"])
     assert loaded["state"][1]["exp_avg"] is own["state"][1]["exp_avg"]
-    # What is no tensor comes with the message.
+    # Values other than tensors come from the message.
     assert loaded["param_groups"] == sent["param_groups"] != own["param_groups"]
 
 
@@ -423,7 +423,7 @@ def test_objects_that_are_pickled(name: str, mode: str) -> None:
     for path, tensor in walk(sent):
         assert_same_bits(destinations[path], tensor)
     if name == "shared":
-        # One dict can hold one of two destinations only: that of its first place.
+        # One dict can hold one of two targets only: that of its first path.
         assert loaded[0] is loaded[1]
         destinations["1.w"] = destinations["0.w"]
     assert_are(loaded, destinations)
@@ -472,7 +472,7 @@ def with_attributes(tensor: torch.Tensor, **attributes: Any) -> torch.Tensor:
 
 
 class NamedParameter(torch.nn.Parameter):
-    """As libraries have them for sharded layers."""
+    """A class of parameters for sharded layers, as some libraries have."""
 
 
 def state_of_tensors_with_attributes() -> dict[str, Any]:
@@ -497,7 +497,8 @@ def state_of_tensors_with_attributes() -> dict[str, Any]:
 def test_tensors_with_attributes_come_back_as_they_were(weights_only: bool) -> None:
     sent = state_of_tensors_with_attributes()
     loaded = load(encoded(sent), weights_only=weights_only, safe_globals=[corpus.Tagged])
-    sent["named"] = torch.nn.Parameter(sent["named"].data)  # as from torch.load
+    # torch.load gives a plain parameter, too
+    sent["named"] = torch.nn.Parameter(sent["named"].data)
     corpus.assert_same(loaded, sent)
     assert all(tensor.is_leaf for _, tensor in walk(loaded))
     assert loaded["leaf"].related is loaded["whole"]
@@ -507,7 +508,7 @@ def test_tensors_with_attributes_come_back_as_they_were(weights_only: bool) -> N
 
 
 def test_tensors_with_attributes_of_earlier_senders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They stood in the pickle as made over a storage."""
+    """Pickles of earlier senders make such tensors over a storage."""
     monkeypatch.setattr(pickle_codec, "_over_row", lambda tensor, reduced, table: reduced)
     sent = state_of_tensors_with_attributes()
     loaded = load(encoded(sent), safe_globals=[corpus.Tagged])
@@ -521,16 +522,16 @@ def test_into_tensors_for_some_with_attributes(mode: str) -> None:
     into: dict[str, torch.Tensor] = {
         name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in walk(sent)
     }
-    # Of any class, whatever it refuses.
+    # Targets of any class, even one that refuses operations.
     into["plain"] = NamedParameter(torch.zeros(3))
     into["tagged"] = with_attributes(torch.zeros(2).as_subclass(corpus.Tagged), mine=1)
     loaded = load(encoded(sent), **into_options(mode, into), safe_globals=[corpus.Tagged])
     assert_are({**loaded, "tied": None}, {k: v for k, v in into.items() if "tied" not in k})
-    # One tensor in two places is one.
+    # A tensor in two places stays one tensor.
     assert loaded["tied"][0] is into["tied.0"] and loaded["tied"][1]["too"] is into["tied.1.too"]
     for name, tensor in walk(sent):
         assert_same_bits(into[name].detach(), tensor.detach().resolve_conj())
-    # Those that the caller had keep their own attributes.
+    # The caller's tensors keep their own attributes.
     assert vars(into["tagged"]) == {"mine": 1} and not vars(into["plain"])
 
 
@@ -636,7 +637,7 @@ def test_a_destination_is_wherever_the_object_has_its_tensor(mode: str) -> None:
 
 
 def test_the_tensors_of_a_pickle_are_checked_as_they_will_be() -> None:
-    """Not as they are before the exchange: their numbers are offsets into memory."""
+    """They are checked after the exchange; before it, their numbers are offsets into memory."""
     coo = craft.rebuild(
         "_rebuild_sparse_tensor",
         craft.call("torch.serialization", "_get_layout", "torch.sparse_coo"),
@@ -707,7 +708,7 @@ def test_casts_that_torch_cannot_make_come_before_the_first_byte(mode: str) -> N
 # ------------------------------------------------------------------------------ other byte order
 
 
-# The object in one of them has a storage of its tensors itself.
+# The object in one of them contains a storage of its tensors.
 VECTORS = sorted(
     {path.stem for path in FOLDER.glob("*.bin")} - {"pickle", "aborted", "aborted_early"}
 )
@@ -771,7 +772,7 @@ SELECTIONS: list[tuple[Any, dict[str, tuple[str, int]]]] = [
 async def test_what_is_not_selected_is_left_out_of_dicts(
     select: Any, expected: dict[str, tuple[str, int]]
 ) -> None:
-    # What lists and tuples cannot leave out is there without memory.
+    # Lists and tuples keep items that are not selected, without memory.
     everywhere = {"list.0": ("meta", 5), "list.1.0": ("meta", 6)}
     loaded = await load_pieces(aiotorchio.iter_bytes(selectable()), select=select)
     assert shapes(loaded) == everywhere | expected
@@ -923,7 +924,7 @@ def test_destinations_stay_where_they_are(mode: str) -> None:
 
 
 class SpyOnTorch:
-    """torch, with a note of every storage that is made."""
+    """A proxy of torch that notes every storage that is made."""
 
     def __init__(self) -> None:
         self.made: list[int] = []
@@ -1034,7 +1035,7 @@ def test_a_destination_that_changes_its_place_between_chunks(
 ) -> None:
     state = {"w": torch.ones(90, 80), "x": torch.ones(3), "v": torch.ones(2, 10_000)}
     data = encoded(state, chunk_size=2**14)
-    # The small one goes through a slab, the large one arrives where it belongs.
+    # The small one goes through a staging buffer, the large one arrives in place.
     for name, n in itertools.product(["w", "v"], range(7)):
         into = {key: torch.zeros_like(each) for key, each in state.items()}
         others = Watched({key: each for key, each in into.items() if key != name})
@@ -1047,7 +1048,7 @@ def test_a_destination_that_changes_its_place_between_chunks(
 
 @all_modes
 async def test_a_destination_that_changes_its_place_while_bytes_are_on_the_way(mode: str) -> None:
-    """What is wrong with the last chunk is found by a thread while the next one comes in."""
+    """A thread finds the error in the last chunk while the next one arrives."""
     state = {"x": torch.ones(3), "w": torch.ones(90, 80)}
     data = encoded(state, chunk_size=2**12)
     for n in range(6):
@@ -1065,7 +1066,7 @@ async def test_a_destination_that_changes_its_place_while_bytes_are_on_the_way(m
 
 
 class Breaking(Pieces):
-    """A connection that breaks when there is no more."""
+    """A connection that breaks at the end of its data."""
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
         try:
@@ -1083,7 +1084,7 @@ async def test_a_broken_stream_matters_more_than_a_thread_that_fails() -> None:
 
 
 class Meddling:
-    """Does something once, after so many chunks."""
+    """A stream that runs a function once, after so many chunks."""
 
     def __init__(self, after: int, task: Callable[[], object]) -> None:
         self._after, self._task = after, task
@@ -1099,7 +1100,7 @@ class Meddling:
 def test_a_destination_that_changes_while_its_bytes_wait_elsewhere(
     change: Callable[[torch.Tensor], object], mode: str
 ) -> None:
-    """Its storage is also that of a tensor without a destination."""
+    """Its storage is also that of a tensor without a target."""
     tensor = torch.ones(20, 30)
     data = encoded({"w": tensor, "other": tensor[3:], "x": torch.ones(3)})
     into = {"w": torch.zeros(20, 30), "x": torch.zeros(3)}
@@ -1112,7 +1113,7 @@ def test_a_destination_that_changes_while_its_bytes_wait_elsewhere(
 
 
 class MeddledFile(io.BytesIO):
-    """Does something once, before one of its reads."""
+    """A file that runs a function once, before one of its reads."""
 
     def __init__(self, data: bytes, after: int, task: Callable[[], object]) -> None:
         super().__init__(data)
@@ -1141,7 +1142,7 @@ class MeddledFile(io.BytesIO):
 def test_a_destination_that_changes_its_shape_at_any_time(
     shape: tuple[int, ...], mode: str
 ) -> None:
-    """It was compared with the header, and is looked at again when its bytes come."""
+    """A target is compared with the header, and checked again when its bytes arrive."""
     state = {"w": torch.ones(shape), "x": torch.ones(3)}
     data = encoded(state, chunk_size=2**18)
     for after in itertools.count():
@@ -1192,7 +1193,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("options", "error", "match"), WRONG, ids=range(len(WRONG)))
 async def test_wrong_options(options: dict[str, Any], error: type[Exception], match: str) -> None:
-    """They are refused before anything is read."""
+    """Wrong options are refused before anything is read."""
     async with both_ends("socket") as (near, far):
         await near.save({"w": torch.ones(2)})
         with pytest.raises(error, match=match):

@@ -1,4 +1,4 @@
-"""Models of torch.distributed as destinations: FSDP2, tensor parallel, DDP and FSDP1."""
+"""Models of torch.distributed as targets: FSDP2, tensor parallel, DDP and FSDP1."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 RANKS = 2
 DEADLINE = patience(120)
 
-# One rank has nothing to shard, which FSDP1 says each time; and torch may give FSDP1 up.
+# FSDP1 warns that one rank has nothing to shard, and that torch may remove it.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:When using ``NO_SHARD``:UserWarning"),
     pytest.mark.filterwarnings("ignore:The `NO_SHARD` sharding strategy:FutureWarning"),
@@ -47,7 +47,7 @@ def test_a_model_is_as_after_load_state_dict(kind: str, mode: str) -> None:
     distributed.is_as_after_load_state_dict(kind, mode)
 
 
-# Those of an FSDP2 model that has computed are whole until it is resharded.
+# The parameters of an FSDP2 model that has computed are whole until it is resharded.
 @pytest.mark.parametrize("kind", ["fsdp2", "tensor parallel", "ddp"])
 def test_parameters_are_a_destination(kind: str) -> None:
     distributed.is_as_after_load_state_dict(kind, "parameters")
@@ -165,7 +165,7 @@ def test_ddp_takes_the_names_that_load_state_dict_takes(mode: str) -> None:
 
 @pytest.mark.full
 def test_several_ranks(tmp_path: Path) -> None:
-    """Each receives its own shards, and refuses those of the other; see ``distributed``."""
+    """Each rank receives its own shards, and refuses those of the other; see ``distributed``."""
     environment = os.environ | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
     processes: list[subprocess.Popen[str]] = []
     try:

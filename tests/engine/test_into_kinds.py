@@ -1,4 +1,4 @@
-"""Destinations that are no view of a memory: sparse, quantized, wrapper subclasses, DTensors."""
+"""Composite tensors as targets: sparse, quantized, wrapper subclasses, DTensors."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_what_is_missing_or_not_selected_stays() -> None:
 
 
 def sparse(one: float) -> dict[str, Any]:
-    """What can be told apart before its numbers are there."""
+    """Mismatches that are found before the payload arrives."""
     return {"coo": (torch.eye(3) * one).to_sparse(), "dense": torch.full((2,), one)}
 
 
@@ -200,7 +200,7 @@ def test_what_no_destination_takes_is_shown_up_to_a_number() -> None:
 
 
 class Holder:
-    """An object with a tensor; how many were made is counted."""
+    """An object with a tensor; it counts its instances."""
 
     __slots__ = ("held", "others")
 
@@ -283,7 +283,7 @@ def test_dtensors(mode: Mode) -> None:
 
 
 def test_attributes_of_a_peer_make_no_dtensor() -> None:
-    """They say over which devices it is spread, in a tensor that is not."""
+    """A DTensor has attributes of these names, but this tensor is none."""
     sent: Any = torch.eye(2).to_sparse()
     sent.device_mesh, sent.placements = 1, (1,)
     into = {"a": torch.zeros(2, 2).to_sparse()}
@@ -320,7 +320,7 @@ def test_names_and_places_that_are_too_long_all_in_all(monkeypatch: pytest.Monke
 
 @all_modes
 def test_a_tensor_without_rows_that_nothing_takes(mode: Mode) -> None:
-    """Over the memory of another one: only the skeleton tells of it."""
+    """It is over the memory of another tensor: only the skeleton shows it."""
     tensor = quantized(1.0, 2.0)
     bare = torch.empty(0, dtype=torch.int8).set_(tensor.untyped_storage(), 0, (2,), (1,))
     data, into = encoded({"bare": bare, "hidden": tensor}), {"bare": torch.zeros(2).char()}

@@ -1,4 +1,4 @@
-"""Loads into modules do what ``load_state_dict`` does, in place, or say why they do not."""
+"""Loads into modules do in place what ``load_state_dict`` does, or say why they do not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def before_load(module: nn.Module, hook: Callable[..., None]) -> None:
 
 
 class Copies(nn.Module):
-    """Shows a copy of a tensor that is no buffer, as metrics do."""
+    """Its state has a copy of a tensor that is no buffer, as in metrics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Copies(nn.Module):
 
 
 class Packed(nn.Module):
-    """Shows a number as a tensor, as quantized layers do."""
+    """Its state has a number as a tensor, as in quantized layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Packed(nn.Module):
 
 
 class Gathers(nn.Module):
-    """Shows one tensor for two shards."""
+    """Its state has one tensor for two shards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Gathers(nn.Module):
 
 
 class Extra(nn.Module):
-    """Has extra state, as Transformer Engine's modules do."""
+    """A module with extra state, as in Transformer Engine."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Extra(nn.Module):
 
 
 class OldName(nn.Module):
-    """Was saved under another name once."""
+    """A module that was saved under another name in an old version."""
 
     def __init__(self, *, old: bool = False) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class OldName(nn.Module):
 
 
 class RenamesBelow(nn.Module):
-    """The name of a child was another one, and the child has no code for it."""
+    """A child had another name in an old version, and has no code for it."""
 
     def __init__(self, *, old: bool = False) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class RenamesBelow(nn.Module):
 
 
 class Quantized(nn.Module):
-    """As bitsandbytes' 4-bit layers: what belongs to the weight is shown, and nothing loads it."""
+    """As in bitsandbytes' 4-bit layers: the state has parts of the weight that no code loads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,12 +237,12 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def model(kind: str) -> nn.Module:
-    """A module between others that are nothing special."""
+    """Make a module between ordinary ones."""
     return nn.Sequential(nn.Linear(2, 2), KINDS[kind](), nn.LayerNorm(2))
 
 
 def plainly(value: Any) -> Any:
-    """What can be compared with ==, bit for bit."""
+    """Convert an object so that == compares it bit for bit."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.tolist()
     if isinstance(value, dict):
@@ -251,7 +251,7 @@ def plainly(value: Any) -> Any:
 
 
 def state(module: nn.Module) -> Any:
-    """As it is now; the state that a module shows may change with it."""
+    """Copy the current state; a module's state may change with the module."""
     return plainly(module.state_dict())
 
 
@@ -445,7 +445,7 @@ def test_extra_state_that_is_missing(mode: str) -> None:
 @pytest.mark.parametrize("path", ["", "a.model"])
 @all_modes
 def test_extra_state_for_a_module_of_tensors(mode: str, path: str, value: Any) -> None:
-    """As from a sender whose modules have extra state."""
+    """The message comes from a sender whose modules have extra state."""
     module, message = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)).state_dict()
     message["0._extra_state"] = value
     sent: Any = {"a": {"model": message}} if path else message
@@ -469,7 +469,7 @@ def test_extra_state_in_a_pickle_for_a_module_of_tensors(mode: str) -> None:
 
 
 def test_a_module_is_looked_through_in_one_pass() -> None:
-    """Its paths, tensors and hooks as torch's own functions find them."""
+    """The survey finds the same paths, tensors and hooks as torch's own functions."""
     shared = Extra(lambda: b"")
     module: Any = nn.ModuleDict({"a": model("batch norm"), "b": shared, "c": nn.Sequential(shared)})
     module["a"][0].register_buffer("passing", torch.ones(1), persistent=False)
@@ -503,7 +503,7 @@ def test_extra_state_that_nobody_takes() -> None:
 
 @all_modes
 def test_an_entry_that_nothing_loads(mode: str) -> None:
-    """It would end half new, half old."""
+    """The module would end half new, half old."""
     sent, module = nn.Sequential(Quantized()), nn.Sequential(Quantized())
     before = state(module)
     with pytest.raises(MismatchError) as caught:
@@ -557,7 +557,7 @@ async def test_a_module_that_raises(mode: str, way: str) -> None:
     with pytest.raises(MismatchError, match=r"1 \(Refuses\).*: ZeroDivisionError: no") as caught:
         await load_in(way, encoded(sent), **into_options(mode, module))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    # What was loaded is loaded back, in both.
+    # Both modules have loaded their old state again.
     assert torch.equal(first.total, total) and second.taken == second.state == b"old"
     if mode != "plain":
         assert state(module) == before
@@ -645,7 +645,7 @@ async def test_modules_load_under_the_lock_and_a_failed_release_undoes_it(
 
 @pytest.mark.parametrize("codec", ["tree", "pickle"])
 def test_the_mark_of_assign_does_not_travel(codec: str) -> None:
-    """Else every later load of the state would let models share its memory."""
+    """With the mark, every later load of the state would let models share its memory."""
     source = nn.Linear(2, 2)
     message: Any = source.state_dict()
     nn.Linear(2, 2).load_state_dict(message, assign=True)
@@ -676,7 +676,7 @@ def test_a_mark_that_was_sent_does_not_count(codec: str, monkeypatch: pytest.Mon
 
 @all_modes
 def test_a_tied_module_from_a_message_with_one_name(mode: str) -> None:
-    """What another name fills is not missing, for hooks either."""
+    """A hook does not see a name as missing that another name fills."""
 
     def tied() -> nn.Sequential:
         module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), Copies())
@@ -756,7 +756,7 @@ def test_hooks_that_change_what_is_loaded(hook: Any, mode: str) -> None:
 
 
 class Detaches(nn.Module):
-    """Shows its tensors detached, whatever is asked for."""
+    """Its state has detached tensors, for any arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -774,7 +774,7 @@ def test_tensors_that_are_shown_detached(mode: str) -> None:
 
 
 class OnlyTotal(nn.Module):
-    """Has nothing but an entry that it makes."""
+    """Its state has only an entry that it computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -834,7 +834,7 @@ def test_a_hook_that_raises_before_the_change_leaves_nothing_half_applied() -> N
 
 
 class Versioned(nn.Module):
-    """Once had its numbers the other way round."""
+    """A module whose old version has its numbers in reverse order."""
 
     _version = 2
 
@@ -865,7 +865,7 @@ def test_an_undo_goes_by_the_versions_of_the_module(versions: Any) -> None:
 
 
 class Derived(nn.Module):
-    """Shows and keeps what it has computed from its tensors."""
+    """Its state has a value that it has computed from its tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -974,7 +974,7 @@ def test_a_state_dict_that_does_not_go_by_submodules() -> None:
 
 
 def test_a_checkpointed_module() -> None:
-    """Its hooks hide its own part of the names."""
+    """Its hooks remove its own part of the names."""
     wrap = torch.distributed.algorithms._checkpoint.checkpoint_wrapper.checkpoint_wrapper
     sent, module = (nn.Sequential(wrap(nn.Linear(2, 2)), Copies()) for _ in range(2))
     assert "0.weight" in sent.state_dict()
@@ -1013,7 +1013,7 @@ def test_nested_entries_that_nothing_loads() -> None:
 
 
 def test_torch_is_given_the_tensors_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of each would take as long as the load."""
+    """torch gets no copies of the tensors: they would take as long as the load."""
     module, seen = nn.Sequential(Extra(lambda: 1)), list[Any]()
     call = nn.Module._load_from_state_dict
 
@@ -1048,7 +1048,7 @@ def test_an_undo_that_is_interrupted_is_done_again() -> None:
 
 
 class Shows(nn.Linear):
-    """Has extra state that nothing takes back."""
+    """A module that returns extra state, and cannot load it."""
 
     def get_extra_state(self) -> Any:
         return {"n": 1}
@@ -1063,7 +1063,7 @@ def test_extra_state_that_a_module_only_shows_is_not_missed(mode: dict[str, Any]
 
 
 def test_code_of_a_class_that_the_caller_trusts_runs_once() -> None:
-    """Not in a rehearsal as well."""
+    """The check before the load does not run it as well."""
     made: list[Any] = []
 
     class Registered(torch.Tensor):
@@ -1105,7 +1105,7 @@ def test_extra_state_that_nobody_takes_is_refused_wherever_it_is(
         aiotorchio.load(io.BytesIO(data), into=into)
     aiotorchio.load(io.BytesIO(data), into=into, strict=False)
     assert torch.equal(linear.weight, state["weight"])
-    # That of others is not its own.
+    # Extra state of other modules is not that of this one.
     data = encoded(below("0", nn.Linear(2, 2).state_dict(), flat=flat) | {"b._extra_state": 1})
     if mixed:
         aiotorchio.load(io.BytesIO(data), into=into)

@@ -1,4 +1,4 @@
-"""Iteration and select: tensors that are made of several rows come under their names, as one."""
+"""Iteration and selections with composite tensors: each comes under its name, as one tensor."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ async def iterated(data: bytes, **options: Any) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("select", [None, "coo"])
 @pytest.mark.parametrize("among", ["alone", "first", "last"])
 async def test_parts_in_several_chunks(among: str, select: str | None) -> None:
-    """A chunk that completes parts only is not the end."""
+    """The iteration goes on after a chunk that completes no tensor."""
     coo = torch.arange(1.0, 3001).to_sparse()
     sent = {"coo": coo} if among == "alone" else {"coo": coo, "w": torch.ones(2)}
     if among == "last":
@@ -116,13 +116,13 @@ async def test_parts_in_several_chunks(among: str, select: str | None) -> None:
 
 
 async def test_one_over_the_memory_of_another() -> None:
-    """All rows have names, and only the skeleton tells of the quantized tensor."""
+    """All rows have names, and only the skeleton shows the quantized tensor."""
     tensor = quantized(1.0, 2.0)
     bare = torch.empty(0, dtype=torch.int8).set_(tensor.untyped_storage(), 0, (2,), (1,))
     found = dict(await iterated(encoded({"bare": bare, "quantized": tensor})))
     assert torch.equal(found["bare"], bare)
     assert torch.equal(found["quantized"].dequantize(), tensor.dequantize())
-    # A storage itself is no tensor, and nothing is lost without it.
+    # A bare storage is no tensor; it is not yielded.
     found = dict(await iterated(encoded({"bare": bare, "storage": bare.untyped_storage()})))
     assert found.keys() == {"bare"}
 
@@ -172,7 +172,7 @@ async def test_select_takes_one_or_leaves_it_out(select: Any, names: list[str]) 
     data, expected = encoded(sent, chunk_size=4096), dict(named(sent))
     found = await iterated(data, select=select, **TRUST)
     loaded = aiotorchio.load(io.BytesIO(data), select=select, **TRUST)
-    # The items of a list stay, as those that are dense do.
+    # The items of a list stay, as dense ones do.
     kept = {name for name, _ in named(loaded)} - {"layers.1", "again.0"}
     assert kept == set(names) - {"layers.1", "again.0"}
     assert [name for name, _ in found] == names
@@ -191,7 +191,7 @@ async def test_one_that_is_not_selected_takes_no_memory(monkeypatch: pytest.Monk
     monkeypatch.setattr(Composites, "hold", noting)
     sent = {"a": torch.eye(3).to_sparse(), "w": torch.ones(2), "b": torch.eye(3).to_sparse()}
     assert [name for name, _ in await iterated(encoded(sent), select=["b", "w"])] == ["w", "b"]
-    # Of "b" alone: its indices and its values, and nothing is kept of them.
+    # Only the indices and values of "b" were held, and they were freed.
     assert held == [3, 4]
 
 
@@ -280,7 +280,7 @@ async def test_what_cannot_be_named_raises_before_anything_comes(case: str) -> N
     async with reader.open() as message:
         with pytest.raises(MismatchError, match=reason):
             await anext(message.iterate())
-        # Nothing was done with it.
+        # The message is unused.
         await message.load(**TRUST)
     assert list(await reader.load()) == ["next"]
 
@@ -442,13 +442,13 @@ async def test_one_that_is_made_of_itself() -> None:
 
 
 async def test_a_container_that_is_changed_after_its_use() -> None:
-    """A load has used it as it was, and what is carried out later would find something else."""
+    """A load has used it as it was; a call that runs later would find it changed."""
     rest = craft.Code(b"}" + craft.put(1))
     more = craft.Code(craft.get(1) + craft.assemble("late") + craft.assemble(1) + b"s")
     bad = wrapped({"wrapped": craft.tensor(0), "rest": [rest]})
     with pytest.raises(MismatchError, match="a container is changed after a call has used it"):
         await iterated(crafted({"bad": bad, "more": more}, THING), **TRUST)
-    # The same, changed before.
+    # A container that is changed before the call is fine.
     found = await iterated(crafted({"more": [rest, more], "ok": bad_after(1)}, THING), **TRUST)
     assert [name for name, _ in found] == ["ok"]
     assert found[0][1].rest == {"late": 1}
@@ -459,7 +459,7 @@ def bad_after(memo: int) -> craft.Code:
 
 
 async def test_arguments_that_many_calls_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each call is charged for its own tuple of them."""
+    """Each call is charged for its own tuple of the arguments."""
     lower = dataclasses.replace(bounds.BOUNDS, memory_floor=2**16)
     monkeypatch.setattr(bounds, "BOUNDS", lower)
     many = craft.Code(craft.assemble(tuple([craft.tensor(0)] * 100)) + craft.put(1))
@@ -495,7 +495,7 @@ class Same:
 async def test_keys_and_members_of_trusted_classes(
     made: Callable[[], Any], error: type[Exception], text: str
 ) -> None:
-    """Their hashes are not those of what stood for them."""
+    """Objects of these classes hash differently from their proxies."""
     trusted = [corpus.Wrapper, Unhashable, Same]
     data = crafted({"bad": wrapped({"wrapped": craft.tensor(0), "rest": made()})}, THING)
     with pytest.raises(error, match=text):
@@ -516,7 +516,7 @@ async def test_what_is_below_a_key_without_a_text_has_no_name(key: Any) -> None:
 
 
 async def test_keys_that_are_doubled_tuples() -> None:
-    """Looked into once, however often each is in the next."""
+    """The check visits each tuple once, however often it is in the next one."""
     key: tuple[Any, ...] = ()
     for _ in range(16):
         key = (key, key)
@@ -525,7 +525,7 @@ async def test_keys_that_are_doubled_tuples() -> None:
 
 
 async def test_a_shared_part_costs_once() -> None:
-    """However many tensors one is a part of."""
+    """The number of tensors that contain the part does not matter."""
     big = [craft.Code(craft.assemble(list(range(1000))) + craft.put(1))]
     big += [craft.get(1)] * 199
     value = {

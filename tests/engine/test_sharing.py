@@ -1,4 +1,4 @@
-"""Loads into tensors that share memory: with each other, or with those of another load."""
+"""Loads into tensors that share memory: with each other, or with the targets of another load."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ async def test_other_numbers_in_an_async_load(mode: str) -> None:
 
 
 def test_other_numbers_for_a_double_buffer_with_gaps() -> None:
-    """What leaves gaps in its storage waits in memory of its own."""
+    """A tensor with gaps in its storage is received into separate memory."""
     own = place((30,), torch.float32, step=2)
     into = {"a": own, "b": own[:]}
     watched, buffers = Watched(into), DoubleBuffer(into)
@@ -132,7 +132,7 @@ def test_other_numbers_for_a_double_buffer_with_gaps() -> None:
 
 
 def random_copies(rng: random.Random, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same numbers several times, in storages of their own or mixed in one of them."""
+    """Make the same numbers several times, in separate storages or mixed in one of them."""
     state: dict[str, torch.Tensor] = {}
     mixed = torch.stack([values] * 2, rng.randint(0, values.dim()))
     dim = next(n for n in range(mixed.dim()) if mixed.size(n) == 2)
@@ -166,7 +166,7 @@ def test_copies_in_any_layout(seed: int) -> None:
                 cast=True,
             )
             watched.assert_filled(dict.fromkeys(names, values))
-            # Of another storage than the first, so that not all of them change.
+            # From a separate storage, so that the copies differ.
             changed = {name: tensor.contiguous().clone() for name, tensor in state.items()}
             wrong = rng.choice(names)
             changed[wrong].view(-1)[rng.randrange(values.numel())] += 9
@@ -180,7 +180,7 @@ def test_copies_in_any_layout(seed: int) -> None:
 @all_modes
 @pytest.mark.parametrize("dtype", corpus.STRIDED_DTYPES)
 def test_bits_are_compared(dtype: str, mode: str) -> None:
-    """Not numbers: NaN is equal to itself, and 0 is not -0."""
+    """The check compares bits, not numbers: NaN equals itself, and 0 is not -0."""
     for count, value in itertools.product([1, 9000], [0xFF, 0x7F]):
         itemsize = getattr(torch, dtype).itemsize
         bits = torch.full((count * itemsize,), value, dtype=torch.uint8)
@@ -223,7 +223,7 @@ def test_conjugates_are_compared_as_they_are_meant(mode: str) -> None:
     load(encoded({"a": values.conj(), "b": values.conj().clone()}), **into_options(mode, into))
     assert_same_bits(own, values.conj().resolve_conj())
     with pytest.raises(MismatchError, match="b and a are one tensor"):
-        # The bytes are the same, and what they mean is not.
+        # The bytes are the same, but not the numbers.
         load(encoded({"a": values.conj(), "b": values}), **into_options(mode, into))
 
 
@@ -407,12 +407,12 @@ async def test_destinations_that_overlap(
                 await message.load(**options, strict=strict)
             assert list(caught.value.misfits) == ["b"]
             watched.assert_untouched()
-            # Nothing of it was read.
+            # No payload was read.
             corpus.assert_same(await message.load(), state)
     with pytest.raises(MismatchError, match="b: shares memory with a"):
         load(encoded(state), **options, strict=strict)
     watched.assert_untouched()
-    # One at a time is no harm.
+    # Loads of one name at a time are allowed.
     load(encoded({"b": state["b"]}), **options, strict=False)
     watched.assert_filled({"b": state["b"]})
 
@@ -454,7 +454,7 @@ def test_a_tied_tensor_and_a_part_of_it(mode: str) -> None:
 
 
 class Held:
-    """An async iterable that gives a message up to some byte, and the rest when it is let go."""
+    """An async iterable that yields a message up to some byte, and the rest when it is released."""
 
     def __init__(self, data: bytes, until: int) -> None:
         self._pieces = [data[:until], data[until:]]
@@ -472,7 +472,7 @@ DATA = encoded(VALUES, chunk_size=2**14)
 
 
 def same_memory(into: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Destinations of the same memory, and another load's names for it."""
+    """Targets of the same memory, and names of it for another load."""
     return {
         "the same": into,
         "another dict": dict(into),
@@ -498,7 +498,7 @@ async def test_two_loads_into_the_same_tensors(first: str, mode: str) -> None:
             async with aiotorchio.StreamReader(Pieces(encoded(state), 99)).open() as message:
                 with refused:
                     await message.load(**into_options(mode, destination))
-                # Nothing of it was read.
+                # No payload was read.
                 corpus.assert_same(await message.load(), state)
             with refused:
                 load(encoded(state), **into_options(mode, destination))
@@ -585,7 +585,7 @@ async def test_a_coroutine_that_is_closed_sets_its_tensors_free(mode: str) -> No
     async with aclosing(pieces()) as stream:
         call = aiotorchio.load_from_stream(stream, **into_options(mode, into))
         while not claims:
-            # Until then, it gives others a turn at most.
+            # Until then, the call at most gives other tasks a turn.
             assert call.send(None) is None
         call.close()
         assert not claims
@@ -610,7 +610,7 @@ async def test_staged_loads_are_refused_while_the_lock_is_waited_for(mode: str) 
 
 @all_modes
 def test_loads_in_many_threads_into_the_same_tensors(mode: str) -> None:
-    """One of them at a time gets them; the others are told so, and change nothing."""
+    """One load at a time gets them; the others are refused, and change nothing."""
     into = {name: torch.zeros(9000) for name in VALUES}
     outcomes: list[object] = []
     start = threading.Barrier(8)
@@ -639,7 +639,7 @@ def test_loads_in_many_threads_into_the_same_tensors(mode: str) -> None:
 def test_a_swap_between_the_first_look_and_the_claim(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was noted of the destinations is not theirs any more: nothing is written there."""
+    """The notes about the targets are out of date: the load writes nothing there."""
     into = {name: torch.zeros(9000) for name in VALUES}
     before = {name: each.detach() for name, each in into.items()}
     make = Claim.make
@@ -688,7 +688,7 @@ def test_a_forked_process_has_no_loads(mode: str) -> None:
         if not child:
             code = 1
             try:
-                # Only what needs no thread of torch's, which the child does not have.
+                # Without torch's threads, which the child does not have.
                 small = {"p0": torch.zeros(2)} if mode != "plain" else {"p0": into["p0"][:2]}
                 if mode == "double":
                     options["into"].memory.claim()
@@ -717,7 +717,7 @@ def test_a_message_file_is_still_there_after_a_refusal() -> None:
 
 
 async def test_an_unfinished_iterable_is_left_to_its_owner() -> None:
-    """A refused load closes nothing that it did not open."""
+    """A refused load closes only streams that it has opened."""
     into = {name: torch.zeros(9000) for name in VALUES}
     stream = Held(DATA, len(DATA) // 2)
     async with anyio.create_task_group() as group:

@@ -1,4 +1,4 @@
-"""State that changes while it is sent: as it was when ``snapshot``, else an error."""
+"""State that changes while it is sent: a snapshot sends the old state, other saves raise."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ STATES: dict[str, Callable[[], Any]] = {
 
 
 def ruin(state: Any) -> None:
-    """Change everything that can be changed in it."""
+    """Change every value of a state that can be changed."""
     if isinstance(state, torch.Tensor):
         state.fill_(-1)
         bytes_of(state.untyped_storage()).fill_(3)
@@ -80,7 +80,7 @@ def encoded(obj: object, **options: Any) -> bytes:
 
 
 def made(name: str) -> tuple[Any, Any]:
-    """A state, and the same again."""
+    """Make a state, and the same again."""
     torch.manual_seed(0)
     state = STATES[name]()
     torch.manual_seed(0)
@@ -118,7 +118,7 @@ async def test_iter_bytes(name: str, options: dict[str, Any]) -> None:
     ruin(state)
     async with aclosing(pieces):
         assert_same(await aiotorchio.load_from_stream(pieces), expected)
-        # The end comes with the last chunk; progress is told when the iteration goes on.
+        # The end comes with the last chunk; progress is reported when the iteration goes on.
         async for piece in pieces:
             raise AssertionError(piece)
     plain: list[tuple[int, int]] = []
@@ -160,7 +160,9 @@ async def test_in_a_task() -> None:
 
 @pytest.mark.parametrize("name", STATES)
 def test_blocking(name: str, tmp_path: Path) -> None:
-    """Changed by each call of progress, and by another thread whenever a piece is written."""
+    """Each call of progress changes the state, and so does another thread whenever a piece is
+    written.
+    """
     state, expected = made(name)
 
     class File(io.BytesIO):
@@ -185,7 +187,7 @@ def test_the_bytes_are_those_of_a_message_without_it() -> None:
     for name in STATES:
         state, _ = made(name)
         plain, copied = encoded(state), encoded(state, snapshot=True)
-        # All but the preface and digests, which depend on the nonce.
+        # Digests depend on the nonce, so only the sizes are compared.
         assert len(plain) == len(copied)
 
 
@@ -309,7 +311,7 @@ async def test_a_save_cancelled_anywhere_frees_all(kind: str, maps: Maps) -> Non
                 done = True
             except CancelledAt:
                 group.cancel_scope.cancel()
-            # The chunk that was on its way may be in the traceback of the cancellation.
+            # The traceback of the cancellation may keep the chunk that was being sent.
             assert len(maps.alive) <= 1
         gc.collect()
         assert not maps.alive
@@ -335,7 +337,7 @@ async def test_a_save_that_is_cancelled_frees_all_at_once(kind: str, maps: Maps)
             await all_blocked()
             assert 0 < len(maps.alive) <= 8
             group.cancel_scope.cancel()
-        # The chunk that was on its way may be in the traceback of the cancellation.
+        # The traceback of the cancellation may keep the chunk that was being sent.
         assert len(maps.alive) <= 1
 
 
@@ -396,7 +398,7 @@ async def test_without_it_nothing_is_copied(maps: Maps) -> None:
     assert all(view.readonly and all(view[:100]) for view in views)
 
 
-# ------------------------------------------------------------------------------ changes meanwhile
+# ------------------------------------------------------------------------------ concurrent changes
 
 
 NEXT = {"next": torch.arange(100_000)}
@@ -405,7 +407,9 @@ NEXT = {"next": torch.arange(100_000)}
 async def changed_while_sent(
     kind: str, state: Any, change: Callable[[], object], *, chunk_size: int = CHUNK
 ) -> tuple[BaseException | None, Any]:
-    """Change something when the first chunk is sent; what sender and receiver get, and after it."""
+    """Change a state when the first chunk is sent; return the error, and the result of the
+    receiver.
+    """
     outcome: list[Any] = []
     calls = 0
 
@@ -433,7 +437,7 @@ async def changed_while_sent(
             await near.save(state, chunk_size=chunk_size, progress=progress)
         except RuntimeError as caught:
             error = caught
-        # Its stream lives on, whatever the receiver thinks of it.
+        # The sender's stream stays usable, in any state of the receiver.
         await near.save(NEXT)
         await until(lambda: bool(outcome))
         if isinstance(outcome[0], ChecksumError):
@@ -466,17 +470,17 @@ async def test_a_step_of_an_optimizer(kind: str) -> None:
 
 @in_one_loop
 async def test_behind_its_back(kind: str) -> None:
-    """Not noticed by the counters; each chunk is what it was when it was sent."""
+    """The counters do not notice; each chunk has the numbers of the time when it was sent."""
     tensor = torch.zeros(300_000)
     error, arrived = await changed_while_sent(kind, [tensor], lambda: tensor.data.fill_(1))
     assert error is None
-    # The second chunk was composed before the change and is sent by view, or not.
+    # The second chunk was composed before the change, and may be sent by view.
     assert isinstance(arrived, list | ChecksumError)
 
 
 @in_one_loop
 async def test_a_change_while_the_last_chunk_is_on_the_wire(kind: str) -> None:
-    """One chunk, of more than what is buffered: it is changed while the receiver waits."""
+    """The only chunk is larger than the buffers: it is changed while the receiver waits."""
     tensor = torch.zeros(32 * 2**20, dtype=torch.uint8)
     outcome: list[Any] = []
     async with both_ends(kind) as (near, far), anyio.create_task_group() as group:
@@ -587,7 +591,7 @@ async def test_a_tensor_that_is_received_into_while_it_is_sent() -> None:
         aiotorchio.load(io.BytesIO(received))
 
 
-# ------------------------------------------------------------------------------ resized meanwhile
+# ------------------------------------------------------------------------------ concurrent resizes
 
 
 @in_one_loop
@@ -597,7 +601,7 @@ async def test_a_storage_that_is_resized_later(kind: str) -> None:
     def shrink() -> None:
         tensor.untyped_storage().resize_(0)
 
-    # Seen when the third chunk is composed.
+    # The error is found when the third chunk is composed.
     error, arrived = await changed_while_sent(kind, [tensor], shrink)
     assert "was resized to 0" in str(error)
     assert isinstance(arrived, RemoteAbort)
@@ -618,7 +622,7 @@ async def test_a_storage_that_is_resized_when_its_first_chunk_is_sent() -> None:
 
 
 def test_a_change_before_the_first_byte_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even the frame that says why: it would come without a preface."""
+    """No frame gives the reason: it would come without a preface."""
     tensors = [torch.empty(2, device="meta") for _ in range(3)]
     prepare = send.prepare
 
@@ -635,7 +639,9 @@ def test_a_change_before_the_first_byte_sends_nothing(monkeypatch: pytest.Monkey
 
 
 def test_a_change_is_named_where_the_connection_broke_for_it() -> None:
-    """A receiver that sees other bytes than announced goes: the network is not to blame."""
+    """A receiver that sees other bytes than announced closes: the error names the change, not the
+    network.
+    """
     tensor = torch.zeros(400_000)
 
     class Gone(io.RawIOBase):

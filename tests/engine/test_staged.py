@@ -1,4 +1,4 @@
-"""All or nothing: a staged load that fails leaves every bit of its destinations as it was."""
+"""All or nothing: a staged load that fails leaves every bit of its targets as it was."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ CHUNKS = 5
 
 
 class Stopped(BaseException):
-    """As KeyboardInterrupt is: no Exception."""
+    """Like KeyboardInterrupt, no subclass of Exception."""
 
 
 class Target:
-    """Destinations of many layouts, and how to receive into them."""
+    """Targets of many layouts, and the options to receive into them."""
 
     def __init__(self, mode: str, state: dict[str, torch.Tensor]) -> None:
         self._state = state
@@ -94,7 +94,7 @@ class Target:
         self._watched.assert_filled(self._state)
 
 
-# ------------------------------------------------------------------------------ what a peer does
+# ------------------------------------------------------------------------------ errors of a peer
 
 
 @safe_modes
@@ -181,7 +181,7 @@ def failing_at(chunk: int) -> Callable[[int, int], None]:
 
 @safe_modes
 def test_an_object_that_cannot_be_rebuilt(mode: str) -> None:
-    """That is found when all bytes are in."""
+    """The error is found when all bytes have arrived."""
     coo = torch.sparse_coo_tensor(
         torch.tensor([[0, 1]]), torch.ones(2), (2,), check_invariants=True
     )
@@ -199,7 +199,7 @@ def test_an_object_that_cannot_be_rebuilt(mode: str) -> None:
     watched.assert_filled({"w": torch.ones(3)})
 
 
-# ------------------------------------------------------------------------------ what callers do
+# ------------------------------------------------------------------------------ errors of callers
 
 
 @in_one_loop
@@ -282,7 +282,7 @@ async def test_a_stream_that_fails_even_when_it_is_closed(mode: str) -> None:
 def stepped(
     call: Coroutine[Any, Any, Any], waits: Callable[[int, Any], None]
 ) -> Generator[Any, Any, Any]:
-    """Run a coroutine; tell how often it waited, and what for."""
+    """Run a coroutine; call ``waits`` with the number of each wait, and its future."""
     resume = functools.partial(call.send, None)
     for count in itertools.count(1):
         try:
@@ -302,7 +302,7 @@ class Attempt:
 
     Attributes:
         reached: Whether it has waited that often.
-        cancelled: Whether it raised that it was cancelled.
+        cancelled: Whether it raised the cancellation.
     """
 
     def __init__(self, how: str, count: int) -> None:
@@ -327,13 +327,13 @@ class Attempt:
             self.cancelled = False
 
     async def _natively(self, call: Coroutine[Any, Any, Any]) -> None:
-        """As ``asyncio.timeout`` does, or anyone who has the task."""
+        """Cancel the task, as ``asyncio.timeout`` does."""
 
         def waits(count: int, trap: object) -> None:
             if count == self._count:
                 self.reached = True
                 if self._how == "late" and asyncio.isfuture(trap):
-                    # It has what it waited for, but does not know yet.
+                    # The future is done, but the task has not run yet.
                     trap.add_done_callback(lambda _: task.cancel())
                 else:
                     task.cancel()
@@ -368,7 +368,7 @@ class Waiting:
 async def cancel_everywhere(
     how: str, mode: str, make_lock: Callable[[], Any] | None = None
 ) -> tuple[int, int]:
-    """Cancel loads of one message everywhere; how often that was, and how often it raised."""
+    """Cancel loads of one message at every wait; count the loads and the cancellations."""
     target = Target(mode, CHUNKED)
     cancelled = 0
     for count in itertools.count(1):
@@ -404,7 +404,7 @@ async def test_cancelled_natively_at_every_await(
     how: str, mode: str, make_lock: Callable[[], Any] | None
 ) -> None:
     count, cancelled = await cancel_everywhere(how, mode, make_lock)
-    # Whoever is cancelled natively has to say so.
+    # A natively cancelled call must raise the cancellation.
     assert count > 20 and cancelled == count - 1
 
 
@@ -433,7 +433,7 @@ async def test_cancelled_while_a_lock_is_waited_for(mode: str) -> None:
                 functools.partial(aiotorchio.load_from_stream, stream, lock=lock, **target.options)
             )
             await until(lambda: lock.statistics().tasks_waiting == 1)
-            # All of it is here, and waits.
+            # The whole message has arrived, and the load waits for the lock.
             assert stream.taken == len(SMALL_MESSAGE)
             target.assert_old()
             group.cancel_scope.cancel()
@@ -448,7 +448,7 @@ async def test_cancelled_while_a_lock_is_waited_for(mode: str) -> None:
 
 
 class Broken:
-    """A lock that cannot be had."""
+    """A lock that cannot be acquired."""
 
     async def __aenter__(self) -> None:
         raise ZeroDivisionError
@@ -478,7 +478,7 @@ async def test_a_lock_that_cannot_be_had(mode: str) -> None:
 
 
 class Noted:
-    """A lock that notes what it sees; and, as some collections are, it is false."""
+    """A lock that notes the numbers at its acquisition; like an empty collection, it is false."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
@@ -545,10 +545,10 @@ async def test_a_destination_that_changes_while_the_lock_is_waited_for(mode: str
 
 
 class Released:
-    """A lock whose release does something, in each world; notes the numbers that it sees then.
+    """A lock whose release runs a function, in each backend; notes the numbers at that time.
 
     Attributes:
-        seen: Whether the destinations had changed when it was released.
+        seen: Whether the targets had changed when it was released.
     """
 
     def __init__(self, tensor: torch.Tensor, leave: Callable[[], Any]) -> None:
@@ -581,7 +581,7 @@ def raising(error: type[BaseException]) -> Callable[[], Any]:
 async def load_in(
     way: str, data: bytes, lock: Any, options: dict[str, Any], tmp_path: Any = None
 ) -> Any:
-    """Load in one of the ways that there are."""
+    """Load with one of the public calls."""
     match way:
         case "stream":
             return await aiotorchio.load_from_stream(Pieces(data, 1000), lock=lock, **options)
@@ -613,10 +613,10 @@ async def test_a_release_that_fails(
             await load_in(way, SMALL_MESSAGE, lock, target.options, tmp_path)
         assert lock.seen == [True]
         target.assert_old()
-    # Autograd is told of both changes.
+    # Both changes raise autograd's version counters.
     after = [tensor._version for tensor in target.tensors.values()]
     assert all(new >= old + 4 for old, new in zip(versions, after, strict=True))
-    # The memory behind a DoubleBuffer is where it belongs.
+    # The memory of a DoubleBuffer is in the right places.
     for sent in (SMALL, {name: tensor + 1 for name, tensor in SMALL.items()}):
         watched = Watched(target.tensors)
         await load_in(way, encoded(sent), None, target.options, tmp_path)
@@ -640,7 +640,7 @@ async def test_a_release_that_swallows_what_failed(
     lock = Released(target.tensors["a"], lambda: True)
     with pytest.raises(ZeroDivisionError):
         await load_in(way, SMALL_MESSAGE, lock, target.options, tmp_path)
-    # It was undone while the lock was held.
+    # The change was undone while the lock was held.
     assert lock.seen == [False]
     target.assert_old()
     with pytest.raises(ZeroDivisionError):
@@ -659,7 +659,7 @@ async def test_a_release_that_swallows_what_failed(
 async def test_a_swallowed_error_leaves_nothing_for_the_collector(
     way: str, mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    """Its traceback reaches the staged tensors."""
+    """The traceback of the error reaches the staged tensors."""
     target = Target(mode, SMALL)
     lock = Released(target.tensors["a"], raising(ZeroDivisionError))
     made: list[weakref.ref[Any]] = []
@@ -688,7 +688,7 @@ async def test_a_release_that_swallows_a_cancellation() -> None:
         async def __aenter__(self) -> None:
             nonlocal held
             held = True
-            # The change waits for its thread, and is cancelled there.
+            # The commit waits for its thread, and is cancelled there.
             scope.cancel()
 
         async def __aexit__(self, *error: object) -> bool:
@@ -707,7 +707,7 @@ async def test_a_release_that_swallows_a_cancellation() -> None:
 @in_one_loop
 @safe_modes
 async def test_a_scope_that_is_cancelled_during_the_release(kind: str, mode: str) -> None:
-    """Nothing raises: the release goes on, and so does the change."""
+    """No error is raised: the release goes on, and so does the change."""
     target, going, free = Target(mode, SMALL), anyio.Event(), anyio.Event()
 
     async def leave() -> None:
@@ -785,7 +785,7 @@ async def test_a_native_cancellation_during_the_release(way: str, how: str, mode
 @on_asyncio
 @pytest.mark.parametrize("way", ["stream", "message"])
 async def test_an_undo_goes_on_without_a_thread(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the interpreter is shutting down, or has no memory for one."""
+    """Threads are unavailable when the interpreter is shutting down, or has no memory for one."""
     target = Target("staged", SMALL)
 
     def leave() -> None:
@@ -824,7 +824,7 @@ def test_interrupts_while_it_is_undone(mode: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_file_that_cannot_be_closed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is closed before the change: what raises has changed nothing."""
+    """The file is closed before the change: an error has changed nothing."""
     (tmp_path / "message").write_bytes(SMALL_MESSAGE)
     target = Target("staged", SMALL)
 
@@ -870,7 +870,7 @@ def versions_in(tensors: dict[str, torch.Tensor]) -> set[float]:
     ("mode", "locked"), [("staged", True), ("double", True), ("double", False)]
 )
 async def test_nobody_sees_a_mixture(mode: str, locked: bool) -> None:
-    """The swap of a double buffer does not even need the lock: nothing else runs meanwhile."""
+    """The exchange of a double buffer does not even need the lock: no other code runs during it."""
     lock = anyio.Lock() if locked else None
     tensors = {name: torch.zeros_like(tensor) for name, tensor in version(0).items()}
     seen: set[float] = set()
@@ -913,7 +913,7 @@ async def test_the_lock_is_held_while_half_is_changed(monkeypatch: pytest.Monkey
 
 
 class FailingCopy:
-    """Stands for ``DeviceCopier.copy``: fails half-way in one of its copies."""
+    """A proxy of ``DeviceCopier.copy`` that fails half-way in one of its copies."""
 
     def __init__(self, fails_at: int, error: type[BaseException]) -> None:
         self._left, self._error = fails_at, error
@@ -968,7 +968,7 @@ DATA: Any = inspect.getattr_static(torch.Tensor, "data")
 
 
 class Stubborn(torch.Tensor):
-    """A tensor of a subclass that can refuse to show other memory."""
+    """A tensor of a subclass that can refuse to take other memory."""
 
     refuses = False
 
@@ -1019,7 +1019,7 @@ def test_a_swap_that_fails_at_its_end_is_undone(monkeypatch: pytest.MonkeyPatch)
 
 
 class Gate:
-    """Holds a worker thread up."""
+    """Blocks a worker thread."""
 
     def __init__(self) -> None:
         self.entered, self.open, self.passed = (threading.Event() for _ in range(3))
@@ -1030,7 +1030,7 @@ class Gate:
         self.passed.set()
 
     def hold(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, behind the gate."""
+        """Wrap a function, so that it waits for the gate first."""
 
         def held(*args: Any) -> Any:
             self.wait()
@@ -1059,7 +1059,7 @@ def cancel_once(task: asyncio.Task[Any]) -> None:
 
 
 def cancel_all(task: asyncio.Task[Any]) -> None:
-    """As ``asyncio.run`` does at its end, and many a handler of signals."""
+    """Cancel all tasks, as ``asyncio.run`` does at its end, and many signal handlers."""
     for each in asyncio.all_tasks() - {asyncio.current_task()}:
         each.cancel()
 
@@ -1067,7 +1067,7 @@ def cancel_all(task: asyncio.Task[Any]) -> None:
 async def cancelled_in_its_thread(
     call: Coroutine[Any, Any, Any], gate: Gate, cancel: Callable[[asyncio.Task[Any]], None]
 ) -> None:
-    """Cancel a call whose thread is held up; it must not return before its thread."""
+    """Cancel a call whose thread is blocked; it must not return before its thread."""
     task = asyncio.ensure_future(call)
     await until(gate.entered.is_set)
     try:
@@ -1083,7 +1083,7 @@ async def cancelled_in_its_thread(
 
 
 def natively(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run a test on a loop where it may cancel every other task, and in which way it does."""
+    """Run a test on a loop where it may cancel every other task, with each way of cancelling."""
 
     def run(loop: Any, cancel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         with asyncio.Runner(loop_factory=loop) as runner:
@@ -1167,9 +1167,9 @@ async def test_a_plain_load_that_is_cancelled_leaves_no_thread_that_writes(
 
 
 class ClosedWhen:
-    """Runs a coroutine until an event is set, and closes it then, as a loop that is dropped does.
+    """Runs a coroutine until an event is set, and closes it then, as a dropped loop does.
 
-    To be awaited on asyncio.
+    It is awaited on asyncio.
     """
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any], event: threading.Event) -> None:
@@ -1263,7 +1263,7 @@ async def test_a_change_stays_if_no_thread_can_free_what_is_left(
         if thread.name == "aiotorchio_free":
             refused.append(thread)
             raise RuntimeError("can't start new thread")
-        # The work before may need one.
+        # The load before the commit may need a thread.
         start(thread)
 
     monkeypatch.setattr("aiotorchio.engine.commit._FREED_AT_ONCE", 0)
@@ -1363,7 +1363,7 @@ def encoded_size(state: dict[str, torch.Tensor]) -> int:
 
 
 class Noting(torch.Tensor):
-    """A tensor that notes in which thread it was given other memory."""
+    """A tensor that notes the thread in which it got other memory."""
 
     threads: ClassVar[set[int]] = set()
 
@@ -1376,7 +1376,7 @@ class Noting(torch.Tensor):
 
 @pytest.mark.parametrize("layout", ["whole", "gaps"])
 async def test_memory_is_swapped_between_two_steps_of_the_event_loop(layout: str) -> None:
-    """So that nothing else on the loop can see some tensors changed and others not."""
+    """No other code on the loop can see some tensors changed and others not."""
     Noting.threads.clear()
     state = {f"w{n}": torch.ones(9, 10) for n in range(5)}
     tensors = {name: LAYOUTS[layout](each).as_subclass(Noting) for name, each in state.items()}
@@ -1388,7 +1388,7 @@ async def test_memory_is_swapped_between_two_steps_of_the_event_loop(layout: str
 
 @safe_modes
 def test_a_tensor_without_elements_brings_none(mode: str) -> None:
-    """Whatever the sizes of its other dimensions, its neighbours in memory are not its own."""
+    """Whatever its other sizes are, it has no bytes; its neighbours in memory are not its own."""
     base = place((5,), torch.float32)
     tensors = {"empty": base[:0].view(0, 5), "base": base, "own": place((0, 3), torch.int16)}
     watched, options = Watched(tensors), into_options(mode, tensors)
@@ -1460,7 +1460,7 @@ def test_a_destination_is_looked_through_anew_for_each_message() -> None:
 
 
 def test_tensors_that_were_given_the_memory_of_before_again() -> None:
-    """Who goes back to the last version by hand must not see the next one before its time."""
+    """A caller that restores the last version by hand must not see the next one too early."""
     own = torch.zeros(3)
     tied = own[:]
     buffers = DoubleBuffer({"a": own, "b": tied})

@@ -56,7 +56,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def numbered(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """Other bytes in each element, in a storage of its own; not all dtypes can be filled."""
+    """Fill a new storage with distinct bytes in each element; not all dtypes can be filled."""
     tensor = torch.empty(shape, dtype=dtype)
     storage = tensor.untyped_storage()
     for n in range(storage.nbytes()):
@@ -159,7 +159,7 @@ def test_tensors_as_specs() -> None:
 
 
 def test_names_of_another_kind_of_str() -> None:
-    """As numpy has them: pickle would not be needed for a dict of tensors."""
+    """numpy has such names: a dict of tensors must not need pickle for them."""
 
     class Name(str):
         pass
@@ -180,7 +180,7 @@ def test_all_dtypes() -> None:
 
 
 def odd_ones() -> Tensors:
-    """Tensors that are not a row of elements in a storage of their own."""
+    """Tensors that are not a row of elements in a separate storage."""
     base = torch.rand(60, 70)
     complex_base = torch.rand(30, 20, dtype=torch.complex64)
     return {
@@ -213,7 +213,7 @@ def test_odd_layouts_arrive_contiguous() -> None:
     }
     for chunk_size in (4096, 2**20):
         data = to_bytes(iter(tensors.items()), specs, chunk_size=chunk_size)
-        # Only what the tensor shows is sent, not its whole storage.
+        # Only the elements of the tensor are sent, not its whole storage.
         assert_same(aiotorchio.load(io.BytesIO(data)), plain)
 
 
@@ -307,7 +307,7 @@ def test_map_location_says_where_they_go() -> None:
     assert {tensor.device.type for tensor in state.values()} == {"meta"}
 
 
-# ------------------------------------------------------------------------------ what is held
+# ------------------------------------------------------------------------------ memory held
 
 
 @in_one_loop
@@ -334,11 +334,11 @@ async def test_the_header_is_there_before_the_first_tensor_is_made(kind: str) ->
 
 
 class Memory(bytearray):
-    """Memory of a tensor, of which one can see whether it is still there."""
+    """Memory of a tensor that shows whether it still exists."""
 
 
 class Maker:
-    """Makes tensors, and counts how many of those before are alive when it makes one."""
+    """Makes tensors, and counts how many earlier ones are alive at each."""
 
     def __init__(self, count: int, nbytes: int) -> None:
         self.specs = {f"{n}": TensorSpec((nbytes,), torch.uint8) for n in range(count)}
@@ -393,7 +393,7 @@ async def test_no_tensor_is_held_by_iter_bytes(count: int, nbytes: int, chunk_si
     maker = Maker(count, nbytes)
     pieces = aiotorchio.iter_bytes(maker.all(), specs=maker.specs, chunk_size=chunk_size)
     async for piece in pieces:
-        # Or else this loop holds it.
+        # Otherwise this loop holds it.
         del piece
     assert maker.alive == [0] * count
 
@@ -410,7 +410,7 @@ async def test_pieces_outlive_what_follows_them() -> None:
     specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
     for chunk_size in (4096, 2**18, 2**20, 2**22):
         pieces = aiotorchio.iter_bytes(one_by_one(tensors), specs=specs, chunk_size=chunk_size)
-        # An HTTP library may queue them.
+        # An HTTP library may queue the pieces.
         parts = [piece async for piece in pieces]
         assert all(memoryview(piece).readonly for piece in parts)
         assert_same(aiotorchio.load(io.BytesIO(b"".join(parts))), tensors)
@@ -548,7 +548,7 @@ async def test_the_blocking_twin_takes_no_async_iterator() -> None:
         file = io.BytesIO()
         with pytest.raises(TypeError, match="async"):
             aiotorchio.save(made, file, specs=SPECS)
-    # It was known before the first byte.
+    # The error was raised before the first byte.
     assert file.getvalue() == b""
 
 
@@ -583,7 +583,7 @@ async def test_an_iterator_that_fails_tells_the_receiver_why(kind: str) -> None:
                     async for name, tensor in message:
                         assert tensor.eq(int(name)).all()
                         found.append(name)
-            # What was whole came out.
+            # The complete tensors were yielded.
             assert found == list(FIVE)[:count]
         assert_same(await reader.load(), SMALL)
 
@@ -751,7 +751,7 @@ async def test_a_save_cancelled_anywhere(kind: str) -> None:
             await made.aclose()  # type: ignore[attr-defined]
         open_descriptors.append(len(descriptors()))
         assert len(anyio.get_running_tasks()) == tasks
-        # A save that was cancelled behind its last byte can't know that it was the last.
+        # A save that is cancelled after its last byte can't know that it was the last.
         if outcomes[-1] != "poisoned" or not isinstance(received[0], TruncatedError):
             assert_same(received[0], tensors)
         if outcomes[-1] == "done":

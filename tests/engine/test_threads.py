@@ -1,4 +1,4 @@
-"""Worker threads are there for messages, whatever else the process is busy with."""
+"""Worker threads for messages are available while the process is busy with other work."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def test_messages_go_on_while_all_threads_of_anyio_wait_for_them() -> None
 
 @pytest.mark.anyio
 async def test_a_task_that_raises_stop_iteration() -> None:
-    """A predicate of the caller's may, and a future of asyncio cannot carry it."""
+    """A caller's predicate may raise it, and a future of asyncio cannot carry it."""
     with anyio.fail_after(patience(60)), pytest.raises((RuntimeError, StopIteration)):
         await run_in_thread(lambda: next(iter(())))
 
@@ -63,7 +63,7 @@ class Endless:
 @pytest.mark.anyio
 @on_asyncio
 async def test_a_coroutine_that_is_closed_waits_for_its_thread() -> None:
-    """As all are when an event loop is dropped: the thread must not write to what is undone."""
+    """A dropped event loop closes its coroutines: the thread must not write to restored targets."""
     task = Endless()
     coroutine = run_in_thread(task)
     coroutine.send(None)
@@ -85,7 +85,7 @@ async def test_ctrl_c_waits_for_its_thread() -> None:
 
 
 class AllThreadsBusy:
-    """While this is entered, no worker thread is free."""
+    """A block in which no worker thread is free."""
 
     def __init__(self) -> None:
         self._entered = threading.Semaphore(0)
@@ -116,7 +116,7 @@ async def test_a_cancellation_does_not_wait_for_a_free_thread() -> None:
             group.start_soon(run_in_thread, ran.set)
             await anyio.wait_all_tasks_blocked()
             group.cancel_scope.cancel()
-        # Behind it in the queue: when this has run, that would have run, too.
+        # It is after the task in the queue: when it has run, the task would have run, too.
         await run_in_thread(lambda: None)
     assert not ran.is_set()
 

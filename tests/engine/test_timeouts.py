@@ -1,4 +1,4 @@
-"""Peers that are slow or silent, over every kind of stream and on every loop."""
+"""Slow or silent peers, over every kind of stream and on every loop."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ in_one_loop = pytest.mark.parametrize(("anyio_backend", "kind"), IN_ONE_LOOP)
 STATE = {"w": torch.arange(200_000), "small": torch.ones(3)}
 # More than sockets hold.
 LARGE = {"w": torch.zeros(8_000_000)}
-# Seconds that are long enough to be told from no time at all, and short enough to be waited for.
+# Seconds that differ clearly from no time at all, and keep the test short.
 SHORT = round(0.15 * slowdown(), 3)
-# Seconds in which something of a peer arrives, if it is there.
+# Seconds in which bytes of a peer arrive, if there are any.
 AMPLE = patience(0.15)
 
 
@@ -98,7 +98,7 @@ async def test_a_message_that_never_begins(kind: str) -> None:
             await far.load(limits=Limits(start_timeout=SHORT))
         assert "start_timeout" in str(caught.value)
         assert (caught.value.entry, caught.value.offset) == ("preface", 0)
-        # Nothing was taken: the stream is as it was.
+        # No byte was read: the stream is as before.
         async with anyio.create_task_group() as group:
             group.start_soon(near.save, STATE)
             torch.testing.assert_close(await far.load(), STATE)
@@ -106,7 +106,7 @@ async def test_a_message_that_never_begins(kind: str) -> None:
 
 @in_one_loop
 async def test_a_sender_that_trickles(kind: str) -> None:
-    """Each byte comes in time, all of them would take for ever."""
+    """Each byte comes in time, but all of them would take for ever."""
     async with both_ends(kind) as (near, far), anyio.create_task_group() as group:
 
         async def trickle() -> None:
@@ -153,7 +153,7 @@ async def test_a_receiver_that_never_reads(kind: str) -> None:
 
 @in_one_loop
 async def test_a_sender_that_makes_its_tensors_slowly(kind: str) -> None:
-    """The receiver gets its bytes in time, and the sender's own time does not count."""
+    """The receiver gets its bytes in time; the sender's own delay does not count."""
     async with both_ends(kind) as (near, far), anyio.create_task_group() as group:
 
         async def produce() -> Any:
@@ -184,7 +184,7 @@ async def test_a_receiver_that_gives_up_stops_the_sender(kind: str) -> None:
         group.start_soon(save)
         with pytest.raises(aiotorchio.LimitExceeded):
             await far.load(limits=Limits(total_nbytes=1000))
-        # Before its end is closed.
+        # The sender stops before the receiver's end is closed.
         with anyio.fail_after(PATIENCE / 2):
             await stopped.wait()
 
@@ -295,7 +295,7 @@ def test_a_blocking_load_of_silence(link: str, timeout: float | None, count: int
 
 @blocking
 def test_a_blocking_load_that_is_refused_stops_its_sender(link: str) -> None:
-    """Which waits for room, on a connection full of what nobody takes any more."""
+    """The sender waits for room, on a connection full of unread bytes."""
     with blocking_ends(link) as (near, far):
         errors: list[Exception] = []
 
@@ -321,7 +321,7 @@ def test_a_blocking_load_that_is_refused_stops_its_sender(link: str) -> None:
 @blocking
 @pytest.mark.parametrize("few", [False, True], ids=["default_timeout", "no_descriptors"])
 def test_breaking_off_needs_nothing_and_waits_for_nobody(link: str, few: bool) -> None:
-    """Neither another descriptor nor the timeout that sockets get by default."""
+    """It needs neither another descriptor nor the timeout that sockets get by default."""
     with blocking_ends(link) as (near, far):
         near.sendall(b"no message, but longer than the first bytes of one")
         opened: list[int] = []
@@ -384,7 +384,7 @@ def test_the_timeout_of_the_socket_itself_counts_too(link: str) -> None:
 
 
 def test_a_blocking_socket_of_tls_is_for_one_call_at_a_time() -> None:
-    """They would take each other's timeouts for the owner's."""
+    """Two calls would take each other's timeouts for the owner's."""
     with blocking_ends("tls", PATIENCE) as (near, far):
         errors: list[Exception] = []
 
@@ -440,7 +440,7 @@ async def test_more_patience_than_timers_have(kind: str, seconds: float) -> None
 
 
 def test_both_directions_of_a_blocking_socket_at_once() -> None:
-    """Deadlines of one thread are none of the other's."""
+    """Deadlines of one thread do not apply to the other."""
     near, far = socket.socketpair()
     with near, far:
         loaded: list[Any] = []
@@ -467,7 +467,7 @@ def test_a_pipe_that_was_silent_for_too_long() -> None:
 
         def write() -> None:
             sink.write(MESSAGE[:100])
-            # Until the other side is bound to have waited for too long.
+            # Until the reader has certainly waited for too long.
             threading.Event().wait(3 * SHORT)
             sink.write(MESSAGE[100:200])
 
@@ -488,5 +488,5 @@ def test_a_file_has_no_pace() -> None:
 
 async def test_iter_bytes_has_no_limits() -> None:
     with pytest.raises(TypeError, match="limits"):
-        # What mypy says of it is right.
+        # mypy's error is right.
         aiotorchio.iter_bytes(STATE, limits=Limits())  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""Generators whose consumer never waits: other tasks get turns, and cancellations are taken."""
+"""Generators with a consumer that never waits: other tasks get turns, and can cancel."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.support.tensor_layouts import encoded
 pytestmark = pytest.mark.anyio
 
 MIB = 2**20
-# How often a task may go on before another has its turn: the other starts late, and trio lets
-# those that are ready run in any order.
+# How many sections of work may pass between two turns of another task: the other starts late, and
+# trio runs ready tasks in any order.
 SECTIONS = 3
 EMPTY = {f"e{n}": TensorSpec((0,), torch.float32) for n in range(2000)}
 
@@ -47,7 +47,7 @@ bodies = pytest.mark.parametrize("body", BODIES)
 
 
 class Turns:
-    """Another task, and what happened between two of its turns."""
+    """Another task, and counts of the work between two of its turns."""
 
     def __init__(self) -> None:
         self.count = self.since = self.most = 0
@@ -76,7 +76,7 @@ async def test_a_body_that_nobody_waits_for_gives_turns(body: str) -> None:
     async def consume() -> None:
         nonlocal pieces
         async for piece in BODIES[body]():
-            # Each counts, so that many small ones do.
+            # Each piece counts as work, so that many small ones do.
             turns.note(len(piece) + 2**16)
             pieces += 1
 
@@ -100,7 +100,7 @@ async def test_a_body_that_nobody_waits_for_can_be_cancelled(body: str) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "async"])
 async def test_tensors_that_are_made_can_be_cancelled(kind: str) -> None:
-    """They have no bytes: nothing goes out until the last of them."""
+    """The tensors have no bytes: nothing is sent until the last of them."""
     taken = 0
 
     def made() -> Iterator[tuple[str, torch.Tensor]]:
@@ -121,7 +121,7 @@ async def test_tensors_that_are_made_can_be_cancelled(kind: str) -> None:
 @on_asyncio
 @bodies
 async def test_a_body_whose_task_is_cancelled(body: str) -> None:
-    """As starlette does when a client has left."""
+    """starlette cancels it when a client has left."""
     state = torch.arange(4.0 * MIB)
     made = 0
 
@@ -135,7 +135,7 @@ async def test_a_body_whose_task_is_cancelled(body: str) -> None:
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled() and made <= 5 * MIB
-    # Nothing is left of it: the same can be sent again, whole or in part.
+    # Nothing of it remains: the same can be sent again, whole or in part.
     pieces = aiotorchio.iter_bytes(state)
     await anext(pieces)
     await pieces.aclose()
@@ -149,7 +149,7 @@ MANY = encoded({name: torch.tensor(float(n)) for n, name in enumerate(NAMES)})
 
 
 class Iterated:
-    """An async iterator over a plain one; no generator, which trio wants to be closed."""
+    """An async iterator over a plain one; no generator, since trio requires those to be closed."""
 
     def __init__(self, items: Iterator[Any]) -> None:
         self._items = items
@@ -186,7 +186,7 @@ async def test_a_cancellation_loses_no_tensor_that_is_ready() -> None:
     found, cancellations = [], 0
     async with aiotorchio.StreamReader(whole(MANY)).open() as message:
         tensors = message.iterate()
-        # What comes first is received: from then on all are here.
+        # The first tensor waits for its bytes: from then on all are ready.
         found.append(await anext(tensors))
         while len(found) < len(NAMES):
             with anyio.CancelScope() as scope:
@@ -221,7 +221,7 @@ async def test_a_native_cancellation_loses_no_tensor_that_is_ready() -> None:
 
 
 async def test_two_tasks_share_tensors_that_are_ready() -> None:
-    """One may take the last while the other gives a turn."""
+    """One may take the last tensor while the other gives a turn."""
     found: list[str] = []
     async with aiotorchio.StreamReader(whole(MANY)).open() as message:
         tensors = message.iterate()
@@ -243,7 +243,7 @@ async def test_two_tasks_share_tensors_that_are_ready() -> None:
 
 @pytest.mark.parametrize("start", [0, 3, 40, len(MANY) - 1])
 async def test_an_iterable_of_nothing_can_be_cancelled(start: int) -> None:
-    """Its pieces are at hand, and it never ends."""
+    """Its pieces are ready, and it never ends."""
     taken = 0
 
     def endless() -> Iterator[bytes]:
