@@ -1,1 +1,1 @@
-"""What whoever comes from torch.save and torch.load finds here."""
+"""Parity with torch.save and torch.load: what is the same, and what differs."""

@@ -1,7 +1,7 @@
 """One process of several that exchange DTensors: ``python -m tests.parity.ranks``.
 
-The arguments are the rank, how many there are, the file of their store, and the descriptors of
-two sockets: to the next rank and from the one before.
+The arguments are the rank, the number of ranks, the file of their store, and the descriptors of two
+sockets: to the next rank and from the one before.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def made(rank: int, count: int) -> tuple[Named, Named]:
 
 
 def described(value: Any) -> dict[str, str]:
-    """What must be the same, as text; without asking other ranks."""
+    """Describe the properties that must be the same, as text; without calls to other ranks."""
     if isinstance(value, DeviceMesh):
         parts: Named = {"ranks": value.mesh.tolist(), "names": value.mesh_dim_names}
         return {name: repr(part) for name, part in parts.items()}
@@ -75,7 +75,7 @@ def described(value: Any) -> dict[str, str]:
 
 
 def own(objects: Named, meshes: Named) -> None:
-    """What comes back to the rank that sent it is as torch brings it back, and works."""
+    """Check that objects return to the rank that sent them as torch returns them, and work."""
     for weights_only in (True, False):
         theirs = by_torch([objects, meshes], weights_only=weights_only)
         ours = by_us([objects, meshes], weights_only=weights_only)
@@ -89,19 +89,19 @@ def own(objects: Named, meshes: Named) -> None:
             assert described(ours[0][name]) == described(theirs[0][name]) == described(tensor), name
             assert ours[0][name].device_mesh == tensor.device_mesh, name
             corpus.assert_same(ours[0][name].to_local(), theirs[0][name].to_local())
-            # All ranks come here in the same order: this talks to the others.
+            # All ranks run this in the same order: it is a collective call.
             full = tensor.full_tensor()
             assert torch.equal(ours[0][name].full_tensor(), full), name
             assert torch.equal((ours[0][name] + tensor).full_tensor(), full * 2), name
         assert ours[0]["again"] is ours[0]["shard"]
-        # One mesh stays one mesh.
+        # A shared mesh stays one mesh.
         assert len({id(one.device_mesh) for one in ours[0].values()}) == len(
             {id(one.device_mesh) for one in objects.values()}
         )
 
 
 def others(objects: Named, outgoing: socket.socket, incoming: socket.socket) -> None:
-    """What comes from another rank is what that rank had."""
+    """Check that the objects of another rank are those that the rank had."""
     message = [objects, {name: described(value) for name, value in objects.items()}]
     for weights_only in (True, False):
         sender = threading.Thread(target=aiotorchio.save, args=(message, outgoing), daemon=True)
@@ -114,7 +114,7 @@ def others(objects: Named, outgoing: socket.socket, incoming: socket.socket) -> 
 
 
 def main(rank: int, count: int, store: str, outgoing: int, incoming: int) -> None:
-    """Take part."""
+    """Run one rank."""
     dist.init_process_group("gloo", store=FileStore(store, count), rank=rank, world_size=count)
     try:
         objects, meshes = made(rank, count)

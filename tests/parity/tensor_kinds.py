@@ -1,4 +1,4 @@
-"""Classes of tensors that libraries write, one for each way that torch saves them."""
+"""Tensor classes of the kinds that libraries write, one for each way in which torch saves them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Packed(torch.Tensor):
-    """Says itself what its state is, and how it is restored."""
+    """Defines its state, and how it is restored."""
 
     note: Any
 
@@ -21,14 +21,14 @@ class Packed(torch.Tensor):
 
 
 class Restored(torch.Tensor):
-    """Takes the state that Python gives by itself."""
+    """Restores the state that Python makes by default."""
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__.update(state, restored=True)
 
 
 class Odd(torch.Tensor):
-    """Its state is none that torch knows how to set."""
+    """Its state has a form that torch cannot set."""
 
     def __getstate__(self) -> Any:
         return ({}, {}, {})
@@ -42,7 +42,7 @@ class Slotted(torch.Tensor):
 
 
 class WithDefault(torch.Tensor):
-    """Its instances may have a level of their own."""
+    """Its instances may have their own level."""
 
     level = 0
 
@@ -58,7 +58,7 @@ class WithProperty(torch.Tensor):
 
 
 class Reduced(torch.Tensor):
-    """Is rebuilt by a function of its own."""
+    """Is rebuilt by a special function."""
 
     number: int
 
@@ -93,7 +93,7 @@ class Dispatching(torch.Tensor):
 
 
 class Sized(torch.Tensor):
-    """A wrapper that is asked for its sizes: torch caches them where pickle cannot see them."""
+    """A wrapper that computes its sizes: torch caches them where pickle cannot see them."""
 
     wrapped: torch.Tensor
 

@@ -1,4 +1,4 @@
-"""docs/parity.md says what is so: each of its rows has a verdict, and a test that is there."""
+"""Checks docs/parity.md: each of its rows has a verdict, and an existing test."""
 
 from __future__ import annotations
 

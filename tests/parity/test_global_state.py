@@ -36,7 +36,7 @@ PATH = f"{Thing.__module__}.Thing"
 
 @dataclass(frozen=True)
 class Load:
-    """A message, how it is loaded, and what must come of it."""
+    """A message, its load options, and the expected result."""
 
     data: bytes
     options: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +71,7 @@ def _is(kind: type) -> Callable[[Any], object]:
 
 
 def _loads() -> list[Load]:
-    """Different ones in turn, so that any two kinds run side by side."""
+    """Make different loads in turn, so that any two kinds run in parallel."""
     state, thing = our_file(_state()).getvalue(), our_file(Thing([1])).getvalue()
     many = {str(n): torch.full((2,), float(n)) for n in range(300)}
     kinds = [
@@ -128,9 +128,9 @@ def _process_wide() -> dict[str, Any]:
 
 @pytest.fixture(params=[False, True], ids=["as_usual", "invariants_checked"])
 def untouched(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What torch keeps for the whole process is the same before and after the test.
+    """torch's state of the process is the same before and after the test.
 
-    A sparse tensor waits to be checked by somebody else's load meanwhile.
+    During the test, a sparse tensor waits for its check in another load.
     """
     waiting = torch._utils._sparse_tensors_to_validate
     kept = list(waiting)
@@ -181,7 +181,7 @@ def test_in_threads(loads: list[Load], untouched: None) -> None:
 
 def test_in_tasks(loads: list[Load], untouched: None) -> None:
     async def pieces(data: bytes) -> AsyncIterator[bytes]:
-        # All headers come before any payload: the loads are inside of each other.
+        # All headers come before any payload: the loads are nested.
         for at in range(0, len(data), 1 + len(data) // 5):
             await asyncio.sleep(0)
             yield data[at : at + 1 + len(data) // 5]
@@ -197,7 +197,7 @@ def test_in_tasks(loads: list[Load], untouched: None) -> None:
 
 
 def test_in_tasks_and_threads_beside_torch(loads: list[Load], untouched: None) -> None:
-    """torch's loads do what they did, and ours: neither sees the other's allowlist."""
+    """torch's loads behave as before: neither library sees the other's allowlist."""
     file = io.BytesIO()
     torch.save(Thing([1]), file)
     data, results = file.getvalue(), []
@@ -218,7 +218,7 @@ def test_in_tasks_and_threads_beside_torch(loads: list[Load], untouched: None) -
         await beside
         return answers
 
-    # torch checks, and forgets, what waits for its next load.
+    # torch checks and discards the tensors that wait for its next load.
     waiting = list(torch._utils._sparse_tensors_to_validate)
     answers = asyncio.run(main())
     torch._utils._sparse_tensors_to_validate[:] = waiting
@@ -233,7 +233,7 @@ async def _once(data: bytes) -> AsyncIterator[bytes]:
 
 
 def test_one_after_the_other(loads: list[Load], untouched: None) -> None:
-    """A refused load leaves nothing behind that the next one would meet."""
+    """A refused load changes nothing that affects the next one."""
     for load in loads[:28]:
         try:
             result = aiotorchio.load(io.BytesIO(load.data), **load.options)
@@ -243,7 +243,7 @@ def test_one_after_the_other(loads: list[Load], untouched: None) -> None:
 
 
 def test_torch_is_touched_by_its_own_loads() -> None:
-    """What this module looks at does change: a load that fails leaves its map_location."""
+    """These tests can notice a change: a failing load of torch leaves its map_location."""
     file = io.BytesIO()
     torch.save(torch.ones(2), file)
     file.seek(0)
@@ -254,7 +254,7 @@ def test_torch_is_touched_by_its_own_loads() -> None:
             torch.load(file, map_location="nowhere")
         seen.append(torch.serialization._serialization_tls.map_location)
 
-    # In a thread of its own, whose state nobody else has.
+    # In a new thread, with its own thread-local state.
     thread = threading.Thread(target=fail)
     thread.start()
     thread.join()

@@ -1,4 +1,4 @@
-"""Python objects: what torch carries arrives here as it does there, and nothing else is called."""
+"""Python objects: they arrive as torch loads them, and no other function is called."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ def test_as_streaming_load_does(name: str) -> None:
     _is_same(by_us(make(), safe_globals=allowed), theirs)
 
 
-# ----------------------------------------------------------- what no allowlist makes loadable
+# ----------------------------------------------------------- objects that no allowlist can load
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def make_list() -> list[int]:
 
 
 def test_items_for_what_a_function_made_need_weights_only_false() -> None:
-    """Before the call, the scan of the pickle cannot know that it will be a list."""
+    """Before the call, the scan of the pickle cannot know that the result will be a list."""
     with torch.serialization.safe_globals([make_list]):
         assert by_torch(Listed()) == [1, 2, 3]
         with pytest.raises(aiotorchio.UnsafeObjectError, match="not a list"):
@@ -374,7 +374,7 @@ def test_what_pickle_cannot_carry_raises_what_pickle_raises(obj: Any) -> None:
     assert str(ours.value).split(" at 0x")[0] == str(theirs.value).split(" at 0x")[0]
 
 
-# ---------------------------------------------------------------------- what needs no allowlist
+# ------------------------------------------------------------------ objects that need no allowlist
 
 PLAIN: dict[str, Callable[[], Any]] = {
     "none": lambda: None,
@@ -480,13 +480,13 @@ def test_nesting_beyond_the_recursion_limit_raises_what_torch_raises() -> None:
     [
         lambda: bytes(33 * 2**20),
         lambda: "x" * (33 * 2**20),
-        # Two bytes of UTF-8 for each, in the protocol that is the default.
+        # Each byte takes two bytes of UTF-8, in the default protocol.
         lambda: np.full(17 * 2**20, 255, "u1"),
     ],
     ids=["bytes", "str", "numpy"],
 )
 def test_large_objects_around_the_tensors_need_limits(make: Callable[[], Any]) -> None:
-    """32 MiB of them are accepted by default; torch has no limit."""
+    """The default limits accept 32 MiB of them; torch has no limit."""
     obj = make()
     file = our_file(obj)
     with pytest.raises(aiotorchio.LimitExceeded, match="33554432 allowed"):
@@ -834,7 +834,7 @@ def test_extra_state_of_a_module() -> None:
 
 
 class Registered:
-    """Reduced by what somebody registered for it."""
+    """Its class has a registered reducer."""
 
 
 def _reduce_registered(obj: Registered) -> Any:

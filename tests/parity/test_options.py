@@ -1,4 +1,4 @@
-"""Every option of ``torch.save``, ``torch.load`` and what surrounds them, beside ours."""
+"""Every option of ``torch.save``, ``torch.load`` and related functions, next to aiotorchio's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.parity.twins import (
 )
 from tests.support import corpus, craft
 
-# What is being added to aiotorchio is not in its types yet.
+# New functions of aiotorchio are not in its types yet.
 api: Any = aiotorchio
 
 config: Any = serialization.config
@@ -45,14 +45,14 @@ Place = Callable[[Any, str], Any]
 
 
 class Thing:
-    """A class that nobody allowed."""
+    """A class on no allowlist."""
 
     def __init__(self, value: Any = 1) -> None:
         self.value = value
 
 
 class Other:
-    """Stands in for ``Thing``."""
+    """Takes the place of ``Thing``."""
 
 
 class Evil:
@@ -86,7 +86,7 @@ def _state() -> dict[str, Any]:
 
 
 def _raw(data: bytes) -> Any:
-    """A pickle module that writes this pickle, whatever the object."""
+    """A pickle module that writes this pickle for any object."""
 
     class Pickler:
         def __init__(self, file: Any, **_: Any) -> None:
@@ -99,7 +99,7 @@ def _raw(data: bytes) -> Any:
 
 
 def _both_files(data: bytes) -> tuple[io.BytesIO, io.BytesIO]:
-    """Of torch and of ours, with this pickle in it."""
+    """A file of torch and a message of aiotorchio that contain this pickle."""
     pickled = frozenset()  # type: ignore[var-annotated]  # what the tree codec does not carry
     return (
         torch_file(pickled, pickle_module=_raw(data)),
@@ -174,7 +174,7 @@ def test_map_location_meta_keeps_what_is_shared(map_location: Any) -> None:
 
 
 def test_map_location_meta_has_no_offset_in_a_file() -> None:
-    """torch notes where the bytes are in the file; a stream is over when it is loaded."""
+    """torch notes where the bytes are in the file; a stream has no such offsets after the load."""
     theirs, ours = (load(_state(), map_location="meta")["a"] for load in (by_torch, by_us))
     assert theirs.untyped_storage()._checkpoint_offset > 0
     assert getattr(ours.untyped_storage(), "_checkpoint_offset", None) is None
@@ -267,7 +267,7 @@ def test_a_callable_that_returns_no_storage(result: Any) -> None:
 
 @pytest.mark.parametrize("nbytes", [0, 4, 16])
 def test_a_callable_that_returns_another_size_is_refused(nbytes: int) -> None:
-    """torch shows memory that nobody wrote."""
+    """torch shows uninitialized memory."""
 
     def place(storage: Any, location: str) -> Any:
         return torch.UntypedStorage(nbytes)
@@ -287,7 +287,7 @@ def test_the_error_of_a_callable_comes_as_it_is() -> None:
 
 
 def test_a_callable_and_a_wrapper_subclass() -> None:
-    """Its device is none of a storage: nothing could be asked of the callable."""
+    """Its device belongs to no storage: the callable cannot choose one."""
     wrapper = corpus.Wrapper(torch.ones(2))
     options = {"map_location": lambda storage, location: storage}
     with torch.serialization.safe_globals([corpus.Wrapper]):
@@ -299,7 +299,7 @@ def test_a_callable_and_a_wrapper_subclass() -> None:
 
 
 def test_a_dict_moves_a_wrapper_subclass_with_its_parts() -> None:
-    """In torch the wrapper says that it is where it was, and its parts are elsewhere."""
+    """In torch the wrapper reports its old device, and its parts are on another one."""
     wrapper, options = corpus.Wrapper(torch.ones(2)), {"map_location": {"cpu": "meta"}}
     with torch.serialization.safe_globals([corpus.Wrapper]):
         theirs, ours = by_torch(wrapper, **options), by_us(wrapper, **options)
@@ -316,7 +316,7 @@ def test_a_wrapper_subclass_goes_where_its_parts_go(map_location: Any) -> None:
     assert ours.device == theirs.device == ours.wrapped.device == theirs.wrapped.device
 
 
-# --------------------------------------------------------------------------- devices that are not
+# --------------------------------------------------------------------------- missing devices
 
 ABSENT = [
     "cuda",
@@ -349,7 +349,7 @@ def _is_here(location: str) -> bool:
 
 @pytest.fixture
 def registry() -> Iterator[list[Any]]:
-    """torch's registry of locations, which is as it was when the test is over."""
+    """torch's registry of locations, restored after the test."""
     entries: list[Any] = torch.serialization._package_registry
     before = list(entries)
     yield entries
@@ -357,7 +357,7 @@ def registry() -> Iterator[list[Any]]:
 
 
 def _tagged(location: str, obj: object) -> io.BytesIO:
-    """What torch writes on a machine where CPU storages are called so."""
+    """Save with torch as on a machine where CPU storages have this location."""
     entries: list[Any] = torch.serialization._package_registry
     before = list(entries)
     try:
@@ -404,7 +404,7 @@ def test_map_location_to_a_device_that_is_not_here(location: str, form: str) -> 
     else:
         map_location = location
     error = error_of_torch(torch.ones(2), map_location=map_location)
-    # What a callable of the caller's raises is the caller's.
+    # An error of the caller's callable is raised as it is.
     kind = type(error) if form == "callable" else aiotorchio.InvalidObjectError
     with pytest.raises(kind) as ours:
         by_us(torch.ones(2), map_location=map_location)
@@ -456,7 +456,7 @@ def test_meta_tensors_stay_on_meta_whatever_the_location() -> None:
 
 
 def test_the_accelerator_of_this_machine() -> None:
-    """Tensors go back to the device that torch says they came from."""
+    """Tensors go back to the device that torch recorded for them."""
     accelerator = (
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     )
@@ -478,7 +478,7 @@ def test_the_accelerator_of_this_machine() -> None:
 
 
 def _vault() -> tuple[dict[str, Any], list[Any], list[Any]]:
-    """A device of an extension: a tagger and a restorer, and the lists of what they were asked."""
+    """A device of an extension: a tagger and a restorer, and the lists of their calls."""
     asked: list[Any] = []
     restored: list[Any] = []
 
@@ -496,7 +496,7 @@ def _vault() -> tuple[dict[str, Any], list[Any], list[Any]]:
 
 
 def _locations(obj: object) -> list[str]:
-    """The tags that our message gives to the storages of an object."""
+    """The tags of an object's storages in aiotorchio's message."""
     seen: list[str] = []
 
     def place(storage: Any, location: str) -> Any:
@@ -531,7 +531,7 @@ def test_a_tagger_of_lower_priority_is_not_asked_for_cpu_storages(registry: list
 
 
 def test_a_tagger_is_not_asked_for_meta_tensors(registry: list[Any]) -> None:
-    """They have no bytes that could be elsewhere."""
+    """They have no bytes that could be on another device."""
     asked: list[str] = []
 
     def tag(storage: Any) -> str:
@@ -730,7 +730,7 @@ def test_storages_alone_are_tagged_and_restored_too(registry: list[Any]) -> None
 
 
 def test_many_storages_are_restored_too(registry: list[Any]) -> None:
-    """Those that are unpacked in a worker thread, and small ones that travel together."""
+    """Storages that a worker thread unpacks, and small ones that share a chunk."""
     package, _, restored = _vault()
     torch.serialization.register_package(5, **package)
     obj = [torch.full((6,), float(n)) for n in range(300)] + [torch.zeros(20000)]
@@ -814,7 +814,7 @@ def test_other_pickles_are_refused_with_weights_only(name: str) -> None:
 
 
 class RenamingPickler(pickle.Pickler):
-    """Reduces one class in a way of its own."""
+    """Reduces one class with a special function."""
 
     def reducer_override(self, obj: Any) -> Any:
         return (note, (f"thing {obj.value}",)) if isinstance(obj, Thing) else NotImplemented
@@ -873,7 +873,7 @@ def test_pickle_module_with_weights_only_is_refused() -> None:
 
 
 def test_pickle_module_alone_does_not_ask_for_foreign_code() -> None:
-    """torch takes it as weights_only=False; here that has to be said."""
+    """torch takes it as weights_only=False; here that has to be explicit."""
     assert by_torch(Evil(), pickle_module=pickle) == "ran"
     with pytest.raises(ValueError, match="pickle_module"):
         by_us(Evil(), pickle_module=pickle)
@@ -925,7 +925,7 @@ def test_every_pickle_protocol_of_a_state_dict_with_weights_only(protocol: int) 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_pickle_protocol_of_a_pickled_object_with_weights_only(protocol: int) -> None:
-    """Only the default one is promised; torch warns of protocol 3, and refuses 4 and 5."""
+    """Only the default one is supported; torch warns of protocol 3, and refuses 4 and 5."""
     obj = {None: torch.ones(2), (1, 2): True}
     file = our_file(obj, pickle_protocol=protocol)
     if protocol == 2:
@@ -1043,7 +1043,7 @@ def test_the_error_names_what_is_not_allowed() -> None:
 
 @pytest.fixture
 def no_safe_globals() -> Iterator[None]:
-    """torch's list is empty, and as it was when the test is over."""
+    """torch's list is empty during the test, and restored after it."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     yield
@@ -1067,7 +1067,7 @@ def test_add_and_clear_safe_globals(no_safe_globals: None) -> None:
 def test_the_safe_globals_context_manager(no_safe_globals: None) -> None:
     with torch.serialization.safe_globals([Thing]):
         for load in (by_torch, by_stream, by_us):
-            if load is not by_stream:  # which needs a class of its own on the list
+            if load is not by_stream:  # it needs one of its own classes on the list
                 assert load(Thing([1])).value == [1]
     for load in (by_torch, by_us):
         with pytest.raises(pickle.UnpicklingError):
@@ -1076,7 +1076,7 @@ def test_the_safe_globals_context_manager(no_safe_globals: None) -> None:
 
 
 def test_a_path_for_a_global(no_safe_globals: None) -> None:
-    """A class that was moved, or is another one here."""
+    """A global path of a class that was moved, or is another one here."""
     pair = (Other, f"{Thing.__module__}.Thing")
     with torch.serialization.safe_globals([pair]):
         assert type(by_torch(Thing())) is type(by_us(Thing())) is Other
@@ -1162,7 +1162,7 @@ def test_force_weights_only_load_and_a_pickle_module(monkeypatch: pytest.MonkeyP
 
 
 def test_force_no_weights_only_load_is_not_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs the code of a sender is in the source of the receiver, not in its environment."""
+    """The receiver's code decides whether a sender's code runs, not an environment variable."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     with pytest.warns(UserWarning, match="TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
         assert by_torch(Evil()) == "ran"
@@ -1186,7 +1186,7 @@ def test_both_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_default_device_does_not_matter() -> None:
-    """torch.load puts the sparse tensor there."""
+    """torch.load puts the sparse tensor on it."""
     obj = {
         "a": torch.ones(2),
         "s": torch.eye(2).to_sparse(),
@@ -1217,7 +1217,7 @@ def test_no_grad_does_not_matter() -> None:
 
 
 def test_inference_mode_does_not_matter() -> None:
-    """torch.load makes tensors there that cannot be trained on."""
+    """torch.load makes inference tensors, which cannot be trained."""
     theirs, ours = torch_file(torch.ones(2)), our_file(torch.ones(2))
     with torch.inference_mode():
         assert torch.load(theirs).is_inference()
@@ -1287,7 +1287,7 @@ def test_a_file_that_is_cut_short() -> None:
 
 
 def test_damage_is_noticed() -> None:
-    """torch.load reads what it finds."""
+    """torch.load does not check the bytes."""
     tensor = torch.arange(8, dtype=torch.uint8)
     for save, torch_loads in ((torch_file, True), (our_file, False)):
         data = bytearray(save(tensor).getvalue())
@@ -1328,7 +1328,7 @@ def test_file_objects(kind: str, tmp_path: Path) -> None:
 
 
 class OnlyRead:
-    """A file that cannot seek, as a pipe."""
+    """A file that cannot seek, like a pipe."""
 
     def __init__(self, data: bytes) -> None:
         self._file = io.BytesIO(data)
@@ -1371,7 +1371,7 @@ def test_what_is_no_file(bad: Any) -> None:
         aiotorchio.load(bad)
 
 
-# ------------------------------------------------------------------ left out, and what happens
+# ------------------------------------------------------------------ options that are left out
 
 
 def test_mmap_is_left_out(tmp_path: Path) -> None:
@@ -1420,7 +1420,7 @@ def test_torch_does_not_load_our_messages() -> None:
 
 
 def test_safetensors_paths_are_no_other_format_here(tmp_path: Path) -> None:
-    """torch.load reads them as what their name says; here the bytes decide."""
+    """torch.load chooses the format by the name; here the bytes decide."""
     save_file = pytest.importorskip("safetensors.torch").save_file
     path = tmp_path / "weights.safetensors"
     save_file({"w": torch.ones(2)}, path)
@@ -1460,7 +1460,7 @@ def test_checksum_takes_the_place_of_the_crc32_options() -> None:
 
 
 def test_the_sources_of_a_class_are_neither_sent_nor_compared() -> None:
-    """Only torch's old format has them; ``test_a_whole_module`` shows that none warns."""
+    """Only torch's old format has them; ``test_a_whole_module`` shows that there is no warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.serialization.SourceChangeWarning)
         by_us(torch.nn.Linear(2, 2), weights_only=False)
@@ -1470,7 +1470,7 @@ def test_the_sources_of_a_class_are_neither_sent_nor_compared() -> None:
 
 
 def test_streaming_load_and_save_by_other_names() -> None:
-    """The one line that changes."""
+    """Only the import line changes."""
     for weights_only in (True, False):
         corpus.assert_same(
             by_us(_state(), weights_only=weights_only),
@@ -1512,7 +1512,7 @@ def test_get_unsafe_globals_leaves_out_what_is_allowed_here_alone() -> None:
 
 
 def test_get_unsafe_globals_of_another_protocol() -> None:
-    """Its opcodes are those of the default protocol, in torch and here."""
+    """The function knows only the opcodes of the default protocol, in torch and here."""
     with pytest.raises(pickle.UnpicklingError):
         torch.serialization.get_unsafe_globals_in_checkpoint(torch_file(Thing(), pickle_protocol=4))
     with pytest.raises(aiotorchio.UnsafeObjectError):
@@ -1574,7 +1574,7 @@ def test_get_unsafe_globals_of_a_message_that_needs_no_pickle() -> None:
 
 
 def test_get_unsafe_globals_of_a_message_that_is_refused_then() -> None:
-    """Who asks can decide; nothing of the pickle was built before."""
+    """The caller can decide after it has seen them; nothing of the pickle was built before."""
 
     async def main() -> None:
         reader = aiotorchio.StreamReader(aiotorchio.iter_bytes([Evil(), torch.ones(2)]))

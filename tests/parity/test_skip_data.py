@@ -18,7 +18,7 @@ import aiotorchio
 from tests.parity.twins import our_file, stream_file, torch_file
 from tests.support import corpus
 
-# More tensors than are taken apart and built without a worker thread.
+# Enough tensors to take apart and build in a worker thread.
 MANY = 500
 
 
@@ -109,7 +109,7 @@ def test_saved_without_data_what_torch_refuses_is_refused(kind: str) -> None:
             torch_file(obj)
         with pytest.raises(RuntimeError, match="under skip_data") as ours:
             our_file(obj)
-        # And with so many other tensors that a worker thread takes the object apart.
+        # The same with so many other tensors that a worker thread takes the object apart.
         with pytest.raises(RuntimeError, match="under skip_data"):
             our_file([obj, *(torch.ones(1) for _ in range(MANY))])
     assert str(ours.value) == str(theirs.value)
@@ -117,7 +117,7 @@ def test_saved_without_data_what_torch_refuses_is_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_bsc])
 def test_saved_without_data_sparse_tensors(layout: torch.layout) -> None:
-    """In torch their indices are zeros; here they are on meta with all the rest."""
+    """In torch their indices are zeros; here all parts are on meta."""
     blocks = {"blocksize": (1, 1)} if layout is torch.sparse_bsc else {}
     to_sparse: Any = torch.eye(3).to_sparse
     sparse = to_sparse(layout=layout, **blocks)
@@ -177,7 +177,7 @@ def test_loaded_without_data() -> None:
 
 
 def test_loaded_without_data_the_memory_is_not_written() -> None:
-    """40 MiB are memory fresh from the system: none of the numbers is there by chance."""
+    """40 MiB of memory are fresh from the system: they do not have the numbers by chance."""
     tensor = torch.ones(10 * 2**20)
     file = our_file({"w": tensor}, checksum=False)
     with skip_data():
@@ -215,7 +215,7 @@ def test_loaded_without_data_on_an_async_stream() -> None:
 
 
 def test_loaded_without_data_is_verified() -> None:
-    """torch does not read what it skips."""
+    """torch does not read the bytes that it skips."""
     tensor = torch.arange(8, dtype=torch.uint8)
     for file in (torch_file(tensor), our_file(tensor)):
         data = bytearray(file.getvalue())
@@ -307,17 +307,17 @@ def _per_channel() -> torch.Tensor:
 
 @pytest.mark.parametrize("make", [_sparse, _nested, _per_channel])
 def test_loaded_without_data_indices_are_never_trusted(make: Callable[[], torch.Tensor]) -> None:
-    """torch builds such tensors of indices and sizes that nobody wrote."""
+    """torch builds such tensors from uninitialized indices and sizes."""
     file = our_file(make())
     with skip_data(), pytest.raises(aiotorchio.InvalidObjectError, match="skip_data"):
         aiotorchio.load(file)
 
 
-# -------------------------------------------------------------------------- whose flag it is
+# -------------------------------------------------------------------------- scope of the flag
 
 
 def test_the_flag_is_that_of_the_thread() -> None:
-    """Another thread saves and loads bytes meanwhile."""
+    """Another thread saves and loads bytes at the same time."""
     results: dict[str, Any] = {}
 
     def elsewhere() -> None:
@@ -356,7 +356,7 @@ def test_the_flag_of_another_thread_is_not_mine() -> None:
 
 
 def test_the_flag_leaves_the_worker_threads_clean() -> None:
-    """They are used again by calls without it."""
+    """Later calls without the flag use the same threads."""
     many = {str(n): torch.full((2,), n) for n in range(MANY)}
     tls = torch.serialization._serialization_tls
     before = dict(vars(tls))
@@ -452,7 +452,7 @@ def _loaded_as_fakes(
     ids=str,
 )
 def test_loaded_under_a_fake_mode(map_location: Any, device: str) -> None:
-    """On devices that nobody has, and without memory."""
+    """The devices need not exist, and the tensors take no memory."""
     theirs, _ = _loaded_as_fakes(torch.load, torch_file(_state()), map_location=map_location)
     ours, mode = _loaded_as_fakes(aiotorchio.load, our_file(_state()), map_location=map_location)
     for loaded in (theirs, ours):
@@ -473,7 +473,7 @@ def test_loaded_under_a_fake_mode(map_location: Any, device: str) -> None:
 
 
 def test_loaded_under_a_fake_mode_what_is_shared_stays_shared() -> None:
-    """Each tensor has a storage of its own in torch."""
+    """In torch each tensor gets a separate storage."""
     theirs, _ = _loaded_as_fakes(torch.load, torch_file(_state()))
     ours, _ = _loaded_as_fakes(aiotorchio.load, our_file(_state()))
     assert theirs["a"].untyped_storage()._cdata != theirs["b"].untyped_storage()._cdata
@@ -519,7 +519,7 @@ def test_loaded_under_a_fake_mode_on_an_async_stream() -> None:
 
 
 def test_loaded_under_a_fake_mode_takes_no_memory() -> None:
-    """A terabyte, of which no byte was ever sent."""
+    """The header announces a terabyte, of which no byte was ever sent."""
     with FakeTensorMode():
         obj = torch.empty(2**38)
     with skip_data(materialize_fake_tensors=True):
@@ -565,7 +565,7 @@ def test_loaded_under_a_fake_mode_sparse() -> None:
 
 @pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc])
 def test_loaded_under_a_fake_mode_compressed_sparse(layout: torch.layout) -> None:
-    """torch refuses; a tensor that is no fake, of parts that are, would be neither."""
+    """torch refuses; the tensor itself would be no fake, but its parts would be."""
     to_sparse: Any = torch.eye(3).to_sparse
     sparse = to_sparse(layout=layout)
     with pytest.raises(RuntimeError):
@@ -575,7 +575,7 @@ def test_loaded_under_a_fake_mode_compressed_sparse(layout: torch.layout) -> Non
 
 
 async def _state_in_pieces() -> AsyncIterator[bytes]:
-    """Of enough tensors for a worker thread."""
+    """A message of enough tensors for a worker thread."""
     yield _MANY
 
 
@@ -627,7 +627,7 @@ def test_specs_have_no_meaning_without_data() -> None:
 
 
 def test_loaded_under_a_fake_mode_a_whole_module() -> None:
-    """Without a warning that somebody looked for its memory."""
+    """No code reads its memory, which would cause a warning."""
     theirs, ours = torch_file(torch.nn.Linear(2, 2)), our_file(torch.nn.Linear(2, 2))
     always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
@@ -659,7 +659,7 @@ def test_loaded_outside_of_the_mode_is_real() -> None:
     corpus.assert_same(aiotorchio.load(our_file(_state())), _state())
 
 
-# ------------------------------------------------------------------- what torch.load does not have
+# ----------------------------------------------------------------- options that torch.load lacks
 
 
 def _iterated(mode: Any, **options: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tensors: what torch saves of each kind, and what arrives here."""
+"""Tensors of every kind: they arrive as torch loads them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.support.corpus import Tagged, assert_same, of_dtype
 from tests.support.speed import patience
 
 pytestmark = pytest.mark.filterwarnings(
-    # What torch says of its own functions that the tests use.
+    # Warnings of torch about functions that the tests use.
     "ignore:The PyTorch API of MaskedTensors is in prototype stage:UserWarning",
     "ignore:Sparse invariant checks are implicitly disabled:UserWarning",
 )
@@ -43,7 +43,7 @@ REFUSALS = (aiotorchio.UnsafeObjectError, aiotorchio.InvalidObjectError)
 
 
 def same_as_torch(obj: object, *trusted: Any) -> Any:
-    """What arrives is what torch brings, whether the sender is trusted or not; returns ours."""
+    """Check that an object arrives as torch loads it, with and without trust; return the object."""
     with torch.serialization.safe_globals(list(trusted)):
         ours = by_us(obj)
         assert_same(ours, by_torch(obj, weights_only=True))
@@ -52,7 +52,7 @@ def same_as_torch(obj: object, *trusted: Any) -> Any:
 
 
 def arrives(obj: object, *trusted: Any) -> Any:
-    """As ``same_as_torch``, and it is what was sent."""
+    """Check as ``same_as_torch``, and compare with the sent object."""
     ours = same_as_torch(obj, *trusted)
     assert_same(ours, obj)
     return ours
@@ -70,11 +70,11 @@ def subclassed(kind: type[torch.Tensor], **attributes: Any) -> Any:
 
 # ------------------------------------------------------------------------------- the corpus
 
-# What torch refuses to save or to load, or brings back as something else.
+# Objects that torch refuses to save or to load, or loads as something else.
 LOST_BY_TORCH = {
     *("two_dtypes", "two_sizes", "storage_and_view", "typed_storage_and_view"),  # see below
     *("meta_strided", "meta_shared"),  # storages and offsets on meta are lost
-    *("untyped_storage", "storage_twice", "empty_storage", "storage_odd_size"),  # arrive typed
+    *("untyped_storage", "storage_twice", "empty_storage", "storage_odd_size"),  # they arrive typed
     *("scalars", "bytes_values", "empty_containers"),  # empty bytes and frozensets are refused
     "frozensets",
     *(f"dtype_{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)),
@@ -145,7 +145,7 @@ def test_attributes_of_tensors_that_are_not_strided() -> None:
 
 @pytest.mark.parametrize("name", ["sum", "shape_"])
 def test_attributes_that_hide_a_method(name: str) -> None:
-    """torch sets any; ours wants the sender to be trusted for those of torch's own names."""
+    """torch sets any attribute; here names of torch's own methods need a trusted sender."""
     tensor: Any = torch.randn(3)
     tensor.__dict__[name] = 1
     assert_same(by_torch(tensor, weights_only=True), tensor)
@@ -191,7 +191,7 @@ def test_attributes_with_a_default_in_the_class() -> None:
 
 
 def test_attributes_of_subclasses_that_hide_a_method_of_tensors() -> None:
-    """``Tensor.values`` is for sparse tensors; a class may well keep its values under the name."""
+    """``Tensor.values`` is for sparse tensors; a class may keep its own values under the name."""
     arrives(subclassed(Tagged, values=torch.ones(2)), Tagged)
 
 
@@ -336,7 +336,7 @@ def test_buffers() -> None:
 @pytest.mark.parametrize("kind", [UninitializedParameter, UninitializedBuffer])
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_uninitialized_parameters_and_buffers(kind: Any, requires_grad: bool) -> None:
-    """torch keeps ``requires_grad`` alone: not the dtype, and not what makes it persistent."""
+    """torch keeps ``requires_grad`` alone: not the dtype, and not the persistence."""
     tensor = kind(requires_grad=requires_grad, dtype=torch.float64)
     with torch.serialization.safe_globals([kind]):
         loads = [by_torch(tensor, weights_only=True), by_us(tensor)]
@@ -410,7 +410,7 @@ def test_backward_hooks_are_dropped() -> None:
 
 
 def test_backward_hooks_of_parameters_are_warned_of_too() -> None:
-    """torch drops them without a word."""
+    """torch drops them without a warning."""
     parameter = hooked(nn.Parameter(torch.randn(3)))
     assert not warnings_of_hooks(torch_file, parameter)
     assert len(warnings_of_hooks(our_file, parameter)) == 1
@@ -432,7 +432,7 @@ def test_backward_hooks_that_ask_for_no_warning() -> None:
     def ignored(grad: Any) -> Any:
         return grad
 
-    # The name in a comment of torch/_utils.py; no code of torch looks at it.
+    # The name in a comment of torch/_utils.py; no code of torch reads it.
     ignored._torch_serialize_ignore = True  # type: ignore[attr-defined]
     tensor = hooked(torch.randn(3), ignored)
     theirs = warnings_of_hooks(torch_file, tensor)
@@ -484,7 +484,7 @@ def test_requires_grad_of_compressed_tensors(layout: str) -> None:
     assert by_torch(tensor).requires_grad
     loaded = by_us(tensor)
     assert_same(loaded, tensor)
-    assert loaded.is_leaf  # it is none in torch
+    assert loaded.is_leaf  # in torch it is no leaf
 
 
 def test_conj_and_neg_bits() -> None:
@@ -516,7 +516,7 @@ def test_inference_tensors_arrive_as_normal_ones() -> None:
 
 
 def test_a_load_in_inference_mode_makes_normal_tensors() -> None:
-    """torch's are inference tensors, which can't be trained afterwards."""
+    """torch loads inference tensors, which can't be trained afterwards."""
     tensors = {"w": torch.randn(3), "p": nn.Parameter(torch.randn(3))}
     with torch.inference_mode():
         theirs, ours = by_torch(tensors), by_us(tensors)
@@ -592,7 +592,7 @@ def test_sparse_coo_that_can_not_be_coalesced() -> None:
     claimed = torch.sparse_coo_tensor(
         twice._indices(), twice._values(), (2,), is_coalesced=True, check_invariants=False
     )
-    # It says of itself what is not true: torch takes it.
+    # The flag is wrong: torch accepts it.
     assert by_torch(claimed).is_coalesced()
     with pytest.raises(aiotorchio.InvalidObjectError, match="coalesced"):
         by_us(claimed)
@@ -634,7 +634,7 @@ def test_sparse_compressed_of_other_indices_and_values() -> None:
 
 
 def bad_sparse() -> Iterator[torch.Tensor]:
-    """Tensors with an index that is one too large."""
+    """Yield tensors with an index that is one too large."""
     yield torch.sparse_coo_tensor(torch.tensor([[3]]), torch.ones(1), (3,), check_invariants=False)
     for layout in (torch.sparse_csr, torch.sparse_csc):
         yield torch.sparse_compressed_tensor(
@@ -677,7 +677,7 @@ def test_sparse_invariants_are_checked_without_what_all_threads_share(
     with monkeypatch.context() as patch:
         patch.setattr(torch._utils, "_sparse_tensors_to_validate", Untouched())
         patch.setattr(torch._C, "_set_check_sparse_tensor_invariants", sets_flag)
-        # The constructors set it and put it back.
+        # The constructors set the flag and restore it.
         patch.setattr(torch, "sparse_coo_tensor", sets_flag)
         patch.setattr(torch, "sparse_compressed_tensor", sets_flag)
         for weights_only in (True, False):
@@ -692,7 +692,7 @@ def test_sparse_invariants_are_checked_without_what_all_threads_share(
 
 
 def test_sparse_invariants_are_always_checked() -> None:
-    """torch checks them when it is told to, for all threads at once."""
+    """torch checks them when a flag says so, for all threads at once."""
     for tensor in bad_sparse():
         assert by_torch(tensor).shape == tensor.shape
         with pytest.raises(aiotorchio.InvalidObjectError):
@@ -819,7 +819,7 @@ def test_nested_jagged() -> None:
 
 
 def test_nested_jagged_of_one_raggedness() -> None:
-    """Those that had the same ragged dimension have it again."""
+    """Tensors that shared a ragged dimension share it again."""
     nested = jagged()
     for loaded in (by_torch([nested, nested * 2]), by_us([nested, nested * 2])):
         assert loaded[0].shape == loaded[1].shape
@@ -827,7 +827,7 @@ def test_nested_jagged_of_one_raggedness() -> None:
 
 
 def refusals(obj: object, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What torch and ours say where nothing has been imported that would allow more names."""
+    """The errors of torch and of aiotorchio without imports that would allow more names."""
     files = (torch_file(obj), our_file(obj))
     monkeypatch.setattr(torch._weights_only_unpickler, "_marked_safe_globals_set", set())
     with pytest.raises(Exception) as theirs:
@@ -862,7 +862,7 @@ def test_meta_tensors_share_their_storages() -> None:
 
 
 def test_meta_tensors_of_subclasses() -> None:
-    """Here ours is torch's own function: shape and strides, a storage of its own."""
+    """aiotorchio calls torch's own function: shape and strides, and a separate storage."""
     tensor = torch.empty(6, device="meta")[2:].as_subclass(Tagged)
     assert same_as_torch(tensor, Tagged).storage_offset() == 0
 
@@ -891,7 +891,7 @@ def test_typed_storages() -> None:
     arrives([storage, storage, numbers, numbers[2:]])
     arrives([torch.empty(0)._typed_storage(), of_dtype("bfloat16")._typed_storage()])
     arrives(corpus.make("quantized_view")._typed_storage())
-    # Two objects around one storage arrive as one object; that is torch's way.
+    # Two objects around one storage arrive as one object, as in torch.
     loaded = same_as_torch([numbers._typed_storage(), numbers._typed_storage()])
     assert loaded[0] is loaded[1]
 
@@ -904,7 +904,7 @@ def test_storages_of_the_old_classes() -> None:
 
 
 def test_untyped_storages() -> None:
-    """torch gives back typed ones, of bytes."""
+    """torch returns typed storages, of bytes."""
     storage = torch.arange(3).untyped_storage()
     assert type(by_torch(storage, weights_only=True)) is torch.TypedStorage
     assert_same(by_us(storage), storage)
@@ -923,7 +923,7 @@ def test_lists_of_storages_that_share() -> None:
 def test_empty_storages() -> None:
     empty = torch.empty(0)
     arrives([empty, torch.empty(0, 3), torch.empty(2, 0, dtype=torch.bool)])
-    # torch makes one for each tensor.
+    # torch makes a storage for each tensor.
     assert_same(by_us([empty, empty.view(0, 1)]), [empty, empty.view(0, 1)])
     theirs = by_torch([empty, empty.view(0, 1)])
     assert theirs[0].untyped_storage()._cdata != theirs[1].untyped_storage()._cdata
@@ -1005,7 +1005,7 @@ def test_dtensors_load_without_a_process_group() -> None:
 
 @pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning")
 def test_sharded_tensors() -> None:
-    """The tensors that DTensor replaced; only for senders that are trusted, as in torch."""
+    """DTensor replaced these tensors; they need a trusted sender, as in torch."""
     from torch.distributed._shard import sharded_tensor
     from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 
@@ -1023,17 +1023,17 @@ def test_sharded_tensors() -> None:
             assert_same(one.tensor, two.tensor)
 
 
-# ---------------------------------------------------------------- byte order of the other kind
+# ---------------------------------------------------------------- foreign byte order
 
 
 def turned(storage: torch.UntypedStorage, unit: int) -> torch.UntypedStorage:
-    """A storage whose numbers are in the other byte order."""
+    """Convert a storage to foreign byte order."""
     data = torch.empty(0, dtype=torch.uint8).set_(storage)
     return data.view(-1, unit).flip(1).reshape(-1).contiguous().untyped_storage()
 
 
 def of_the_other_kind(obj: object) -> tuple[bytes, io.BytesIO]:
-    """A message and a file of torch, as a machine of the other byte order writes them."""
+    """Make a message and a file of torch as a machine of the other byte order writes them."""
     parts = craft.flattened(obj)
     units = [row.unit for row in parts.header.storages]
     storages = [turned(one, unit) for one, unit in zip(parts.storages, units, strict=True)]
@@ -1045,7 +1045,7 @@ def of_the_other_kind(obj: object) -> tuple[bytes, io.BytesIO]:
             if record == "byteorder":
                 data = OTHER.encode()
             elif folder == "data":
-                # torch numbers the storages as they come; so do our tables.
+                # torch numbers the storages in the order of the object, as aiotorchio's tables do.
                 data = bytes(storages[int(record)].tolist())
             target.writestr(name, data)
     file.seek(0)
@@ -1080,7 +1080,7 @@ def test_numbers_of_the_other_byte_order(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "complex32", "bits16"])
 def test_numbers_of_v3_of_the_other_byte_order(dtype: str) -> None:
-    """torch does not turn them around: it saves their storages untyped, as bytes."""
+    """torch does not convert them: it saves their storages untyped, as bytes."""
     tensor = of_dtype(dtype)
     message, file = of_the_other_kind(tensor)
     assert_same(craft.load(message), tensor)
@@ -1089,7 +1089,7 @@ def test_numbers_of_v3_of_the_other_byte_order(dtype: str) -> None:
 
 
 def test_untyped_bytes_of_the_other_byte_order_are_refused() -> None:
-    """Nobody knows what numbers they are; torch leaves them as they are."""
+    """Their dtype is unknown; torch leaves them as they are."""
     storage = torch.arange(3, dtype=torch.int16).untyped_storage()
     parts = craft.flattened([storage])
     parts.header.byteorder = OTHER  # type: ignore[assignment]
@@ -1097,7 +1097,7 @@ def test_untyped_bytes_of_the_other_byte_order_are_refused() -> None:
         craft.load(craft.compose(parts))
 
 
-# ------------------------------------------------------- names that torch has for other files
+# ------------------------------------------------------- names that torch allows for other files
 
 CLASSES = {f"{kind.__module__}.{kind.__name__}" for kind in torch._storage_classes} | {
     f"{kind.__module__}.{kind.__name__}" for kind in torch._tensor_classes
@@ -1139,7 +1139,7 @@ def test_old_functions_are_refused(path: str) -> None:
 
 
 def test_classes_of_storages_and_tensors_are_refused() -> None:
-    """torch's list has them, for its own files: they can be called for memory nobody wrote."""
+    """torch's list has them, for its own files: a call would return uninitialized memory."""
     allowed = torch._weights_only_unpickler._get_allowed_globals()
     for path in sorted(CLASSES):
         assert path in allowed
@@ -1154,7 +1154,7 @@ def test_classes_of_storages_and_tensors_are_refused() -> None:
 
 
 def test_classes_as_values_of_an_object() -> None:
-    """A class itself is sent as its name; whoever trusts it says so."""
+    """A class itself is sent as its name; the caller must trust it."""
     obj = {"kind": torch.Tensor, "old": torch.FloatTensor, "parameter": nn.Parameter}
     assert by_torch(obj, weights_only=True) == obj
     with pytest.raises(aiotorchio.UnsafeObjectError):
@@ -1166,7 +1166,7 @@ def test_classes_as_values_of_an_object() -> None:
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("location", [None, "meta", torch.device("meta"), {"cpu": "meta"}])
 def test_tensors_of_devices_without_storages(requires_grad: bool, location: Any) -> None:
-    """As they come from xla, maia and mtia."""
+    """Tensors as they come from xla, maia and mtia."""
     sent = [kinds.ByCpu(torch.randn(3).requires_grad_(requires_grad), "cpu"), torch.ones(2)]
     for weights_only in (True, False):
         theirs = by_torch(sent, map_location=location, weights_only=weights_only)
@@ -1184,7 +1184,7 @@ def test_a_callable_map_location_places_no_tensor_without_storage() -> None:
 
 
 def test_a_device_without_storages_that_is_not_there() -> None:
-    """torch's error says so, and so does ours."""
+    """torch's error names the device, and so does aiotorchio's."""
     sent = kinds.ByCpu(torch.randn(3), "xla:0")
     with pytest.raises((RuntimeError, NotImplementedError)):
         by_torch(sent)

@@ -13,7 +13,7 @@ import aiotorchio
 
 
 def torch_file(obj: object, **options: Any) -> io.BytesIO:
-    """What ``torch.save`` writes."""
+    """Save an object with ``torch.save``."""
     file = io.BytesIO()
     torch.save(obj, file, **options)
     file.seek(0)
@@ -21,7 +21,7 @@ def torch_file(obj: object, **options: Any) -> io.BytesIO:
 
 
 def stream_file(obj: object, **options: Any) -> io.BytesIO:
-    """What ``_streaming_save`` writes."""
+    """Save an object with ``_streaming_save``."""
     file = io.BytesIO()
     streaming._streaming_save(obj, file, **options)
     file.seek(0)
@@ -29,7 +29,7 @@ def stream_file(obj: object, **options: Any) -> io.BytesIO:
 
 
 def by_stream(obj: object, **options: Any) -> Any:
-    """Saved and loaded by ``torch.distributed._serialization``."""
+    """Save and load with ``torch.distributed._serialization``."""
     file = stream_file(obj)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
@@ -38,7 +38,7 @@ def by_stream(obj: object, **options: Any) -> Any:
 
 
 def our_file(obj: object, **options: Any) -> io.BytesIO:
-    """What ``aiotorchio.save`` writes."""
+    """Save an object with ``aiotorchio.save``."""
     file = io.BytesIO()
     aiotorchio.save(obj, file, **options)
     file.seek(0)
@@ -46,7 +46,7 @@ def our_file(obj: object, **options: Any) -> io.BytesIO:
 
 
 def by_torch(obj: object, **options: Any) -> Any:
-    """Saved and loaded by torch; the options are those of ``torch.load``."""
+    """Save and load with torch; the options are those of ``torch.load``."""
     with warnings.catch_warnings():
         # torch warns of its own typed storages.
         warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
@@ -54,12 +54,12 @@ def by_torch(obj: object, **options: Any) -> Any:
 
 
 def by_us(obj: object, **options: Any) -> Any:
-    """Saved and loaded by aiotorchio; the options are those of ``aiotorchio.load``."""
+    """Save and load with aiotorchio; the options are those of ``aiotorchio.load``."""
     return aiotorchio.load(our_file(obj), **options)
 
 
 def error_of_torch(obj: object, **options: Any) -> Exception:
-    """What ``torch.load`` raises."""
+    """The error of ``torch.load``."""
     file = torch_file(obj)
     try:
         torch.load(file, **options)
