@@ -72,8 +72,9 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
 # Private names that ordinary torch code sets on users' objects, so that every writer must know
 # them.
 PUBLIC_BY_CUSTOM = {
-    # The versions in a state dict: an attribute that nn.Module.state_dict() sets.
-    ("codecs/tree/codec.py", "_metadata"),
+    # The versions of a state dict: an attribute that nn.Module.state_dict() sets.
+    ("codecs/tree/decoder.py", "_metadata"),
+    ("codecs/tree/encoder.py", "_metadata"),
     ("table/names.py", "_metadata"),
 }
 

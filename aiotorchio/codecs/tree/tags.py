@@ -1,14 +1,21 @@
-"""What stands first in every array of the tree codec (SPEC.md section 6.1)."""
+"""The values that encoder and decoder of the tree codec have in common (SPEC.md section 6.1)."""
 
 from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["Tag"]
+__all__ = ["INTEGER_MAX", "INTEGER_MIN", "PLAIN_TYPES", "SIZE_MAX", "Tag"]
+
+PLAIN_TYPES = frozenset({type(None), bool, int, float, str, bytes})
+"""Types whose values are written as they are, without an array around them."""
+INTEGER_MIN, INTEGER_MAX = -(2**63), 2**64 - 1
+"""The integers that are written as they are; others have a tag."""
+SIZE_MAX = 4096
+"""Dimensions of a ``torch.Size``, as of the shape of a tensor."""
 
 
 class Tag:
-    """Says what an array is."""
+    """The first item of an array: the type of object that the array describes."""
 
     LIST: Final = 0
     TUPLE: Final = 1
