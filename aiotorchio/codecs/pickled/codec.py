@@ -16,31 +16,37 @@ from typing import Any
 import torch
 
 from aiotorchio.codecs.pickled.allowlist import Allowlist
+from aiotorchio.codecs.pickled.persistent_ids import (
+    STORAGE,
+    checked_row,
+    resolver,
+    storage_for,
+    storage_reference,
+)
 from aiotorchio.codecs.pickled.reduced import over_origin, plain_origin
 from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.common.torch_private import (
     WeightsOnlyUnpickler,
     is_fake,
-    typed_storage,
     untyped_storage_of,
 )
 from aiotorchio.errors import (
     AiotorchioError,
     InvalidObjectError,
     LimitExceeded,
-    MismatchError,
     ProtocolError,
     UnsafeObjectError,
 )
 from aiotorchio.table.mapped_files import may_be_mapped, plain_of, without_files
 from aiotorchio.table.state_metadata import without_mark
 from aiotorchio.table.table import Table
-from aiotorchio.table.torch_dtypes import DTYPE_NAMES, torch_dtype
+from aiotorchio.table.torch_dtypes import DTYPE_NAMES
 from aiotorchio.wire import bounds
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import MIXED_UNITS
 
 __all__ = [
+    "STORAGE",
     "checked_row",
     "dump",
     "load",
@@ -49,10 +55,8 @@ __all__ = [
     "replay",
     "storage_for",
     "storage_reference",
+    "translated",
 ]
-
-# What references to storages begin with.
-STORAGE = "storage"
 
 
 def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int) -> bytes:
@@ -157,7 +161,7 @@ def load(
     """
     return load_with(
         skeleton,
-        _resolver(tensors, storages),
+        resolver(tensors, storages),
         allowed=allowlist.globals,
         allowlist=allowlist,
         encoding=encoding,
@@ -262,7 +266,7 @@ def load_trusted(
     def read() -> Any:
         file = io.BytesIO(skeleton)
         unpickler = Unpickler(file, encoding=encoding)
-        unpickler.persistent_load = _resolver(tensors, storages)
+        unpickler.persistent_load = resolver(tensors, storages)
         loaded = unpickler.load()
         if file.tell() != len(skeleton):
             raise ProtocolError(f"{len(skeleton) - file.tell()} bytes left over behind the pickle")
@@ -288,50 +292,6 @@ class _CheckedFile(io.BytesIO):
 def _file_of(skeleton: bytes) -> io.BytesIO:
     checked = len(skeleton) > _AT_ONCE_NBYTES or skeleton.count(b"R") > _CALLS_AT_ONCE
     return _CheckedFile(skeleton) if checked else io.BytesIO(skeleton)
-
-
-def _resolver(
-    tensors: Sequence[Any], storages: Sequence[torch.UntypedStorage | None]
-) -> Callable[[Any], Any]:
-    """What turns the persistent ids of this codec into tensors and storages."""
-    typed: dict[tuple[int, str], Any] = {}
-
-    def resolve(reference: Any) -> Any:
-        if type(reference) is int:
-            return tensors[checked_row(reference, len(tensors), "tensor")]
-        row, name = storage_reference(reference)
-        storage = storages[checked_row(row, len(storages), "storage")]
-        if storage is None:
-            raise MismatchError(
-                f"the object has storage {row} itself, not only tensors over it: it can't be left "
-                "out or received into other tensors"
-            )
-        if name is None:
-            return storage
-        return typed.setdefault((row, name), storage_for(reference, storage))
-
-    return resolve
-
-
-def storage_reference(reference: Any) -> tuple[Any, str | None]:
-    """The number of the storage that a reference is to, unchecked, and the dtype of its numbers."""
-    if type(reference) is not tuple or len(reference) != 3 or reference[0] != STORAGE:
-        raise ProtocolError("a reference that is neither to a tensor nor to a storage")
-    _, row, name = reference
-    if name is not None:
-        torch_dtype(name)
-    return row, name
-
-
-def storage_for(reference: Any, storage: torch.UntypedStorage) -> Any:
-    """What a reference to a storage stands for: the storage, or a typed one over it."""
-    row, name = storage_reference(reference)
-    if name is None:
-        return storage
-    dtype = torch_dtype(name)
-    if storage.nbytes() % dtype.itemsize:
-        raise InvalidObjectError(f"storage {row} of {storage.nbytes()} bytes holds no {dtype}")
-    return typed_storage(storage, dtype)
 
 
 def _check_shape(loaded: Any, limit: int) -> None:
@@ -364,15 +324,6 @@ def _check_shape(loaded: Any, limit: int) -> None:
             totals.append(1)
             if len(path) > limit + 1:
                 raise LimitExceeded(f"nested deeper than {limit} levels (Limits.depth)")
-
-
-def checked_row(row: Any, count: int, what: str) -> int:
-    """The number of a row, if there is one of that number."""
-    if type(row) is not int or not 0 <= row < count:
-        # Nothing but plain values in messages: the repr of a doubled tuple never ends.
-        shown = row if type(row) is int else type(row).__name__
-        raise ProtocolError(f"{what} {shown} of {count}")
-    return row
 
 
 def translated(read: Callable[[], Any], offset: int) -> Any:
