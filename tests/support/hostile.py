@@ -646,7 +646,7 @@ def trees() -> dict[str, Case]:
     }
     refused = {key: case("tree", key, *parts) for key, parts in cases.items()}
     for n in range(len(good)):
-        refused[f"cut_{n}"] = Case(good[:n], "ProtocolError", "truncated|end inside|not whole")
+        refused[f"cut_{n}"] = Case(good[:n], "ProtocolError", "truncated|ends inside|not whole")
     return refused
 
 

@@ -188,8 +188,8 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "a map or an extension": "map map_inside extension timestamp map_depth",
             "unknown tag": "unknown_tag negative_tag",
             "neither a plain value nor a tagged array": "bool_tag str_tag no_tag",
-            r"tensor \S+ of \d+": "row row_negative",
-            "other contents than it has": """
+            r"tensor row \S+, but the message has": "row row_negative",
+            "other contents than this tag": """
                 row_bool row_none rows complex_integers complex_short integer_of_str
                 size_of_str dtype_number
             """,
@@ -204,8 +204,8 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "beyond 64 bits": "size_beyond",
             r"torch \S+ has no dtype": "dtype dtype_attribute",
             "Invalid UTF-8": "utf8 surrogate",
-            "end inside a value": "bytes_length",
-            "not whole, or of no kind": "reserved",
+            "ends inside a value": "bytes_length",
+            "not whole, or of no known type": "reserved",
         },
         "InvalidObjectError": {
             "unhashable type": "unhashable",

@@ -1,8 +1,12 @@
-"""A skeleton of MessagePack becomes nested lists, in parts, between which other threads go on.
+"""Decodes a skeleton into nested lists, in parts between which other threads can run.
 
-One call of the decoder holds all of them up: for 40 ms a MiB, if that is full of empty arrays. So
-a long skeleton is cut into runs of short values, which are decoded run by run, and arrays, which
-are made here.
+In: a skeleton as a peer sent it. Out: its value, with a list for each array, from which ``decoder``
+builds the object. An error means that ``precheck`` refuses the skeleton, or that it is not one
+MessagePack value.
+
+One call of msgspec keeps all other threads waiting: 40 ms for 1 MiB of empty arrays. So a long
+skeleton is cut into arrays, whose lists are made here, and runs of short values, which msgspec
+decodes run by run.
 """
 
 from __future__ import annotations
@@ -22,9 +26,9 @@ from aiotorchio.errors import ProtocolError
 __all__ = ["AT_ONCE_NBYTES", "drop", "unpacked"]
 
 AT_ONCE_NBYTES = 2**20
-"""Size of the skeletons that are decoded, and freed, at once; it takes some 10 ms."""
+"""Skeletons up to this size are decoded, and their objects freed, at once: it takes some 10 ms."""
 
-# Likewise: as many arrays in one of that size, and values of longer ones.
+# Arrays that a skeleton decoded at once may have, and values that a run of a longer one may have.
 _ARRAYS_MAX, _RUN = 100_000, 10_000
 
 _VALUE = re.compile(SHORT_VALUE)
@@ -34,17 +38,18 @@ _decode = msgspec.msgpack.decode
 
 @contextmanager
 def unpacked(skeleton: bytes, depth_limit: int) -> Iterator[Any]:
-    """What msgspec makes of a skeleton; its lists are of no use behind the block.
+    """Yield the value of a skeleton, whose lists may be emptied at the end of the block.
 
     Args:
-        skeleton: As received.
-        depth_limit: Nesting of containers to accept.
+        skeleton: A skeleton as a peer sent it.
+        depth_limit: ``Limits.depth``.
 
     Raises:
-        LimitExceeded: As ``check_size``.
-        ProtocolError: Likewise; it ends inside of an array, or goes on behind its value.
-        msgspec.DecodeError: Not MessagePack.
-        UnicodeDecodeError: A text that is not UTF-8.
+        LimitExceeded: ``check_size`` refuses the skeleton.
+        ProtocolError: ``check_size`` refuses the skeleton, or it ends inside an array or goes on
+            after its value.
+        msgspec.DecodeError: The skeleton is not MessagePack.
+        UnicodeDecodeError: A str is not UTF-8.
     """
     arrays = check_size(skeleton, depth_limit)
     if len(skeleton) <= AT_ONCE_NBYTES and arrays <= _ARRAYS_MAX:
@@ -55,7 +60,7 @@ def unpacked(skeleton: bytes, depth_limit: int) -> Iterator[Any]:
         _unpack(skeleton, lists)
         yield lists[0][0]
     finally:
-        # The last ones are in those before them, and empty when those let go of them.
+        # From the last list to the first: an inner list is empty before its outer one is.
         while lists:
             last = lists.pop()
             while last:
@@ -63,7 +68,7 @@ def unpacked(skeleton: bytes, depth_limit: int) -> Iterator[Any]:
 
 
 def drop(items: list[Any] | dict[Any, Any]) -> None:
-    """Empty a list or dict, and those that are in it, in parts: nobody needs them any more."""
+    """Empty a list or dict, and what it holds, in parts between which other threads can run."""
     waiting = [items]
     while waiting:
         held = waiting[-1]
@@ -82,8 +87,8 @@ def drop(items: list[Any] | dict[Any, Any]) -> None:
 
 
 def _unpack(skeleton: bytes, lists: list[list[Any]]) -> None:
-    """Put one value into the first list; all other lists that are made come behind it."""
-    # The array that is open, and how many values it misses; and those around it.
+    """Append the value of a skeleton to the first list, and each list that it has to ``lists``."""
+    # The innermost open array with the number of its missing values, and the arrays around it.
     items, missing = lists[0], 1
     outer: list[tuple[list[Any], int]] = []
     values: Sequence[Any] = ()
@@ -100,7 +105,7 @@ def _unpack(skeleton: bytes, lists: list[list[Any]]) -> None:
             missing -= count
             taken += count
         elif position >= size:
-            raise ProtocolError("the bytes end inside an array")
+            raise ProtocolError("the skeleton ends inside an array")
         elif _begins_array(skeleton, position):
             nested: list[Any] = []
             items.append(nested)
@@ -112,18 +117,18 @@ def _unpack(skeleton: bytes, lists: list[list[Any]]) -> None:
             values, position = _values(skeleton, position)
             taken = 0
     if position < size or taken < len(values):
-        raise ProtocolError("bytes left over behind the value")
+        raise ProtocolError("the skeleton has bytes left over after its value")
 
 
 def _begins_array(skeleton: bytes, position: int) -> bool:
     head = skeleton[position]
     nests = 0x90 <= head < 0xA0 or head in ARRAYS
-    # Those of tensors are among the short values.
+    # The array of a tensor counts as a short value.
     return nests and _VALUE.match(skeleton, position) is None
 
 
 def _length(skeleton: bytes, position: int) -> tuple[int, int]:
-    """How many values an array has, and where they begin."""
+    """Return the number of values of an array, and the position of the first."""
     head = skeleton[position]
     if head not in ARRAYS:
         return head - 0x90, position + 1
@@ -132,12 +137,12 @@ def _length(skeleton: bytes, position: int) -> tuple[int, int]:
 
 
 def _values(skeleton: bytes, position: int) -> tuple[list[Any], int]:
-    """Values that are no arrays, and where the last of them ends."""
+    """Decode values that are not arrays, and return them with the position of their end."""
     run = _VALUES.match(skeleton, position)
     if run is not None:
         count = len(_VALUE.findall(skeleton, position, run.end()))
         return _decode(b"\xdd" + count.to_bytes(4, "big") + run[0]), run.end()
-    # A long text, or nothing that there is.
+    # A long str, a bin, or a value of an unknown type, which msgspec refuses.
     width = TEXTS.get(skeleton[position], 0)
     start = position + 1 + width
     end = start + int.from_bytes(skeleton[position + 1 : start], "big")

@@ -1,4 +1,8 @@
-"""Decoder of the tree codec: a skeleton becomes an object over the tensors of its rows."""
+"""Decoder of the tree codec: a skeleton becomes an object that holds the tensors of its rows.
+
+``graph.rebuild`` calls it. A skeleton comes from a peer: an error means that the skeleton breaks
+SPEC.md section 6.1, or takes more than the limits allow, and has the offset of the skeleton.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,11 @@ from aiotorchio.errors import AiotorchioError, InvalidObjectError, LimitExceeded
 from aiotorchio.limits import Limits
 from aiotorchio.table.state_metadata import drop_mark
 from aiotorchio.table.torch_dtypes import torch_dtype
+from aiotorchio.wire.header import shortened
 
 __all__ = ["decode", "decoder"]
 
-# Values of a container between two checks of the interrupt; even, for keys with values.
+# Items of a container between two calls of check_interrupt; even, since a key has a value.
 _CHECKED_EVERY = 2000
 
 
@@ -35,23 +40,23 @@ def decode(
     wide_keys: int = Limits().wide_keys,
     offset: int = 0,
 ) -> Any:
-    """Read an object.
+    """Build the object of a skeleton.
 
     Args:
-        skeleton: What ``encode`` wrote, or a peer claims so.
-        tensors: What stands for each row of the tensor table.
-        depth_limit: Nesting of containers to accept.
-        wide_keys: As of ``Limits``.
+        skeleton: A skeleton as a peer sent it.
+        tensors: The tensor, or a placeholder, of each row.
+        depth_limit: ``Limits.depth``.
+        wide_keys: ``Limits.wide_keys``.
         offset: Byte of the message where the skeleton begins, for errors.
 
     Returns:
         The object.
 
     Raises:
-        ProtocolError: Not MessagePack, left-over bytes, an unknown tag or a node that breaks
-            its rules, a repeated key, a row that is not there.
-        LimitExceeded: Nested too deep.
-        InvalidObjectError: A set of unhashable items, a device that torch does not know.
+        ProtocolError: The skeleton is not one MessagePack value, has an unknown tag, a node that
+            breaks the rules of its tag, a key twice, or a row that the table does not have.
+        LimitExceeded: It is nested too deep, takes too much memory, or too long to hash.
+        InvalidObjectError: It has a set of unhashable members, or a device unknown to torch.
     """
     with decoder(skeleton, depth_limit=depth_limit, wide_keys=wide_keys, offset=offset) as decoded:
         return decoded(tensors)
@@ -61,9 +66,10 @@ def decode(
 def decoder(
     skeleton: bytes, *, depth_limit: int, wide_keys: int, offset: int
 ) -> Iterator[Callable[[Sequence[Any]], Any]]:
-    """Give a function that reads the object over the tensors that it gets; see ``decode``.
+    """Yield a function from tensors to the object; arguments and errors are those of ``decode``.
 
-    Of an object that is let go of within the block, only its containers are freed at once.
+    An object that is dropped inside the block frees its containers only: the skeleton's values
+    live until the end of the block.
     """
     with gc_paused(), ExitStack() as stack:
         with _located(depth_limit, offset):
@@ -78,18 +84,18 @@ def decoder(
 
 @contextmanager
 def _located(depth_limit: int, offset: int) -> Iterator[None]:
-    """Whatever a skeleton does, as an error of ours that says where it is."""
+    """Turn all errors of a skeleton into those of ``errors``, with its entry and offset."""
     try:
         yield
     except RecursionError:
         raise LimitExceeded(
-            f"nested deeper than {depth_limit} levels (Limits.depth)",
+            f"the object is nested deeper than {depth_limit} levels (Limits.depth)",
             entry="skeleton",
             offset=offset,
         ) from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(
-            f"malformed skeleton: {error}", entry="skeleton", offset=offset
+            f"the skeleton is not one MessagePack value: {error}", entry="skeleton", offset=offset
         ) from error
     except AiotorchioError as error:
         error.entry, error.offset = "skeleton", offset
@@ -108,12 +114,16 @@ class _Decoder:
         if kind in PLAIN_TYPES:
             return node
         if kind is not list or not node or type(node[0]) is not int:
-            raise ProtocolError("a node that is neither a plain value nor a tagged array")
+            raise ProtocolError(
+                "a value of the skeleton is neither a plain value nor a tagged array"
+            )
         if depth >= self._depth_limit:
-            raise LimitExceeded(f"nested deeper than {self._depth_limit} levels (Limits.depth)")
+            raise LimitExceeded(
+                f"the object is nested deeper than {self._depth_limit} levels (Limits.depth)"
+            )
         read = _READERS.get(node[0])
         if read is None:
-            raise ProtocolError(f"unknown tag {node[0]}")
+            raise ProtocolError(f"an array of the skeleton has the unknown tag {node[0]}")
         return read(self, node, depth + 1)
 
     def items(self, node: list[Any], depth: int) -> list[Any]:
@@ -125,7 +135,7 @@ class _Decoder:
                     # A comprehension would be the third frame of a level.
                     items.append(value(node[n], depth))  # noqa: PERF401
         except BaseException:
-            # Whatever it is: freed all at once, the items would hold other threads up.
+            # Items that are freed at once would keep other threads waiting.
             drop(items)
             raise
         return items
@@ -139,7 +149,7 @@ class _Decoder:
 
     def pairs(self, node: list[Any], start: int, into: Any, depth: int) -> Any:
         if (len(node) - start) % 2:
-            raise ProtocolError("a key without a value")
+            raise ProtocolError("a dict has a key without a value")
         value, wide, count = self.value, 0, (len(node) - start) // 2
         try:
             for first in range(start, len(node), _CHECKED_EVERY):
@@ -148,22 +158,27 @@ class _Decoder:
                     key = node[n]
                     if type(key) is not str:
                         if type(key) is not int:
-                            raise ProtocolError("a key that is neither str nor int")
+                            raise ProtocolError(
+                                f"a dict has a {type(key).__name__} as key, which is neither str "
+                                "nor int"
+                            )
                         if not 0 <= key < count:
                             wide += 1
                             self._find_places(2 * wide - 1)
                     into[key] = value(node[n + 1], depth)
             if len(into) != count:
-                raise ProtocolError("duplicate key")
+                raise ProtocolError("a dict has a duplicate key")
         except BaseException:
-            # As those of a list.
+            # Values that are freed at once would keep other threads waiting.
             drop(into)
             raise
         return into
 
     def ordered(self, node: list[Any], depth: int) -> Any:
         if len(node) < 2 or type(node[1]) is not list or len(node[1]) > 1:
-            raise ProtocolError("an ordered dict without its place for metadata")
+            raise ProtocolError(
+                "an OrderedDict is without its place for metadata: an array of at most one value"
+            )
         ordered = self.pairs(node, 2, OrderedDict(), depth)
         if node[1]:
             ordered._metadata = self.value(node[1][0], depth)
@@ -182,39 +197,46 @@ class _Decoder:
             check_hashes(items)
             members = set(items)
         except TypeError as error:
-            raise InvalidObjectError(f"a set of {error}") from error
+            raise InvalidObjectError(
+                f"a set has a member that cannot be hashed: {error}"
+            ) from error
         if len(members) != len(items):
-            raise ProtocolError("duplicate item in a set")
+            raise ProtocolError("a set has a duplicate item")
         return members
 
     def _find_places(self, steps: int) -> None:
-        """Take the time to find places for keys that may have been chosen to have none left."""
+        """Count the steps that a hash table may need to place keys that were chosen to collide."""
         self._probes_left -= steps
         if self._probes_left < 0:
             raise too_many_colliders(self._wide_keys)
 
     def tensor(self, node: list[Any], depth: int) -> Any:
-        # Not by _payload: this is the node that there may be 100,000 of.
+        # Without _payload, which is slower: an object may have 100,000 tensors.
         if len(node) != 2 or type(node[1]) is not int:
             raise _other_contents(node)
         row = node[1]
         if not 0 <= row < len(self._tensors):
-            raise ProtocolError(f"tensor {row} of {len(self._tensors)}")
+            raise ProtocolError(
+                f"the skeleton refers to tensor row {row}, but the message has "
+                f"{len(self._tensors)} tensors"
+            )
         return self._tensors[row]
 
     def integer(self, node: list[Any], depth: int) -> int:
         (data,) = _payload(node, bytes)
         value = int.from_bytes(data, "little", signed=True)
         if INTEGER_MIN <= value <= INTEGER_MAX or value.bit_length() // 8 + 1 != len(data):
-            raise ProtocolError("an integer that is not in its shortest form")
+            raise ProtocolError(
+                "an integer with tag 7 lies within 64 bits, or is not in its shortest form"
+            )
         return value
 
     def size(self, node: list[Any], depth: int) -> torch.Size:
         if len(node) > SIZE_MAX + 1:
-            raise LimitExceeded(f"a size of more than {SIZE_MAX} dimensions")
+            raise LimitExceeded(f"a torch.Size has more than {SIZE_MAX} dimensions")
         dims = _payload(node, *[int] * (len(node) - 1))
         if any(dim > 2**63 - 1 or dim < -(2**63) for dim in dims):
-            raise ProtocolError("a size beyond 64 bits")
+            raise ProtocolError("a torch.Size has a dimension beyond 64 bits")
         return torch.Size(dims)
 
     def device(self, node: list[Any], depth: int) -> torch.device:
@@ -222,22 +244,24 @@ class _Decoder:
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise InvalidObjectError(f"device {name!r}: {error}") from error
+            raise InvalidObjectError(
+                f"torch does not know device {shortened(name)!r}: {error}"
+            ) from error
         # torch keeps eight bits of the index: 300 would become 44.
         if str(device) != name:
-            raise InvalidObjectError(f"device {name!r} is {device} to torch")
+            raise InvalidObjectError(f"device {shortened(name)!r} is {device} to torch")
         return device
 
 
 def _payload(node: list[Any], *kinds: type) -> list[Any]:
-    """What follows the tag: exactly these types."""
+    """Return the items after the tag, which must have exactly these types."""
     if [type(item) for item in node[1:]] != list(kinds):
         raise _other_contents(node)
     return node[1:]
 
 
 def _other_contents(node: list[Any]) -> ProtocolError:
-    return ProtocolError(f"tag {node[0]} with other contents than it has")
+    return ProtocolError(f"an array with tag {node[0]} has other contents than this tag requires")
 
 
 _READERS: dict[int, Callable[[_Decoder, list[Any], int], Any]] = {

@@ -1,8 +1,8 @@
-"""Encoder of the tree codec: an object becomes a skeleton, its tensors go into the table.
+"""Encoder of the tree codec: an object becomes a skeleton, and its tensors rows of the table.
 
-``graph.flatten`` calls ``encode`` for every object first. ``NotATreeError`` means that the object
-has something that this codec does not know, such as a class, or cannot keep, such as a list in two
-places: the object then needs the pickle codec.
+``graph.flatten`` calls ``encode`` before it tries the pickle codec. ``NotATreeError`` means that
+the object needs pickle: it has something that the tree codec does not know, such as a class, or
+cannot keep, such as a list in two places.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from aiotorchio.table.torch_dtypes import DTYPE_NAMES
 
 __all__ = ["NotATreeError", "encode"]
 
-# Deeper objects go to pickle. Far below Python's recursion limit, above any state dict.
+# Deeper objects need pickle. This is far below Python's recursion limit and above any state dict.
 _ENCODE_DEPTH_MAX = 100
 
 
 class NotATreeError(Exception):
-    """The object needs the other codec.
+    """The object needs the pickle codec.
 
     Args:
-        what: Of it this one does not know.
-        path: Where that is.
+        what: The part of the object that the tree codec does not know.
+        path: Path to this part, as in a name; "" for the object itself.
     """
 
     def __init__(self, what: str, path: str = "") -> None:
@@ -40,17 +40,17 @@ class NotATreeError(Exception):
 
 
 def encode(obj: object, table: Table) -> bytes:
-    """Write an object, and its tensors into the table.
+    """Write the skeleton of an object, and add its tensors to the table.
 
     Args:
-        obj: Anything.
-        table: Takes the tensors; of no use afterwards if this raises.
+        obj: Any object.
+        table: Receives the tensors; it must be discarded if this raises.
 
     Returns:
         The skeleton.
 
     Raises:
-        NotATreeError: This codec cannot carry the object.
+        NotATreeError: The object needs the pickle codec.
     """
     try:
         with gc_paused():
@@ -62,9 +62,9 @@ def encode(obj: object, table: Table) -> bytes:
 class _Encoder:
     def __init__(self, table: Table) -> None:
         self._table = table
-        # Containers are told apart by id(): the caller's object keeps them alive.
+        # Containers that were met, by id(): the caller's object keeps them alive.
         self._seen: set[int] = set()
-        # So are copies.
+        # Copies made here, kept alive since their ids are in ``_seen``.
         self._copies: list[Any] = []
 
     def node(self, value: Any, path: str, depth: int) -> Any:
@@ -97,9 +97,9 @@ class _Encoder:
         return leaf(value)
 
     def _enter(self, value: Any, path: str) -> None:
-        """Refuse what is shared: this codec would make copies of it."""
+        """Refuse a container in two places: the receiver would get two containers."""
         if id(value) in self._seen:
-            # Sharing of a tuple of plain values can't be noticed (the betas of an optimizer).
+            # One tuple of plain values works like two (the betas of an optimizer).
             if type(value) is tuple and all(type(item) in PLAIN_TYPES for item in value):
                 return
             raise NotATreeError(f"a {type(value).__name__} that is in another place, too", path)
@@ -127,7 +127,7 @@ class _Encoder:
         return head
 
     def ordered(self, value: OrderedDict[Any, Any], path: str, depth: int) -> Any:
-        # nn.Module.state_dict() hangs its versions on the dict, as an attribute.
+        # nn.Module.state_dict() stores versions in this attribute of the dict.
         attributes = vars(value)
         if attributes.keys() - {"_metadata"}:
             raise NotATreeError("an OrderedDict with attributes", path)

@@ -1,6 +1,8 @@
-"""What a skeleton takes once it is decoded, and its object is built; told without doing either.
+"""Estimates the memory and the depth of the object of a skeleton, without decoding it.
 
-Slow, in Python: for what looks as if it took too much. Whoever is in a hurry looks first.
+In: a skeleton as a peer sent it. Out: bytes and levels. An error means that the skeleton is not
+valid. ``precheck`` calls it only for a skeleton that may take too much, since a loop in Python over
+each value is slow.
 """
 
 from __future__ import annotations
@@ -11,29 +13,30 @@ from aiotorchio.errors import ProtocolError
 
 __all__ = ["ARRAYS", "EXTENSIONS", "MAPS", "TEXTS", "container_nbytes", "estimate_size"]
 
-# What values take, with their places in the list that is decoded, and in the object. UTF-8 can
-# become four times as long.
+# Memory of a value, with its slots in the decoded list and in the object. A str can take four times
+# the bytes of its UTF-8.
 _TEXT_NBYTES, _LETTER_NBYTES, _NUMBER_NBYTES, _CONSTANT_NBYTES = 80, 4, 48, 16
-# What an array takes, as a list and as what it is in the object; and, by its tag, how much more
-# that is, and how much each of its items takes more.
+# Memory of an array, as a list and as the container of the object. By its tag: memory that this
+# container takes in addition, and memory that each of its items takes in addition.
 _NESTED_NBYTES = 160
 _BY_TAG = {Tag.DICT: (160, 32), Tag.ORDERED_DICT: (500, 64), Tag.SET: (160, 150)}
 
 MAPS = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
 EXTENSIONS = frozenset([*range(0xC7, 0xCA), *range(0xD4, 0xD9)])
-# Head -> bytes that follow it, for numbers; -> bytes of a length, for what has one.
+# First byte of a number -> bytes after it. First byte of a str, bin or array -> bytes of its
+# length.
 _NUMBERS = dict(zip(range(0xCA, 0xD4), (4, 8, 1, 2, 4, 8, 1, 2, 4, 8), strict=True))
 TEXTS = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
 ARRAYS = {0xDC: 2, 0xDD: 4}
 
 
 def container_nbytes(data: bytes, position: int, items: int) -> int:
-    """The memory that an array takes, and what it becomes, without its items.
+    """Estimate the memory of an array and of its container in the object, without the items.
 
     Args:
         data: The skeleton.
-        position: Where the items begin, and so the tag.
-        items: How many there are; or fewer, if the array says so only.
+        position: Position of the first item, which is the tag.
+        items: Number of items that the array claims; the skeleton may have fewer.
     """
     if not items or position >= len(data):
         return _NESTED_NBYTES
@@ -42,13 +45,13 @@ def container_nbytes(data: bytes, position: int, items: int) -> int:
 
 
 def estimate_size(data: bytes) -> tuple[int, int]:
-    """The memory that values take, and how deep they are nested.
+    """Return the memory of the values of a skeleton, and how deep they are nested.
 
     Raises:
-        ProtocolError: A map or an extension, which no message has, or it ends inside a value.
+        ProtocolError: The skeleton has a map or an extension, or ends inside a value.
     """
     memory = position = depth = 0
-    # Items that each open array still misses.
+    # Number of missing items of each open array.
     missing: list[int] = []
     size = len(data)
     steps = 0
@@ -60,7 +63,7 @@ def estimate_size(data: bytes) -> tuple[int, int]:
         position += 1
         items = 0
         if head < 0x80 or head >= 0xE0:
-            # Python keeps the numbers from -5 on.
+            # Python has the integers from -5 on already.
             memory += _NUMBER_NBYTES if 0xE0 <= head < 0xFB else _CONSTANT_NBYTES
         elif 0x90 <= head < 0xA0:
             items = head - 0x90
@@ -82,7 +85,9 @@ def estimate_size(data: bytes) -> tuple[int, int]:
             position += width
             memory += container_nbytes(data, position, items)
         elif head in MAPS or head in EXTENSIONS:
-            raise ProtocolError("a map or an extension, which messages do not have")
+            raise ProtocolError(
+                "the skeleton has a map or an extension, which the format does not allow"
+            )
         else:
             memory += _CONSTANT_NBYTES
         if items:
@@ -95,5 +100,5 @@ def estimate_size(data: bytes) -> tuple[int, int]:
                 break
             missing.pop()
     if position > size:
-        raise ProtocolError("the bytes end inside a value")
+        raise ProtocolError("the skeleton ends inside a value")
     return memory, depth

@@ -1,4 +1,4 @@
-"""The values that encoder and decoder of the tree codec have in common (SPEC.md section 6.1)."""
+"""Constants of the tree codec that its encoder and its decoder share (SPEC.md section 6.1)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Final
 __all__ = ["INTEGER_MAX", "INTEGER_MIN", "PLAIN_TYPES", "SIZE_MAX", "Tag"]
 
 PLAIN_TYPES = frozenset({type(None), bool, int, float, str, bytes})
-"""Types whose values are written as they are, without an array around them."""
+"""Types of the values that are written without a tag."""
 INTEGER_MIN, INTEGER_MAX = -(2**63), 2**64 - 1
-"""The integers that are written as they are; others have a tag."""
+"""The integers that are written without a tag; larger ones get ``Tag.INTEGER``."""
 SIZE_MAX = 4096
-"""Dimensions of a ``torch.Size``, as of the shape of a tensor."""
+"""Dimensions that a ``torch.Size`` may have: as many as the shape of a tensor."""
 
 
 class Tag:
-    """The first item of an array: the type of object that the array describes."""
+    """The first item of an array: which type of object the array describes."""
 
     LIST: Final = 0
     TUPLE: Final = 1

@@ -80,7 +80,7 @@ def test_cut_anywhere_and_with_bytes_behind(value: Any) -> None:
 @pytest.mark.parametrize("head", [b"\x91", b"\xdc\x00\x01", b"\xdd\x00\x00\x00\x01"])
 def test_every_head_of_an_array(head: bytes) -> None:
     assert value_of(head + head + b"\x07") == [[7]]
-    with pytest.raises(ProtocolError, match="end inside an array"):
+    with pytest.raises(ProtocolError, match="ends inside an array"):
         value_of(head)
 
 
@@ -91,7 +91,7 @@ def test_runs_of_any_length(count: int) -> None:
 
 
 def test_no_memory_is_taken_for_the_claim_of_an_array() -> None:
-    with pytest.raises(ProtocolError, match="end inside an array"):
+    with pytest.raises(ProtocolError, match="ends inside an array"):
         value_of(b"\xdd\xff\xff\xff\xff\x00")
 
 
