@@ -34,7 +34,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "Trying to call reduce for unrecognized function": """
                 call_of_int call_of_made call_of_tensor
             """,
-            "it takes none": """
+            "given a state with BUILD": """
                 state_of_tensor state_of_rebuilt state_of_parameter state_of_list
                 state_of_counter state_of_global state_of_size
             """,
@@ -162,7 +162,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         },
         "ProtocolError": {
             "ends before its last opcode": "empty",
-            "left over behind the pickle": "trailing two",
+            "left over after": "trailing two",
             r"tensor \S+ of \d+": "tensor_row tensor_negative",
             r"storage \S+ of \d+": "storage_row storage_negative doubled_reference",
             r"torch \S+ has no dtype": "storage_dtype",

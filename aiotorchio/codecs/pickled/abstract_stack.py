@@ -1,4 +1,9 @@
-"""The stack, the marks and the memo of pickle's machine, with measures in place of objects."""
+"""The stack, marks and memo of an unpickler, with abstract values in place of objects.
+
+In: abstract values from ``scan``. Out: the operands of opcodes. A ``ProtocolError`` means that an
+opcode has no operand, no mark, or no entry of the memo. A ``LimitExceeded`` means that the budget
+is used up.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +14,15 @@ from aiotorchio.errors import ProtocolError
 
 __all__ = ["AbstractStack"]
 
-# What a mark of the scan's takes, a measure, an entry of the memo, and a place on the stack.
-_MARK_NBYTES, _MEASURE_NBYTES, _MEMO_NBYTES, _PLACE_NBYTES = 176, 176, 104, 9
+# Memory of a mark, an abstract value, an entry of the memo, and a slot of the stack.
+_MARK_NBYTES, _VALUE_NBYTES, _MEMO_NBYTES, _PLACE_NBYTES = 176, 176, 104, 9
 
 
 class AbstractStack:
-    """Holds measures as an unpickler would hold objects; what that takes is charged like objects.
+    """Holds abstract values as an unpickler holds objects, and charges their memory to the budget.
 
     Args:
-        budget: What is left of the bounds.
+        budget: The budget of the pickle.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -28,29 +33,29 @@ class AbstractStack:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is on the stack, and no mark."""
+        """Whether the stack has neither values nor marks."""
         return not self._stack and not self._marks
 
-    def push(self, measure: AbstractValue) -> None:
-        """Push a measure of one object."""
-        # The scan has bounds, too: until it is let go of, a measure takes more than most objects.
-        self.budget.charge(measure.memory + _PLACE_NBYTES + _MEASURE_NBYTES)
-        measure.charged = True
-        self._stack.append(measure)
+    def push(self, value: AbstractValue) -> None:
+        """Push the abstract value of one object."""
+        # An abstract value takes more memory than most objects; ``release`` refunds it.
+        self.budget.charge(value.memory + _PLACE_NBYTES + _VALUE_NBYTES)
+        value.charged = True
+        self._stack.append(value)
 
-    def push_shared(self, measure: AbstractValue) -> None:
-        """Push one that stands for many objects."""
-        self.budget.charge(measure.memory + _PLACE_NBYTES)
-        self._stack.append(measure)
+    def push_shared(self, value: AbstractValue) -> None:
+        """Push a value that stands for many objects."""
+        self.budget.charge(value.memory + _PLACE_NBYTES)
+        self._stack.append(value)
 
     def pop(self) -> AbstractValue:
-        """Take one off the stack."""
+        """Remove the top of the stack, and return it."""
         if not self._stack:
             raise _no_operand()
         return self._stack.pop()
 
     def pop_several(self, count: int) -> list[AbstractValue]:
-        """Take the last ones, of at least one, off the stack."""
+        """Remove the last ``count`` values, at least one, and return them."""
         if len(self._stack) < count:
             raise _no_operand()
         items = self._stack[-count:]
@@ -58,53 +63,53 @@ class AbstractStack:
         return items
 
     def top(self) -> AbstractValue:
-        """The last one on the stack."""
+        """Return the top of the stack."""
         if not self._stack:
             raise _no_operand()
         return self._stack[-1]
 
     def mark(self) -> None:
-        """Begin a stack on the stack."""
+        """Push a mark: begin a new stack above the current one."""
         self.budget.charge(_MARK_NBYTES)
         self._marks.append(self._stack)
         self._stack = []
 
     def pop_mark(self) -> list[AbstractValue]:
-        """Take all from the last mark on off the stack."""
+        """Remove the last mark and all values above it, and return these."""
         if not self._marks:
-            raise ProtocolError("an opcode without its mark")
+            raise ProtocolError("the pickle has an opcode without its mark")
         items, self._stack = self._stack, self._marks.pop()
         return items
 
     def put(self, index: int) -> None:
-        """Note the top of the stack in the memo."""
+        """Store the top of the stack in the memo."""
         self.budget.charge(_MEMO_NBYTES)
-        # What it holds stays, and so does what was taken for it.
+        # The memo keeps it until the end, so its memory is never refunded.
         self.top().charged = False
         self._memo[index] = self.top()
 
     def get(self, index: int) -> None:
-        """Push what was noted in the memo."""
+        """Push an entry of the memo."""
         if index not in self._memo:
-            raise ProtocolError(f"memo {index} was never set")
+            raise ProtocolError(f"the pickle reads entry {index} of the memo, which was never set")
         self.budget.charge(_PLACE_NBYTES)
         self._stack.append(self._memo[index])
 
     def release(self, items: Sequence[AbstractValue]) -> None:
-        """Give back what was taken for measures that nothing refers to, unless the memo does."""
+        """Refund the memory of abstract values that nothing refers to any more."""
         for item in items:
             if item.charged:
                 item.charged = False
-                self.budget.charge(-_MEASURE_NBYTES)
+                self.budget.charge(-_VALUE_NBYTES)
 
     def drop(self) -> None:
-        """Free what was measured, in parts: half a million at once hold all threads up."""
-        for measures in (self._stack, self._marks):
-            while measures:
-                del measures[-10_000:]
+        """Free all abstract values in parts: half a million at once would keep threads waiting."""
+        for table in (self._stack, self._marks):
+            while table:
+                del table[-10_000:]
         while len(self._memo) > 10_000:
             self._memo.popitem()
 
 
 def _no_operand() -> ProtocolError:
-    return ProtocolError("an opcode without its operand")
+    return ProtocolError("the pickle has an opcode without its operand")

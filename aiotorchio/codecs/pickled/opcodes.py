@@ -1,4 +1,8 @@
-"""A pickle, cut into its opcodes: those that torch's weights-only unpickler knows, no others."""
+"""Cuts a pickle into opcodes, only those that torch's weights-only unpickler knows.
+
+In: a pickle as a peer sent it. Out: its opcodes with their arguments, for ``scan``, or the paths of
+its globals. An error means that the pickle is cut short, or that torch would not load it.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ from aiotorchio.wire import bounds
 
 __all__ = ["globals_of", "is_blocked", "opcodes", "path_of"]
 
-# How the argument of each is laid out: so many bytes; or "2 lines", or as many bytes as a count
-# of 1 or 4 bytes says.
+# Layout of an argument, and the opcodes that have it. A layout is a number of bytes, "2 lines", or
+# "count1" or "count4": a count of 1 or 4 bytes, and as many bytes as it says.
 _LAYOUTS: tuple[tuple[int | str, bytes], ...] = (
     # STOP, NEWOBJ, REDUCE, BUILD, APPEND, APPENDS, SETITEM, SETITEMS, MARK, TUPLE, TUPLE1,
     # TUPLE2, TUPLE3, NONE, NEWTRUE, NEWFALSE, EMPTY_TUPLE, EMPTY_LIST, EMPTY_DICT, EMPTY_SET,
@@ -39,11 +43,12 @@ def opcodes(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         data: The pickle.
 
     Yields:
-        Where each begins, its code, and its argument as it is written.
+        Of each opcode, its position, its code, and the bytes of its argument.
 
     Raises:
-        UnsafeObjectError: Another protocol than 2, an opcode that torch does not know.
-        ProtocolError: Cut short, or with bytes left over.
+        UnsafeObjectError: The pickle has a protocol other than 2, an opcode that torch does not
+            know, or a global whose name is too long.
+        ProtocolError: The pickle is cut short, or has bytes left over.
     """
     position = 0
     while True:
@@ -66,12 +71,13 @@ def opcodes(data: bytes) -> Iterator[tuple[int, int, bytes]]:
             break
     if position != len(data):
         raise ProtocolError(
-            f"{len(data) - position} bytes left over behind the pickle", offset=position
+            f"the pickle has {len(data) - position} bytes left over after its last opcode",
+            offset=position,
         )
 
 
 def _argument(data: bytes, layout: int | str, start: int) -> tuple[int, int]:
-    """Where an argument begins and ends."""
+    """Return the positions at which an argument begins and ends."""
     if isinstance(layout, int):
         end = start + layout
     elif layout == "2 lines":
@@ -81,7 +87,10 @@ def _argument(data: bytes, layout: int | str, start: int) -> tuple[int, int]:
             raise ProtocolError("the pickle ends inside the name of a global")
         most = bounds.BOUNDS.global_nbytes
         if end - start > most:
-            raise UnsafeObjectError(f"a global whose name has {end - start} bytes, {most} allowed")
+            raise UnsafeObjectError(
+                f"the pickle has a global whose name has {end - start} bytes; at most {most} are "
+                "allowed"
+            )
     else:
         width = 1 if layout == "count1" else 4
         size = data[start : start + width]
@@ -93,40 +102,42 @@ def _argument(data: bytes, layout: int | str, start: int) -> tuple[int, int]:
 
 
 def path_of(argument: bytes) -> str:
-    """The path that a GLOBAL names, as torch reads it.
+    """Return the path of the argument of GLOBAL, with Python 2 names mapped as torch does.
 
     Raises:
-        ProtocolError: It is not UTF-8.
+        ProtocolError: The argument is not UTF-8.
     """
     try:
         module, name = argument.decode().split("\n")[:2]
     except UnicodeDecodeError:
-        raise ProtocolError("the name of a global is not UTF-8") from None
+        raise ProtocolError("the pickle has a global whose name is not UTF-8") from None
     return python_name(module, name)
 
 
 def globals_of(data: bytes) -> set[str]:
-    """The paths of all globals that a pickle names; nothing of it is built, or checked otherwise.
+    """Return the paths of all globals in a pickle; nothing is built, and nothing else checked.
 
     Raises:
-        UnsafeObjectError: Another protocol than 2, an opcode that torch does not know.
-        ProtocolError: Cut short, with bytes left over, or a name that is not UTF-8.
-        LimitExceeded: More names than any honest object needs.
+        UnsafeObjectError: ``opcodes`` refuses the pickle.
+        ProtocolError: ``opcodes`` refuses the pickle, or the name of a global is not UTF-8.
+        LimitExceeded: The pickle has more globals than any honest object needs.
     """
     found: set[str] = set()
     for position, code, argument in interruptible(opcodes(data)):
         if code == _GLOBAL:
             found.add(path_of(argument))
             if len(found) > bounds.BOUNDS.globals:
-                raise LimitExceeded(f"more than {bounds.BOUNDS.globals} globals", offset=position)
+                raise LimitExceeded(
+                    f"the pickle has more than {bounds.BOUNDS.globals} globals", offset=position
+                )
     return found
 
 
 def is_blocked(path: str) -> bool:
-    """Whether torch never lets a pickle use a global, whoever trusts it."""
+    """Whether torch refuses a global even if it is in safe_globals."""
     return path.partition(".")[0] in BLOCKED_MODULES
 
 
 def _name(code: int) -> str:
-    """The name of an opcode in an error."""
+    """Return the name of an opcode for an error."""
     return next((op.name for op in pickletools.opcodes if op.code == chr(code)), f"{code:#04x}")

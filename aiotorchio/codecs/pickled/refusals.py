@@ -1,7 +1,8 @@
-"""What a pickle may not do, in the words of torch's weights-only unpickler.
+"""The errors with which the scan refuses a pickle, in the words of torch's weights-only unpickler.
 
-Its users, and its own tests, match parts of its sentences: each error here has those words, where
-it refuses the same, and says what else can be done.
+Users of torch, and its tests, match parts of its sentences. An error here has the words of torch
+for the same refusal, and adds how the receiver can load the object. ``scan`` and ``opcodes`` raise
+these errors.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ __all__ = [
     "unknown_global",
 ]
 
-# What torch trusts once a module of it is imported: how a path begins, the module, and for what.
+# Globals that torch allows once a module of it is imported: beginning of their paths -> the module,
+# and the tensors that need it.
 _NEEDS = {
     "torch.nested.": ("torch._dynamo", "nested jagged tensors (NJTs)"),
     "torch._dynamo.": ("torch._dynamo", "nested jagged tensors (NJTs)"),
@@ -30,7 +32,7 @@ _NEEDS = {
 
 
 def blocked_global(path: str) -> UnsafeObjectError:
-    """A global that torch lets no pickle use."""
+    """Refuse a global that torch allows in no pickle."""
     shown = _shown(path)
     return UnsafeObjectError(
         f"Trying to load unsupported GLOBAL {shown} whose module {shown.partition('.')[0]} is "
@@ -40,7 +42,7 @@ def blocked_global(path: str) -> UnsafeObjectError:
 
 
 def unknown_global(path: str) -> UnsafeObjectError:
-    """A global that nobody trusts."""
+    """Refuse a global that is not on the allowlist."""
     needed = next((_NEEDS[part] for part in _NEEDS if path.startswith(part)), None)
     hint = f"``{needed[0]}`` must be imported to load {needed[1]}; " if needed else ""
     return UnsafeObjectError(
@@ -51,7 +53,7 @@ def unknown_global(path: str) -> UnsafeObjectError:
 
 
 def instance_of_no_class(path: str | None) -> UnsafeObjectError:
-    """NEWOBJ with a function, a class of tensors, or what the pickle has made itself."""
+    """Refuse NEWOBJ of a function, a tensor class, or an object that the pickle made."""
     return UnsafeObjectError(
         "Can only create new object for classes allowlisted via `add_safe_globals` or "
         f"safe_globals, but got {_shown(path or 'something')}, which is not a class here"
@@ -59,7 +61,7 @@ def instance_of_no_class(path: str | None) -> UnsafeObjectError:
 
 
 def call_of_no_global() -> UnsafeObjectError:
-    """REDUCE with what the pickle has made itself."""
+    """Refuse REDUCE with an object that is not a global."""
     return UnsafeObjectError(
         "Trying to call reduce for unrecognized function: the pickle calls something that is not a "
         "global"
@@ -67,33 +69,33 @@ def call_of_no_global() -> UnsafeObjectError:
 
 
 def state_refused(maker: str | None) -> UnsafeObjectError:
-    """BUILD of what may be given no state."""
+    """Refuse BUILD of an object that may not be given a state."""
     return UnsafeObjectError(
         "Can only build OrderedDict or types allowlisted via `add_safe_globals` or safe_globals, "
-        f"but got a state for what {maker or 'the pickle or torch'} makes: it takes none"
+        f"but got {maker or 'another object'}, which was given a state with BUILD"
     )
 
 
 def items_of_no_list(opcode: str, maker: str | None) -> UnsafeObjectError:
-    """APPEND or APPENDS to something else than a list."""
+    """Refuse APPEND or APPENDS to an object that is not a list."""
     what = "append to" if opcode == "APPEND" else "extend"
     return UnsafeObjectError(
         f"Can only {what} lists, but got {maker or 'something'}, which is not a list: if you trust "
-        "the sender, weights_only=False gives it items"
+        "the sender, load with weights_only=False"
     )
 
 
 def items_of_no_dict(opcode: str, maker: str | None) -> UnsafeObjectError:
-    """SETITEM or SETITEMS of something else than a dict."""
+    """Refuse SETITEM or SETITEMS of an object that is not a dict."""
     return UnsafeObjectError(
         f"Can only {opcode} for dict, collections.OrderedDict, collections.Counter, but got "
-        f"{maker or 'something'}, which is not a dict: if you trust the sender, weights_only=False "
-        "gives it items"
+        f"{maker or 'something'}, which is not a dict: if you trust the sender, load with "
+        "weights_only=False"
     )
 
 
 def opcode_refused(code: int, name: str, offset: int) -> UnsafeObjectError:
-    """An opcode that torch does not know."""
+    """Refuse an opcode that torch's unpickler does not know."""
     return UnsafeObjectError(
         f"Unsupported operand {code}: opcode {name} is not allowed with weights_only=True",
         offset=offset,
@@ -101,7 +103,7 @@ def opcode_refused(code: int, name: str, offset: int) -> UnsafeObjectError:
 
 
 def protocol_refused(protocol: int, offset: int) -> UnsafeObjectError:
-    """Another protocol than that of torch; torch warns, and fails at the first new opcode."""
+    """Refuse a protocol other than 2; torch warns, and fails at the first new opcode."""
     return UnsafeObjectError(
         f"Detected pickle protocol {protocol}: with weights_only=True only 2 is loaded, which is "
         "the default pickle protocol of torch",
@@ -110,5 +112,5 @@ def protocol_refused(protocol: int, offset: int) -> UnsafeObjectError:
 
 
 def _shown(path: str) -> str:
-    """A path as torch writes it, without quotes, but with nothing that a terminal obeys."""
+    """Return a path as torch writes it, without quotes, but with control characters escaped."""
     return repr(path)[1:-1]

@@ -1,21 +1,25 @@
-"""Reads a pickle without building anything: what it would do, and how much it would take.
+"""The scan of a pickle: reads it without building anything, and refuses it if it is not safe.
 
-torch's weights-only unpickler runs no foreign code, and promises no more: a pickle of a few
-bytes can still take all memory, all time or the interpreter's stack. This scan walks the same
-opcodes over a stack of *measures* instead of objects and refuses what grows too far:
+In: a pickle as a peer sent it, and the allowlist. Out: the globals to whose instances it gives a
+state. ``graph`` calls ``scan_pickle`` before the unpickler runs; an error means that the unpickler
+must not see the pickle.
+
+torch's weights-only unpickler runs no foreign code, and promises no more: a pickle of a few bytes
+can still take all memory, all time or the interpreter's stack. The scan follows the same opcodes,
+with a stack of *abstract values* instead of objects, and makes sure that
 
 - every opcode is one of those that torch's unpickler knows, complete, and finds its operands;
 - every global is allowed, only globals are called and only classes instantiated, only lists and
-  dicts get items (a tensor would be written to), and only objects that take a state get one;
+  dicts get items (a tensor would be written to), and only objects that may have a state get one;
 - depth of nesting is bounded: hashing or freeing a deep tuple overflows the C stack;
-- memory of the objects is bounded by the size of the pickle, in which an empty container is
-  hundreds of times smaller;
-- work of hashing is bounded, since an object that is used in many places is small in memory and
-  hashed once for each of them; and so is the number of keys of a dict with the same hash.
+- memory of the objects is bounded by the size of the pickle: an empty container is hundreds of
+  times larger than its opcode;
+- steps of hashing are bounded, since an object that is used in many places is small in memory and
+  hashed once for each place; so is the number of keys of a dict with the same hash.
 
-A list can be filled after a tuple was made around it, so what is known of a tuple with a list in
-it may be too little. Such a tuple cannot be hashed; where it holds arguments, the measures of
-the arguments themselves count.
+A list can be filled after a tuple was made around it, so the abstract value of a tuple with a list
+in it may be too low. Such a tuple cannot be hashed; if it holds the arguments of a call, the
+abstract values of the arguments themselves count.
 """
 
 from __future__ import annotations
@@ -33,21 +37,21 @@ from aiotorchio.errors import AiotorchioError, ProtocolError, UnsafeObjectError
 
 __all__ = ["scan_pickle"]
 
-# What an empty container takes.
+# Memory of an empty container.
 _CONTAINER_NBYTES = 216
 _SETS = ("builtins.set", "builtins.frozenset")
-# How many times the memory of the list or dict that it is made from something can take.
+# Path of a container -> its memory at most, in multiples of that of the list or dict it is made of.
 _COPIES = {**dict.fromkeys(_SETS, 8), "collections.Counter": 4}
 _DICTS = ("collections.OrderedDict", "collections.Counter")
 
-# What stands for objects that are all alike. Tensors and storages are hashed by their addresses,
-# which the sender does not choose.
+# Shared abstract values of equal objects. Tensors and storages are hashed by their addresses, which
+# the sender does not choose.
 _CONSTANT = AbstractValue(16, hash=0)
 _BYTES = [AbstractValue(32, hash=value, number=True) for value in range(256)]
 _EMPTY_TUPLE = AbstractValue(40, hash=hash(()), forgeable=True, items=())
 _REFERENCE = AbstractValue(0, kind="reference")
 
-# The modules whose functions stand for those of torch on the allowlist.
+# The package whose functions replace those of Python and torch on the allowlist.
 _PACKAGE = __name__.rpartition(".")[0] + "."
 
 
@@ -64,21 +68,22 @@ def scan_pickle(
 
     Args:
         data: The pickle.
-        allowed: Path of each global that may be used -> what stands for it.
-        stateful: Paths of those whose instances may be given a state.
-        depth_limit: Nesting of containers to accept.
-        wide_keys: As of ``Limits``.
+        allowed: Path of each allowed global -> the object that the unpickler uses for it.
+        stateful: Paths of the globals whose instances may be given a state.
+        depth_limit: ``Limits.depth``.
+        wide_keys: ``Limits.wide_keys``.
         offset: Byte of the message where the pickle begins, for errors.
 
     Returns:
-        Paths of the globals to whose instances it gives a state, and whether all of those are
-        attributes.
+        Paths of the globals to whose instances the pickle gives a state -> whether all these
+        states are attributes.
 
     Raises:
-        UnsafeObjectError: A global that is not allowed, an opcode that torch does not know, a
-            call of something that is not a global, items for something that has none.
-        LimitExceeded: Too deep, too large in memory, too long to hash.
-        ProtocolError: Cut short, left-over bytes, operands that are not there.
+        UnsafeObjectError: The pickle has a global that is not allowed or an opcode that torch
+            does not know, calls an object that is not a global, or gives items or a state to an
+            object that may not have them.
+        LimitExceeded: It is nested too deep, takes too much memory, or too long to hash.
+        ProtocolError: It is cut short, has left-over bytes, or an opcode without its operands.
     """
     scan = _Scan(data, allowed, stateful, depth_limit, wide_keys)
     try:
@@ -86,7 +91,7 @@ def scan_pickle(
             try:
                 scan.run()
             finally:
-                # Or the collector would look through all of it.
+                # Before the garbage collector runs again and looks through the abstract values.
                 scan.drop()
     except AiotorchioError as error:
         error.entry = "skeleton"
@@ -123,7 +128,7 @@ class _Scan(AbstractStack):
     def stop(self, _: bytes) -> None:
         self.check_contents([self.pop()])
         if not self.is_empty:
-            raise ProtocolError("the pickle ends with objects left over")
+            raise ProtocolError("the pickle ends with objects left over on its stack")
 
     def constant(self, argument: bytes) -> None:
         self.push_shared(_CONSTANT)
@@ -140,7 +145,7 @@ class _Scan(AbstractStack):
         self.push(AbstractValue(32, hash=hash(struct.unpack(">d", argument)[0]), number=True))
 
     def text(self, argument: bytes) -> None:
-        # Not its hash in Python, yet as much of a secret to the sender, and the same for the same.
+        # Not the hash of the str, but also a secret to the sender, and equal for equal texts.
         self.push(AbstractValue(64 + 4 * len(argument), hash=hash(argument)))
 
     def long(self, argument: bytes) -> None:
@@ -162,11 +167,11 @@ class _Scan(AbstractStack):
         if not items:
             self.push_shared(_EMPTY_TUPLE)
             return
-        # A tuple in a tuple counts with all 64 bits of its hash, which a number here does not have.
+        # An inner tuple counts with all 64 bits of its hash; an int in its place would not.
         hashes = tuple(None if item.items or item.made_by else item.hash for item in items)
         self.push(
             AbstractValue(
-                # With the list of its items, which the scan keeps.
+                # Includes the list of its items, which the scan keeps.
                 104 + 16 * len(items),
                 depth=self.budget.nest(items),
                 hash_steps=1 + sum(item.hash_steps for item in items),
@@ -204,19 +209,19 @@ class _Scan(AbstractStack):
             raise refusals.call_of_no_global()
         items = arguments.items
         if items is None:
-            raise ProtocolError("a call whose arguments are no tuple")
-        if not function.name.startswith("torch._"):  # which hash nothing
+            raise ProtocolError("the pickle makes a call whose arguments are no tuple")
+        if not function.name.startswith("torch._"):  # These functions hash nothing.
             for item in items:
                 self.budget.hash(item)
                 if function.name in _SETS:
                     self.budget.compare_members(item)
                     self.budget.find_places(item.wide)
-        # What is made can be a copy of an argument that is used many times, and the call itself is
-        # kept with its arguments in iteration (see ``noted``). So many are not looked at often.
+        # The result can be a copy of an argument that is used many times, and iteration keeps the
+        # call itself with its arguments (see ``recorded_calls``).
         memory = 256 + 16 * len(items)
         memory += sum(item.memory for item in items) * _COPIES.get(function.name, 1)
         same = function.name == "torch.Size" and len(items) == 1
-        # To compare two sets takes more for members that can have one hash.
+        # Comparing two sets takes longer if their members can have the same hash.
         often = 1
         if function.name in _SETS:
             often = min(64, 1 + max((item.wide for item in items), default=0))
@@ -233,25 +238,29 @@ class _Scan(AbstractStack):
 
     def build(self, _: bytes) -> None:
         state = self.pop()
-        # A state given to a tensor would point it anywhere: torch passes it on to Tensor.set_.
+        # torch passes the state of a tensor to Tensor.set_, which could give it any memory.
         maker = self.top().made_by
         if maker is None or maker not in self.stateful:
             raise refusals.state_refused(maker)
         if self.top().has_state:
-            raise UnsafeObjectError(f"a second state for an object of {maker}")
+            raise UnsafeObjectError(
+                f"the pickle gives an object of {maker} a second state, but only one is allowed"
+            )
         attributes = _is_attributes(state)
         if not attributes and self.takes_attributes(maker):
-            raise UnsafeObjectError(f"a state for an object of {maker} that is no dict")
-        # Its keys are hashed again, for each object that gets it.
+            raise UnsafeObjectError(
+                f"the pickle gives an object of {maker} a state that is no dict"
+            )
+        # Each object that is given this state hashes its keys again.
         self.budget.hash(state)
         self.top().has_state = True
         self.given_state[maker] = attributes and self.given_state.get(maker, True)
-        # It is copied into the object, item by item, and may be that of many objects.
+        # Each object that is given this state has a copy of its items.
         self.budget.charge(state.memory)
         self.adopt([state])
 
     def takes_attributes(self, maker: str) -> bool:
-        """Whether what it makes is bound to have no way of its own to take a state."""
+        """Whether all objects that this global makes surely have no ``__setstate__``."""
         made_by = self.allowed[maker]
         return maker in _DICTS or (
             isinstance(made_by, type) and not hasattr(made_by, "__setstate__")
@@ -266,12 +275,12 @@ class _Scan(AbstractStack):
     def extend(self, items: Sequence[AbstractValue], opcode: str) -> None:
         if self.top().kind != "list":
             raise refusals.items_of_no_list(opcode, self.top().made_by)
-        # A set may be made of it.
+        # A set may be made of the list.
         self.count(items)
         self.adopt(items)
 
     def count(self, items: Sequence[AbstractValue]) -> None:
-        """Note which of the items or keys of the container on top could be chosen to collide."""
+        """Count the items or keys of the container on top, and those that may collide."""
         container = self.top()
         for item in items:
             known = item.number or item.forgeable or (item.hash is None and not item.kind)
@@ -288,7 +297,7 @@ class _Scan(AbstractStack):
     def set_items(self, _: bytes) -> None:
         items = self.pop_mark()
         if len(items) % 2:
-            raise ProtocolError("a key without a value")
+            raise ProtocolError("the pickle has a key without a value")
         self.put_items(items, "SETITEMS")
 
     def put_items(self, items: list[AbstractValue], opcode: str) -> None:
@@ -306,7 +315,7 @@ class _Scan(AbstractStack):
         self.adopt(items)
 
     def adopt(self, items: Sequence[AbstractValue]) -> None:
-        """Items go into the container on top of the stack."""
+        """Charge and check items that go into the container on top of the stack."""
         self.check_contents(items)
         self.budget.charge(16 * len(items))
         container = self.top()
@@ -318,10 +327,12 @@ class _Scan(AbstractStack):
         self.release(items)
 
     def check_contents(self, items: Sequence[AbstractValue]) -> None:
-        """Refuse, as part of the object, what only stands for one of Python's or torch's names."""
+        """Refuse, as a part of the object, a function that replaces one of Python or torch."""
         for item in items:
             if item.proxy is not None:
-                raise UnsafeObjectError(f"{item.proxy!r} itself as a part of the object")
+                raise UnsafeObjectError(
+                    f"{item.proxy!r} itself is a part of the object, but a pickle may only call it"
+                )
 
     def persistent_id(self, _: bytes) -> None:
         self.pop()
@@ -329,7 +340,7 @@ class _Scan(AbstractStack):
 
 
 def _is_attributes(state: AbstractValue) -> bool:
-    """Whether a state is what pickle writes: update() of a dict takes pairs, too, unscanned."""
+    """Whether a state has dicts only: update() would take pairs, too, which are not scanned."""
     parts = state.items if state.items is not None and len(state.items) == 2 else (state,)
     return all(part.kind == "dict" or part.is_plain for part in parts)
 
