@@ -163,9 +163,11 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         "ProtocolError": {
             "ends before its last opcode": "empty",
             "left over after": "trailing two",
-            r"tensor \S+ of \d+": "tensor_row tensor_negative",
-            r"storage \S+ of \d+": "storage_row storage_negative doubled_reference",
-            r"torch \S+ has no dtype": "storage_dtype",
+            r"tensor row \S+, but the message has": "tensor_row tensor_negative",
+            r"storage row \S+, but the message has": """
+                storage_row storage_negative doubled_reference
+            """,
+            "is unknown to torch": "storage_dtype",
             "neither to a tensor nor to a storage": "storage_parts empty_reference",
             "the name of a dtype is a text": "doubled_dtype",
             "was never set": "memo",

@@ -1,7 +1,8 @@
-"""The pickle codec: whatever the tree codec cannot carry (SPEC.md section 6.2).
+"""The pickle codec: objects that the tree codec cannot carry (SPEC.md section 6.2).
 
-Tensors and storages leave the pickle as persistent ids: the number of a row for a tensor,
-``("storage", row, dtype name or None)`` for a storage.
+In: an object, or a pickle as a peer sent it. Out: the pickle, or the object. Tensors and storages
+leave the pickle as persistent ids. ``graph`` calls these functions. An error of a load means that
+the pickle is not allowed or not valid, and has the offset of the skeleton.
 """
 
 from __future__ import annotations
@@ -60,23 +61,23 @@ __all__ = [
 
 
 def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int) -> bytes:
-    """Pickle an object, its tensors and storages into the table.
+    """Pickle an object, and add its tensors and storages to the table.
 
     Args:
-        obj: Anything that ``pickle_module`` can pickle.
-        table: Takes the tensors and storages.
-        pickle_module: Has a ``Pickler`` like that of ``pickle``.
-        pickle_protocol: Of the pickle; receivers load only 2 without trusting it.
+        obj: Any object that ``pickle_module`` can pickle.
+        table: Receives the tensors and storages.
+        pickle_module: A module with a ``Pickler`` like that of ``pickle``.
+        pickle_protocol: Protocol of the pickle; receivers that do not trust it load only 2.
 
     Returns:
         The skeleton.
     """
-    # In protocol 0 persistent ids are lines of text: 1 has the same opcodes, and objects as ids.
+    # Persistent ids of protocol 0 are lines of text; those of 1 are objects, with the same opcodes.
     protocol = pickle_protocol or 1
 
     class Pickler(pickle_module.Pickler):  # type: ignore[misc]
         def persistent_id(self, obj: Any) -> Any:
-            # Pickle asks for each object that it meets.
+            # Pickle calls this for each object.
             check_interrupt()
             if isinstance(obj, torch.Tensor):
                 return table.add_tensor(obj)
@@ -85,7 +86,7 @@ def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int)
                 row = table.add_storage(untyped_storage_of(obj), DTYPES[name].unit)
                 return (STORAGE, row, name)
             if isinstance(obj, torch.UntypedStorage):
-                # torch names the dtype of the numbers elsewhere, or nowhere.
+                # torch has the dtype of the numbers elsewhere, or nowhere.
                 return (STORAGE, table.add_storage(obj, MIXED_UNITS), None)
             return None
 
@@ -112,15 +113,15 @@ def dump(obj: object, table: Table, *, pickle_module: Any, pickle_protocol: int)
 
 
 def _over_row(tensor: torch.Tensor, reduced: Any, table: Table) -> Any:
-    """How a tensor is pickled over a tensor that has a row, instead of over a storage.
+    """Pickle a tensor over a tensor that has a row, instead of over a storage.
 
     Args:
-        tensor: One that a row alone does not tell: with attributes, or of another class.
-        reduced: What torch's functions, or those of its class, would put into the pickle.
-        table: Gets to know what the tensor is made of.
+        tensor: A tensor that its row does not describe in full: it has attributes or another class.
+        reduced: The result of ``__reduce_ex__`` of the tensor.
+        table: Receives the tensor that this one is made of.
 
     Returns:
-        What to put into the pickle: as given if it is not made so.
+        The value to pickle; ``reduced`` itself if the tensor is not made of another one.
     """
     origin = None if is_fake(tensor) else plain_origin(reduced)
     if origin is None or table.add_tensor(origin) is None:
@@ -139,25 +140,26 @@ def load(
     depth_limit: int,
     offset: int = 0,
 ) -> Any:
-    """Rebuild an object without running anything that is not on the allowlist.
+    """Rebuild an object without running code that is not on the allowlist.
 
     Args:
-        skeleton: A pickle that ``scan_pickle`` let through with the same allowlist.
+        skeleton: A pickle that ``scan_pickle`` accepted with the same allowlist.
         tensors: The tensor of each row.
         storages: The storage of each row; None if it was not received.
-        allowlist: What the pickle may name.
-        encoding: Of the strings of Python 2.
-        depth_limit: Nesting of lists, tuples and dicts to accept.
+        allowlist: The globals that the pickle may name.
+        encoding: Encoding of the strings of Python 2.
+        depth_limit: ``Limits.depth``, here for lists, tuples and dicts.
         offset: Byte of the message where the skeleton begins, for errors.
 
     Returns:
         The object.
 
     Raises:
-        UnsafeObjectError: Something that is not on the allowlist, or not with these arguments.
-        InvalidObjectError: An object that contradicts itself.
-        ProtocolError: A row that is not there.
-        LimitExceeded: Nested too deep.
+        UnsafeObjectError: The pickle calls a global that is not on the allowlist, or calls one
+            with arguments that are not allowed.
+        InvalidObjectError: The object contradicts itself.
+        ProtocolError: The pickle refers to a row that the table does not have.
+        LimitExceeded: The object is nested too deep.
     """
     return load_with(
         skeleton,
@@ -180,7 +182,17 @@ def load_with(
     depth_limit: int,
     offset: int,
 ) -> Any:
-    """Do what ``load`` does, with what ``resolve`` gives for references, ``allowed`` for paths."""
+    """Rebuild an object like ``load``, with other functions for its ids and its globals.
+
+    Args:
+        skeleton: As of ``load``.
+        resolve: Returns the object for a persistent id.
+        allowed: Path of a global -> the object that the pickle gets for it.
+        allowlist: As of ``load``, and so are the other arguments.
+        encoding: As of ``load``.
+        depth_limit: As of ``load``.
+        offset: As of ``load``.
+    """
 
     def read() -> Any:
         unpickler = WeightsOnlyUnpickler(
@@ -194,7 +206,7 @@ def load_with(
     return translated(read, offset)
 
 
-# Opcodes that take a function, its arguments, and the state of the result from references.
+# Opcodes that load a function, its arguments, and the state of its result by persistent ids.
 _CALL, _NEW, _STATE, _STOP = b"K\x00QK\x01QR", b"K\x00QK\x01Q\x81", b"K\x02Qb", b"."
 
 
@@ -208,16 +220,19 @@ def replay(
     encoding: str,
     offset: int,
 ) -> Any:
-    """Carry out one call of a pickle, as ``load`` does when it comes to it; raises as ``load``.
+    """Make one recorded call of a pickle, with the checks and the errors of ``load``.
 
     Args:
-        function: To be called.
-        args: Of the call.
-        state: The state of the result, if it gets one.
-        new: Whether an instance is made of a class without calling it.
-        allowlist: As of ``load``; so are the others.
-        encoding: Of ``load``.
-        offset: Of ``load``.
+        function: The function or class to call.
+        args: The arguments of the call.
+        state: The state of the result, or an empty sequence.
+        new: Whether to make an instance with ``__new__`` alone, as NEWOBJ does.
+        allowlist: As of ``load``.
+        encoding: As of ``load``.
+        offset: As of ``load``.
+
+    Returns:
+        The result of the call, with its state.
     """
     opcodes = (_NEW if new else _CALL) + (_STATE if state else b"") + _STOP
     unpickler = WeightsOnlyUnpickler(
@@ -239,23 +254,24 @@ def load_trusted(
     encoding: str,
     offset: int = 0,
 ) -> Any:
-    """Rebuild an object with full pickle: **runs whatever code the sender put in**.
+    """Rebuild an object with full pickle, which **runs any code that the sender put in**.
 
     Args:
-        skeleton: A pickle.
+        skeleton: A pickle of a sender that the caller trusts.
         tensors: The tensor of each row.
         storages: The storage of each row; None if it was not received.
-        allowlist: Its checked rebuild functions take the place of torch's.
-        pickle_module: Has an ``Unpickler`` like that of ``pickle``.
-        encoding: Of the strings of Python 2.
+        allowlist: Has the checked rebuild functions that replace those of torch.
+        pickle_module: A module with an ``Unpickler`` like that of ``pickle``.
+        encoding: Encoding of the strings of Python 2.
         offset: Byte of the message where the skeleton begins, for errors.
 
     Returns:
         The object.
 
     Raises:
-        InvalidObjectError: It cannot be unpickled; the cause is the error that says why.
-        ProtocolError: Bytes left over, or a row that is not there.
+        InvalidObjectError: The object cannot be unpickled; the cause is the error of pickle.
+        ProtocolError: The pickle has bytes left over, or refers to a row that the table does not
+            have.
     """
     rebuilds = allowlist.rebuild_functions()
 
@@ -269,20 +285,24 @@ def load_trusted(
         unpickler.persistent_load = resolver(tensors, storages)
         loaded = unpickler.load()
         if file.tell() != len(skeleton):
-            raise ProtocolError(f"{len(skeleton) - file.tell()} bytes left over behind the pickle")
+            raise ProtocolError(
+                f"the pickle has {len(skeleton) - file.tell()} bytes left over after its last "
+                "opcode"
+            )
         return loaded
 
     return translated(read, offset)
 
 
-# A pickle of this size takes some 50 ms. To check at each opcode takes a tenth of the time.
+# Pickles up to this size take some 50 ms, and are loaded without checks for an interrupt, which
+# would take a tenth of the time.
 _AT_ONCE_NBYTES = 64 * 2**10
-# A call that makes a tensor takes up to a millisecond, in five bytes.
+# Unless they may have more calls than this: a call of five bytes can take up to a millisecond.
 _CALLS_AT_ONCE = 32
 
 
 class _CheckedFile(io.BytesIO):
-    """Ends an unpickler that nobody waits for any more: it reads each opcode on its own."""
+    """A file that checks for an interrupt at each opcode, which an unpickler reads one by one."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         check_interrupt()
@@ -295,11 +315,12 @@ def _file_of(skeleton: bytes) -> io.BytesIO:
 
 
 def _check_shape(loaded: Any, limit: int) -> None:
-    """Refuse what was nested after the scan had measured what holds it: too deep, or endless.
+    """Refuse an object that is nested too deep, or has too many values in all places together.
 
-    A list in itself is neither.
+    The scan cannot see this if containers are filled after the tuples around them were made. A list
+    in itself is accepted.
     """
-    # Of each container that was gone through: its values, each as often as it occurs.
+    # Container by id() -> number of values in it, each counted as often as it occurs.
     sizes: dict[int, int] = {}
     path: list[tuple[int, Iterator[Any]]] = [(0, iter([loaded]))]
     totals, most = [0], bounds.BOUNDS.values
@@ -311,7 +332,9 @@ def _check_shape(loaded: Any, limit: int) -> None:
             path.pop()
             total = sizes[key] = totals.pop()
             if total > most:
-                raise LimitExceeded(f"more than {most} values, counted wherever they occur")
+                raise LimitExceeded(
+                    f"the object has more than {most} values, counted wherever they occur"
+                )
             if totals:
                 totals[-1] += total
         elif not isinstance(value, dict | list | tuple):
@@ -323,18 +346,22 @@ def _check_shape(loaded: Any, limit: int) -> None:
             path.append((id(value), iter(value.values() if isinstance(value, dict) else value)))
             totals.append(1)
             if len(path) > limit + 1:
-                raise LimitExceeded(f"nested deeper than {limit} levels (Limits.depth)")
+                raise LimitExceeded(
+                    f"the object is nested deeper than {limit} levels (Limits.depth)"
+                )
 
 
 def translated(read: Callable[[], Any], offset: int) -> Any:
-    """Whatever an unpickler raises, as one of our errors."""
+    """Call a function, and turn errors of an unpickler into those of ``errors``."""
     try:
         return read()
     except AiotorchioError as error:
         error.entry, error.offset = "skeleton", offset
         raise
     except RecursionError as error:
-        raise LimitExceeded("nested too deep", entry="skeleton", offset=offset) from error
+        raise LimitExceeded(
+            "the object is nested too deep", entry="skeleton", offset=offset
+        ) from error
     except pickle.UnpicklingError as error:
         raise UnsafeObjectError(_words(error), entry="skeleton", offset=offset) from error
     except Exception as error:
@@ -344,7 +371,7 @@ def translated(read: Callable[[], Any], offset: int) -> Any:
 
 
 def _words(error: Exception) -> str:
-    """What an exception says, but not of what it holds: the repr of a doubled tuple never ends."""
+    """Return the text of an error, or its class if it has objects: their repr can be endless."""
     kind = type(error).__name__
     texts = all(type(argument) in (str, int) for argument in error.args)
     if texts or isinstance(error, UnicodeError):

@@ -1,7 +1,8 @@
 """The persistent ids of the pickle codec: how a pickle refers to tensors and storages.
 
-A tensor is the number of its row; a storage is ``("storage", row, dtype name or None)``, without a
-name if it is untyped. A peer chooses them, so each is checked before its use.
+The id of a tensor is the number of its row. That of a storage is ``("storage", row, name)``, where
+name is that of its dtype, or None if it is untyped. ``codec`` and ``graph.composites`` resolve ids.
+A peer chooses them, so an error means that an id is not valid or that its row does not exist.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ STORAGE = "storage"
 def resolver(
     tensors: Sequence[Any], storages: Sequence[torch.UntypedStorage | None]
 ) -> Callable[[Any], Any]:
-    """What turns the persistent ids of this codec into tensors and storages."""
+    """Return a function from persistent ids to these tensors and storages."""
     typed: dict[tuple[int, str], Any] = {}
 
     def resolve(reference: Any) -> Any:
@@ -34,8 +35,8 @@ def resolver(
         storage = storages[checked_row(row, len(storages), "storage")]
         if storage is None:
             raise MismatchError(
-                f"the object has storage {row} itself, not only tensors over it: it can't be left "
-                "out or received into other tensors"
+                f"the object has storage {row} itself, not only tensors over it, so that its bytes "
+                "can't be left out or received into other tensors"
             )
         if name is None:
             return storage
@@ -45,9 +46,11 @@ def resolver(
 
 
 def storage_reference(reference: Any) -> tuple[Any, str | None]:
-    """The number of the storage that a reference is to, unchecked, and the dtype of its numbers."""
+    """Return the row, not yet checked, and the dtype name of the persistent id of a storage."""
     if type(reference) is not tuple or len(reference) != 3 or reference[0] != STORAGE:
-        raise ProtocolError("a reference that is neither to a tensor nor to a storage")
+        raise ProtocolError(
+            "a persistent id of the pickle refers neither to a tensor nor to a storage"
+        )
     _, row, name = reference
     if name is not None:
         torch_dtype(name)
@@ -55,20 +58,24 @@ def storage_reference(reference: Any) -> tuple[Any, str | None]:
 
 
 def storage_for(reference: Any, storage: torch.UntypedStorage) -> Any:
-    """What a reference to a storage stands for: the storage, or a typed one over it."""
+    """Return the object for the id of a storage: the storage, or a typed storage over it."""
     row, name = storage_reference(reference)
     if name is None:
         return storage
     dtype = torch_dtype(name)
     if storage.nbytes() % dtype.itemsize:
-        raise InvalidObjectError(f"storage {row} of {storage.nbytes()} bytes holds no {dtype}")
+        raise InvalidObjectError(
+            f"storage {row} of {storage.nbytes()} bytes holds no whole number of {dtype}"
+        )
     return typed_storage(storage, dtype)
 
 
 def checked_row(row: Any, count: int, what: str) -> int:
-    """The number of a row, if there is one of that number."""
+    """Return a row of the tensors or storages (``what``), of which the message has ``count``."""
     if type(row) is not int or not 0 <= row < count:
-        # Nothing but plain values in messages: the repr of a doubled tuple never ends.
+        # Only an int is shown: the repr of a tuple of tuples can be endless.
         shown = row if type(row) is int else type(row).__name__
-        raise ProtocolError(f"{what} {shown} of {count}")
+        raise ProtocolError(
+            f"the skeleton refers to {what} row {shown}, but the message has {count} {what}s"
+        )
     return row
