@@ -24,8 +24,8 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
                 encode_errors codec_of_no_str
             """,
             r"bytes\(\) with arguments": "bytes",
-            "a set from": "set_of_bytes set_of_str set_of_tuple set_of_dict set_of_set",
-            "a layout from tuple": "doubled_text_as_layout",
+            "makes a set from": "set_of_bytes set_of_str set_of_tuple set_of_dict set_of_set",
+            "names a layout by tuple": "doubled_text_as_layout",
             "anything but its type and index": "device_of_tuple",
             "a Size from": "size_of_list size_of_tensor",
             r"OrderedDict\(\) with arguments": "ordered_dict_of_items",
@@ -39,10 +39,10 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
                 state_of_counter state_of_global state_of_size
             """,
             "persistent_load id must be tuple or int": "reference_of_str reference_of_none",
-            "rebuilding a tensor with": """
+            "rebuilds a tensor with": """
                 doubled_function from_type_of_call from_type_args_list
             """,
-            "a tensor subclass that is none": """
+            "as the class of a tensor": """
                 doubled_class from_type_of_none from_type_of_dtype wrapper_of_tensor
             """,
             "that is no dict": """
@@ -97,9 +97,9 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "keys that are not plain values": "complex_keys",
             "items with the same hash": "colliding_set colliding_frozenset",
             r"Limits\.expanded_nbytes": "expanded quantized_huge",
-            r"dimensions, \d+ allowed": "many_dims",
+            r"dimensions, but at most \d+ are allowed": "many_dims",
             "bytes when contiguous": "meta",
-            r"sparse and nested tensors of \d+ indices and parts, 10 allowed": """
+            r"sparse and nested tensors have \d+ indices and parts, but at most 10 are": """
                 coo_often coo_of_none_often csr_often nested_often jagged_often
             """,
         },
@@ -109,12 +109,12 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
                 negative_size negative_stride bool_size float_size size_of_str coo_negative
                 coo_shape doubled_size
             """,
-            "a tensor at offset -1": "negative_offset",
+            "begins at offset -1": "negative_offset",
             "bytes from end to end": "huge_stride meta_span",
             "argument 'stride'": "huge_stride_of_one",
             "dimensions and 1 strides": "dims",
             "storage 8 of 7 bytes": "odd_storage storage_of_odd_size",
-            "where .* must be": """
+            "an argument is a .* must be": """
                 tensor_as_storage requires_grad_int meta_dtype quantized_scale coo_coalesced
                 doubled_device doubled_offset doubled_cast sparse_list parameter_of_none
             """,
@@ -124,7 +124,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "of torch.qint8 without a scale": "quantized_without_scale",
             "missing 5 required": "arguments",
             "a quantized tensor of": "quantized_dtype quantized_params",
-            "a Size beyond 64 bits": "size_of_70_bits",
+            "beyond 64 bits": "size_of_70_bits",
             "is cuda:44 to torch": "device_wrapped",
             "zero point": "quantized_zero_point quantized_channels",
             "without its scales": """
@@ -132,9 +132,9 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             """,
             "channel axis": "quantized_axis quantized_axis_negative",
             "QuantizedMeta": "quantized_meta",
-            "a part of a tensor of layout": "quantized_sparse",
+            "a part of layout": "quantized_sparse",
             "that is expanded": "quantized_expanded coo_expanded",
-            "a part of a tensor that is a": "quantized_none nested_not_tensors",
+            "a tensor is made from a": "quantized_none nested_not_tensors",
             "a sparse tensor has index .*, whose size is": "coo_index coo_size",
             "too many elements": "coo_overflow",
             "same nnz": "coo_values",

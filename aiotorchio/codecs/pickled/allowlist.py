@@ -1,7 +1,8 @@
-"""What a pickle may name without being trusted, and what stands behind each name.
+"""The allowlist: the globals that a pickle may name, and the checked functions that replace them.
 
-torch's own list is the model: the same names, so that every object torch saves can be loaded.
-Behind them stand the checked functions of ``plain`` and ``tensors``.
+In: the classes and functions that the caller trusts. Out: a dict from paths to objects, which the
+scan and the unpickler use. The paths are those that torch allows, so that every object that torch
+saves can be loaded; the objects are functions of the ``safe_*`` modules.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ _JAGGED = f"{JaggedTensor.__module__}.{JaggedTensor.__qualname__}"
 
 
 class Allowlist:
-    """The globals of one load.
+    """The globals that the pickle of one load may name.
 
     Args:
-        safe_globals: Classes and functions that the caller trusts, or pairs of one and the path
-            that stands for it in the pickle.
-        limits: Bounds for what is built.
-        map_location: For tensor subclasses that have a device and no storage.
+        safe_globals: Classes and functions that the caller trusts, or pairs of one and its path in
+            the pickle.
+        limits: Limits of the load.
+        map_location: Devices of tensor subclasses that have a device and no storage.
 
     Attributes:
-        globals: Path in the pickle -> what stands for it.
-        stateful: Paths of those whose instances may be given a state.
+        globals: Path in the pickle -> the object that the pickle gets for it.
+        stateful: Paths of the globals whose instances may be given a state.
     """
 
     def __init__(self, safe_globals: Iterable[Any], limits: Limits, map_location: Any) -> None:
@@ -84,7 +85,7 @@ class Allowlist:
         self.globals |= {str(dtype): dtype for dtype in DTYPE_NAMES}
         self.globals |= {f"torch.{name}": getattr(torch, name) for name in _QSCHEMES}
         trusted = paths_of(safe_globals)
-        # torch lets anyone name these, and does not look at the offsets.
+        # torch allows these to all, and does not check the offsets.
         checked = {_JAGGED: TypeName(JaggedTensor), REBUILD_JAGGED: nested.jagged}
         trusted |= {path: value for path, value in checked.items() if path in trusted}
         self.globals |= trusted
@@ -94,27 +95,27 @@ class Allowlist:
         self.stateful |= {path for path, value in trusted.items() if _takes_state(value)}
 
     def trusted(self) -> Iterable[tuple[str, Any]]:
-        """Paths in the pickle, and what the caller trusts under them."""
+        """Return the paths of the globals that the caller trusts, with these globals."""
         return self._trusted_paths.items()
 
     def distrust(self, storages: Iterable[torch.UntypedStorage | None]) -> None:
-        """Make nothing that relies on the numbers in these storages, or others named before."""
+        """Refuse tensors that rely on numbers in these storages, or in those of earlier calls."""
         self._checks.distrust(storages)
 
     def deferred(self) -> frozenset[str]:
-        """Paths of what makes tensors, and of what the caller trusts."""
+        """Return the paths of functions that make tensors, and of all that the caller trusts."""
         rebuilds = [path for path, value in self.globals.items() if self.makes_tensors(value)]
         return frozenset([*self._trusted_paths, *rebuilds])
 
     def makes_tensors(self, function: Any) -> bool:
-        """Whether it is one of the functions that rebuild tensors."""
+        """Whether a function is one of those that rebuild tensors."""
         jagged = self.globals.get(REBUILD_JAGGED)
         return any(function is other for other in (*self._rebuilds, jagged) if other is not None)
 
     def rebuild_functions(self) -> dict[tuple[str, str], Any]:
-        """(module, name) of torch's rebuild functions -> the checked ones, for full pickle.
+        """Return (module, name) of torch's rebuild functions -> checked functions, for full pickle.
 
-        Those that set attributes stay torch's own: full pickle may set any.
+        The functions that set attributes are not replaced: full pickle may set any attribute.
         """
         prefix = "torch._utils."
         return {("torch._tensor", "_rebuild_from_type_v2"): from_type} | {
@@ -124,12 +125,13 @@ class Allowlist:
         }
 
     def guard_state(self, given: Mapping[str, bool]) -> None:
-        """Let trusted functions, whose results are given a state, return only what may take it.
+        """Make trusted functions check that their results may be given the state in the pickle.
 
-        numpy's arrays are made like this. A tensor would be pointed anywhere by its state.
+        Arrays of numpy are made so. The state of a tensor could give it any memory.
 
         Args:
-            given: Paths of functions, and whether those states are attributes; see ``scan_pickle``.
+            given: Path of a function -> whether the states of its results are attributes; the
+                result of ``scan_pickle``.
         """
         for path, attributes in given.items():
             value = self.globals[path]
@@ -137,28 +139,33 @@ class Allowlist:
                 self.globals[path] = _guarded(value, attributes)
 
     def check_result(self) -> None:
-        """Refuse what can be judged only when all is built."""
+        """Refuse objects that can be checked only once the whole object is built."""
         self._dicts.check()
 
     def _subclass(self, function: Any, kind: Any, args: Any, state: Any) -> Any:
-        """A tensor of another class, or with attributes."""
-        # Not "in": what the sender put here can take forever to hash.
+        """Make a tensor of another class, or with attributes."""
+        # Without "in": an object that the sender put here could take forever to hash.
         known = any(function is other for other in (*self._rebuilds, *self._trusted))
         if not known or type(args) is not tuple:
-            raise UnsafeObjectError(f"rebuilding a tensor with a {type(function).__name__}")
+            raise UnsafeObjectError(
+                f"the pickle rebuilds a tensor with a {type(function).__name__}, but it must be an "
+                "allowed function with a tuple of arguments"
+            )
         named = tensor_class(kind)
         tensor = as_kind(function(*args), named)
         if any(tensor is argument for argument in args):
-            # It may be the caller's, who has not asked for attributes.
+            # It may be an existing tensor, which must not get attributes.
             tensor = tensor.detach()
         if type(tensor) is not named:
             if type(tensor) is JaggedTensor or named is JaggedTensor:
-                raise UnsafeObjectError(f"a {type(tensor).__name__} as a {named.__name__}")
+                raise UnsafeObjectError(
+                    f"the pickle rebuilds a {named.__name__} from a {type(tensor).__name__}"
+                )
             tensor = tensor.as_subclass(named)
         if named is JaggedTensor:
-            # It has its parts already, which were checked.
+            # Its parts were checked when it was made, and must not be replaced.
             if type(state) is not dict:
-                raise UnsafeObjectError("a state for a jagged tensor that is no dict")
+                raise UnsafeObjectError("the pickle gives a jagged tensor a state that is no dict")
             state = {key: state[key] for key in state if key not in JAGGED_PARTS}
         if named.__setstate__ is not torch.Tensor.__setstate__:
             tensor.__setstate__(state)
@@ -168,7 +175,7 @@ class Allowlist:
 
 
 def _takes_state(trusted: Any) -> bool:
-    """Whether what it makes may be given a state: no tensors, whose state points anywhere."""
+    """Whether objects that it makes may be given a state: a tensor's could give it any memory."""
     return (
         not isinstance(trusted, type)
         or not issubclass(trusted, torch.Tensor)
@@ -180,28 +187,32 @@ def _guarded(function: Callable[..., Any], attributes: bool) -> Callable[..., An
     def checked(*args: Any) -> Any:
         made = function(*args)
         if isinstance(made, torch.Tensor):
-            raise UnsafeObjectError("a state for a tensor: it takes none")
+            raise UnsafeObjectError(
+                "the pickle gives a state to a tensor that a function made, which is not allowed"
+            )
         if not attributes and not hasattr(made, "__setstate__"):
-            raise UnsafeObjectError(f"a state for a {type(made).__name__} that is no dict")
+            raise UnsafeObjectError(
+                f"the pickle gives a {type(made).__name__} a state that is no dict"
+            )
         return made
 
     return checked
 
 
 def paths_of(trusted: Iterable[Any]) -> dict[str, Any]:
-    """Path -> global that someone trusts, as ``add_safe_globals`` takes them.
+    """Return path -> global of trusted globals, given as to ``torch``'s ``add_safe_globals``.
 
     Raises:
-        TypeError: Neither a global nor a pair of one and its path.
+        TypeError: An entry is neither a global nor a pair of a global and its path.
     """
     paths = {}
     for entry in trusted:
         if isinstance(entry, tuple):
             if len(entry) != 2 or not isinstance(entry[1], str):
-                raise TypeError(f"safe_globals takes globals or (global, path), not {entry!r}")
+                raise TypeError(f"a tuple in safe_globals must be (global, path), not {entry!r}")
             paths[entry[1]] = entry[0]
         elif hasattr(entry, "__module__") and hasattr(entry, "__qualname__"):
             paths[f"{entry.__module__}.{entry.__qualname__}"] = entry
         else:
-            raise TypeError(f"safe_globals takes classes and functions, not {entry!r}")
+            raise TypeError(f"safe_globals must have classes and functions, not {entry!r}")
     return paths

@@ -1,6 +1,8 @@
-"""What the arguments of the functions that rebuild tensors must be.
+"""Checks of the arguments with which a pickle rebuilds tensors.
 
-All of these raise ``InvalidObjectError``, or ``LimitExceeded``.
+In: arguments that a peer chose. Out: the same arguments, checked, or a storage to view.
+``safe_tensors`` and ``safe_nested`` call them. An ``InvalidObjectError`` means that the arguments
+contradict each other, a ``LimitExceeded`` that the tensors take more than ``Limits`` allow.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ __all__ = ["PER_BYTE", "Checks", "boolean", "expect", "part", "storage_dtype", "
 
 _INT64_MAX = 2**63 - 1
 PER_BYTE = {torch.quint4x2: 2, torch.quint2x4: 4}
-"""Elements in a byte; each row begins with a byte of its own."""
+"""Elements in a byte; each row of the tensor begins with a new byte."""
 
 
 class Checks:
-    """Looks at those of one load.
+    """The checks of one load, and the work that its limits still allow.
 
     Args:
-        limits: Bounds for what is made.
+        limits: Limits of the load.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -36,88 +38,106 @@ class Checks:
         self._distrusted: set[int] = set()
 
     def distrust(self, storages: Iterable[torch.UntypedStorage | None]) -> None:
-        """Trust no number in these, too: they may have others at any time."""
-        # Those without memory are all at 0.
+        """Refuse parts that need numbers in these storages, since the numbers may change."""
+        # Storages without memory all have the address 0.
         self._distrusted |= {each.data_ptr() for each in storages if each is not None} - {0}
 
     def charge(self, tensor: Any) -> None:
-        """Count what is read or copied to make a tensor: a pickle can make the same one often."""
+        """Count the bytes read to make a tensor from this one: a pickle can do it many times."""
         part(tensor)
         if tensor.layout is not torch.strided or tensor.is_nested:
-            raise InvalidObjectError(f"a part of a tensor of layout {tensor.layout}")
+            raise InvalidObjectError(
+                f"a tensor is made from a part of layout {tensor.layout}, which must be strided"
+            )
         nbytes = tensor.numel() * tensor.element_size()
         if nbytes > tensor.untyped_storage().nbytes():
-            raise InvalidObjectError("a part of a tensor that is expanded")
+            raise InvalidObjectError("a tensor is made from a part that is expanded")
         if nbytes and tensor.untyped_storage().data_ptr() in self._distrusted:
             raise InvalidObjectError(
-                "a part of a tensor whose numbers are not received, or may change: those of a "
-                "destination, or under torch.serialization.skip_data"
+                "a tensor is made from a part whose numbers are not received, or may change: those "
+                "of a target, or under torch.serialization.skip_data"
             )
         self.charge_work(nbytes)
 
     def charge_work(self, nbytes: int) -> None:
-        """Count work that takes as long as copying so many bytes."""
+        """Count work that takes as long as a copy of this many bytes."""
         self._work_left -= nbytes
         if self._work_left < 0:
-            raise LimitExceeded(f"tensors are made from more than {self.limits.total_nbytes} bytes")
+            raise LimitExceeded(
+                f"the tensors are made from more than {self.limits.total_nbytes} bytes "
+                "(Limits.total_nbytes)"
+            )
 
     def charge_sparse(self, count: int) -> None:
         """Count indices of a sparse tensor, or parts of a nested one, before they are checked."""
-        # A tensor without any takes time, too.
+        # A tensor without indices or parts takes time, too.
         self._sparse_nnz += max(count, 1)
         if self._sparse_nnz > self.limits.sparse_nnz:
             raise LimitExceeded(
-                f"sparse and nested tensors of {self._sparse_nnz} indices and parts, "
-                f"{self.limits.sparse_nnz} allowed (Limits.sparse_nnz)"
+                f"sparse and nested tensors have {self._sparse_nnz} indices and parts, but at most "
+                f"{self.limits.sparse_nnz} are allowed (Limits.sparse_nnz)"
             )
 
     def check_shape(self, shape: Any) -> None:
-        """Refuse what is no shape, or no stride."""
+        """Refuse a value that is neither a shape nor a stride."""
         if not isinstance(shape, tuple | list) or any(type(n) is not int or n < 0 for n in shape):
-            raise InvalidObjectError("a shape or stride that is no tuple of natural numbers")
+            raise InvalidObjectError("a shape or stride of a tensor is no tuple of natural numbers")
         if len(shape) > self.limits.dims:
-            raise LimitExceeded(f"{len(shape)} dimensions, {self.limits.dims} allowed")
+            raise LimitExceeded(
+                f"a tensor has {len(shape)} dimensions, but at most {self.limits.dims} are allowed "
+                "(Limits.dims)"
+            )
 
     def span(self, dtype: torch.dtype, size: Any, stride: Any, *, limit: int | None = None) -> int:
-        """Elements from the first to the last of a view, both included."""
+        """Return the number of elements from the first to the last of a view, both included."""
         limit = self.limits.dense_nbytes if limit is None else limit
         self.check_shape(size)
         self.check_shape(stride)
         if len(size) != len(stride):
-            raise InvalidObjectError(f"{len(size)} dimensions and {len(stride)} strides")
+            raise InvalidObjectError(
+                f"a tensor has {len(size)} dimensions and {len(stride)} strides"
+            )
         count = math.prod(size)
         if count == 0:
             return 0
         if count * dtype.itemsize > limit:
-            raise LimitExceeded(f"{count * dtype.itemsize} bytes when contiguous, {limit} allowed")
+            raise LimitExceeded(
+                f"a tensor has {count * dtype.itemsize} bytes when contiguous, but at most {limit} "
+                "are allowed"
+            )
         span: int = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if span * dtype.itemsize > _INT64_MAX:
-            raise InvalidObjectError(f"a tensor of {span * dtype.itemsize} bytes from end to end")
+            raise InvalidObjectError(
+                f"a tensor has {span * dtype.itemsize} bytes from end to end, but at most "
+                f"{_INT64_MAX} are possible"
+            )
         return span
 
     def packed(
         self, storage: Any, dtype: torch.dtype, offset: Any, size: Any, stride: Any
     ) -> torch.UntypedStorage:
-        """The storage of a tensor whose elements are smaller than a byte, likewise."""
+        """Return the storage of a tensor within it whose elements are smaller than a byte."""
         untyped = untyped_storage(storage)
         self.span(dtype, size, stride)
-        # Of a view, torch's stride and offset would count a byte for each element.
+        # In a view, torch would count strides and offset as if each element had a byte.
         if expect(offset, int) or tuple(stride) != torch.empty(size, device="meta").stride():
-            raise InvalidObjectError(f"a view of a tensor of {dtype}")
+            raise InvalidObjectError(
+                f"a tensor of {dtype} is a view, but must be contiguous at offset 0"
+            )
         nbytes = math.prod(size[:-1]) * -(-size[-1] // PER_BYTE[dtype]) if size else 1
         if nbytes > untyped.nbytes():
             raise InvalidObjectError(
-                f"a tensor of {nbytes} bytes over a storage of {untyped.nbytes()}"
+                f"a tensor takes {nbytes} bytes of a storage of {untyped.nbytes()}"
             )
         return untyped
 
     def view(
         self, storage: Any, dtype: torch.dtype, offset: Any, size: Any, stride: Any
     ) -> torch.UntypedStorage:
-        """The storage of a view that lies within it."""
+        """Return the storage of a view, which must lie within it."""
         untyped = untyped_storage(storage)
         if expect(offset, int) < 0:
-            raise InvalidObjectError(f"a tensor at offset {offset}")
+            raise InvalidObjectError(f"a tensor begins at offset {offset} of its storage")
         span = self.span(dtype, size, stride)
         if span and (offset + span) * dtype.itemsize > untyped.nbytes():
             raise InvalidObjectError(
@@ -128,28 +148,31 @@ class Checks:
 
 
 def expect(value: Any, *kinds: type) -> Any:
-    """The value, if it is of one of these kinds."""
+    """Return the value, which must be of one of these types."""
     if not isinstance(value, kinds):
         raise InvalidObjectError(
-            f"{type(value).__name__} where {' or '.join(k.__name__ for k in kinds)} must be"
+            f"an argument is a {type(value).__name__}, but must be "
+            f"{' or '.join(k.__name__ for k in kinds)}"
         )
     return value
 
 
 def part(value: Any) -> torch.Tensor:
-    """A part that a tensor is made of; the methods of a subclass could tell anything about it."""
+    """Return a part of a tensor, which must not be of a subclass: its methods could do anything."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter) and not torch_private.is_fake(value):
-        raise InvalidObjectError(f"a part of a tensor that is a {type(value).__name__}")
+        raise InvalidObjectError(
+            f"a tensor is made from a {type(value).__name__}, which must be a torch.Tensor"
+        )
     return cast(torch.Tensor, value)
 
 
 def boolean(value: Any) -> bool:
-    """The value, if it is True or False."""
+    """Return the value, which must be True or False."""
     return bool(expect(value, bool))
 
 
 def untyped_storage(storage: Any) -> torch.UntypedStorage:
-    """The storage, or the untyped one in it."""
+    """Return the storage, or the untyped storage of a typed one."""
     if isinstance(storage, torch.TypedStorage):
         return torch_private.untyped_storage_of(storage)
     untyped: torch.UntypedStorage = expect(storage, torch.UntypedStorage)
@@ -157,6 +180,6 @@ def untyped_storage(storage: Any) -> torch.UntypedStorage:
 
 
 def storage_dtype(storage: Any) -> torch.dtype:
-    """What the numbers of a typed storage are."""
+    """Return the dtype of a typed storage."""
     typed: torch.TypedStorage = expect(storage, torch.TypedStorage)
     return typed.dtype

@@ -1,7 +1,8 @@
-"""Calls of a pickle that are noted instead of carried out (see ``composite``).
+"""Calls of a pickle that are recorded, and made later or never.
 
-In: the allowlist of a load. Out: stand-ins for what makes tensors and for what the caller trusts,
-whose results are ``Call`` objects, and the names of those results in the containers around them.
+In: the allowlist of a load. Out: proxies for functions that make tensors and for globals that the
+caller trusts. A proxy returns a ``Call``, and ``calls_in`` finds the names of calls in the object.
+``graph.composites`` uses this to make tensors of several rows one by one.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ _KINDS = frozenset(CONTAINERS)
 
 
 class Reference:
-    """Stands for the tensor of a row, or for a storage.
+    """A placeholder for the tensor of a row, or for a storage.
 
     Args:
-        pid: What the pickle has: the number of a row, or what ``pickled`` writes for a storage.
-        storage: The number of the storage that is needed.
+        pid: The persistent id in the pickle.
+        storage: The row of the storage that is needed.
     """
 
     __slots__ = ("pid", "storage")
@@ -50,18 +51,18 @@ class Reference:
 
 
 class Seals:
-    """What was in containers when a call used them.
+    """The contents of containers at the time when a call used them.
 
-    A call that is carried out later must find what it would have found at its place in the pickle,
-    which is what was charged for it.
+    A call that is made later must find the contents that it would have found in the pickle, since
+    the scan has charged for these.
     """
 
     def __init__(self) -> None:
-        # By id: the container, and its parts; of a tuple, which cannot change, none.
+        # id() -> the container and its parts; () for a tuple, which cannot change.
         self._sealed: dict[int, tuple[Any, tuple[Any, ...]]] = {}
 
     def add(self, values: Iterable[Any]) -> None:
-        """Remember what is in these, and in what they have."""
+        """Remember the contents of these containers, and of all containers in them."""
         waiting = [value for value in values if type(value) in _KINDS]
         while waiting:
             check_interrupt()
@@ -73,7 +74,7 @@ class Seals:
             waiting += [part for part in parts if type(part) in _KINDS]
 
     def broken(self) -> bool:
-        """Whether a container has changed since a call used it; forgets all of them."""
+        """Whether a container has changed since a call used it; forget all containers."""
         sealed = list(self._sealed.values())
         self._sealed.clear()
         return any(
@@ -87,13 +88,13 @@ def _same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
 
 
 class Call:
-    """A call that is noted, and what it makes.
+    """A recorded call, which is also the placeholder for its result.
 
     Attributes:
-        function: What is called.
-        args: With the results of other calls, and references, where those are arguments.
-        new: Whether an instance is made of a class without calling the class.
-        state: In a tuple, if the result is given one.
+        function: The function or class that is called.
+        args: The arguments; some can be a ``Call`` or a ``Reference``.
+        new: Whether an instance is made with ``__new__`` alone.
+        state: The state of the result in a tuple, or ().
     """
 
     __slots__ = ("_seals", "args", "function", "new", "state")
@@ -116,18 +117,18 @@ class Call:
 
 
 class Proxy(type):
-    """The class of stand-ins for functions and classes, which are classes to the unpickler.
+    """The class of proxies for functions and classes; the unpickler takes a proxy for a class.
 
     Attributes:
-        held: What one stands for, in a tuple: of a class, functions would be attributes.
-        seals: Of all calls of a pickle.
+        held: The function or class in a tuple, since a function alone would become a method.
+        seals: The seals of all calls of a pickle.
     """
 
     held: tuple[Any]
     seals: Seals | None
 
     def __call__(cls, *args: Any) -> Any:
-        """Note a call; to make an instance without one, ``__new__`` of the stand-in is called."""
+        """Record a call; for NEWOBJ the unpickler calls ``__new__`` of the proxy instead."""
         return Call(cls.held[0], args, cls.seals, new=False)
 
 
@@ -139,12 +140,12 @@ class _Base(metaclass=Proxy):
         return Call(cls.held[0], args, cls.seals, new=True)
 
 
-# No pickle can name this: a path has no line breaks.
+# The path of ``Call``, which no pickle can name, since a path has no line break.
 _RESULT = "\n"
 
 
 def proxies(allowlist: Allowlist, seals: Seals) -> dict[str, Any]:
-    """What a pickle may name, with stand-ins for what makes tensors or is the caller's."""
+    """Return the globals of an allowlist; those that make tensors or are trusted are proxies."""
     deferred = allowlist.deferred()
     allowed = {
         path: Proxy("_Base", (_Base,), {"held": (value,), "seals": seals})
@@ -152,17 +153,17 @@ def proxies(allowlist: Allowlist, seals: Seals) -> dict[str, Any]:
         else value
         for path, value in allowlist.globals.items()
     }
-    # To be given a state, which a noted call takes for its result.
+    # The unpickler gives a state only to classes that it knows: a call records it for its result.
     return allowed | {_RESULT: Call}
 
 
 def _is_container(value: Any) -> bool:
-    """Whether an unpickler fills what this makes, and attributes are set to it, by itself."""
+    """Whether this is a dict class, whose instances the unpickler itself fills and completes."""
     return any(value is kind for kind in DICTS)
 
 
 def parts_of(value: Any) -> Iterator[Any]:
-    """What a call or a container is made of."""
+    """Yield the parts of a call or a container."""
     if isinstance(value, Call):
         yield value.args
         yield from value.state
@@ -176,7 +177,7 @@ def parts_of(value: Any) -> Iterator[Any]:
 
 
 def origin_of(call: Call) -> int | None:
-    """The row of the tensor that a tensor with attributes is made of (see ``reduced``)."""
+    """Return the row of the tensor that a tensor with attributes is made of (see ``reduced``)."""
     args = call.args
     if len(args) == 4 and isinstance(args[0], Proxy) and type(args[2]) is tuple:
         args = args[2]
@@ -185,7 +186,7 @@ def origin_of(call: Call) -> int | None:
 
 
 def _is_made(key: Any) -> bool:
-    """Whether a key is not there yet, so that nobody knows its text."""
+    """Whether a key is the result of a call, or has one in it: its text is not known yet."""
     waiting, seen = [key], set()
     while waiting:
         part = waiting.pop()
@@ -199,11 +200,11 @@ def _is_made(key: Any) -> bool:
 
 
 def calls_in(obj: Any) -> Iterator[tuple[str, Call]]:
-    """The results of calls in containers, with every path to them, as ``names.walk`` has them.
+    """Yield the recorded calls in an object, each with every path to it, as in ``names.walk``.
 
-    What is below a key that is a result itself has no name: the key has no text yet.
+    Calls below a key that is the result of a call have no name, since the key has no text yet.
 
     Raises:
-        LimitExceeded: Names that are far too long, all in all: a key can be above many of them.
+        LimitExceeded: The paths together are too long: a long key can be part of many paths.
     """
     return leaves_of(obj, Call, unknown=_is_made)

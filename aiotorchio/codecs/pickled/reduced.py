@@ -1,7 +1,8 @@
-"""Tensors that are made of a plain one: with attributes, or of a class without memory of its own.
+"""Tensors that can be made of a plain tensor: with attributes, or of a subclass with its memory.
 
-In: what ``__reduce_ex__`` of a tensor gives to pickle. Out: the plain tensor over the same memory,
-which a row describes, and what to pickle so that the tensor is made of it again.
+In: the result of ``__reduce_ex__`` of a tensor. Out: the plain tensor over the same memory, which a
+row describes, and a value to pickle that makes the tensor of it again. The pickle codec calls these
+functions to save, ``graph`` and the allowlist to load.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ __all__ = ["as_kind", "from_type", "over_origin", "plain_origin", "without_class
 
 
 def plain_origin(reduced: Any) -> torch.Tensor | None:
-    """The tensor without attributes, of torch's own class, that a pickled tensor is made of.
+    """Return the ``torch.Tensor`` or parameter, without attributes, that a tensor is made of.
 
     Args:
-        reduced: What ``__reduce_ex__`` of the tensor gave.
+        reduced: The result of ``__reduce_ex__`` of the tensor.
 
     Returns:
-        A tensor or parameter over the same memory; None if the tensor is not made like this.
+        A tensor or parameter over the same memory; None if the tensor is not made of one.
     """
     if type(reduced) is not tuple or len(reduced) != 2:
         return None
@@ -56,7 +57,7 @@ def _strided(
     dtype_or_metadata: Any = None,
     metadata: Any = None,
 ) -> torch.Tensor:
-    # Not torch's own: its v3 takes the storage that unpickling gives, not the one that is pickled.
+    # Not by torch: its v3 takes the storage that an unpickler makes, not the one that is pickled.
     if isinstance(dtype_or_metadata, torch.dtype):
         dtype = dtype_or_metadata
     else:
@@ -70,17 +71,17 @@ def _strided(
 
 
 def over_origin(reduced: Any, origin: torch.Tensor) -> Any:
-    """What to pickle instead of ``reduced``: makes the same tensor of ``origin``."""
+    """Return the value to pickle instead of ``reduced``, which makes the tensor of ``origin``."""
     function, args = reduced
     if function is not REBUILD_FROM_TYPE:
         return function, (origin, *args[1:])
     _, kind, _, state = args
-    # No other function of torch makes a tensor of a tensor, and shares its memory. Hooks are none.
+    # Only this function of torch makes a tensor of a tensor with the same memory. Hooks are None.
     return function, (REBUILD_PARAMETER[0], kind, (origin, origin.requires_grad, None), state)
 
 
 def without_class(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if it is torch's own; else one over its memory: classes refuse much."""
+    """Return the tensor if its class is torch's; else one over its memory: classes refuse much."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter) or is_fake(tensor):
         return tensor
     offset, storage = int(tensor.storage_offset()), tensor.untyped_storage()
@@ -88,14 +89,14 @@ def without_class(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def as_kind(tensor: torch.Tensor, kind: Any) -> torch.Tensor:
-    """A parameter as a tensor that is not one, and a leaf all the same."""
+    """Return a parameter as a plain leaf tensor, unless ``kind`` is a class of parameters."""
     if type(tensor) is not torch.nn.Parameter or issubclass(kind, torch.nn.Parameter):
         return tensor
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def from_type(function: Any, kind: Any, args: Any, state: Any) -> torch.Tensor:
-    """Do what torch's function of that name does, and make a leaf of what is none there."""
+    """Rebuild a tensor like torch's function of this name, as a leaf even where torch does not."""
     made: torch.Tensor = REBUILD_FROM_TYPE(
         lambda *args: as_kind(function(*args), kind), kind, args, state
     )

@@ -1,8 +1,9 @@
-"""Checked counterparts of the builtins that a pickle calls to make plain objects.
+"""Checked replacements of the builtins that a pickle calls to make plain objects.
 
-Each takes what pickle itself passes to it, and nothing else: the builtins take sizes, and anything
-that can be walked over, at a cost that the size of the pickle does not bound. So do other codecs
-than latin-1.
+In: the arguments of a call in a pickle. Out: the object. ``allowlist`` names these functions. Each
+accepts only the arguments that Python's pickle writes, since the builtins accept sizes and any
+iterable, and other encodings than latin-1 have costs, too, that the size of the pickle does not
+bound. An ``UnsafeObjectError`` means other arguments, an ``InvalidObjectError`` invalid values.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from aiotorchio.common.torch_private import get_layout
 from aiotorchio.errors import InvalidObjectError, LimitExceeded, UnsafeObjectError
 from aiotorchio.table.state_metadata import drop_mark
 from aiotorchio.wire import bounds
+from aiotorchio.wire.header import shortened
 
 __all__ = [
     "OrderedDicts",
@@ -33,118 +35,137 @@ __all__ = [
 
 
 class OrderedDicts:
-    """Makes those of one load, and remembers them: they can have attributes of their own."""
+    """Makes the ordered dicts of one load, and checks their attributes at the end."""
 
     def __init__(self) -> None:
         self._made: list[OrderedDict[Any, Any]] = []
 
     def make(self, *args: Any) -> OrderedDict[Any, Any]:
-        """An empty one; pickle adds the items later."""
+        """Make an empty OrderedDict; the unpickler adds the items later."""
         if args:
-            raise UnsafeObjectError("OrderedDict() with arguments")
+            raise UnsafeObjectError(
+                "the pickle calls OrderedDict() with arguments, but must add its items later"
+            )
         made: OrderedDict[Any, Any] = OrderedDict()
         self._made.append(made)
         return made
 
     def check(self) -> None:
-        """Refuse attributes that pass for methods; to be called when all is built."""
+        """Refuse attributes that hide methods; called once the whole object is built."""
         for made in self._made:
             for key in vars(made):
                 if type(key) is not str:
-                    raise InvalidObjectError(f"an attribute named by {type(key).__name__}")
+                    raise InvalidObjectError(
+                        f"an OrderedDict has an attribute named by {type(key).__name__}, not str"
+                    )
                 if hasattr(OrderedDict, key) or is_dunder(key):
-                    raise InvalidObjectError(f"attribute {key!r} of an OrderedDict")
+                    raise InvalidObjectError(
+                        f"the pickle sets attribute {shortened(key)!r} of an OrderedDict, which is "
+                        "not allowed"
+                    )
             drop_mark(vars(made).get("_metadata"))
 
 
 def make_counter(items: Any = None) -> Counter[Any]:
-    """A ``Counter`` from the dict that pickle makes of it."""
+    """Make a ``Counter`` from a dict, as pickle writes it."""
     if items is not None and type(items) is not dict:
-        raise UnsafeObjectError(f"a Counter from {type(items).__name__}")
+        raise UnsafeObjectError(
+            f"the pickle makes a Counter from {type(items).__name__}, but must use a dict"
+        )
     return Counter(items)
 
 
 def is_dunder(name: str) -> bool:
-    """Whether a name is one of Python's own: ``__array_interface__`` can point anywhere."""
+    """Whether a name is reserved by Python: ``__array_interface__`` could refer to any memory."""
     return name.startswith("__") and name.endswith("__")
 
 
 def check_hashes(items: Collection[Any]) -> None:
-    """Refuse many items with the same hash: a set of them takes the square of their number."""
+    """Refuse many items with the same hash: a set of n of them takes n * n steps."""
     most = bounds.BOUNDS.equal_hashes
     if len(items) - len(set(map(hash, items))) < most:
         return
-    # Counting takes more memory, and is needed for what is hardly ever honest.
+    # A count takes more memory, and honest objects hardly ever need it.
     if max(Counter(map(hash, items)).values()) > most:
-        raise LimitExceeded(f"more than {most} items with the same hash")
+        raise LimitExceeded(f"a set has more than {most} items with the same hash")
 
 
 def make_set(items: Any = ()) -> set[Any]:
-    """A set from the list that pickle makes of it."""
+    """Make a set from a list, as pickle writes it."""
     is_empty_tuple = type(items) is tuple and not items
     if type(items) is not list and not is_empty_tuple:
-        raise UnsafeObjectError(f"a set from {type(items).__name__}")
+        raise UnsafeObjectError(
+            f"the pickle makes a set from {type(items).__name__}, but must use a list"
+        )
     check_hashes(items)
     return set(items)
 
 
 def make_frozenset(items: Any = ()) -> frozenset[Any]:
-    """Likewise."""
+    """Make a frozenset from a list, as pickle writes it."""
     return frozenset(make_set(items))
 
 
 def make_size(items: Any = ()) -> torch.Size:
-    """A ``torch.Size`` from a tuple."""
+    """Make a ``torch.Size`` from a tuple."""
     if type(items) is not tuple:
-        raise UnsafeObjectError(f"a Size from {type(items).__name__}")
+        raise UnsafeObjectError(
+            f"the pickle makes a Size from {type(items).__name__}, but must use a tuple"
+        )
     if any(type(item) is int and not -(2**63) <= item < 2**63 for item in items):
-        raise InvalidObjectError("a Size beyond 64 bits")
+        raise InvalidObjectError("a torch.Size has a dimension beyond 64 bits")
     return torch.Size(items)
 
 
 def make_complex(*args: Any) -> complex:
-    """A complex number from its two parts."""
+    """Make a complex number from its two parts."""
     if len(args) != 2 or any(type(part) not in (int, float) for part in args):
-        raise InvalidObjectError("a complex number from anything but its two parts")
+        raise InvalidObjectError(
+            "the pickle makes a complex number from anything but its two parts"
+        )
     return complex(*args)
 
 
 def make_device(*args: Any) -> torch.device:
-    """A ``torch.device`` from what it is pickled as: its type, and its index if it has one."""
+    """Make a ``torch.device`` from its type, and its index if it has one."""
     kind, index = (*args, None)[:2] if args else (None, None)
     if type(kind) is not str or len(args) > 2 or (index is not None and type(index) is not int):
-        raise UnsafeObjectError("a device from anything but its type and index")
+        raise UnsafeObjectError("the pickle makes a device from anything but its type and index")
     device = torch.device(*args)
     # torch keeps eight bits of an index: 300 would become 44.
     if str(device) != (kind if index is None else f"{kind}:{index}"):
-        raise InvalidObjectError(f"device {(kind, index)} is {device} to torch")
+        raise InvalidObjectError(f"device {(shortened(kind), index)} is {device} to torch")
     return device
 
 
 def make_layout(name: Any) -> torch.layout:
-    """A ``torch.layout`` by its name."""
+    """Return a ``torch.layout`` by its name."""
     if type(name) is not str:
-        raise UnsafeObjectError(f"a layout from {type(name).__name__}")
+        raise UnsafeObjectError(
+            f"the pickle names a layout by {type(name).__name__}, but must use a str"
+        )
     return get_layout(name)
 
 
 def make_bytes(*args: Any) -> bytes:
-    """Empty bytes; others are made with ``encode``."""
+    """Return empty bytes; a pickle makes other bytes with ``encode``."""
     if args:
-        raise UnsafeObjectError("bytes() with arguments")
+        raise UnsafeObjectError(
+            "the pickle calls bytes() with arguments, but must use _codecs.encode"
+        )
     return b""
 
 
 def encode(*args: Any) -> bytes:
-    """Bytes, as protocol 2 has them: the characters of a str."""
+    """Make bytes from the characters of a str, as protocol 2 writes them."""
     if [type(each) for each in args] != [str, str] or args[1] not in ("latin1", "latin-1"):
-        raise UnsafeObjectError("bytes made of anything but a str in latin-1")
+        raise UnsafeObjectError("the pickle makes bytes from anything but a str in latin-1")
     text: str = args[0]
     return text.encode("latin-1")
 
 
 def make_bytearray(*args: Any) -> bytearray:
-    """A bytearray from bytes, or from what ``encode`` takes."""
+    """Make a bytearray from bytes, or from the arguments of ``encode``."""
     if not args:
         return bytearray()
     if len(args) == 1 and type(args[0]) is bytes:

@@ -1,6 +1,8 @@
-"""Nested tensors, of both layouts: their parts must lie within their values.
+"""Makes the nested tensors of a pickle, of both layouts, with parts that lie within their values.
 
-torch takes them from a pickle as they are. See ``tensors``.
+In: the arguments of a call in a pickle, which torch does not check. Out: the tensor. ``allowlist``
+names these functions. An ``InvalidObjectError`` means that the parts do not fit together, a
+``LimitExceeded`` that they are more than ``Limits`` allow.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from aiotorchio.errors import InvalidObjectError, LimitExceeded
 
 __all__ = ["NestedMaker"]
 
-# Checking one part takes as long as copying about this many bytes.
+# A check of one part takes as long as a copy of about this many bytes.
 _PART_WORK = 64 * 2**10
 
 
@@ -26,20 +28,20 @@ class NestedMaker:
     """Makes the nested tensors of one load.
 
     Args:
-        checks: Look at what they are made of.
+        checks: The checks of the load.
     """
 
     def __init__(self, checks: Checks) -> None:
         self._checks = checks
 
     def strided(self, buffer: Any, sizes: Any, strides: Any, offsets: Any) -> torch.Tensor:
-        """A nested tensor of the strided layout: many tensors in one buffer."""
+        """Make a nested tensor of the strided layout: many tensors in one buffer."""
         part(buffer)
         for numbers in (sizes, strides, offsets):
             self._checks.charge(numbers)
         if (
             buffer.dim() != 1
-            # torch reads all four as if they were contiguous.
+            # torch reads all four tensors as if they were contiguous.
             or not all(each.is_contiguous() for each in (buffer, sizes, strides, offsets))
             or sizes.dim() != 2
             or strides.shape != sizes.shape
@@ -47,28 +49,33 @@ class NestedMaker:
             or any(each.dtype != torch.int64 for each in (sizes, strides, offsets))
             or any(each.device.type != "cpu" for each in (sizes, strides, offsets))
         ):
-            raise InvalidObjectError("a nested tensor whose parts do not fit together")
+            raise InvalidObjectError(
+                "a nested tensor has sizes, strides and offsets whose parts do not fit together"
+            )
         self._checks.charge_sparse(len(offsets))
-        # Each part of it is looked at in Python.
+        # Each part is checked by a loop in Python.
         self._checks.charge_work(len(offsets) * _PART_WORK)
         if len(offsets) and sizes.shape[1] > self._checks.limits.dims:
             raise LimitExceeded(
-                f"{sizes.shape[1]} dimensions, {self._checks.limits.dims} allowed (Limits.dims)"
+                f"a nested tensor has {sizes.shape[1]} dimensions, but at most "
+                f"{self._checks.limits.dims} are allowed (Limits.dims)"
             )
         most, elements = len(buffer), 0
-        # Fewer at once than of what is not looked at in Python.
+        # Smaller steps than for numbers that are not checked in Python.
         for each in steps(len(offsets), width=64 * max(sizes.shape[1], 1)):
             for offset, size, stride in zip(
                 *(numbers[each].tolist() for numbers in (offsets, sizes, strides)), strict=True
             ):
                 elements += self._part(most, offset, size, stride)
         if elements * buffer.dtype.itemsize > self._checks.limits.dense_nbytes:
-            raise LimitExceeded(f"a nested tensor of {elements} elements")
+            raise LimitExceeded(
+                f"a nested tensor has {elements} elements, more than Limits.expanded_nbytes allows"
+            )
         return torch_private.nested_view(buffer, sizes, strides, offsets)
 
     def _part(self, most: int, offset: int, size: list[int], stride: list[int]) -> int:
-        """How many elements a part has; it must lie within the first ``most`` of the buffer."""
-        # In the way of ``Checks.span``, which takes much longer.
+        """Return the elements of a part, which must lie within the first ``most`` of the buffer."""
+        # The same check as ``Checks.span``, which takes much longer.
         count = end = 1
         for length, step in zip(size, stride, strict=True):
             if length < 0 or step < 0:
@@ -77,30 +84,34 @@ class NestedMaker:
             count *= length
             end += (length - 1) * step
         if offset < 0 or offset + (end if count else 0) > most:
-            raise InvalidObjectError("a nested tensor beyond its buffer")
+            raise InvalidObjectError("a nested tensor has a part that lies beyond its buffer")
         return count
 
     def jagged(self, arguments: Any) -> torch.Tensor:
-        """A nested tensor of the jagged layout: parts of one tensor, between offsets."""
+        """Make a nested tensor of the jagged layout: parts of one tensor, between offsets."""
         given = dict(expect(arguments, dict))
         values, offsets = part(given.pop("values", None)), given.pop("offsets", None)
         lengths, ragged = given.pop("lengths", None), given.pop(torch_private.RAGGED_DIM, 1)
-        # A copy: the pickle can still write to its own.
+        # A copy, since the pickle can still change the dict.
         cache = dict(expect(given.pop(torch_private.NOTED_LENGTHS, {}), dict))
         requires_grad = boolean(given.pop("requires_grad", False))
         if given or values.layout is not torch.strided or values.is_nested:
-            raise InvalidObjectError("a jagged tensor of other parts than its layout has")
+            raise InvalidObjectError("a jagged tensor has other parts than its layout requires")
         if type(ragged) is not int or not 1 <= ragged <= values.dim():
-            raise InvalidObjectError(f"a jagged tensor that is ragged in dimension {ragged}")
+            raise InvalidObjectError(
+                f"a jagged tensor must be ragged in a dimension from 1 to {values.dim()}"
+            )
         for numbers in (offsets,) if lengths is None else (offsets, lengths):
             self._checks.charge(numbers)
             if numbers.dim() != 1 or numbers.dtype not in (torch.int32, torch.int64):
-                raise InvalidObjectError("a jagged tensor whose offsets are no list of integers")
+                raise InvalidObjectError(
+                    "a jagged tensor has offsets or lengths that are not one-dimensional integers"
+                )
         count = len(offsets) - 1
         if count < 0 or (lengths is not None and len(lengths) != count):
-            raise InvalidObjectError("a jagged tensor without an offset and a length for each part")
+            raise InvalidObjectError("a jagged tensor lacks an offset or a length for each part")
         self._checks.charge_sparse(count)
-        # On meta there are no numbers, and nothing is read by them.
+        # Tensors on meta have no numbers, and torch reads nothing by them.
         if offsets.device.type != "meta" and not torch_private.is_fake(offsets):
             self._check_parts(values, ragged - 1, offsets, lengths, cache)
         return torch_private.JaggedTensor(
@@ -119,22 +130,29 @@ class NestedMaker:
         lengths: torch.Tensor | None,
         cache: dict[Any, Any],
     ) -> None:
-        """Refuse a jagged tensor whose parts, or what is noted of them, lie beyond its values."""
+        """Refuse a jagged tensor whose parts, or their cached lengths, lie beyond its values."""
         total, shortest, longest = _lengths_within(offsets, lengths, values.shape[dim])
         count, width = len(offsets) - 1, math.prod([*values.shape[:dim], *values.shape[dim + 1 :]])
         # Parts with lengths may overlap.
         elements = total * width
         noted = {name: _noted_length(value) for name, value in cache.items()}
         if not noted.keys() <= {"min_seqlen", "max_seqlen"}:
-            raise InvalidObjectError("a jagged tensor with notes that torch does not make")
+            raise InvalidObjectError(
+                "a jagged tensor caches lengths other than min_seqlen and max_seqlen"
+            )
         least, highest = noted.get("min_seqlen", shortest), noted.get("max_seqlen", longest)
         if not 0 <= least <= shortest or highest < longest:
-            raise InvalidObjectError(f"a jagged tensor with parts of {least} to {highest} noted")
-        # Whoever knows no better notes more than there are, which is what a padded one takes then.
+            raise InvalidObjectError(
+                f"a jagged tensor caches lengths of {least} to {highest}, but has parts of "
+                f"{shortest} to {longest}"
+            )
+        # The cached maximum may be above the real one; a padded tensor then takes as much memory.
         if highest > longest:
             elements = max(elements, count * highest * width)
         if elements * values.element_size() > self._checks.limits.dense_nbytes:
-            raise LimitExceeded(f"a jagged tensor of {elements} elements")
+            raise LimitExceeded(
+                f"a jagged tensor has {elements} elements, more than Limits.expanded_nbytes allows"
+            )
 
 
 def _lengths_within(
@@ -159,9 +177,9 @@ def _lengths_within(
                 not 0 <= size <= most - begin for begin, size in zip(begins, sizes, strict=False)
             )
         ):
-            raise InvalidObjectError("a jagged tensor beyond its values")
+            raise InvalidObjectError("a jagged tensor has a part that lies beyond its values")
         return sum(sizes), min(sizes, default=0), max(sizes, default=0)
-    # In steps, as the indices of sparse tensors, so that torch starts no threads.
+    # In steps, like the indices of sparse tensors, so that torch starts no threads.
     found = [
         _step_within(
             offsets[each].cpu().long(),
@@ -177,9 +195,9 @@ def _lengths_within(
 def _step_within(
     begins: torch.Tensor, sizes: torch.Tensor | None, most: int
 ) -> tuple[int, int, int]:
-    """What ``_lengths_within`` does, of a few parts, and in as many operations for any number."""
+    """Do the same as ``_lengths_within`` for one step, with a fixed number of operations."""
     low, high = map(int, torch.aminmax(begins))
-    # In this order, no difference can overflow unnoticed.
+    # The bounds are checked first, so that no difference can overflow unnoticed.
     if low >= 0 and high <= most:
         between = begins.diff()
         sizes = between if sizes is None else sizes
@@ -192,9 +210,9 @@ def _step_within(
             and bool((sizes <= most - begins[:-1]).all())
         ):
             return int(sizes.double().sum()), shortest, longest
-    raise InvalidObjectError("a jagged tensor beyond its values")
+    raise InvalidObjectError("a jagged tensor has a part that lies beyond its values")
 
 
 def _noted_length(value: Any) -> int:
-    """A length that torch has noted: as the size of a tensor without elements."""
+    """Return a cached length: the size of a tensor without elements; -1 if it is not valid."""
     return part(value).shape[0] if part(value).dim() == 2 else -1

@@ -1,8 +1,10 @@
-"""Checked counterparts of torch's functions that rebuild tensors from a pickle.
+"""Checked replacements of torch's functions that rebuild tensors from a pickle.
 
-torch's take their arguments as they are: they resize storages, read beyond indices, set any
-attribute. These have the same arguments, check them, and raise ``InvalidObjectError``,
-``LimitExceeded`` or ``UnsafeObjectError``.
+In: the arguments of a call in a pickle, the same as of torch's function. Out: the tensor.
+``allowlist`` names these functions. torch does not check the arguments: it resizes storages, reads
+beyond indices, and sets any attribute. An ``InvalidObjectError`` means that the arguments
+contradict each other, a ``LimitExceeded`` that the tensor takes too much, and an
+``UnsafeObjectError`` that a pickle must not make it.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ class TensorMaker:
     """Makes the tensors of one load that have no row in the table.
 
     Args:
-        checks: Look at what they are made of.
-        map_location: For tensors that have a device and no storage.
+        checks: The checks of the load.
+        map_location: Devices of tensors that have a device and no storage.
     """
 
     def __init__(self, checks: Checks, map_location: Any) -> None:
@@ -60,28 +62,30 @@ class TensorMaker:
         dtype_or_metadata: Any = None,
         metadata: Any = None,
     ) -> torch.Tensor:
-        """A strided tensor: v2 has a storage of the dtype and maybe metadata, v3 an untyped one."""
+        """Make a strided tensor: v2 has a typed storage and maybe metadata, v3 an untyped one."""
         if isinstance(dtype_or_metadata, torch.dtype):
             dtype = dtype_or_metadata
         else:
             dtype, metadata = storage_dtype(storage), dtype_or_metadata
         kind = DTYPES[DTYPE_NAMES[dtype]].kind
         if kind == "quantized":
-            raise InvalidObjectError(f"a tensor of {dtype} without a scale")
+            raise InvalidObjectError(f"a tensor of {dtype} without a scale cannot be rebuilt")
         untyped = self._checks.view(storage, dtype, offset, size, stride)
         tensor = torch_private.over_storage(untyped, dtype, offset, size, stride)
         if metadata is not None:
             if type(metadata) is not dict or not metadata.keys() <= {"conj", "neg"}:
-                raise InvalidObjectError("a tensor with metadata other than conj and neg")
+                raise InvalidObjectError("a tensor has metadata other than conj and neg")
             if kind != "complex" and ("conj" in metadata or kind != "float"):
-                raise InvalidObjectError(f"conjugate or negative view of {dtype}")
+                raise InvalidObjectError(
+                    f"a tensor is a conjugate or negative view of {dtype}, which has none"
+                )
             torch_private.set_view_bits(
                 tensor, conjugate="conj" in metadata, negative="neg" in metadata
             )
         return tensor.requires_grad_(boolean(requires_grad))
 
     def meta(self, dtype: Any, size: Any, stride: Any, requires_grad: Any) -> torch.Tensor:
-        """A tensor on ``meta``: a shape and no bytes."""
+        """Make a tensor on ``meta``, which has a shape and no bytes."""
         expect(dtype, torch.dtype)
         self._checks.span(dtype, size, stride, limit=_INT64_MAX)
         return torch.empty_strided(
@@ -89,12 +93,15 @@ class TensorMaker:
         )
 
     def on_device(self, data: Any, dtype: Any, device: Any, requires_grad: Any) -> torch.Tensor:
-        """A tensor on a device that has no storages; its numbers come from one on the CPU."""
+        """Make a tensor on a device without storages, with the numbers of a tensor on the CPU."""
         tensor = part(data)
         if tensor.dtype is not expect(dtype, torch.dtype):
-            raise UnsafeObjectError(f"a device tensor of {dtype} from {tensor.dtype}")
+            raise UnsafeObjectError(
+                f"the pickle makes a device tensor of {dtype} from {tensor.dtype}, but must keep "
+                "the dtype"
+            )
         self._checks.charge(tensor)
-        # Never the tensor itself, which may be the caller's: what follows would change it.
+        # A copy or view: requires_grad_ must not change the tensor, which may be an existing one.
         moved = tensor.detach().to(self.device(device))
         return moved.requires_grad_(boolean(requires_grad))
 
@@ -108,18 +115,22 @@ class TensorMaker:
         requires_grad: Any,
         _hooks: Any,
     ) -> torch.Tensor:
-        """A quantized tensor: integers, and what scales them."""
+        """Make a quantized tensor of integers, scales and zero points."""
         dtype = storage_dtype(storage)
         check = self._checks.packed if dtype in PER_BYTE else self._checks.view
         untyped = check(storage, dtype, offset, size, stride)
         if DTYPES[DTYPE_NAMES[dtype]].kind != "quantized" or type(params) is not tuple:
-            raise InvalidObjectError(f"a quantized tensor of {dtype}")
-        # The scales are made for an empty tensor: the size is taken from the storage below.
+            raise InvalidObjectError(
+                f"a quantized tensor of {dtype} needs a quantized dtype and a tuple of parameters"
+            )
+        # Made empty with its scales; set_ below gives it the storage and the size.
         if len(params) == 3 and params[0] is torch.per_tensor_affine:
             expect(params[1], float, int)
-            # Beyond, torch makes a tensor that can't be used.
+            # With a zero point beyond 32 bits, torch makes a tensor that can't be used.
             if not -(2**31) <= expect(params[2], int) < 2**31:
-                raise InvalidObjectError(f"zero point {params[2]}")
+                raise InvalidObjectError(
+                    f"a quantized tensor has zero point {params[2]}, which is beyond 32 bits"
+                )
             tensor = torch_private.empty_affine_quantized(
                 [0], scale=params[1], zero_point=params[2], dtype=dtype, device=untyped.device
             )
@@ -128,11 +139,13 @@ class TensorMaker:
             self._checks.charge(scales)
             self._checks.charge(zero_points)
             if not 0 <= expect(axis, int) < len(size):
-                raise InvalidObjectError(f"channel axis {axis} of {len(size)} dimensions")
+                raise InvalidObjectError(
+                    f"a quantized tensor has channel axis {axis}, but {len(size)} dimensions"
+                )
             if scales.shape != (size[axis],) or zero_points.shape != (size[axis],):
                 raise InvalidObjectError(
-                    f"{scales.numel()} scales and {zero_points.numel()} zero points "
-                    f"for {size[axis]} channels"
+                    f"a quantized tensor has {scales.numel()} scales and {zero_points.numel()} "
+                    f"zero points for {size[axis]} channels"
                 )
             empty = [0 if n != axis else size[axis] for n in range(len(size))]
             tensor = torch_private.empty_per_channel_quantized(
@@ -144,12 +157,12 @@ class TensorMaker:
                 device=untyped.device,
             )
         else:
-            raise InvalidObjectError("a quantized tensor without its scales")
+            raise InvalidObjectError("a quantized tensor without its scales cannot be rebuilt")
         tensor.set_(untyped, offset, size, stride)
         return tensor.requires_grad_(boolean(requires_grad))
 
     def sparse(self, layout: Any, data: Any) -> torch.Tensor:
-        """A sparse tensor of any layout."""
+        """Make a sparse tensor of any layout."""
         expect(data, tuple)
         if layout is torch.sparse_coo and len(data) in (3, 4):
             indices, values, size = data[:3]
@@ -167,7 +180,9 @@ class TensorMaker:
             self._checks.charge_sparse(compressed.numel() + plain.numel())
             part(values)
             return torch_private.make_compressed(compressed, plain, values, size, layout)
-        raise InvalidObjectError(f"a sparse tensor of other parts than its layout has: {len(data)}")
+        raise InvalidObjectError(
+            f"a sparse tensor has {len(data)} parts, which are other parts than its layout has"
+        )
 
     def wrapper(
         self,
@@ -180,10 +195,13 @@ class TensorMaker:
         device: Any,
         requires_grad: Any,
     ) -> torch.Tensor:
-        """A subclass without a storage; its parts follow as attributes."""
+        """Make a tensor of a subclass without a storage; its parts are set as attributes later."""
         kind = tensor_class(kind)
         if issubclass(kind, torch_private.JaggedTensor):
-            raise UnsafeObjectError("a jagged tensor whose parts are set as attributes")
+            raise UnsafeObjectError(
+                "the pickle makes a jagged tensor whose parts are set as attributes, which is not "
+                "allowed"
+            )
         expect(dtype, torch.dtype)
         self._checks.span(dtype, size, stride, limit=_INT64_MAX)
         return torch_private.make_wrapper_subclass(
@@ -200,21 +218,21 @@ class TensorMaker:
     def parameter(
         self, data: Any, requires_grad: Any, _hooks: Any, state: Any = None
     ) -> torch.Tensor:
-        """A parameter of anything that is not a plain tensor, or with attributes."""
+        """Make a parameter of a tensor that is not plain, or with attributes."""
         parameter = torch.nn.Parameter(expect(data, torch.Tensor), boolean(requires_grad))
         if state is not None:
             set_attributes(parameter, state)
         return parameter
 
     def device(self, device: Any) -> torch.device:
-        """Where a tensor without a storage of its own goes: ``map_location``, as in torch."""
+        """Return the device of a tensor without a storage, by ``map_location`` as in torch."""
         expect(device, str, torch.device)
         location = self._map_location
         if callable(location):
             raise InvalidObjectError(
-                "a tensor without a storage of its own has nothing that a callable map_location "
-                "could place; torch says: Callable map_location not supported with "
-                "_rebuild_wrapper_subclass or _rebuild_device_tensor_from_numpy"
+                "a callable map_location cannot place a tensor that has no storage itself; torch "
+                "says: Callable map_location not supported with _rebuild_wrapper_subclass or "
+                "_rebuild_device_tensor_from_numpy"
             )
         if isinstance(location, Mapping):
             return torch.device(location.get(str(device), device))

@@ -68,7 +68,7 @@ def unpacked(skeleton: bytes, depth_limit: int) -> Iterator[Any]:
 
 
 def drop(items: list[Any] | dict[Any, Any]) -> None:
-    """Empty a list or dict, and what it holds, in parts between which other threads can run."""
+    """Empty a list or dict, and its containers, in parts between which other threads can run."""
     waiting = [items]
     while waiting:
         held = waiting[-1]

@@ -228,7 +228,7 @@ def test_a_trusted_function_gives_no_tensor_a_state() -> None:
     file = io.BytesIO()
     aiotorchio.save(MadeByAFunction(), file)
     file.seek(0)
-    with pytest.raises(aiotorchio.UnsafeObjectError, match="a state for a tensor"):
+    with pytest.raises(aiotorchio.UnsafeObjectError, match="a state to a tensor"):
         aiotorchio.load(file, safe_globals=[make_a_tensor])
 
 
@@ -291,7 +291,7 @@ def test_only_what_takes_a_state_itself_gets_pairs_for_one(state: Any) -> None:
             restored = craft.load_pickle(pickled(made), safe_globals=trusted)
             assert restored.state == state
             continue
-        with pytest.raises(aiotorchio.UnsafeObjectError, match="a state for a Stateless"):
+        with pytest.raises(aiotorchio.UnsafeObjectError, match="a Stateless a state"):
             craft.load_pickle(pickled(made), safe_globals=trusted)
     attributes = craft.build(call(__name__, "make_stateless"), {"a": 1})
     trusted = [make_stateless, Stateless]
@@ -302,7 +302,7 @@ def test_only_what_takes_a_state_itself_gets_pairs_for_one(state: Any) -> None:
     ("offset", "size", "stride", "message"),
     [
         (0, (4, 8), (8, 1), None),
-        (0, (4, 9), (9, 1), "20 bytes over a storage of 16"),
+        (0, (4, 9), (9, 1), "20 bytes of a storage of 16"),
         (0, (), (), None),
         (0, (0, 100), (100, 1), None),
         (1, (2, 2), (2, 1), "a view"),

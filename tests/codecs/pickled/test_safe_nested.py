@@ -278,7 +278,7 @@ def test_lengths_that_are_noted_right() -> None:
     ids=["short", "long", "flat_least", "flat_most", "other"],
 )
 def test_lengths_that_are_noted_wrong(cache: dict[str, Any]) -> None:
-    with pytest.raises(InvalidObjectError, match="note"):
+    with pytest.raises(InvalidObjectError, match="cache"):
         load(other__metadata_cache=cache)
 
 

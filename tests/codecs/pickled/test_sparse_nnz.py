@@ -52,7 +52,7 @@ def test_what_counts(key: str) -> None:
     assert_same(loaded[:2], [first, second])
     with pytest.raises(
         LimitExceeded,
-        match=rf"sparse and nested tensors of {2 * count} indices and parts, {2 * count - 1} "
+        match=rf"have {2 * count} indices and parts, but at most {2 * count - 1} are "
         r"allowed \(Limits.sparse_nnz\)",
     ) as caught:
         craft.round_trip(obj, limits=Limits(sparse_nnz=2 * count - 1))
