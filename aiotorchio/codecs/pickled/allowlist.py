@@ -85,7 +85,7 @@ class Allowlist:
         self.globals |= {str(dtype): dtype for dtype in DTYPE_NAMES}
         self.globals |= {f"torch.{name}": getattr(torch, name) for name in _QSCHEMES}
         trusted = paths_of(safe_globals)
-        # torch allows these to all, and does not check the offsets.
+        # In torch, any pickle may name these, and the offsets are not checked.
         checked = {_JAGGED: TypeName(JaggedTensor), REBUILD_JAGGED: nested.jagged}
         trusted |= {path: value for path, value in checked.items() if path in trusted}
         self.globals |= trusted

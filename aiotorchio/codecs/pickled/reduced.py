@@ -57,7 +57,7 @@ def _strided(
     dtype_or_metadata: Any = None,
     metadata: Any = None,
 ) -> torch.Tensor:
-    # Not by torch: its v3 takes the storage that an unpickler makes, not the one that is pickled.
+    # torch's own v3 takes the storage that an unpickler makes, not the one that is pickled.
     if isinstance(dtype_or_metadata, torch.dtype):
         dtype = dtype_or_metadata
     else:

@@ -1,9 +1,9 @@
 """Checked replacements of the builtins that a pickle calls to make plain objects.
 
 In: the arguments of a call in a pickle. Out: the object. ``allowlist`` names these functions. Each
-accepts only the arguments that Python's pickle writes, since the builtins accept sizes and any
-iterable, and other encodings than latin-1 have costs, too, that the size of the pickle does not
-bound. An ``UnsafeObjectError`` means other arguments, an ``InvalidObjectError`` invalid values.
+accepts only the arguments that Python's pickle writes: builtins also accept sizes and any iterable,
+and ``encode`` any encoding, at a cost that the size of the pickle does not bound. An
+``UnsafeObjectError`` means other arguments, an ``InvalidObjectError`` invalid values.
 """
 
 from __future__ import annotations
