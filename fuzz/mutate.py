@@ -1,4 +1,4 @@
-"""Loads whole messages that are damaged at random.
+"""Loads whole messages that are damaged in many ways, and checks the outcomes.
 
 ``python -m fuzz.mutate`` tries every cut and every flipped bit of several small messages, then
 random damage of larger ones, by a network and by a hostile sender, whose digests are right. It

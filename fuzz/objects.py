@@ -99,7 +99,7 @@ def _torch_saves(obj: Any) -> bool:
 
 
 def _check_names(parts: Flattened) -> None:
-    """Check that the names of the header are paths of the object, and no others are."""
+    """Check that the header's names are accepted as the paths of the object, and no others are."""
     rows = parts.header.tensors
     check_tree(parts.skeleton, rows, names=True, limits=Limits(), offset=OFFSET)
     for row in rows[:3]:

@@ -19,7 +19,7 @@ MutateBytes = Callable[[bytes, int], bytes]
 
 # Growth of memory beyond this is a flood: the least budget of any skeleton is 64 MiB.
 _FLOOD = 192 * 2**20
-# Texts of errors are cut at 10,000 characters, and none of the library's is that long.
+# Texts of errors are cut at 10,000 characters; aiotorchio's own texts are shorter.
 _SHOWN_MAX = 9_000
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

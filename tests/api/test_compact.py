@@ -92,7 +92,7 @@ async def test_iter_bytes_files_and_options(snapshot: bool, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", corpus.case_parameters())
 def test_every_object_of_the_corpus(name: str) -> None:
-    """An object that shows all of its storages arrives exactly; others arrive the same twice."""
+    """An object that shows all of its storages arrives exactly; a packed one can be sent again."""
     obj = corpus.make(name)
     file = io.BytesIO()
     summary = aiotorchio.save(obj, file, compact=True)

@@ -296,8 +296,7 @@ async def test_wrong_values_of_unread(unread: Any) -> None:
     assert_same(await StreamReader(tap).load(), SMALL)
 
 
-# ------------------------------------------------------------------------------ which bytes are
-# read
+# ------------------------------------------------------------------------------ reading in order
 
 
 async def test_nothing_is_taken_before_it_is_asked_for() -> None:

@@ -449,7 +449,7 @@ def equals() -> Iterator[Case]:
                     scenario="load_beside_broken",
                     **common,
                 )
-                # Not over TLS: the client that leaves a sound connection waits for the close of its
+                # Not over TLS: an end that leaves a sound connection waits for the close of its
                 # peer, which serves the other connection.
                 plain = PLAIN if common["ways"] else (*PLAIN, "blocking")
                 yield Case(

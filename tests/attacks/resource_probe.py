@@ -178,7 +178,7 @@ def surroundings(loop: str) -> dict[str, Any]:
     """The state of the process that a case may not change."""
     return {
         "descriptors": len(descriptors()),
-        # Threads of the library's pool stay; trio keeps idle ones for all its users.
+        # Threads of aiotorchio's pool stay; trio keeps idle ones for all its users.
         "threads": sorted(
             thread.name
             for thread in threading.enumerate()

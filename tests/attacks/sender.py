@@ -111,7 +111,7 @@ def _ended() -> bytes:
     raise EOFError
 
 
-# What a peer does: how it sends.
+# How a peer sends
 
 
 def whole(peer: Peer, data: bytes) -> None:

@@ -172,7 +172,7 @@ def _complaint(future: Future[None], began: float) -> str | None:
     try:
         future.result(began + DEADLINE + 5 - time.monotonic())
     except (TimeoutError, CancelledError):
-        # Cancel it, whatever it waits for.
+        # The transfer may wait for anything.
         future.cancel()
         return "it hangs"
     except BaseException as error:

@@ -148,8 +148,8 @@ def test_blocking_sockets_send_from_and_receive_into_the_tensors_themselves() ->
         assert bytes_within(state, sock.addresses) == LARGE_NBYTES
 
 
-# Of 18 MiB. Transports read 256 KiB at a time, and TLS has internal buffers; anyio reads all bytes
-# from a transport that uvloop delivers in one turn.
+# Bytes of a message of 18 MiB that may wait. Transports read 256 KiB at a time, and TLS has
+# internal buffers; anyio reads all bytes from a transport that uvloop delivers in one turn.
 HELD_MAX = {"streams": MIB, "socket": MIB // 4, "streams-tls": 3 * MIB}
 
 

@@ -31,7 +31,7 @@ COLLECTION = os.path.join(PACKAGE, "common", "gc_pause.py")
 SCOPES = {"_with_deadline", "_with", "run_in_thread"}
 STATE = {"w": torch.arange(3000.0), "b": torch.ones(3), "meta": {"step": 7, "lr": [1e-3, (1, 2)]}}
 PICKLED = {"set": frozenset({1}), "w": torch.arange(3000.0), "sparse": torch.eye(3).to_sparse()}
-# Every seventh line; each test begins with another one.
+# Interrupts come at every seventh line; each test begins with another line.
 STEP = 7
 
 

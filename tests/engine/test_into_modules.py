@@ -33,7 +33,7 @@ def before_load(module: nn.Module, hook: Callable[..., None]) -> None:
 
 
 class Copies(nn.Module):
-    """Its state has a copy of a tensor that is no buffer, as in metrics."""
+    """A module whose state has a copy of a tensor that is no buffer, as in metrics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Copies(nn.Module):
 
 
 class Packed(nn.Module):
-    """Its state has a number as a tensor, as in quantized layers."""
+    """A module whose state has a number as a tensor, as in quantized layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Packed(nn.Module):
 
 
 class Gathers(nn.Module):
-    """Its state has one tensor for two shards."""
+    """A module whose state has one tensor for two shards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class RenamesBelow(nn.Module):
 
 
 class Quantized(nn.Module):
-    """As in bitsandbytes' 4-bit layers: the state has parts of the weight that no code loads."""
+    """A layer like bitsandbytes' 4-bit ones: no code loads the parts of the weight in its state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Quantized(nn.Module):
 
 
 class Views(nn.Module):
-    """Computes with views of its weight, as bitsandbytes' layers do before and after a forward."""
+    """A module that computes with views of its weight, as bitsandbytes' layers do."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -531,7 +531,7 @@ def test_fsdp1_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Refuses(Extra):
-    """Refuses one state, after it took a part of it."""
+    """A module that refuses one state, after it took a part of it."""
 
     refused: Any = None
 
@@ -756,7 +756,7 @@ def test_hooks_that_change_what_is_loaded(hook: Any, mode: str) -> None:
 
 
 class Detaches(nn.Module):
-    """Its state has detached tensors, for any arguments."""
+    """A module whose state has detached tensors, for any arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -774,7 +774,7 @@ def test_tensors_that_are_shown_detached(mode: str) -> None:
 
 
 class OnlyTotal(nn.Module):
-    """Its state has only an entry that it computes."""
+    """A module whose state has only an entry that it computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -865,7 +865,7 @@ def test_an_undo_goes_by_the_versions_of_the_module(versions: Any) -> None:
 
 
 class Derived(nn.Module):
-    """Its state has a value that it has computed from its tensors."""
+    """A module whose state has a value that it has computed from its tensors."""
 
     def __init__(self) -> None:
         super().__init__()

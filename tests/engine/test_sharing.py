@@ -166,7 +166,7 @@ def test_copies_in_any_layout(seed: int) -> None:
                 cast=True,
             )
             watched.assert_filled(dict.fromkeys(names, values))
-            # From a separate storage, so that the copies differ.
+            # In separate storages, so that a change of one tensor leaves the others as they are.
             changed = {name: tensor.contiguous().clone() for name, tensor in state.items()}
             wrong = rng.choice(names)
             changed[wrong].view(-1)[rng.randrange(values.numel())] += 9

@@ -1388,7 +1388,7 @@ async def test_memory_is_swapped_between_two_steps_of_the_event_loop(layout: str
 
 @safe_modes
 def test_a_tensor_without_elements_brings_none(mode: str) -> None:
-    """Whatever its other sizes are, it has no bytes; its neighbours in memory are not its own."""
+    """It has no bytes, in any of its sizes; its neighbours in memory are not its own."""
     base = place((5,), torch.float32)
     tensors = {"empty": base[:0].view(0, 5), "base": base, "own": place((0, 3), torch.int16)}
     watched, options = Watched(tensors), into_options(mode, tensors)

@@ -467,7 +467,7 @@ def test_a_pipe_that_was_silent_for_too_long() -> None:
 
         def write() -> None:
             sink.write(MESSAGE[:100])
-            # Until the reader has certainly waited for too long.
+            # Wait until the reader has certainly waited for too long.
             threading.Event().wait(3 * SHORT)
             sink.write(MESSAGE[100:200])
 

@@ -1,1 +1,1 @@
-"""Parity with torch.save and torch.load: what is the same, and what differs."""
+"""Parity with torch.save and torch.load: common behaviour and differences."""

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Packed(torch.Tensor):
-    """Defines its state, and how it is restored."""
+    """A class that defines its state, and how it is restored."""
 
     note: Any
 
@@ -21,14 +21,14 @@ class Packed(torch.Tensor):
 
 
 class Restored(torch.Tensor):
-    """Restores the state that Python makes by default."""
+    """A class that restores the state that Python makes by default."""
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__.update(state, restored=True)
 
 
 class Odd(torch.Tensor):
-    """Its state has a form that torch cannot set."""
+    """A class whose state has a form that torch cannot set."""
 
     def __getstate__(self) -> Any:
         return ({}, {}, {})
@@ -42,7 +42,7 @@ class Slotted(torch.Tensor):
 
 
 class WithDefault(torch.Tensor):
-    """Its instances may have their own level."""
+    """A class whose instances may have their own level."""
 
     level = 0
 
@@ -58,7 +58,7 @@ class WithProperty(torch.Tensor):
 
 
 class Reduced(torch.Tensor):
-    """Is rebuilt by a special function."""
+    """A class that is rebuilt by a special function."""
 
     number: int
 
@@ -77,7 +77,7 @@ class Marked(nn.Parameter):
 
 
 class Dispatching(torch.Tensor):
-    """Has ``__torch_dispatch__`` and yet a storage."""
+    """A class with ``__torch_dispatch__`` and yet a storage."""
 
     @staticmethod
     def __new__(cls, tensor: torch.Tensor) -> Dispatching:
@@ -141,7 +141,7 @@ class Elsewhere(torch.Tensor):
 
 
 class ByCpu:
-    """Pickled as torch pickles a tensor on xla, maia or mtia: as one on the CPU, and its device."""
+    """A class pickled like torch's tensors on xla, maia or mtia: on the CPU, with the device."""
 
     def __init__(self, tensor: torch.Tensor, device: str) -> None:
         self.tensor, self.device = tensor, device

@@ -247,7 +247,7 @@ def test_a_callable_may_return_another_storage() -> None:
 
 
 def test_a_callable_may_return_a_typed_storage_here() -> None:
-    """As ``storage.cuda()`` did in older code; torch does not take it any more."""
+    """``storage.cuda()`` returned one in older code; torch does not accept it any more."""
 
     def place(storage: Any, location: str) -> Any:
         return torch.TypedStorage(wrap_storage=storage, dtype=torch.uint8, _internal=True)
@@ -404,7 +404,7 @@ def test_map_location_to_a_device_that_is_not_here(location: str, form: str) -> 
     else:
         map_location = location
     error = error_of_torch(torch.ones(2), map_location=map_location)
-    # An error of the caller's callable is raised as it is.
+    # An error that the callable raises is raised as it is.
     kind = type(error) if form == "callable" else aiotorchio.InvalidObjectError
     with pytest.raises(kind) as ours:
         by_us(torch.ones(2), map_location=map_location)
@@ -1067,7 +1067,7 @@ def test_add_and_clear_safe_globals(no_safe_globals: None) -> None:
 def test_the_safe_globals_context_manager(no_safe_globals: None) -> None:
     with torch.serialization.safe_globals([Thing]):
         for load in (by_torch, by_stream, by_us):
-            if load is not by_stream:  # it needs one of its own classes on the list
+            if load is not by_stream:  # it needs a private class on the list
                 assert load(Thing([1])).value == [1]
     for load in (by_torch, by_us):
         with pytest.raises(pickle.UnpicklingError):
@@ -1312,7 +1312,7 @@ def test_file_objects(kind: str, tmp_path: Path) -> None:
         elif kind == "unbuffered":
             with open(path, "wb", buffering=0) as writer:
                 module.save(_state(), writer)
-            reader = open(path, "rb", buffering=0)  # noqa: SIM115 - likewise
+            reader = open(path, "rb", buffering=0)  # noqa: SIM115 - closed below
         else:
             makers: dict[str, Callable[[], Any]] = {
                 "temporary": tempfile.TemporaryFile,

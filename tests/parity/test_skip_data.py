@@ -199,7 +199,7 @@ def test_loaded_without_data_on_an_async_stream() -> None:
         with skip_data():
             return await aiotorchio.load_from_stream(aiotorchio.iter_bytes(_state()))
 
-    # The sender runs under it too.
+    # The sender runs under the flag, too.
     _assert_structure(asyncio.run(main()), "meta")
 
     data = our_file(_state()).getvalue()

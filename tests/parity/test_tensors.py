@@ -112,7 +112,7 @@ def test_tensor_attributes() -> None:
 
 
 def test_parameter_attributes() -> None:
-    """As training libraries set them on parameters."""
+    """Attributes of parameters, as training libraries set them."""
     parameter = attributed(
         nn.Parameter(torch.randn(4)),
         main_grad=torch.ones(4),
@@ -959,7 +959,7 @@ DEADLINE = patience(120)
 
 
 def test_dtensors_of_several_ranks(tmp_path: Path) -> None:
-    """Each rank sends its own to itself and to the next rank; see ``ranks``."""
+    """Each rank sends its DTensors to itself and to the next rank; see ``ranks``."""
     pairs = [socket.socketpair() for _ in range(RANKS)]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else None
     processes = []

@@ -48,7 +48,7 @@ def our_file(obj: object, **options: Any) -> io.BytesIO:
 def by_torch(obj: object, **options: Any) -> Any:
     """Save and load with torch; the options are those of ``torch.load``."""
     with warnings.catch_warnings():
-        # torch warns of its own typed storages.
+        # torch warns of typed storages, which it uses itself.
         warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
         return torch.load(torch_file(obj), **options)
 

@@ -267,7 +267,7 @@ async def _anyio_stream(sock: socket.socket) -> anyio.abc.SocketStream:
     if sock.family == socket.AF_UNIX:
         return await anyio.abc.UNIXSocketStream.from_socket(sock)
     stream = await anyio.abc.SocketStream.from_socket(sock)
-    # As streams from connect_tcp do on asyncio, wait for a receive before reading.
+    # Streams from connect_tcp wait on asyncio for a receive before reading; do the same here.
     transport = getattr(stream, "_transport", None)
     if transport is not None:
         transport.pause_reading()

@@ -55,5 +55,5 @@ def patience(seconds: float) -> float:
 def _work() -> None:
     for _ in range(_ROUNDS):
         sum(range(_NUMBERS))
-        # Other processes that want the processor get it.
+        # Other processes that need the processor get it.
         time.sleep(0)

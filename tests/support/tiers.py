@@ -137,7 +137,7 @@ def _values(case: pytest.Function) -> set[tuple[str, int]]:
 
 
 def _spread(cases: Sequence[pytest.Function], count: int) -> Sequence[pytest.Function]:
-    """At most so many of a list in which neighbours are alike."""
+    """A spread of at most so many cases of a list in which neighbours are alike."""
     if len(cases) <= count:
         return cases
     return [cases[n * len(cases) // count] for n in range(count)]
