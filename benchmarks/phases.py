@@ -29,7 +29,9 @@ from aiotorchio.graph.rebuild import build_tensors, check_tree
 from aiotorchio.limits import Limits
 from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.wire.composer import Composer
-from aiotorchio.wire.header import Layout, decode_header, encode_header, validate
+from aiotorchio.wire.header import decode_header, encode_header
+from aiotorchio.wire.layout import Layout
+from aiotorchio.wire.validation import validate
 
 
 def milliseconds(work: Callable[[], Any]) -> float:

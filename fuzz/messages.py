@@ -25,7 +25,8 @@ from aiotorchio.wire.frames import (
     frame_digest,
     message_id,
 )
-from aiotorchio.wire.header import Layout, decode_header
+from aiotorchio.wire.header import decode_header
+from aiotorchio.wire.layout import Layout
 
 __all__ = ["Draft", "Frame", "dissect", "vary", "vary_frames"]
 

@@ -27,7 +27,8 @@ import torch
 import aiotorchio
 from aiotorchio.errors import AiotorchioError, TruncatedError
 from aiotorchio.wire.frames import CHUNK, FLAG_CHECKSUM, HEADER, SKELETON
-from aiotorchio.wire.header import Layout, decode_header
+from aiotorchio.wire.header import decode_header
+from aiotorchio.wire.layout import Layout
 from fuzz.messages import Draft, dissect, vary, vary_frames
 from fuzz.objects import LIMITS, use
 from fuzz.oracle import Find, check_refusal, choose, no_flood

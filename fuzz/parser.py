@@ -17,7 +17,8 @@ from aiotorchio.errors import AiotorchioError, TruncatedError
 from aiotorchio.limits import Limits
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.frames import ABORT_REASON_MAX, HEADER, SKELETON
-from aiotorchio.wire.header import Header, Layout
+from aiotorchio.wire.header import Header
+from aiotorchio.wire.layout import Layout
 from aiotorchio.wire.parser import (
     ChunkReceived,
     ChunkStarted,

@@ -40,7 +40,8 @@ from aiotorchio.memory.routes import (
 )
 from aiotorchio.table.names import rows_by_name
 from aiotorchio.wire.dtypes import DTYPES
-from aiotorchio.wire.header import META_LOCATION, MIXED_UNITS, Header, Layout
+from aiotorchio.wire.header import META_LOCATION, MIXED_UNITS, Header
+from aiotorchio.wire.layout import Layout
 
 __all__ = ["Placement"]
 

@@ -38,7 +38,8 @@ from aiotorchio.memory.atomic import BufferSwap, Exchange, note_change
 from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.table.names import TensorSpec, count_unnamed, specs_of
-from aiotorchio.wire.header import META_LOCATION, Header, Layout
+from aiotorchio.wire.header import META_LOCATION, Header
+from aiotorchio.wire.layout import Layout
 from aiotorchio.wire.parser import (
     ChunkReceived,
     ChunkStarted,

@@ -24,7 +24,8 @@ from aiotorchio.streams.base import Buffer
 from aiotorchio.table.names import TensorSpec
 from aiotorchio.table.versions import Versions
 from aiotorchio.wire.composer import Composer
-from aiotorchio.wire.header import Header, Layout
+from aiotorchio.wire.header import Header
+from aiotorchio.wire.layout import Layout
 from aiotorchio.wire.parser import MessageEnded
 
 __all__ = ["Prepared", "Summary", "prepare", "send_message", "send_streamed"]

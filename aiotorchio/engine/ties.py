@@ -15,7 +15,8 @@ from aiotorchio.errors import MismatchError
 from aiotorchio.graph.sharing import view_of_row
 from aiotorchio.overlap.extents import Extents
 from aiotorchio.wire.dtypes import DTYPES
-from aiotorchio.wire.header import Header, Layout, TensorRow, shortened
+from aiotorchio.wire.header import Header, TensorRow, shortened
+from aiotorchio.wire.layout import Layout
 
 __all__ = ["Ties", "differ"]
 

@@ -17,7 +17,8 @@ from aiotorchio.wire.frames import (
     frame_digest,
     message_id,
 )
-from aiotorchio.wire.header import Header, Layout, encode_header
+from aiotorchio.wire.header import Header, encode_header
+from aiotorchio.wire.layout import Layout
 
 __all__ = ["Composer"]
 

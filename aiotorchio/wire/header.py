@@ -1,22 +1,19 @@
-"""The header: who sends what, and the tables of storages and tensors (SPEC.md section 5).
+"""The header: the tables of storages and tensors, and their encoding (SPEC.md section 5).
 
-``decode_header`` checks the types; ``validate`` checks everything that the numbers promise,
-before anything is allocated for them. What both accept, memory/ and graph/ can rely on.
+``decode_header`` checks the types of the fields; ``validation.validate`` must check the numbers.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import re
-from bisect import bisect_right
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
 from aiotorchio.common.gc_pause import gc_paused
-from aiotorchio.common.interrupt import check_interrupt, interruptible
-from aiotorchio.errors import InvalidObjectError, LimitExceeded, ProtocolError, printable
+from aiotorchio.common.interrupt import check_interrupt
+from aiotorchio.errors import LimitExceeded, ProtocolError, printable
 from aiotorchio.limits import Limits
 from aiotorchio.wire import bounds
 from aiotorchio.wire.dtypes import DTYPES
@@ -32,18 +29,16 @@ __all__ = [
     "REQUIRES_GRAD",
     "Codec",
     "Header",
-    "Layout",
     "StorageRow",
     "TensorRow",
     "decode_header",
+    "describe",
     "encode_header",
     "shortened",
-    "validate",
 ]
 
 ALIGNMENT = 64
 CHUNK_SIZE_MIN = 4096
-CHUNKS_MAX = 2**32 - 1
 INT64_MAX = 2**63 - 1
 META_LOCATION = "meta"
 """Storages with this location have a size and no bytes."""
@@ -58,8 +53,6 @@ _DIMS_MAX, _NAMES_MAX, _TEXTS_MAX = 4096, 2**18, 2**16
 # A text of three letters takes 64 bytes. Others, numbers and rows take up to 17 times what they are
 # in a message, and honest headers 10 times; few of their bytes look like the heads of such texts.
 _TEXT_NBYTES, _TEXTS_PER_BYTE = 64, 8
-# More than any model has; a peer may send a million.
-_REACHES_MAX = 1000
 
 Codec = Literal["tree", "pickle"]
 Size = Annotated[int, msgspec.Meta(ge=0, le=INT64_MAX)]
@@ -188,49 +181,6 @@ def _short_texts(data: bytes) -> int:
     return len(data) - len(data.translate(None, b"\xa0\xa1\xa2\xa3"))
 
 
-class Layout:
-    """Where each storage lies in the payload, one after the other at multiples of 64 bytes.
-
-    Attributes:
-        offsets: First byte of every storage in the payload; without meaning for one without bytes.
-        nbytes: Bytes that every storage has in the payload: its size, or 0 on ``meta``.
-        total: Size of the payload in bytes.
-    """
-
-    def __init__(self, header: Header) -> None:
-        self.offsets: list[int] = []
-        self.nbytes: list[int] = []
-        self.chunk_size = header.chunk_size
-        self._tensors = header.tensors
-        end = 0
-        for row in interruptible(header.storages):
-            start = -(-end // ALIGNMENT) * ALIGNMENT
-            nbytes = 0 if header.locations[row.location] == META_LOCATION else row.nbytes
-            self.offsets.append(start)
-            self.nbytes.append(nbytes)
-            # A storage without bytes takes no room, not even that which aligns it.
-            end = start + nbytes if nbytes else end
-        self.total = end
-
-    @property
-    def chunks(self) -> int:
-        """Number of chunks of the payload."""
-        return -(-self.total // self.chunk_size)
-
-    def chunk(self, index: int) -> tuple[int, int]:
-        """First byte and length of one chunk."""
-        start = index * self.chunk_size
-        return start, min(self.chunk_size, self.total - start)
-
-    def entry_at(self, offset: int) -> str:
-        """Words for the storage that holds a byte of the payload, and for its first tensor."""
-        index = bisect_right(self.offsets, offset) - 1
-        row = next((n for n, row in enumerate(self._tensors) if row.storage == index), None)
-        if row is None:
-            return f"storage {index}"
-        return f"storage {index}, {describe(self._tensors[row], row)}"
-
-
 def describe(row: TensorRow, index: int) -> str:
     """Words for one tensor in an error."""
     return f"tensor {index} ({shortened(row.names[0])!r})" if row.names else f"tensor {index}"
@@ -239,142 +189,3 @@ def describe(row: TensorRow, index: int) -> str:
 def shortened(name: str) -> str:
     """As much of a name as a person reads: a peer may have sent megabytes, or anything else."""
     return printable(name if len(name) <= _NAME_SHOWN else name[:_NAME_SHOWN] + "...")
-
-
-def validate(header: Header, limits: Limits, *, offset: int = 0) -> Layout:
-    """Check everything that a decoded header claims (SPEC.md section 5.5).
-
-    Args:
-        header: As ``decode_header`` returned it.
-        limits: What the receiver accepts.
-        offset: Byte of the message where the header begins, for errors.
-
-    Returns:
-        Where each storage lies in the payload.
-
-    Raises:
-        ProtocolError: A number points outside its table, or a value is unknown.
-        LimitExceeded: More than ``limits`` allow.
-        InvalidObjectError: A tensor that its storage or its dtype cannot carry.
-    """
-    try:
-        return _validate(header, limits)
-    except (ProtocolError, LimitExceeded, InvalidObjectError) as error:
-        error.offset = offset
-        raise
-
-
-def _validate(header: Header, limits: Limits) -> Layout:
-    if header.chunk_size % ALIGNMENT:
-        raise ProtocolError(
-            f"chunk size {header.chunk_size} is not a multiple of {ALIGNMENT}", entry="header"
-        )
-    if header.chunk_size > limits.chunk_nbytes:
-        raise LimitExceeded(
-            f"chunks of {header.chunk_size} bytes, {limits.chunk_nbytes} allowed "
-            "(Limits.chunk_nbytes)",
-            entry="header",
-        )
-    keys = [key for key, _ in header.metadata]
-    if len(set(keys)) != len(keys):
-        raise ProtocolError("duplicate key in the metadata", entry="header")
-    for index, storage in interruptible(enumerate(header.storages)):
-        if storage.location >= len(header.locations):
-            raise ProtocolError(
-                f"location {storage.location} of {len(header.locations)}", entry=f"storage {index}"
-            )
-        if storage.unit not in (MIXED_UNITS, 1, 2, 4, 8):
-            raise ProtocolError(f"unit of {storage.unit} bytes", entry=f"storage {index}")
-    layout = Layout(header)
-    if layout.total > limits.total_nbytes:
-        raise LimitExceeded(
-            f"payload of {layout.total} bytes, {limits.total_nbytes} allowed (Limits.total_nbytes)",
-            entry="header",
-        )
-    if layout.chunks > CHUNKS_MAX:
-        raise ProtocolError(f"{layout.chunks} chunks, {CHUNKS_MAX} possible", entry="header")
-    storages, dense_max = header.storages, min(limits.dense_nbytes, INT64_MAX)
-    # Models repeat few layouts: of one that was found valid, only its place is looked at. By its
-    # bytes: a peer can find any number of tuples of numbers that have one hash.
-    reaches: dict[bytes, _Reach] = {}
-    for index, row in interruptible(enumerate(header.tensors)):
-        key = _encoder.encode((row.dtype, row.flags, row.shape, row.stride))
-        reach = reaches.get(key)
-        if reach is not None and row.storage < len(storages):
-            storage = storages[row.storage]
-            if (
-                (storage.unit == reach.unit or storage.unit == MIXED_UNITS)
-                and reach.dense <= dense_max
-                and (row.offset + reach.elements) * reach.itemsize <= storage.nbytes
-            ):
-                continue
-        reach = _validate_row(row, index, header, limits)
-        if len(reaches) < _REACHES_MAX:
-            reaches[key] = reach
-    return layout
-
-
-class _Reach(NamedTuple):
-    """What a layout needs of its storage."""
-
-    unit: int
-    itemsize: int
-    # From its first element to behind its last.
-    elements: int
-    # Bytes when it is contiguous.
-    dense: int
-
-
-def _validate_row(row: TensorRow, index: int, header: Header, limits: Limits) -> _Reach:
-    if row.storage >= len(header.storages):
-        raise ProtocolError(
-            f"storage {row.storage} of {len(header.storages)}", entry=describe(row, index)
-        )
-    dtype = DTYPES[row.dtype]
-    if dtype.kind == "quantized":
-        raise InvalidObjectError(f"{row.dtype} without a scale", entry=describe(row, index))
-    storage = header.storages[row.storage]
-    if storage.unit not in (MIXED_UNITS, dtype.unit):
-        raise ProtocolError(
-            f"{row.dtype} in storage {row.storage} of {storage.unit}-byte numbers",
-            entry=describe(row, index),
-        )
-    if len(row.shape) != len(row.stride):
-        raise InvalidObjectError(
-            f"{len(row.shape)} dimensions and {len(row.stride)} strides",
-            entry=describe(row, index),
-        )
-    if len(row.shape) > limits.dims:
-        raise LimitExceeded(
-            f"{len(row.shape)} dimensions, {limits.dims} allowed (Limits.dims)",
-            entry=describe(row, index),
-        )
-    if row.flags & (REQUIRES_GRAD | NEGATIVE) and dtype.kind not in ("float", "complex"):
-        raise InvalidObjectError(
-            f"{row.dtype} can neither require gradients nor be a negative view",
-            entry=describe(row, index),
-        )
-    if row.flags & CONJUGATE and dtype.kind != "complex":
-        raise InvalidObjectError(f"conjugate view of {row.dtype}", entry=describe(row, index))
-    count = math.prod(row.shape)
-    dense = count * dtype.itemsize
-    if header.locations[storage.location] == META_LOCATION:
-        limit = INT64_MAX
-    else:
-        limit = limits.dense_nbytes
-    if dense > limit:
-        raise LimitExceeded(
-            f"{dense} bytes when contiguous, {limit} allowed (Limits.expanded_nbytes)",
-            entry=describe(row, index),
-        )
-    elements = 0
-    if count:
-        elements = 1 + sum(
-            (size - 1) * step for size, step in zip(row.shape, row.stride, strict=True)
-        )
-        end = (row.offset + elements) * dtype.itemsize
-        if end > storage.nbytes:
-            raise InvalidObjectError(
-                f"reaches byte {end} of a storage of {storage.nbytes}", entry=describe(row, index)
-            )
-    return _Reach(dtype.unit, dtype.itemsize, elements, dense)

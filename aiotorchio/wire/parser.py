@@ -46,7 +46,9 @@ from aiotorchio.wire.frames import (
     frame_digest,
     message_id,
 )
-from aiotorchio.wire.header import Header, Layout, decode_header, validate
+from aiotorchio.wire.header import Header, decode_header
+from aiotorchio.wire.layout import Layout
+from aiotorchio.wire.validation import validate
 
 __all__ = [
     "ChunkReceived",

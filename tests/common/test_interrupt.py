@@ -39,7 +39,8 @@ from aiotorchio.memory.routes import copy_elements
 from aiotorchio.streams.base import asyncio_loop
 from aiotorchio.table.names import Placeholder, check_names, rows_by_name, specs_of
 from aiotorchio.table.table import Table
-from aiotorchio.wire.header import decode_header, encode_header, validate
+from aiotorchio.wire.header import decode_header, encode_header
+from aiotorchio.wire.validation import validate
 from tests.support import craft
 
 COUNT = 20_000

@@ -19,7 +19,7 @@ from aiotorchio.api.options import trusted
 from aiotorchio.codecs.pickled.scan import scan_pickle
 from aiotorchio.graph.flatten import Flattened, flatten
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
-from aiotorchio.wire.header import validate
+from aiotorchio.wire.validation import validate
 from tests.support import corpus, craft
 
 PICKLED = {

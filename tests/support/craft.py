@@ -15,7 +15,8 @@ import aiotorchio
 from aiotorchio.graph.flatten import Flattened, flatten
 from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.wire.composer import Composer
-from aiotorchio.wire.header import Header, Layout
+from aiotorchio.wire.header import Header
+from aiotorchio.wire.layout import Layout
 
 CHUNK_SIZE = 4096
 

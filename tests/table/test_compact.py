@@ -22,7 +22,7 @@ from aiotorchio.common.strides import Part
 from aiotorchio.common.torch_private import typed_storage
 from aiotorchio.graph.flatten import Flattened, flatten
 from aiotorchio.memory.byteorder import swap_bytes
-from aiotorchio.wire.header import validate
+from aiotorchio.wire.validation import validate
 from tests.support import craft
 from tests.support.corpus import assert_same
 from tests.support.payload_layouts import raw
@@ -462,7 +462,7 @@ def _composed(parts: Flattened) -> bytes:
     """The message as a sender of foreign byte order would write it."""
     from aiotorchio.memory.outgoing import OutgoingPayload
     from aiotorchio.wire.composer import Composer
-    from aiotorchio.wire.header import Layout
+    from aiotorchio.wire.layout import Layout
 
     parts.header.byteorder = "big" if sys.byteorder == "little" else "little"
     layout = Layout(parts.header)

@@ -24,10 +24,10 @@ from aiotorchio.wire.header import (
     PARAMETER,
     REQUIRES_GRAD,
     Header,
-    Layout,
     StorageRow,
     TensorRow,
 )
+from aiotorchio.wire.layout import Layout
 
 FOLDER = Path(__file__).parent
 NONCE = bytes(range(16))

@@ -21,7 +21,8 @@ from aiotorchio.graph.flatten import flatten
 from aiotorchio.table.torch_dtypes import TORCH_DTYPES
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.dtypes import DTYPES
-from aiotorchio.wire.header import Header, Layout
+from aiotorchio.wire.header import Header
+from aiotorchio.wire.layout import Layout
 from aiotorchio.wire.parser import (
     ChunkReceived,
     ChunkStarted,

@@ -7,7 +7,8 @@ import pytest
 from aiotorchio.errors import RemoteAbort
 from aiotorchio.wire.composer import Composer
 from aiotorchio.wire.frames import ABORT, ABORT_REASON_MAX, FrameHead
-from aiotorchio.wire.header import decode_header, encode_header, validate
+from aiotorchio.wire.header import decode_header, encode_header
+from aiotorchio.wire.validation import validate
 from tests.support.frames import EMPTY_DICT, LIMITS, Message, parse, refused, two_chunks
 
 

@@ -16,14 +16,14 @@ from aiotorchio.limits import Limits
 from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import (
     Header,
-    Layout,
     StorageRow,
     TensorRow,
     decode_header,
     describe,
     encode_header,
-    validate,
 )
+from aiotorchio.wire.layout import Layout
+from aiotorchio.wire.validation import validate
 from tests.support.frames import LIMITS, NONCE, fields, pack
 
 INT64_MAX = 2**63 - 1
@@ -570,13 +570,13 @@ def test_layouts_are_looked_up_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -
 
     rows = [[0, "uint8", 0, [0, 1], stride, 0, []] for stride in strides]
     sent = pack(fields(storages=[[0, 1, 0]], tensors=rows))
-    monkeypatch.setattr("aiotorchio.wire.header._encoder", Encoder())
+    monkeypatch.setattr("aiotorchio.wire.validation._encoder", Encoder())
     check(sent, Limits())
     assert len({hash(key) for key in encoded}) == len(strides)
 
 
 def test_more_layouts_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotorchio.wire.header._REACHES_MAX", 3)
+    monkeypatch.setattr("aiotorchio.wire.validation._REACHES_MAX", 3)
     rows = [[0, "uint8", 0, [n % 10], [1], 0, []] for n in range(100)]
     check(fields(storages=[[9, 1, 0]], tensors=rows), Limits())
     rows[55] = [0, "uint8", 5, [5], [1], 0, []]

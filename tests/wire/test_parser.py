@@ -626,7 +626,7 @@ print(*({{"torch", "numpy", "anyio", "trio", "asyncio", "socket", "ssl"}} & set(
         timeout=patience(60),
     )
     assert done.stdout.strip() == ""
-    assert len(modules) == 8
+    assert len(modules) == 10
 
 
 def test_a_head_that_is_decoded_is_not_trusted() -> None:

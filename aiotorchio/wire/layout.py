@@ -1,0 +1,53 @@
+"""The layout of the payload: where each storage and each chunk lies (SPEC.md section 5)."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from aiotorchio.common.interrupt import interruptible
+from aiotorchio.wire.header import ALIGNMENT, META_LOCATION, Header, describe
+
+__all__ = ["Layout"]
+
+
+class Layout:
+    """Where each storage lies in the payload, one after the other at multiples of 64 bytes.
+
+    Attributes:
+        offsets: First byte of every storage in the payload; without meaning for one without bytes.
+        nbytes: Bytes that every storage has in the payload: its size, or 0 on ``meta``.
+        total: Size of the payload in bytes.
+    """
+
+    def __init__(self, header: Header) -> None:
+        self.offsets: list[int] = []
+        self.nbytes: list[int] = []
+        self.chunk_size = header.chunk_size
+        self._tensors = header.tensors
+        end = 0
+        for row in interruptible(header.storages):
+            start = -(-end // ALIGNMENT) * ALIGNMENT
+            nbytes = 0 if header.locations[row.location] == META_LOCATION else row.nbytes
+            self.offsets.append(start)
+            self.nbytes.append(nbytes)
+            # A storage without bytes takes no room, not even that which aligns it.
+            end = start + nbytes if nbytes else end
+        self.total = end
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks of the payload."""
+        return -(-self.total // self.chunk_size)
+
+    def chunk(self, index: int) -> tuple[int, int]:
+        """First byte and length of one chunk."""
+        start = index * self.chunk_size
+        return start, min(self.chunk_size, self.total - start)
+
+    def entry_at(self, offset: int) -> str:
+        """Words for the storage that holds a byte of the payload, and for its first tensor."""
+        index = bisect_right(self.offsets, offset) - 1
+        row = next((n for n, row in enumerate(self._tensors) if row.storage == index), None)
+        if row is None:
+            return f"storage {index}"
+        return f"storage {index}, {describe(self._tensors[row], row)}"
