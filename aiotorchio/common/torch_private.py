@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -36,18 +36,11 @@ __all__ = [
     "active_fake_mode",
     "empty_affine_quantized",
     "empty_per_channel_quantized",
-    "excuses",
     "fake_storage",
     "get_layout",
-    "has_load_post_hooks",
-    "has_load_pre_hooks",
     "has_names",
     "is_fake",
-    "is_fsdp1",
-    "is_norm",
     "known_location",
-    "load_from_state_dict",
-    "loads_by_code",
     "location_tags",
     "make_compressed",
     "make_coo",
@@ -55,18 +48,11 @@ __all__ = [
     "make_wrapper_subclass",
     "nested_view",
     "over_storage",
-    "parameters_of",
-    "passing_buffers",
-    "persistent_tensors",
     "python_name",
-    "reads_copies",
     "real_tensors",
-    "renames",
-    "run_load_post_hooks",
     "set_view_bits",
     "skipped_data",
     "storage_key",
-    "takes_extra_state",
     "typed_storage",
     "untyped_storage_of",
     "versions_of",
@@ -352,92 +338,3 @@ class WeightsOnlyUnpickler(unpickler_module.Unpickler):
     def load(self) -> Any:
         """Return the object."""
         return self._load(self)
-
-
-def is_fsdp1(module: torch.nn.Module) -> bool:
-    """Whether the module shards its parameters as FullyShardedDataParallel does."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
-
-
-def is_norm(module: torch.nn.Module) -> bool:
-    """Whether it is one of those that may count batches."""
-    return isinstance(module, torch.nn.modules.batchnorm._NormBase)
-
-
-def persistent_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What a module itself keeps in its state dict."""
-    buffers = {
-        name: buffer
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
-    return {k: p for k, p in module._parameters.items() if p is not None} | buffers
-
-
-def passing_buffers(module: torch.nn.Module) -> list[torch.Tensor | None]:
-    """What a module itself keeps in no state dict."""
-    return [module._buffers[name] for name in module._non_persistent_buffers_set]
-
-
-def renames(module: torch.nn.Module) -> bool:
-    """Whether code that is not torch's looks at what the module is to load."""
-    hooks = module._load_state_dict_pre_hooks
-    return loads_by_code(module) or not all(map(_only_shards, hooks.values()))
-
-
-def loads_by_code(module: torch.nn.Module) -> bool:
-    """Whether the class of a module loads what it is given in another way than torch's classes."""
-    return not type(module)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
-
-
-def _only_shards(hook: Any) -> bool:
-    """Whether a hook is one of FSDP2, which cares for its parameters and looks at no state."""
-    function = getattr(hook, "hook", hook)
-    return str(getattr(function, "__module__", "")).startswith(
-        "torch.distributed.fsdp._fully_shard"
-    )
-
-
-def excuses(module: torch.nn.Module) -> bool:
-    """Whether code that is not torch's hears of what is missing, and may take it back."""
-    return not all(map(_only_shards, module._load_state_dict_post_hooks.values()))
-
-
-def reads_copies(module: torch.nn.Module) -> bool:
-    """Whether a module may do more with a tensor that it is to load than copy it into its own."""
-    return renames(module) or torch.__future__.get_swap_module_params_on_conversion()
-
-
-def takes_extra_state(module: torch.nn.Module) -> bool:
-    """Whether a module has more to keep than tensors."""
-    return type(module).set_extra_state is not torch.nn.Module.set_extra_state
-
-
-def load_from_state_dict(
-    module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *found: list[str]
-) -> None:
-    """As load_state_dict does; ``found`` are missing, unexpected, errors."""
-    module._load_from_state_dict(state, prefix, metadata, True, *found)
-
-
-def parameters_of(module: torch.nn.Module) -> Iterable[torch.nn.Parameter | None]:
-    """Those of a module itself."""
-    return module._parameters.values()
-
-
-def has_load_pre_hooks(module: torch.nn.Module) -> bool:
-    """Whether something looks at what a module is to load."""
-    return bool(module._load_state_dict_pre_hooks)
-
-
-def has_load_post_hooks(module: torch.nn.Module) -> bool:
-    """Whether something hears of what a module has loaded."""
-    return bool(module._load_state_dict_post_hooks)
-
-
-def run_load_post_hooks(module: torch.nn.Module, *found: list[str]) -> None:
-    """What load_state_dict does when all below a module are loaded; as above, without errors."""
-    keys = torch.nn.modules.module._IncompatibleKeys(*found)
-    for hook in module._load_state_dict_post_hooks.values():
-        hook(module, keys)

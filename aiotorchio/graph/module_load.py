@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from aiotorchio.common import torch_private
+from aiotorchio.common import torch_private_modules
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.module_state import IN_PLACE, NOTHING, Entries, StateDict, find
@@ -198,22 +198,22 @@ class ModuleLoad:
                 yield from self._load(below, missing, unexpected, errors)
         if called:
             with self._refusing(path):
-                torch_private.run_load_post_hooks(submodule, missing, unexpected)
+                torch_private_modules.run_load_post_hooks(submodule, missing, unexpected)
 
     def _state_of(self, path: str, entries: Entries) -> StateDict:
-        copies = torch_private.reads_copies(self._destination.submodule(path))
+        copies = torch_private_modules.reads_copies(self._destination.submodule(path))
         return StateDict(entries.below(path), self._destination.tensors, copies=copies)
 
     def _call(
         self, path: str, state: StateDict, versions: Mapping[str, Any], *found: list[str]
     ) -> None:
         submodule = self._destination.submodule(path)
-        tensors = torch_private.persistent_tensors(submodule).values()
+        tensors = torch_private_modules.persistent_tensors(submodule).values()
         inference = any(not _is_lazy(each) and each.is_inference() for each in tensors)
         with torch.inference_mode() if inference else contextlib.nullcontext():
             prefix = path + "." if path else ""
             version = versions.get(path, {})
-            torch_private.load_from_state_dict(submodule, state, prefix, version, *found)
+            torch_private_modules.load_from_state_dict(submodule, state, prefix, version, *found)
 
     @contextmanager
     def _refusing(self, path: str) -> Iterator[None]:
@@ -263,7 +263,7 @@ class ModuleLoad:
         return [
             f"{path}.{name}".lstrip(".")
             for path in self._paths
-            for name, tensor in torch_private.persistent_tensors(
+            for name, tensor in torch_private_modules.persistent_tensors(
                 destination.submodule(path)
             ).items()
             if _is_lazy(tensor)
@@ -288,7 +288,7 @@ class ModuleLoad:
             state, errors = self._state_of(path, before), list[str]()
             try:
                 self._call(path, state, self._versions, [], [], errors)
-                torch_private.run_load_post_hooks(destination.submodule(path), [], [])
+                torch_private_modules.run_load_post_hooks(destination.submodule(path), [], [])
             except Exception as error:
                 # The caller's code can raise anything. The other submodules are restored all the
                 # same, and the error is reported if an entry is not as before.

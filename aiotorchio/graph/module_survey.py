@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from aiotorchio.common import torch_private
+from aiotorchio.common import torch_private_modules
 
 __all__ = ["Survey", "survey"]
 
@@ -64,28 +64,30 @@ def survey(module: torch.nn.Module) -> Survey:
         kind = kinds.get(type(each))
         if kind is None:
             kind = kinds[type(each)] = _Kind(
-                torch_private.is_fsdp1(each),
-                torch_private.is_norm(each),
-                torch_private.takes_extra_state(each),
-                torch_private.loads_by_code(each),
+                torch_private_modules.is_fsdp1(each),
+                torch_private_modules.is_norm(each),
+                torch_private_modules.takes_extra_state(each),
+                torch_private_modules.loads_by_code(each),
             )
         if kind.sharded and sharded is None:
             sharded = path
         norms = norms or kind.norm
         renaming = kind.renames or (
-            torch_private.has_load_pre_hooks(each) and torch_private.renames(each)
+            torch_private_modules.has_load_pre_hooks(each) and torch_private_modules.renames(each)
         )
         renames = renames or renaming
-        if torch_private.has_load_post_hooks(each):
+        if torch_private_modules.has_load_post_hooks(each):
             active.add(path)
-            excuses = excuses or torch_private.excuses(each)
+            excuses = excuses or torch_private_modules.excuses(each)
         if renaming or kind.extra:
             active.add(path)
-        for parameter in torch_private.parameters_of(each):
+        for parameter in torch_private_modules.parameters_of(each):
             if parameter is not None:
                 own[id(parameter)] = parameter
         if each._buffers:
-            own.update((id(it), it) for it in torch_private.persistent_tensors(each).values())
+            own.update(
+                (id(it), it) for it in torch_private_modules.persistent_tensors(each).values()
+            )
         if each._modules:
             prefix = path + "." if path else ""
             waiting += [

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from aiotorchio.common import torch_private
+from aiotorchio.common import torch_private, torch_private_modules
 from aiotorchio.graph.module_survey import survey
 
 __all__ = [
@@ -112,7 +112,7 @@ class ModuleDestination:
         for name in self.tensors:
             path = self.owner(name)
             key = name.removeprefix(path + "." if path else "")
-            own = torch_private.persistent_tensors(self._submodules[path])
+            own = torch_private_modules.persistent_tensors(self._submodules[path])
             if key not in own and not self.judges(name):
                 raise ValueError(
                     f"state_dict() of {type(self.module).__name__} shows {self.prefix + name!r}, "
@@ -123,7 +123,7 @@ class ModuleDestination:
     def attributes(self) -> Iterator[Any]:
         """Yield the attributes of the submodules that are not entries or submodules."""
         for submodule in self._submodules.values():
-            yield from torch_private.passing_buffers(submodule)
+            yield from torch_private_modules.passing_buffers(submodule)
             yield from (value for key, value in vars(submodule).items() if key not in _ENTRIES)
 
     def submodule(self, path: str) -> torch.nn.Module:
@@ -158,7 +158,7 @@ class ModuleDestination:
         """Return the parameter or buffer of an entry of ``others`` that torch's code loads."""
         path = self.others[name]
         submodule = self._submodules[path]
-        own = torch_private.persistent_tensors(submodule)
+        own = torch_private_modules.persistent_tensors(submodule)
         return None if self.judges(name) else own.get(name.removeprefix(path + "." if path else ""))
 
     def needs(self, name: str) -> bool:
@@ -167,8 +167,8 @@ class ModuleDestination:
             return False
         path = self.others[name]
         if name.removeprefix(path + "." if path else "") == EXTRA_STATE:
-            # As in torch: extra state of a class without set_extra_state is not missed.
-            return torch_private.takes_extra_state(self.submodule(path))
+            # As torch: what a class shows and does not take back is not missed.
+            return torch_private_modules.takes_extra_state(self.submodule(path))
         return self.loaded_by_torch(name) is not None
 
     def refuses(self, name: str) -> bool:
@@ -190,9 +190,9 @@ class ModuleDestination:
         if not counts and not self._renames:
             return False
         path = self.owner(name)
-        if counts and torch_private.is_norm(self._submodules[path]):
+        if counts and torch_private_modules.is_norm(self._submodules[path]):
             return True
-        while not torch_private.renames(self._submodules[path]):
+        while not torch_private_modules.renames(self._submodules[path]):
             if not path:
                 return False
             path = self.owner(path)
@@ -203,9 +203,9 @@ class ModuleDestination:
         path = self.others[name]
         submodule = self._submodules[path]
         key = name.removeprefix(path + "." if path else "")
-        if key in torch_private.persistent_tensors(submodule) or self.judges(name):
+        if key in torch_private_modules.persistent_tensors(submodule) or self.judges(name):
             return None
-        if key == EXTRA_STATE and torch_private.takes_extra_state(submodule):
+        if key == EXTRA_STATE and torch_private_modules.takes_extra_state(submodule):
             return None
         return (
             f"state_dict() of {type(submodule).__name__} makes this entry, but nothing loads it: "
