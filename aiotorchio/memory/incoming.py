@@ -243,7 +243,17 @@ class IncomingPayload:
             views.append(self._between(slab, slice(position - start, end - start)))
         if slab is None:
             return views, None
-        filled = slab[0][:length]
+        return views, self._mover(slab[0][:length], start, moves, scattered, routes)
+
+    def _mover(
+        self,
+        filled: torch.Tensor,
+        start: int,
+        moves: list[tuple[torch.Tensor, torch.Tensor]],
+        scattered: list[_Region],
+        routes: list[Route],
+    ) -> Callable[[], None]:
+        """A function that moves a chunk on from its staging buffer."""
         self._moving = [moves, scattered, routes]
 
         def move() -> None:
@@ -257,7 +267,7 @@ class IncomingPayload:
                 on_host = not self._needs_staging(route.device)
                 route.take(filled, start, None if on_host else self._copier)
 
-        return views, move
+        return move
 
     def _small_apart(
         self, regions: Sequence[_Region | Route]
