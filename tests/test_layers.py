@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"msgspec", "torch"},
     ),
     "memory": ({"errors", "common"}, {"torch"}),
-    "streams": ({"errors"}, {"anyio"}),
+    "streams": ({"errors", "common"}, {"anyio"}),
     "tls": (set(), set()),
     "engine": (
         {

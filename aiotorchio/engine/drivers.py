@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import anyio
 import anyio.lowlevel
 
+from aiotorchio.common.buffer import Buffer
 from aiotorchio.engine.threads import Task, run_in_thread
 from aiotorchio.limits import Limits
-from aiotorchio.streams.base import Buffer, Endpoint, Sink, Source, asyncio_loop
+from aiotorchio.streams.base import Endpoint, Sink, Source, asyncio_loop
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.deadlines import CallAt, Deadline
 from aiotorchio.wire.parser import HeaderReceived, MessageEnded, ReadBytes, Work

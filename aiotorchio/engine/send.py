@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from aiotorchio.common.buffer import Buffer
 from aiotorchio.common.torch_private import real_tensors
 from aiotorchio.engine.drivers import END, Next, Request, Send
 from aiotorchio.engine.steps import INLINE_ROWS, Progress, work
@@ -20,7 +21,6 @@ from aiotorchio.memory.device_copy import Copier, DeviceCopier, Here
 from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.memory.snapshot import SnapshotPayload
 from aiotorchio.memory.streamed import StreamedPayload
-from aiotorchio.streams.base import Buffer
 from aiotorchio.table.names import TensorSpec
 from aiotorchio.table.versions import Versions
 from aiotorchio.wire.composer import Composer

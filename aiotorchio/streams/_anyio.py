@@ -12,9 +12,9 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import ByteReceiveStream, ByteSendStream, SocketAttribute, SocketStream
 
+from aiotorchio.common.buffer import Buffer
 from aiotorchio.streams.base import (
     PIECE_SIZE,
-    Buffer,
     Cursor,
     Sink,
     Source,

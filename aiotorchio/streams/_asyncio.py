@@ -19,10 +19,10 @@ from typing import Any
 
 import anyio.lowlevel
 
+from aiotorchio.common.buffer import Buffer
 from aiotorchio.errors import TruncatedError
 from aiotorchio.streams.base import (
     PIECE_SIZE,
-    Buffer,
     Cursor,
     Sink,
     Source,

@@ -13,11 +13,11 @@ from http.client import IncompleteRead
 
 import anyio
 
+from aiotorchio.common.buffer import Buffer
 from aiotorchio.errors import TransferTimeout, TruncatedError
 from aiotorchio.streams.deadlines import Deadline
 
 __all__ = [
-    "Buffer",
     "Cursor",
     "Endpoint",
     "Sink",
@@ -27,8 +27,6 @@ __all__ = [
     "coalesce",
     "connection_errors",
 ]
-
-Buffer = bytes | bytearray | memoryview
 
 # What a copying driver hands over at a time: large enough that a call costs little, small
 # enough that little is buffered.

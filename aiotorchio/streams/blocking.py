@@ -7,8 +7,9 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from aiotorchio.common.buffer import Buffer
 from aiotorchio.errors import AiotorchioError
-from aiotorchio.streams.base import PIECE_SIZE, Buffer, Endpoint, coalesce, connection_errors
+from aiotorchio.streams.base import PIECE_SIZE, Endpoint, coalesce, connection_errors
 
 __all__ = ["BlockingStream"]
 

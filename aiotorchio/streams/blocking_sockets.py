@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from aiotorchio.streams.base import HELD_MAX, PIECE_SIZE, Buffer, Cursor, coalesce
+from aiotorchio.common.buffer import Buffer
+from aiotorchio.streams.base import HELD_MAX, PIECE_SIZE, Cursor, coalesce
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.sockets import TURN_SIZE
 

@@ -17,7 +17,7 @@ from aiotorchio.streams.identity import IdentityTable
 __all__ = ["exclusive"]
 
 Direction = Literal["save", "load"]
-Endpoint = TypeVar("Endpoint", Source, Sink, BlockingStream)
+Adapter = TypeVar("Adapter", Source, Sink, BlockingStream)
 
 
 class _Call:
@@ -49,15 +49,15 @@ def _state(stream: Any, direction: Direction) -> _State:
 
 @contextmanager
 def exclusive(
-    stream: Any, direction: Direction, open_driver: Callable[[Any], Endpoint]
-) -> Iterator[Endpoint]:
+    stream: Any, direction: Direction, open_adapter: Callable[[Any], Adapter]
+) -> Iterator[Adapter]:
     """Use a stream for one message.
 
     Args:
         stream: The caller's stream.
         direction: A stream may be saved to and loaded from at once, but not twice the same; a
             blocking one of TLS has only one.
-        open_driver: Makes the driver.
+        open_adapter: Makes the adapter.
 
     Raises:
         StreamBusy: Another call is using the stream in this direction.
@@ -75,27 +75,27 @@ def exclusive(
                 f"an earlier {direction} stopped inside a message: {state.poison}; "
                 f"close this stream and open another"
             )
-        driver = open_driver(stream)
+        adapter = open_adapter(stream)
         # Until it is known how it ended: nobody may take what an interrupted call leaves for whole.
         state.poison = _INTERRUPTED
         why = "it was left there"
         try:
-            yield driver
+            yield adapter
         except BaseException as error:
             why = f"{type(error).__name__}: {error}" if str(error) else repr(error)
             raise
         finally:
             try:
-                state.poison = why if driver.in_message else None
-                if driver.in_message:
+                state.poison = why if adapter.in_message else None
+                if adapter.in_message:
                     # At once: whoever is at the other end has nothing to wait for any more.
-                    driver.abort()
+                    adapter.abort()
                     # That ends both directions of a stream that has two.
                     other = _state(stream, "load" if direction == "save" else "save")
                     other.poison = other.poison or f"a {direction} did: {why}"
             finally:
-                if driver.deadline is not None:
-                    driver.deadline.close()
-                driver.release()
+                if adapter.deadline is not None:
+                    adapter.deadline.close()
+                adapter.release()
     finally:
         state.calls.remove(claim)

@@ -8,7 +8,8 @@ from weakref import ref
 
 import anyio.lowlevel
 
-from aiotorchio.streams.base import Buffer, Cursor, Source, connection_errors
+from aiotorchio.common.buffer import Buffer
+from aiotorchio.streams.base import Cursor, Source, connection_errors
 from aiotorchio.streams.identity import IdentityTable
 
 __all__ = ["IterableSource", "resumable"]

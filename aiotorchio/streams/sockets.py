@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import anyio
 import anyio.lowlevel
 
+from aiotorchio.common.buffer import Buffer
 from aiotorchio.streams.base import (
-    Buffer,
     Cursor,
     Sink,
     Source,

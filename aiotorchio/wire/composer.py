@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aiotorchio.common.buffer import Buffer
 from aiotorchio.wire.frames import (
     ABORT,
     ABORT_REASON_MAX,
@@ -10,7 +11,6 @@ from aiotorchio.wire.frames import (
     FLAG_CHECKSUM,
     HEADER,
     SKELETON,
-    Buffer,
     EndDigest,
     FrameHead,
     encode_preface,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from aiotorchio.common.buffer import Buffer
 from aiotorchio.errors import ProtocolError
 
 __all__ = [
@@ -49,8 +50,6 @@ _HEAD_WITHOUT_DIGEST = struct.Struct("<4sIQQ")
 MAGIC_SIZE = len(MAGIC)
 PREFACE_SIZE = _PREFACE.size
 FRAME_HEAD_SIZE = _HEAD.size
-
-Buffer = bytes | bytearray | memoryview
 
 
 class FrameHead(NamedTuple):

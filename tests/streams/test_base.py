@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiotorchio.common.buffer import Buffer
 from aiotorchio.errors import TransferTimeout, TruncatedError
-from aiotorchio.streams.base import Buffer, Cursor, Sink, coalesce, connection_errors
+from aiotorchio.streams.base import Cursor, Sink, coalesce, connection_errors
 
 buffers = st.lists(
     st.one_of(

@@ -10,9 +10,10 @@ from weakref import ref
 
 import pytest
 
+from aiotorchio.common.buffer import Buffer
 from aiotorchio.errors import StreamBusy, StreamPoisoned
 from aiotorchio.streams import guard
-from aiotorchio.streams.base import Buffer, Sink, Source
+from aiotorchio.streams.base import Sink, Source
 from aiotorchio.streams.guard import exclusive
 
 
