@@ -1,1 +1,1 @@
-"""Where bytes live: storages, arenas and slabs. torch, no wire, no I/O."""
+"""Memory for payloads: storages, arenas and staging buffers. It uses torch, and does no I/O."""

@@ -1,9 +1,12 @@
-"""All or nothing: what arrives waits in memory of its own until it is whole.
+"""Staged loads: the payload is received into shadows, and the targets change after its end.
 
-``Exchange`` makes that memory for one message, and exchanges its bytes with those of the
-destinations, which stay where they are. ``BufferSwap`` takes memory that is kept from message to
-message (``BackMemory``), and exchanges the memory itself: nothing is copied. Both have ``shadows``,
-which take the bytes until then: one for each destination, tied ones in common.
+In: the targets of a load. Out: a shadow for each target (one for all tied targets), and ``apply``
+and ``undo`` for the commit, which calls them. A ``MismatchError`` means that the caller changed a
+target during the load.
+
+``Exchange`` allocates shadows for one message and exchanges their bytes with those of the targets,
+which keep their memory. ``BufferSwap`` uses memory that exists from message to message
+(``BackMemory``) and exchanges the memory: only bytes that the message does not have are copied.
 """
 
 from __future__ import annotations
@@ -27,14 +30,14 @@ _STEP = 4 * 2**20
 
 
 def note_change(tensors: Iterable[torch.Tensor]) -> None:
-    """Tell autograd of a change behind its back: else it would compute with the wrong numbers."""
+    """Note a change for autograd, which would otherwise compute with the wrong numbers."""
     torch.autograd.graph.increment_version(
         [tensor for tensor in tensors if not tensor.is_inference()]
     )
 
 
 class _Places:
-    """Where tensors are, to see whether they still are."""
+    """The memory of tensors at one moment, to find out later whether it is still theirs."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
@@ -46,11 +49,11 @@ class _Places:
 
 
 class Exchange:
-    """Takes as much fresh memory as the destinations have.
+    """A commit that exchanges bytes; its shadows take as much new memory as the targets have.
 
     Args:
-        tensors: The destinations: strided, of elements that do not overlap.
-        copier: Moves bytes on the device of a tensor.
+        tensors: The targets: strided, of elements that do not overlap.
+        copier: Copies bytes on the device of a tensor.
     """
 
     needs_prepare = is_instant = False
@@ -60,8 +63,8 @@ class Exchange:
         self._copier = copier
         self._places = _Places(tensors)
         made: dict[object, torch.Tensor] = {}
-        # Each destination and its shadow, as their bytes are exchanged. Made here, not at the
-        # change, which others wait for.
+        # Aliases of each target and its shadow, for the exchange. They are made here, because the
+        # commit holds the caller's lock.
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.shadows = []
         for tensor in interruptible(tensors, 100):
@@ -71,20 +74,20 @@ class Exchange:
                 if tensor.numel():
                     self._pairs.append(_aligned(tensor, made[memory]))
             self.shadows.append(made[memory])
-        # What was exchanged, and what is on its way with the bytes that were there before.
+        # The pairs that were exchanged, and the one half-exchanged target with its old bytes.
         self._done: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._half: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def tables(self) -> list[list[Any]]:
-        """What is as long as the destinations are many, and of no use behind the change."""
+        """Lists with an entry for each target, which can be released after the commit."""
         return [self.shadows, self._pairs, self._done, self._places.each]
 
     def prepare(self) -> None:
-        """There is nothing to prepare."""
+        """Do nothing: an exchange needs no preparation."""
 
     def apply(self) -> None:
-        """Exchange the bytes of each destination with those of its shadow."""
+        """Exchange the bytes of each target with those of its shadow."""
         self._places.check()
         note_change(self._tensors)
         copy = self._copier.copy
@@ -99,19 +102,19 @@ class Exchange:
             self._half = None
 
     def note(self) -> None:
-        """There is nothing to note."""
+        """Do nothing: ``apply`` has noted the change."""
 
     def finish(self) -> Iterator[None]:
-        """There is nothing more to do."""
+        """Do nothing: ``apply`` has done all of the work."""
         return iter(())
 
     def restore(self) -> None:
-        """There is nothing more to undo."""
+        """Do nothing: ``undo`` restores everything."""
 
     def undo(self) -> None:
-        """Put the bytes back that were there, which are in the shadows now.
+        """Copy the old bytes back, which are now in the shadows.
 
-        Without effect if nothing was exchanged. If it is interrupted, it can be called again.
+        It has no effect if nothing was exchanged. After an interrupt, it can be called again.
         """
         if self._half is None and not self._done:
             return
@@ -120,13 +123,13 @@ class Exchange:
             copy(*self._half)
         for destination, shadow in reversed(self._done):
             copy(destination, shadow)
-        # The new bytes may have been read since the release of the lock.
+        # Since the release of the lock, the caller may have computed with the new bytes.
         note_change(self._tensors)
         self._done, self._half = [], None
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same layout, if that has no gaps, else a contiguous one."""
+    """Make a tensor of the same layout if that has no gaps, otherwise a contiguous one."""
     dense = order_of(tensor.shape, tensor.stride()).dense
     stride = tensor.stride() if dense else torch.empty(tensor.shape, device="meta").stride()
     with torch.inference_mode(False):
@@ -134,7 +137,7 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _aligned(tensor: torch.Tensor, shadow: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain tensors over the memory of two tensors of one shape, in the first one's order."""
+    """Make aliases of two tensors of one shape, in the address order of the first one."""
     order = order_of(tensor.shape, tensor.stride())
     destination, source = (
         alias(
@@ -152,7 +155,7 @@ def _aligned(tensor: torch.Tensor, shadow: torch.Tensor) -> tuple[torch.Tensor, 
 def _pieces(
     destination: torch.Tensor, source: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Two tensors of one shape in pieces that are small enough to be set aside."""
+    """Cut two tensors of one shape into pieces of at most ``_STEP`` bytes."""
     count, step = destination.numel(), _STEP // destination.element_size()
     if count <= step:
         yield destination, source
@@ -163,61 +166,63 @@ def _pieces(
 
 
 class BackMemory:
-    """The second set of memory of tensors that are double-buffered.
+    """The second set of memory of double-buffered tensors.
 
-    It is made when the first message comes, and used by one message at a time: between ``claim``
-    and ``release``.
+    It is allocated for the first message. One message at a time uses it, from ``claim`` to
+    ``release``.
     """
 
     def __init__(self) -> None:
-        # The load that uses it, by process: in one that was forked meanwhile, none does.
+        # The load that uses it, by process: in a forked process, no load does.
         self._users: dict[int, object] = {}
-        # Where the storage of a tensor is -> the storage that will take its place.
-        self._behind: dict[object, torch.UntypedStorage] = {}
+        # Key of the storage of a tensor -> the storage that will replace it.
+        self._back: dict[object, torch.UntypedStorage] = {}
 
     def claim(self) -> None:
-        """Begin with a message.
+        """Reserve this memory for one message.
 
         Raises:
             RuntimeError: Another message is using this memory.
         """
         user = object()
         if self._users.setdefault(os.getpid(), user) is not user:
-            raise RuntimeError("another load is using this DoubleBuffer")
+            raise RuntimeError(
+                "another load is using this DoubleBuffer: one load at a time may use it"
+            )
 
     def release(self) -> None:
-        """The end of a message."""
+        """Free this memory for the next message."""
         self._users.pop(os.getpid(), None)
 
     def swap(
         self, tensors: Sequence[torch.Tensor], received: Sequence[torch.Tensor], copier: Copier
     ) -> BufferSwap:
-        """Get the memory ready for the message that has claimed it.
+        """Make the commit of the message that has claimed this memory.
 
         Args:
-            tensors: All that are double-buffered.
-            received: Those of them that the message has.
-            copier: Moves bytes on the device of a tensor.
+            tensors: All double-buffered tensors.
+            received: The tensors that the message has.
+            copier: Copies bytes on the device of a tensor.
         """
         storages = {_key(each.untyped_storage()): each.untyped_storage() for each in tensors}
         moving = {_key(each.untyped_storage()) for each in received}
-        behind = {
+        back = {
             key: storage
-            for key, storage in self._behind.items()
-            # Not what one of them shows: a view may have been left behind by a swap.
+            for key, storage in self._back.items()
+            # No storage that a tensor shows: a swap may have missed a view.
             if key in storages and _key(storage) not in storages
         }
-        for key in moving - behind.keys():
+        for key in moving - back.keys():
             front = storages[key]
-            behind[key] = torch.UntypedStorage(front.nbytes(), device=front.device)
-        self._behind = behind
-        return BufferSwap(tensors, received, behind, self._note, copier)
+            back[key] = torch.UntypedStorage(front.nbytes(), device=front.device)
+        self._back = back
+        return BufferSwap(tensors, received, back, self._note, copier)
 
     def _note(self, moved: Iterable[tuple[torch.UntypedStorage, torch.UntypedStorage]]) -> None:
-        """Note pairs of storages that are in front now, and behind."""
-        for front, behind in moved:
-            self._behind.pop(_key(behind), None)
-            self._behind[_key(front)] = behind
+        """Note pairs of a storage that tensors show now and the storage that they showed before."""
+        for front, back in moved:
+            self._back.pop(_key(back), None)
+            self._back[_key(front)] = back
 
 
 def _key(storage: torch.UntypedStorage) -> object:
@@ -225,16 +230,17 @@ def _key(storage: torch.UntypedStorage) -> object:
 
 
 class BufferSwap:
-    """Lets tensors show other memory: takes microseconds a tensor, whatever its size.
+    """A commit that points tensors to other memory: microseconds for a tensor of any size.
 
-    What is in a storage beside the tensors that are received is copied: all tensors over it move.
+    All tensors over a storage move. So the bytes of the storage that the message does not have are
+    copied.
 
     Args:
-        tensors: All that may show the storages of those that are received.
-        received: Those whose bytes arrive.
-        behind: For the key of each storage the one to put in its place.
-        note: Is told which storages have changed places.
-        copier: Moves bytes on the device of a tensor.
+        tensors: All tensors that may be over the storages of received tensors.
+        received: The tensors that the message has.
+        back: For the key of each storage, the storage that replaces it.
+        note: Called with the pairs of storages that were exchanged.
+        copier: Copies bytes on the device of a tensor.
     """
 
     is_instant = True
@@ -243,7 +249,7 @@ class BufferSwap:
         self,
         tensors: Sequence[torch.Tensor],
         received: Sequence[torch.Tensor],
-        behind: dict[object, torch.UntypedStorage],
+        back: dict[object, torch.UntypedStorage],
         note: Callable[[Iterable[tuple[torch.UntypedStorage, torch.UntypedStorage]]], None],
         copier: Copier,
     ) -> None:
@@ -253,26 +259,26 @@ class BufferSwap:
         self._tensors = [each for each in tensors if _key(each.untyped_storage()) in covered]
         self._places = _Places(self._tensors)
         fronts = {_key(each.untyped_storage()): each.untyped_storage() for each in self._tensors}
-        self._pairs = [(front, behind[key]) for key, front in fronts.items()]
+        self._pairs = [(front, back[key]) for key, front in fronts.items()]
         self._before = [_shown(each, each.untyped_storage()) for each in self._tensors]
-        self._after = [_shown(each, behind[_key(each.untyped_storage())]) for each in self._tensors]
+        self._after = [_shown(each, back[_key(each.untyped_storage())]) for each in self._tensors]
         self.shadows = []
-        # What leaves gaps in its storage waits elsewhere, until the gaps are filled around it.
+        # A tensor with gaps gets a separate shadow, since its gaps hold other bytes.
         gaps = {_key(each.untyped_storage()) for each in received if not _range(each)}
         scattered: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
         for each in received:
             key, memory = _key(each.untyped_storage()), memory_of(each)
-            view = _over(each, behind[key])
+            view = _over(each, back[key])
             if key in gaps:
-                # One for tied tensors, where the last of them is.
+                # One pair for tied tensors, at the place of the last one.
                 pair = scattered.pop(memory) if memory in scattered else (view, _like(each))
                 scattered[memory], view = pair, pair[1]
             self.shadows.append(view)
         self._scattered = list(scattered.values())
-        # What the message does not have: copied when it is whole, because its owner may change it
-        # until then.
+        # The bytes that the message does not have. They are copied after its end, because the
+        # caller may change them until then.
         self._rest = [
-            (bytes_of(behind[key])[start:end], bytes_of(front)[start:end])
+            (bytes_of(back[key])[start:end], bytes_of(front)[start:end])
             for key, front in fronts.items()
             for start, end in _gaps(covered[key], front.nbytes())
         ]
@@ -282,7 +288,7 @@ class BufferSwap:
 
     @property
     def tables(self) -> list[list[Any]]:
-        """What is as long as the destinations are many, and of no use behind the change."""
+        """Lists with an entry for each target, which can be released after the commit."""
         lists: list[list[Any]] = [
             self.shadows,
             self._before,
@@ -293,7 +299,7 @@ class BufferSwap:
         return [*lists, self._pairs, self._places.each]
 
     def prepare(self) -> None:
-        """Complete the memory behind the tensors with what the message does not have."""
+        """Copy the bytes that the message does not have into the new memory."""
         self._places.check()
         for destination, source in self._rest:
             check_interrupt()
@@ -302,7 +308,7 @@ class BufferSwap:
             copy_elements(destination, source, self._copier)
 
     def apply(self) -> None:
-        """Let each tensor show the memory behind it."""
+        """Point each tensor to its new memory."""
         self._places.check()
         self._changing = True
         self._show(self._after)
@@ -312,19 +318,19 @@ class BufferSwap:
         return [(other, front) for front, other in self._pairs]
 
     def note(self) -> None:
-        """There is nothing to note."""
+        """Do nothing: ``apply`` has noted the change."""
 
     def finish(self) -> Iterator[None]:
-        """There is nothing more to do."""
+        """Do nothing: ``apply`` has done all of the work."""
         return iter(())
 
     def restore(self) -> None:
-        """There is nothing more to undo."""
+        """Do nothing: ``undo`` restores everything."""
 
     def undo(self) -> None:
-        """Let each tensor show the memory again that it had.
+        """Point each tensor to its old memory again.
 
-        Without effect if nothing was swapped. If it is interrupted, it can be called again.
+        It has no effect if nothing was swapped. After an interrupt, it can be called again.
         """
         if self._changing:
             self._show(self._before)
@@ -338,13 +344,13 @@ class BufferSwap:
 
 
 def _over(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
-    """The same view of another storage."""
+    """Return the same view of another storage."""
     offset = int(tensor.storage_offset())
     return alias(storage, tensor.dtype, offset, tensor.shape, tensor.stride())
 
 
 def _shown(tensor: torch.Tensor, storage: torch.UntypedStorage) -> Callable[[], None]:
-    """What lets a tensor show another storage; all that takes long is done before."""
+    """Make a function that points a tensor to another storage; the slow part is done here."""
     offset, shape, stride = int(tensor.storage_offset()), tensor.shape, tensor.stride()
     if not (tensor.is_inference() or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized):
         other = alias(storage, tensor.dtype, offset, shape, stride)
@@ -353,7 +359,7 @@ def _shown(tensor: torch.Tensor, storage: torch.UntypedStorage) -> Callable[[], 
             tensor.data = other
 
     else:
-        # Slower, but keeps all that is not in a plain alias.
+        # Slower, but keeps properties that an alias does not have.
         def show() -> None:
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 tensor.set_(storage, offset, shape, stride)
@@ -362,14 +368,14 @@ def _shown(tensor: torch.Tensor, storage: torch.UntypedStorage) -> Callable[[], 
 
 
 def _range(tensor: torch.Tensor) -> list[tuple[int, int]]:
-    """The bytes of a storage that a tensor fills, if it leaves no gaps between them."""
+    """Return the range of bytes that a tensor fills, or nothing if it has gaps."""
     order = order_of(tensor.shape, tensor.stride())
     start = first_byte(tensor)
     return [(start, start + order.extent * tensor.element_size())] if order.dense else []
 
 
 def _gaps(ranges: list[tuple[int, int]], nbytes: int) -> Iterator[tuple[int, int]]:
-    """What of so many bytes is in none of the ranges."""
+    """Yield the ranges of the first ``nbytes`` bytes that are in none of the given ranges."""
     reached = 0
     for start, end in [*sorted(ranges), (nbytes, nbytes)]:
         if start > reached:

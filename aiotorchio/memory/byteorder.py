@@ -1,4 +1,7 @@
-"""Byte order: turns the numbers of a storage around, for messages from the other kind of host."""
+"""Conversion of received storages from the foreign byte order.
+
+In: a storage and the size of its numbers. Out: the same storage, in the byte order of this machine.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from aiotorchio.memory.device_copy import bytes_of
 
 __all__ = ["swap_bytes"]
 
-# The reversed copy is made of this many bytes at a time.
+# Bytes of the reversed copy that exists at a time.
 _STEP = 2**20
 
 
@@ -18,7 +21,7 @@ def swap_bytes(storage: torch.UntypedStorage, unit: int) -> None:
 
     Args:
         storage: On any device.
-        unit: Bytes of a number; what is left over at the end stays as it is.
+        unit: Bytes of a number; remaining bytes at the end do not change.
     """
     if unit == 1:
         return

@@ -1,8 +1,12 @@
-"""Memory for the payload of a message that arrives.
+"""Memory for the payload of a message that is received.
 
-A byte of the payload goes to one of four places: into a storage that is made for it, straight into
-a tensor that is there, into a slab from which it is copied on, or nowhere. A chunk that holds parts
-of many small storages goes through a slab as a whole: the number of its buffers is bounded.
+In: the table of storages with their devices, and routes into existing tensors. Out: buffers for
+each chunk, a function that copies the chunk on, and the storages at the end. A ``MismatchError``
+means that the caller changed a target during the load, a ``MemoryError`` that memory is exhausted.
+
+A byte of the payload goes into a new storage, straight into an existing tensor, or into a staging
+buffer from which it is copied; or it is dropped. A chunk with parts of many small storages goes
+through a staging buffer as a whole: this bounds the number of its buffers.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import torch
 
 from aiotorchio.common.gc_pause import gc_paused
 from aiotorchio.common.interrupt import check_interrupt, interruptible
-from aiotorchio.memory.device_copy import Copier, DeviceCopier, Slabs, bytes_of
+from aiotorchio.memory.device_copy import Copier, DeviceCopier, StagingBuffers, bytes_of
 from aiotorchio.memory.host import HUGE_PAGE, copy_small, scratch, use_huge_pages, view_of
 from aiotorchio.memory.outgoing import (
     SMALL_STORAGE,
@@ -27,21 +31,21 @@ from aiotorchio.memory.routes import Route
 
 __all__ = ["IncomingPayload"]
 
-# What is kept alive, at most, by one small storage that outlives its neighbours.
+# The most memory that one small storage keeps alive after its neighbours are freed.
 ARENA_MAX = 4 * 2**20
-# Storages begin at multiples of this; less than it lies between two of them.
+# Storages begin at multiples of this; the padding between two of them is shorter.
 _PADDING_MAX = 64
-# Storages and arenas that are received into one by one, of one chunk. Of more, the small ones go
-# through a slab: each buffer costs some microseconds on the event loop.
+# The most storages and arenas of one chunk that each get a buffer. If there are more, the small
+# ones go through a staging buffer: each buffer costs some microseconds on the event loop.
 _BUFFERS_MAX = 256
-# What indexing does when it has made sure that the storage is not on meta: 0.3 us, not 0.8.
+# Indexing without the check that the storage is not on meta: 0.3 us instead of 0.8.
 _slice_of: Callable[[torch.UntypedStorage, slice], torch.UntypedStorage]
 _slice_of = super(torch.UntypedStorage, torch.UntypedStorage).__getitem__
 
 
 @dataclass(slots=True)
 class _Region:
-    """A range of the payload that becomes one piece of memory: one storage, or an arena."""
+    """A range of the payload that becomes one block of memory: one storage, or an arena."""
 
     start: int
     end: int
@@ -49,23 +53,23 @@ class _Region:
     rows: list[int]
     storage: torch.UntypedStorage | None = None
     view: memoryview | None = field(default=None, repr=False)
-    # Whether huge pages were asked for.
+    # Whether huge pages were requested.
     advised: bool = False
 
 
 class IncomingPayload:
-    """Takes chunks in order; memory is made when the first bytes for it are about to arrive.
+    """Receives chunks in order; memory is allocated right before its first bytes arrive.
 
     Args:
         offsets: First byte of each storage in the payload.
-        nbytes: Bytes of each in the payload; 0 for those on ``meta``.
+        nbytes: Bytes of each storage in the payload; 0 on ``meta``.
         sizes: Size of each storage.
-        devices: Where each goes. What goes to ``meta`` is received and dropped; None: there is no
-            such storage here, its bytes go where the routes take them.
+        devices: The device of each storage. For ``meta``, the bytes are dropped. None: no storage
+            is made, and the bytes go into the targets of the routes.
         chunk_size: In bytes.
-        routes: What goes into tensors that are there.
-        copier: For storages on a device; the default fits the device.
-        staged: Which devices need staging; tests stage the CPU.
+        routes: The routes into existing tensors.
+        copier: Copies to storages on a device; the default fits the device.
+        needs_copy: Whether memory of a device needs device copies.
     """
 
     def __init__(
@@ -78,19 +82,19 @@ class IncomingPayload:
         routes: Iterable[Route] = (),
         *,
         copier: Copier | None = None,
-        staged: NeedsDeviceCopy = needs_device_copy,
+        needs_copy: NeedsDeviceCopy = needs_device_copy,
     ) -> None:
         self._offsets, self._nbytes, self._sizes = offsets, nbytes, sizes
         self._devices = devices
-        self._needs_staging = staged
+        self._needs_device_copy = needs_copy
         self._chunk_size = chunk_size
         self._all_routes = list(routes)
         straight, self._upcoming = self._divide()
         self._upcoming_starts = [route.start for route in self._upcoming]
         self._begun = 0
-        # Routes with bytes in the chunk that comes next, and maybe behind it.
+        # Routes with bytes in the next chunk, and maybe in those after it.
         self._under_way: list[Route] = []
-        # What the chunk that was taken last is moved by, which is never done if no other follows.
+        # The work of the last mover, which never runs if the message ends early.
         self._moving: list[list[Any]] = []
         own = list(self._plan())
         self._region_of: list[_Region | None] = [None] * len(offsets)
@@ -103,10 +107,10 @@ class IncomingPayload:
         self._starts = [region.start for region in self._regions]
         self._dropped: memoryview | None = None
         self._copier = copier or DeviceCopier()
-        self._slabs = Slabs(chunk_size, self._copier, incoming=True)
+        self._staging_buffers = StagingBuffers(chunk_size, self._copier, incoming=True)
 
     def _divide(self) -> tuple[list[Route], list[Route]]:
-        """The routes whose bytes are received where they belong, and those that take from slabs."""
+        """Return the routes without a staging buffer, and those that copy from one."""
         same: dict[tuple[int, int], list[Route]] = {}
         for route in self._all_routes:
             same.setdefault((route.start, route.end), []).append(route)
@@ -124,7 +128,7 @@ class IncomingPayload:
         others: list[Route] = []
         for route in interruptible(ordered):
             large = route.end - route.start >= SMALL_STORAGE
-            on_host = not self._needs_staging(route.device)
+            on_host = not self._needs_device_copy(route.device)
             if route.is_contiguous and large and on_host and id(route) not in shared:
                 straight.append(route)
             else:
@@ -132,7 +136,7 @@ class IncomingPayload:
         return straight, others
 
     def _routes_in(self, start: int, end: int) -> list[Route]:
-        """The routes that take from the slab of a chunk; chunks come in order."""
+        """Return the routes that copy from the staging buffer of a chunk; chunks come in order."""
         routes = [route for route in self._under_way if route.end > start]
         stop = bisect_left(self._upcoming_starts, end, self._begun)
         routes += self._upcoming[self._begun : stop]
@@ -141,7 +145,7 @@ class IncomingPayload:
         return routes
 
     def _regions_in(self, start: int, end: int) -> tuple[int, int]:
-        """Numbers of the first region with bytes in a range, and of the one after the last."""
+        """Return the numbers of the first region in a range and of the first one after it."""
         first = max(bisect_right(self._starts, start) - 1, 0)
         if first < len(self._regions) and self._regions[first].end <= start:
             first += 1
@@ -150,7 +154,7 @@ class IncomingPayload:
     def _plan(self) -> Iterator[_Region]:
         arena: _Region | None = None
         of_arenas = {
-            device: device is not None and not self._needs_staging(device)
+            device: device is not None and not self._needs_device_copy(device)
             for device in set(self._devices)
         }
         for row, (start, nbytes, device) in enumerate(
@@ -179,7 +183,7 @@ class IncomingPayload:
 
     @property
     def tables(self) -> list[list[Any]]:
-        """What may be as long as the tables of the header; nothing else holds what is in them."""
+        """The lists that may be as long as the tables of the header, for a release in parts."""
         rows: list[list[Any]] = [
             self._regions,
             self._starts,
@@ -190,21 +194,20 @@ class IncomingPayload:
         return [*rows, self._under_way, *self._moving]
 
     def steps(self, start: int, length: int) -> int:
-        """How many storages, arenas and routes ``chunk`` has to look at."""
+        """Return how many storages, arenas and routes ``chunk`` has to process."""
         first, last = self._regions_in(start, start + length)
         upcoming = bisect_left(self._upcoming_starts, start + length, self._begun) - self._begun
         return last - first + len(self._under_way) + upcoming
 
     def chunk(self, start: int, length: int) -> tuple[list[memoryview], Callable[[], None] | None]:
-        """Buffers for ``length`` bytes from ``start``, and what moves them on.
+        """Return buffers for ``length`` bytes from ``start``, and a function that moves them on.
 
         Returns:
-            The buffers, and a function to call when they are filled, in a worker thread if the
-            caller likes: it must return before the chunk after the next is taken. None if the
-            buffers are where the bytes belong.
+            The buffers, and a function to call when they are filled, in any thread: it must return
+            before the chunk after the next is taken. None if the bytes are received in place.
 
         Raises:
-            MemoryError: There is none left.
+            MemoryError: Memory is exhausted.
             MismatchError: A tensor of a route changed its shape or its memory.
         """
         end = start + length
@@ -214,14 +217,14 @@ class IncomingPayload:
         scattered: list[_Region] = []
         if len(regions) > _BUFFERS_MAX:
             regions, scattered = self._small_apart(regions)
-        slab = self._slabs.take() if routes or scattered else None
+        buffer = self._staging_buffers.take() if routes or scattered else None
         views: list[memoryview] = []
         moves: list[tuple[torch.Tensor, torch.Tensor]] = []
         position = start
         for region in regions:
-            # Between regions is what aligns them, and what is taken from a slab.
+            # Between regions are padding, and bytes that go through a staging buffer.
             if position < region.start:
-                views.append(self._between(slab, slice(position - start, region.start - start)))
+                views.append(self._between(buffer, slice(position - start, region.start - start)))
                 position = region.start
             stop = min(region.end, end)
             at = slice(position - start, stop - start)
@@ -230,20 +233,20 @@ class IncomingPayload:
                 views.append(region.view(position, stop))
             elif region.device.type == "meta":
                 views.append(self._scratch()[at])
-            elif self._needs_staging(region.device):
-                slab = slab or self._slabs.take()
+            elif self._needs_device_copy(region.device):
+                buffer = buffer or self._staging_buffers.take()
                 within = slice(position - region.start, stop - region.start)
-                moves.append((bytes_of(self._storage_of(region))[within], slab[0][at]))
-                views.append(slab[1][at])
+                moves.append((bytes_of(self._storage_of(region))[within], buffer[0][at]))
+                views.append(buffer[1][at])
             else:
                 view = self._view_of(region, start)
                 views.append(view[position - region.start : stop - region.start])
             position = stop
         if position < end:
-            views.append(self._between(slab, slice(position - start, end - start)))
-        if slab is None:
+            views.append(self._between(buffer, slice(position - start, end - start)))
+        if buffer is None:
             return views, None
-        return views, self._mover(slab[0][:length], start, moves, scattered, routes)
+        return views, self._mover(buffer[0][:length], start, moves, scattered, routes)
 
     def _mover(
         self,
@@ -253,7 +256,7 @@ class IncomingPayload:
         scattered: list[_Region],
         routes: list[Route],
     ) -> Callable[[], None]:
-        """A function that moves a chunk on from its staging buffer."""
+        """Make the function that copies a chunk from its staging buffer."""
         self._moving = [moves, scattered, routes]
 
         def move() -> None:
@@ -264,7 +267,7 @@ class IncomingPayload:
             for route in routes:
                 check_interrupt()
                 route.check()
-                on_host = not self._needs_staging(route.device)
+                on_host = not self._needs_device_copy(route.device)
                 route.take(filled, start, None if on_host else self._copier)
 
         return move
@@ -272,7 +275,7 @@ class IncomingPayload:
     def _small_apart(
         self, regions: Sequence[_Region | Route]
     ) -> tuple[list[_Region | Route], list[_Region]]:
-        """Regions to be received into, and small ones, to be copied to from a slab."""
+        """Divide regions into large ones and small ones, which go through a staging buffer."""
         large: list[_Region | Route] = []
         small: list[_Region] = []
         for region in interruptible(regions):
@@ -282,51 +285,51 @@ class IncomingPayload:
                 small.append(region)
         return large, small
 
-    def _scatter(self, region: _Region, slab: torch.Tensor, slab_start: int) -> None:
-        """Copy what a slab holds of a small region."""
-        start, stop = max(region.start, slab_start), min(region.end, slab_start + len(slab))
+    def _scatter(self, region: _Region, buffer: torch.Tensor, buffer_start: int) -> None:
+        """Copy the bytes of a small region from a staging buffer."""
+        start, stop = max(region.start, buffer_start), min(region.end, buffer_start + len(buffer))
         storage = self._storage_of(region)
-        if self._needs_staging(region.device):
+        if self._needs_device_copy(region.device):
             within = slice(start - region.start, stop - region.start)
-            at = slice(start - slab_start, stop - slab_start)
-            self._copier.copy(bytes_of(storage)[within], slab[at])
+            at = slice(start - buffer_start, stop - buffer_start)
+            self._copier.copy(bytes_of(storage)[within], buffer[at])
         else:
             # Two slices and a copy_() would take ten times as long for a storage of 4 KiB.
             copy_small(
                 storage.data_ptr() + start - region.start,
-                slab.data_ptr() + start - slab_start,
+                buffer.data_ptr() + start - buffer_start,
                 stop - start,
             )
 
-    def _between(self, slab: tuple[torch.Tensor, memoryview] | None, at: slice) -> memoryview:
-        if slab is not None:
-            return slab[1][at]
+    def _between(self, buffer: tuple[torch.Tensor, memoryview] | None, at: slice) -> memoryview:
+        if buffer is not None:
+            return buffer[1][at]
         if at.stop - at.start < _PADDING_MAX:
             return memoryview(bytearray(at.stop - at.start))
         return self._scratch()[at]
 
     def _scratch(self) -> memoryview:
-        """Memory for what is dropped."""
+        """Return memory for bytes that are dropped."""
         if self._dropped is None:
             self._dropped = scratch(self._chunk_size)
         return self._dropped
 
     def check(self) -> None:
-        """Make sure that every tensor of a route still is where it was.
+        """Check that every tensor of a route still has its shape and its memory.
 
         Raises:
-            MismatchError: One has another shape or other memory: the bytes went astray.
+            MismatchError: A tensor has not: bytes were received into its old memory.
         """
         for route in interruptible(self._all_routes):
             route.check()
 
     def storages(self) -> list[torch.UntypedStorage | None]:
-        """The storage of each row, when all chunks have arrived; None where there is none."""
+        """Return the storage of each row, after all chunks; None for a row without one."""
         with gc_paused():
             return [self.storage(row) for row in interruptible(range(len(self._offsets)))]
 
     def storage(self, row: int) -> torch.UntypedStorage | None:
-        """The storage of one row, when its bytes have arrived."""
+        """Return the storage of one row, after its bytes have arrived."""
         device, region = self._devices[row], self._region_of[row]
         if device is None:
             return None
@@ -336,11 +339,11 @@ class IncomingPayload:
         if len(region.rows) == 1:
             return whole
         at = self._offsets[row] - region.start
-        # A storage of its own that shares the memory of the arena.
+        # A separate storage object over the memory of the arena.
         return _slice_of(whole, slice(at, at + self._nbytes[row]))
 
     def release(self, row: int) -> None:
-        """Forget the storage of a row, and those before it, which are with the caller now."""
+        """Drop the references to the storages of a row and of the rows of its region before it."""
         region = self._region_of[row]
         if region is not None and row == region.rows[-1]:
             region.storage = region.view = None
@@ -348,20 +351,21 @@ class IncomingPayload:
     def _storage_of(self, region: _Region) -> torch.UntypedStorage:
         if region.storage is None:
             try:
-                # Memory of the host is only reserved here: it grows as bytes are written.
+                # Memory of the host is only reserved here: it takes room as bytes are written.
                 region.storage = torch.UntypedStorage(
                     region.end - region.start, device=region.device
                 )
             except RuntimeError as error:
                 raise MemoryError(
-                    f"no {region.end - region.start} bytes on {region.device}: {error}"
+                    f"{region.end - region.start} bytes could not be allocated on "
+                    f"{region.device}: {error}"
                 ) from error
         return region.storage
 
     def _view_of(self, region: _Region, arrived: int) -> memoryview:
         if region.view is None:
             region.view = view_of(self._storage_of(region))
-        # Not before a huge page has arrived: the first byte in one takes all of its memory.
+        # Only after the bytes of a huge page: the first byte in one takes all of its memory.
         if arrived >= HUGE_PAGE and not region.advised:
             region.advised = True
             use_huge_pages(self._storage_of(region))

@@ -1,4 +1,8 @@
-"""The payload of a message that is sent: storages, cut into chunks."""
+"""The payload of a message to send: storages, cut into chunks.
+
+In: storages and their places in the payload. Out: views of one chunk after the other, for the
+composer. A ``RuntimeError`` means that the caller resized a storage during the send.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,21 @@ from typing import cast
 import torch
 
 from aiotorchio.common.strides import Part
-from aiotorchio.memory.device_copy import Copier, DeviceCopier, Here, OnDevice, Slabs, bytes_of
+from aiotorchio.memory.device_copy import (
+    Copier,
+    DeviceCopier,
+    Here,
+    OnDevice,
+    StagingBuffers,
+    bytes_of,
+)
 from aiotorchio.memory.gather import Gathered
 from aiotorchio.memory.host import copy_small, view_of
 
 __all__ = ["SMALL_STORAGE", "NeedsDeviceCopy", "OutgoingPayload", "needs_device_copy"]
 
-# Storages below this size are sent and received together. Each on its own would cost a view
-# (12 us, most of it garbage collection), a place in the system call and a call of the hash:
+# Storages below this size are sent and received together. A separate one would cost a view
+# (12 us, most of it garbage collection), an entry in the system call and a call of the hash:
 # copying 64 KiB takes 8 us.
 SMALL_STORAGE = 64 * 2**10
 
@@ -27,28 +38,28 @@ NeedsDeviceCopy = Callable[[torch.device], bool]
 
 
 def needs_device_copy(device: torch.device) -> bool:
-    """Whether memory of this device is out of reach for sockets."""
+    """Whether sockets cannot access the memory of this device."""
     return device.type != "cpu"
 
 
 class OutgoingPayload:
-    """The chunks of a payload, as views of the storages themselves; small ones are gathered.
+    """The chunks of a payload, as views of the storages; small storages are copied together.
 
     Args:
-        storages: In the order of the header.
-        offsets: First byte of each in the payload.
-        nbytes: Bytes of each in the payload; 0 for those on ``meta``.
+        storages: The storages, in the order of the header.
+        offsets: First byte of each storage in the payload.
+        nbytes: Bytes of each storage in the payload; 0 on ``meta``.
         chunk_size: In bytes.
-        parts: Storages of which only parts are sent, by number; what lies between their parts, to
-            align them, is less than 16 bytes of zeros.
-        copier: For storages on a device; the default fits the device.
-        staged: Which devices need staging; tests stage the CPU.
+        parts: The parts to send of a storage that is not sent whole, by number of the storage.
+            Between two parts are less than 16 bytes of zeros, for alignment.
+        copier: Copies storages from a device; the default fits the device.
+        needs_copy: Whether memory of a device needs device copies.
 
     Attributes:
-        has_staged: Whether any storage is on a device.
-        has_packed: Whether elements have to be gathered, which takes microseconds a piece.
-        small: How many storages and parts are small, so that they are gathered.
-        borrows: Whether the chunk that was taken last shows the memory of storages on the host.
+        has_device_copies: Whether any storage needs device copies.
+        has_gathered: Whether elements have to be gathered, which takes microseconds a piece.
+        small: Number of storages and parts that are small enough to be copied together.
+        borrows: Whether the last chunk has views of storages on the host.
     """
 
     def __init__(
@@ -60,16 +71,16 @@ class OutgoingPayload:
         *,
         parts: Mapping[int, Sequence[Part]] | None = None,
         copier: Copier | None = None,
-        staged: NeedsDeviceCopy = needs_device_copy,
+        needs_copy: NeedsDeviceCopy = needs_device_copy,
     ) -> None:
-        # What is sent as a piece: a storage with bytes (empty ones share their offset with the
-        # next one), or a part of one.
+        # A piece is a part of a storage, or a whole storage with bytes. (An empty storage has the
+        # offset of the next one.)
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._storages: list[torch.UntypedStorage] = []
         self._sizes: list[int] = []  # of the storages
         self._firsts: list[int] = []  # bytes of the storages before the pieces
-        self._packed: dict[int, Gathered] = {}
+        self._gathered: dict[int, Gathered] = {}
         for row, size in enumerate(nbytes):
             if not size:
                 continue
@@ -77,28 +88,28 @@ class OutgoingPayload:
             if parts and row in parts:
                 for part in parts[row]:
                     if not part.dense:
-                        self._packed[len(self._starts)] = Gathered(storage, part)
+                        self._gathered[len(self._starts)] = Gathered(storage, part)
                     self._add(storage, storage.nbytes(), offsets[row] + part.at, part.nbytes)
                     self._firsts.append(part.start)
             else:
                 self._add(storage, size, offsets[row], size)
                 self._firsts.append(0)
         devices = [storage.device for storage in self._storages]
-        needs = {device: staged(device) for device in set(devices)}
-        self._staged = [needs[device] for device in devices]
+        needs = {device: needs_copy(device) for device in set(devices)}
+        self._on_device = [needs[device] for device in devices]
         self._small = [
-            end - start < SMALL_STORAGE and not is_staged
-            for start, end, is_staged in zip(self._starts, self._ends, self._staged, strict=True)
+            end - start < SMALL_STORAGE and not on_device
+            for start, end, on_device in zip(self._starts, self._ends, self._on_device, strict=True)
         ]
-        for n in self._packed:
+        for n in self._gathered:
             self._small[n] = False
-        self.has_device_copies = any(self._staged)
-        self.has_gathered = bool(self._packed)
+        self.has_device_copies = any(self._on_device)
+        self.has_gathered = bool(self._gathered)
         self.small = sum(self._small)
         self.borrows = False
-        # Without a device there is nothing but views to stage.
-        self._slabs = (
-            Slabs(chunk_size, copier or DeviceCopier()) if self.has_device_copies else None
+        # Without a device, there are only views.
+        self._staging_buffers = (
+            StagingBuffers(chunk_size, copier or DeviceCopier()) if self.has_device_copies else None
         )
 
     def _add(self, storage: torch.UntypedStorage, size: int, start: int, nbytes: int) -> None:
@@ -108,20 +119,20 @@ class OutgoingPayload:
         self._ends.append(start + nbytes)
 
     def chunk(self, start: int, length: int) -> list[memoryview]:
-        """Views of ``length`` bytes from ``start``; from a device, they are copied first.
+        """Return views of ``length`` bytes from ``start``; bytes on a device are copied first.
 
-        Views of a slab hold until the chunk after the next is taken; all others hold for good.
+        Views of a staging buffer are valid until the chunk after the next is taken, others always.
 
         Raises:
-            RuntimeError: A storage has another size than when it was announced.
+            RuntimeError: A storage was resized since this payload was made.
         """
         pieces = list(self.pieces(start, length))
-        if self._slabs is not None:
-            return self._slabs.stage(pieces)
+        if self._staging_buffers is not None:
+            return self._staging_buffers.stage(pieces)
         return cast(list[memoryview], pieces)
 
     def pieces(self, start: int, length: int) -> Iterator[memoryview | OnDevice]:
-        """Likewise, but bytes on a device are left there."""
+        """Yield the pieces of a chunk; bytes on a device are not copied."""
         self.borrows = False
         position, end = start, start + length
         index = max(bisect_right(self._starts, start) - 1, 0)
@@ -133,13 +144,13 @@ class OutgoingPayload:
             elif position >= last:
                 index += 1
                 continue
-            elif self._staged[index]:
+            elif self._on_device[index]:
                 yield OnDevice(
                     self._storages[index].device,
                     last - position,
                     self._copy_of(index, position - first, last - first),
                 )
-            elif index in self._packed:
+            elif index in self._gathered:
                 gathered = torch.UntypedStorage(last - position)
                 self._copy_of(index, position - first, last - first)(bytes_of(gathered), Here())
                 yield view_of(gathered)
@@ -154,28 +165,33 @@ class OutgoingPayload:
             position = last
 
     def _copy_of(self, index: int, start: int, stop: int) -> Callable[[torch.Tensor, Copier], None]:
-        """What copies a range of a piece."""
-        storage, packed, first = self._checked(index), self._packed.get(index), self._firsts[index]
+        """Make a function that copies a range of a piece."""
+        storage, gathered, first = (
+            self._checked(index),
+            self._gathered.get(index),
+            self._firsts[index],
+        )
 
         def copy(destination: torch.Tensor, copier: Copier) -> None:
-            if packed is None:
+            if gathered is None:
                 copier.copy(destination, bytes_of(storage)[first + start : first + stop])
             else:
-                packed.copy(destination, start, stop, copier)
+                gathered.copy(destination, start, stop, copier)
 
         return copy
 
     def _checked(self, index: int) -> torch.UntypedStorage:
-        """A storage, which must still be as large as it was."""
+        """Return a storage, which must still have its original size."""
         storage, nbytes = self._storages[index], self._sizes[index]
         if storage.nbytes() != nbytes:
             raise RuntimeError(
-                f"a storage of {nbytes} bytes was resized to {storage.nbytes()} while it was sent"
+                f"a storage of {nbytes} bytes was resized to {storage.nbytes()} bytes while it was "
+                "sent; its size must not change during a save"
             )
         return storage
 
     def _gather(self, index: int, start: int, end: int) -> memoryview:
-        """Copy a run of small pieces, and what aligns them, into one piece of memory."""
+        """Copy a run of small pieces, and the padding between them, into one block of memory."""
         stop = index
         while stop < len(self._starts) and self._small[stop] and self._starts[stop] < end:
             stop += 1

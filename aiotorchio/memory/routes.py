@@ -1,6 +1,8 @@
-"""A route takes a strided view of a storage, while its bytes arrive, into a tensor that is there.
+"""Routes: copies from chunks that arrive into existing tensors.
 
-The tensor may have another layout, dtype or device. No more of it is in flight than one chunk.
+In: a strided view of a storage as the sender has it, and a tensor that may have another layout,
+dtype or device. Out: the elements in that tensor, copied chunk by chunk. ``IncomingPayload`` calls
+the routes. A ``MismatchError`` means that the caller changed the tensor during the load.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ __all__ = [
     "same_elements",
 ]
 
-# What copies numbers of each size as they are. Not all dtypes can be copied as themselves.
+# For each size, a dtype to copy numbers bit by bit: torch cannot copy some dtypes.
 CARRIERS = {
     1: torch.uint8,
     2: torch.int16,
@@ -37,7 +39,7 @@ CARRIERS = {
     16: torch.complex128,
 }
 
-# A part of a copy that can be interrupted between two of them: some milliseconds.
+# Elements between two checks for an interrupt: some milliseconds.
 _PART_ELEMENTS = 2**20
 
 
@@ -48,58 +50,63 @@ def alias(
     shape: Sequence[int],
     stride: Sequence[int],
 ) -> torch.Tensor:
-    """A plain tensor over memory that a parameter or a tensor of inference mode may have, too.
+    """Make a tensor without autograd history over the memory of a storage.
 
-    It has no history, so that it can be written to in any mode.
+    It can be written to in any mode, even if the memory is that of a parameter or of a tensor of
+    inference mode.
 
     Raises:
-        ValueError: It would reach beyond the storage, which torch would resize for it.
+        ValueError: The tensor would reach beyond the storage, which torch would then resize.
     """
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     if 0 not in shape and (last + 1) * dtype.itemsize > storage.nbytes():
-        raise ValueError(f"a tensor beyond a storage of {storage.nbytes()} bytes")
+        raise ValueError(
+            f"a tensor reaches byte {(last + 1) * dtype.itemsize}, beyond a storage of "
+            f"{storage.nbytes()} bytes"
+        )
     with torch.inference_mode(False):
         tensor = torch.empty((0,), dtype=dtype, device=storage.device)
         return tensor.set_(storage, offset, shape, stride)
 
 
 def placement_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """All that must stay the same while others write to the memory of a tensor."""
+    """Return all properties of a tensor that must not change while bytes are written into it."""
     storage = tensor.untyped_storage()
     memory = (storage.data_ptr(), storage.nbytes(), tensor.storage_offset())
     return (*memory, tensor.device, tensor.dtype, tensor.shape, tensor.stride())
 
 
 def memory_of(tensor: torch.Tensor) -> object:
-    """Equal for tensors that are one: the same numbers in the same memory, under two names."""
+    """Return a key that is equal for tied tensors: the same layout of the same memory."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def moved() -> MismatchError:
-    """The error of a destination that is not where it was."""
+    """Make the error for a target whose shape or memory has changed."""
     return MismatchError(
-        "a destination changed its shape or its memory while its message was received"
+        "a target changed its shape or its memory while its message was received; do not resize, "
+        "replace or convert the tensors of into during a load"
     )
 
 
 class Route:
-    """From a range of the payload into one tensor.
+    """A copy from a range of the payload into one tensor.
 
     Args:
         storage_start: First byte, in the payload, of the storage that holds the source.
-        source: The view as it is at the sender: a tensor on ``meta`` with elements, each of them
-            with an address of its own (see ``Order.distinct``).
-        tensor: Of the same shape, neither a conjugate nor a negative view, of elements that do
-            not overlap.
-        by_elements: Take them from a slab one by one, wherever they could be copied as they lie.
+        source: The view as the sender has it: a tensor on ``meta`` with at least one element, and
+            with distinct addresses (see ``Order.distinct``).
+        tensor: The target: a tensor of the same shape, neither a conjugate nor a negative view,
+            whose elements do not overlap.
+        by_elements: Copy single elements, even where whole ranges could be copied.
 
     Attributes:
         start: First byte of the payload that the view shows.
-        end: Behind the last one.
-        plain: Whether the bytes lie in the tensor as they lie in the payload.
+        end: First byte of the payload after the view.
+        is_contiguous: Whether the bytes have the same order in the tensor and in the payload.
     """
 
-    # There may be 100,000 of them.
+    # There may be 100,000 routes.
     __slots__ = (
         "_bytes",
         "_destination",
@@ -160,18 +167,18 @@ class Route:
 
     @property
     def device(self) -> torch.device:
-        """Of the tensor."""
+        """The device of the tensor."""
         return self._tensor.device
 
     @property
     def key(self) -> object:
-        """What is equal for two routes of which one is enough: tied parameters at both ends."""
+        """A key that is equal for routes with the same source and target: tied tensors."""
         source = self._source
         layout = (source.dtype, source.shape, source.stride(), source.is_conj(), source.is_neg())
         return self.start, layout, self._place
 
     def check(self) -> None:
-        """Make sure that the tensor still is where it was.
+        """Check that the tensor has not changed.
 
         Raises:
             MismatchError: It has another shape, dtype or memory.
@@ -180,29 +187,29 @@ class Route:
             raise moved()
 
     def view(self, start: int, end: int) -> memoryview:
-        """The memory of a plain tensor on the host for a range of the payload."""
+        """Return the memory for a range of the payload, in a contiguous target on the host."""
         if self._view is None:
             whole = view_of(self._storage)
             self._view = whole[self._first_byte : self._first_byte + self.end - self.start]
         return self._view[start - self.start : end - self.start]
 
-    def take(self, slab: torch.Tensor, slab_start: int, copier: Copier | None) -> None:
-        """Copy what a slab holds for this tensor.
+    def take(self, buffer: torch.Tensor, buffer_start: int, copier: Copier | None) -> None:
+        """Copy the bytes for this tensor from a staging buffer.
 
         Args:
-            slab: Bytes of the payload, on the host, with a storage of their own.
-            slab_start: The first of them.
-            copier: For a tensor on a device; None for the host.
+            buffer: Bytes of the payload, on the host, from the first byte of a storage on.
+            buffer_start: Offset of the first of them in the payload.
+            copier: Copies to a tensor on a device; None for the host.
         """
-        start = max(self.start, slab_start)
-        end = min(self.end, slab_start + len(slab))
+        start = max(self.start, buffer_start)
+        end = min(self.end, buffer_start + len(buffer))
         if not self.is_contiguous:
-            self._take_elements(slab, slab_start, start, end, copier)
+            self._take_elements(buffer, buffer_start, start, end, copier)
         elif copier is None:
             # Two slices and a copy_() would take ten times as long for a tensor of 4 KiB.
             copy_bytes(
                 self._storage.data_ptr() + self._first_byte + start - self.start,
-                slab.data_ptr() + start - slab_start,
+                buffer.data_ptr() + start - buffer_start,
                 end - start,
             )
         else:
@@ -211,11 +218,11 @@ class Route:
                 self._bytes = alias(self._storage, torch.uint8, self._first_byte, shape, (1,))
             copier.copy(
                 self._bytes[start - self.start : end - self.start],
-                slab[start - slab_start : end - slab_start],
+                buffer[start - buffer_start : end - buffer_start],
             )
 
     def _take_elements(
-        self, slab: torch.Tensor, slab_start: int, start: int, end: int, copier: Copier | None
+        self, buffer: torch.Tensor, buffer_start: int, start: int, end: int, copier: Copier | None
     ) -> None:
         order, tensor = self._order, self._tensor
         # Chunks end at multiples of 64 bytes: no element is cut.
@@ -225,9 +232,9 @@ class Route:
         for box in boxes(order.shape, first, last):
             corner = sum(part.start * step for part, step in zip(box, order.stride, strict=True))
             source = alias(
-                slab.untyped_storage(),
+                buffer.untyped_storage(),
                 self._source_dtype,
-                (self.start - slab_start) // self._itemsize + corner,
+                (self.start - buffer_start) // self._itemsize + corner,
                 [part.stop - part.start for part in box] + expanded,
                 order.stride + [0] * len(expanded),
             )
@@ -238,16 +245,16 @@ class Route:
 
 
 class Comparison(Route):
-    """Compares elements with those that an earlier route has put into the same tensor.
+    """A comparison with the elements that an earlier route has copied into the same tensor.
 
-    It copies nothing, and takes no memory, but for other dtypes and devices: then that of the
-    elements of one chunk in the dtype of the tensor.
+    It copies nothing. It takes memory only for another dtype or device: for the elements of one
+    chunk in the dtype of the tensor.
 
     Args:
-        storage_start: As of a ``Route``.
-        source: Likewise. It begins after the end of that of the earlier route.
-        tensor: As of a ``Route``.
-        differ: Makes the error for other elements.
+        storage_start: As for ``Route``.
+        source: As for ``Route``; it begins after the end of the earlier route's source.
+        tensor: As for ``Route``.
+        differ: Makes the error for different elements.
     """
 
     __slots__ = ("_differ",)
@@ -278,7 +285,7 @@ def _is_same(destination: torch.Tensor, source: torch.Tensor, copier: Copier | N
     """Whether a copy of the source would change no bit of the destination."""
     converted = source.dtype != destination.dtype or source.is_conj() or source.is_neg()
     if converted or source.device != destination.device:
-        # As the copy would do it: torch converts in more than one way.
+        # A real copy, since torch converts in more than one way.
         copied = torch.empty(destination.shape, dtype=destination.dtype, device=destination.device)
         _copy(copied, source, copier)
         source = copied
@@ -286,7 +293,7 @@ def _is_same(destination: torch.Tensor, source: torch.Tensor, copier: Copier | N
         return True
     if not converted or not (destination.is_floating_point() or destination.is_complex()):
         return False
-    # Where a conversion meets NaN, its bits depend on what lies next to it.
+    # The bits of a converted NaN depend on the neighbouring elements.
     one, two = (
         torch.view_as_real(each)
         if each.is_complex()
@@ -297,7 +304,7 @@ def _is_same(destination: torch.Tensor, source: torch.Tensor, copier: Copier | N
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as integers, which are equal if their bits are."""
+    """Return the bits of a tensor as integers."""
     storage, offset = tensor.untyped_storage(), int(tensor.storage_offset())
     carrier = CARRIERS[tensor.element_size()]
     if not carrier.is_complex:
@@ -307,14 +314,14 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copy_elements(destination: torch.Tensor, source: torch.Tensor, copier: Copier) -> None:
-    """Copy into a tensor of the caller's, which may be a parameter, or of inference mode."""
+    """Copy into any tensor: a parameter and a tensor of inference mode, too."""
     for part, same_part in _in_parts(*_carried(destination, source)):
         check_interrupt()
         copier.copy(part, same_part)
 
 
 def same_elements(destination: torch.Tensor, source: torch.Tensor, copier: Copier) -> bool:
-    """Whether ``copy_elements`` would change no bit."""
+    """Whether ``copy_elements`` would leave every bit unchanged."""
     for part, same_part in _in_parts(*_carried(destination, source)):
         check_interrupt()
         if not _is_same(part, same_part, copier):
@@ -323,7 +330,7 @@ def same_elements(destination: torch.Tensor, source: torch.Tensor, copier: Copie
 
 
 def _carried(destination: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both without history, and as numbers that can be copied as they are, if they stay so."""
+    """Return both without autograd history; without a conversion, as carriers of the same size."""
     same_numbers = (
         source.dtype == destination.dtype and not source.is_conj() and not source.is_neg()
     )
@@ -335,11 +342,11 @@ def _carried(destination: torch.Tensor, source: torch.Tensor) -> tuple[torch.Ten
 
 
 def _in_parts(one: torch.Tensor, two: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Two tensors of one shape, cut alike into parts that are copied in some milliseconds."""
+    """Cut two tensors of one shape into equal parts that are copied in some milliseconds."""
     if one.numel() <= _PART_ELEMENTS:
         yield one, two
         return
-    # Of the widest dimension, as many at a time as make a part.
+    # Along the widest dimension, as many indices as fill a part.
     dim = max(range(one.dim()), key=one.size)
     width = max(_PART_ELEMENTS * one.size(dim) // one.numel(), 1)
     for pair in zip(one.split(width, dim), two.split(width, dim), strict=True):
@@ -347,7 +354,7 @@ def _in_parts(one: torch.Tensor, two: torch.Tensor) -> Iterator[tuple[torch.Tens
 
 
 def _like(view: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Stored numbers as a view means them: its conjugates, its negatives."""
+    """Apply the conjugation and the negation of a view to stored numbers."""
     numbers = numbers.conj() if view.is_conj() else numbers
     return numbers.neg() if view.is_neg() else numbers
 

@@ -1,7 +1,7 @@
-"""The payload of a message as it was at one moment, while its owner goes on changing it.
+"""A copy of a payload at one moment, so that the caller can change the tensors during the send.
 
-A copy of the whole, chunk by chunk: of the host on the host, of a device on that device. Each chunk
-is free again when it was sent.
+In: an ``OutgoingPayload``. Out: its chunks, from a copy of the whole payload: bytes on the host are
+copied on the host, bytes on a device on that device. Each chunk is freed after it was sent.
 """
 
 from __future__ import annotations
@@ -13,30 +13,32 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from aiotorchio.memory.device_copy import Copier, Here, OnDevice, Slabs
+from aiotorchio.memory.device_copy import Copier, Here, OnDevice, StagingBuffers
 from aiotorchio.memory.outgoing import OutgoingPayload
 
 __all__ = ["SnapshotPayload"]
 
-# malloc would keep chunks that were freed; these go back to the system. (MAP_POPULATE would take a
-# third less time, and hold the interpreter's lock for all of it.)
+# The system gets this memory back when a chunk is freed; malloc would keep it. (MAP_POPULATE would
+# take a third less time, but hold the interpreter's lock for all of it.)
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 class SnapshotPayload:
-    """Chunks of a payload, each to be taken once, in order.
+    """The chunks of a copied payload; each can be taken once, in order.
 
     Args:
-        payload: What is copied, here and now. Copies on a device are queued on its current stream.
+        payload: The payload, which is copied at once. Copies on a device are queued on its current
+            stream.
         chunks: First byte and length of each chunk.
         chunk_size: In bytes.
-        copier: Makes what takes the copies from their devices, when all of them are queued.
+        copier: Makes the copier from devices to the host; called after all copies on devices were
+            queued.
 
     Attributes:
-        has_staged: As of the payload.
-        has_packed: Not any more.
-        small: None: they were gathered when they were copied.
-        borrows: Never: nobody changes what is sent.
+        has_device_copies: Whether any bytes are on a device.
+        has_gathered: False: elements were gathered when they were copied.
+        small: 0: small storages were gathered when they were copied.
+        borrows: False: no chunk shows the caller's memory.
     """
 
     borrows = has_gathered = False
@@ -51,15 +53,15 @@ class SnapshotPayload:
     ) -> None:
         self.has_device_copies = payload.has_device_copies
         self._chunks = deque(_copied(list(payload.pieces(*chunk))) for chunk in chunks)
-        self._slabs = Slabs(chunk_size, copier())
+        self._staging_buffers = StagingBuffers(chunk_size, copier())
 
     def chunk(self, start: int, length: int) -> list[memoryview]:
-        """Views of the next chunk, as ``OutgoingPayload.chunk`` gives them."""
-        return self._slabs.stage(self._chunks.popleft())
+        """Return views of the next chunk, as ``OutgoingPayload.chunk`` does."""
+        return self._staging_buffers.stage(self._chunks.popleft())
 
 
 def _copied(pieces: Sequence[memoryview | OnDevice]) -> list[memoryview | OnDevice]:
-    """The pieces of a chunk in memory of their own."""
+    """Copy the pieces of a chunk into new memory."""
     on_host = sum(len(piece) for piece in pieces if isinstance(piece, memoryview))
     memory = memoryview(mmap.mmap(-1, on_host, **_PRIVATE) if on_host else bytearray())
     copies: list[memoryview | OnDevice] = []
@@ -74,7 +76,7 @@ def _copied(pieces: Sequence[memoryview | OnDevice]) -> list[memoryview | OnDevi
 
 
 def _move(destination: memoryview, source: memoryview) -> None:
-    """Copy bytes, while other threads go on: a slice of a memoryview would stop them."""
+    """Copy bytes without stopping other threads, as assigning to a slice of a view would."""
     if source.readonly:  # padding
         destination[: len(source)] = source
     elif len(source):

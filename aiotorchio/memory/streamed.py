@@ -1,4 +1,8 @@
-"""The payload of a message whose tensors are made while it is sent, one after the other."""
+"""The payload of a message whose tensors are created one by one during the send.
+
+In: the tensors, in the order of the header. Out: views of chunks. At most one tensor is held at a
+time. The caller has checked the sizes of the tensors.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from aiotorchio.memory.device_copy import Copier, Slabs
+from aiotorchio.memory.device_copy import Copier, StagingBuffers
 from aiotorchio.memory.host import first_byte, view_of
 from aiotorchio.memory.outgoing import NeedsDeviceCopy, needs_device_copy
 from aiotorchio.memory.routes import alias
@@ -15,14 +19,14 @@ __all__ = ["StreamedPayload"]
 
 
 class StreamedPayload:
-    """Chunks of tensors that come one by one, of which no more than one is held.
+    """The chunks of a payload of tensors that are sent into ``chunk`` one by one.
 
     Args:
         offsets: First byte of each tensor in the payload.
-        nbytes: Bytes of each.
+        nbytes: Bytes of each tensor.
         chunk_size: In bytes.
-        copier: For tensors on a device.
-        staged: Which devices need staging; tests stage the CPU.
+        copier: Copies tensors from a device.
+        needs_copy: Whether memory of a device needs device copies.
     """
 
     def __init__(
@@ -32,27 +36,27 @@ class StreamedPayload:
         chunk_size: int,
         *,
         copier: Copier,
-        staged: NeedsDeviceCopy = needs_device_copy,
+        needs_copy: NeedsDeviceCopy = needs_device_copy,
     ) -> None:
         self._offsets, self._nbytes = offsets, nbytes
         self._row = 0
         self._tensor: torch.Tensor | None = None
         self._copier = copier
-        self._slabs = Slabs(chunk_size, copier)
-        self._needs_staging = staged
+        self._staging_buffers = StagingBuffers(chunk_size, copier)
+        self._needs_device_copy = needs_copy
 
     def chunk(self, start: int, length: int) -> Generator[None, torch.Tensor, list[memoryview]]:
-        """The next chunk.
+        """Make views of the next chunk.
 
         Yields:
-            Whenever it needs the next tensor; to be sent it, contiguous. Tensors without bytes
-            are asked for, too, unless they are behind the last byte.
+            None, to receive the next tensor, which must be contiguous. That includes tensors
+            without bytes, except those after the last byte of the payload.
 
         Returns:
-            Views, which hold until the chunk after the next is taken.
+            Views, which are valid until the chunk after the next is taken.
         """
         views: list[memoryview] = []
-        slab, memory = self._slabs.take()
+        buffer, memory = self._staging_buffers.take()
         position, gathered, end = start, start, start + length
         while position < end:
             if self._tensor is None:
@@ -70,13 +74,13 @@ class StreamedPayload:
                 break
             part = slice(position - first, min(last, end) - first)
             following = first + part.stop
-            if self._needs_staging(self._tensor.device):
+            if self._needs_device_copy(self._tensor.device):
                 self._copier.copy(
-                    slab[position - start : following - start], _bytes_of(self._tensor)[part]
+                    buffer[position - start : following - start], _bytes_of(self._tensor)[part]
                 )
             elif last < end:
                 # A copy, so that this tensor is free before the next one is made.
-                slab[position - start : following - start] = _bytes_of(self._tensor)[part]
+                buffer[position - start : following - start] = _bytes_of(self._tensor)[part]
             else:
                 views += [memory[gathered - start : position - start]] * (gathered < position)
                 views.append(_view_of(self._tensor)[part])

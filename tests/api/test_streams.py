@@ -597,7 +597,7 @@ class FailingCopier:
     def __init__(self) -> None:
         self.copies = 0
 
-    def slab(self, nbytes: int) -> torch.UntypedStorage:
+    def staging_buffer(self, nbytes: int) -> torch.UntypedStorage:
         return torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
@@ -614,7 +614,7 @@ def failing_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from aiotorchio.memory.outgoing import OutgoingPayload
 
     def staged(*args: Any, **options: Any) -> OutgoingPayload:
-        device = {"copier": FailingCopier(), "staged": lambda device: True}
+        device = {"copier": FailingCopier(), "needs_copy": lambda device: True}
         return OutgoingPayload(*args, **options | device)
 
     monkeypatch.setattr(options, "prepare", functools.partial(prepare, outgoing=staged))

@@ -26,7 +26,7 @@ from aiotorchio.engine.send import prepare, send_message
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.limits import Limits
 from aiotorchio.memory import device_copy
-from aiotorchio.memory.device_copy import DeviceCopier, OnDevice, Slabs, bytes_of
+from aiotorchio.memory.device_copy import DeviceCopier, OnDevice, StagingBuffers, bytes_of
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.outgoing import OutgoingPayload
 from aiotorchio.streams.blocking import BlockingStream
@@ -42,14 +42,14 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 def staged_outgoing(copier: Any) -> Callable[..., OutgoingPayload]:
     def make(*args: Any, **options: Any) -> OutgoingPayload:
-        return OutgoingPayload(*args, **options | {"copier": copier, "staged": staged})
+        return OutgoingPayload(*args, **options | {"copier": copier, "needs_copy": staged})
 
     return make
 
 
 def staged_placement(copier: Any) -> Callable[..., Placement]:
-    """A ``Placement`` that treats the CPU as a device."""
-    incoming = functools.partial(IncomingPayload, staged=staged)
+    """Takes the CPU for a device."""
+    incoming = functools.partial(IncomingPayload, needs_copy=staged)
     return functools.partial(Placement, copier=copier, incoming=incoming)
 
 
@@ -141,7 +141,7 @@ def test_a_copy_that_fails_in_the_middle_aborts_the_message() -> None:
 
 
 def test_slabs_take_turns() -> None:
-    slabs = Slabs(64, CopierOnCpu())
+    slabs = StagingBuffers(64, CopierOnCpu())
     first, second, third, fourth = (slabs.take()[0].data_ptr() for _ in range(4))
     assert first == third != second == fourth
 
@@ -150,21 +150,21 @@ def test_pinned_slabs_come_when_bytes_have_arrived() -> None:
     """A peer could claim a large chunk, and pinned memory is allocated all at once."""
     copier = CopierOnCpu()
     copier.pins = True
-    slabs = Slabs(64, copier, incoming=True)
+    slabs = StagingBuffers(64, copier, incoming=True)
     first, second = (slabs.take()[0].data_ptr() for _ in range(2))
     assert not copier.slabs
     third, fourth, fifth = (slabs.take()[0].data_ptr() for _ in range(3))
     assert [slab.data_ptr() for slab in copier.slabs] == [third, fourth]
     assert fifth == third
     assert len({first, second}) == 2
-    # For a save the bytes exist, so the first buffer is pinned.
-    Slabs(64, copier).take()
+    # What is sent is there.
+    StagingBuffers(64, copier).take()
     assert len(copier.slabs) == 3
 
 
 def test_the_copier_of_the_library_copies_on_the_cpu() -> None:
     copier = DeviceCopier()
-    slab = copier.slab(8)
+    slab = copier.staging_buffer(8)
     copier.copy(bytes_of(slab), torch.arange(8, dtype=torch.uint8))
     assert bytes_of(slab).tolist() == list(range(8))
 
@@ -287,7 +287,7 @@ def test_a_snapshot_is_waited_for(accelerator: Accelerator) -> None:
         flattened,
         Watching,
         snapshot=True,
-        outgoing=functools.partial(Payload, staged=staged),
+        outgoing=functools.partial(Payload, needs_copy=staged),
     )
     assert made[-1] == len(copied) == ready.layout.chunks > 10
 
@@ -483,14 +483,14 @@ def test_state_on_a_device_crosses_a_socket_with_two_pinned_chunks_at_each_end()
         return loaded
 
     slabs: list[int] = []
-    make = DeviceCopier.slab
+    make = DeviceCopier.staging_buffer
 
     def counted(self: DeviceCopier, nbytes: int) -> torch.UntypedStorage:
         slabs.append(nbytes)
         return make(self, nbytes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DeviceCopier, "slab", counted)
+        patch.setattr(DeviceCopier, "staging_buffer", counted)
         loaded = asyncio.run(main())
     assert sorted(slabs) == [4 * 2**20] * 4
     assert all(loaded[key].device == state[key].device for key in state)
@@ -515,7 +515,7 @@ def test_a_compact_save_packs_what_is_on_a_device() -> None:
 def test_slabs_of_cuda_are_pinned() -> None:
     torch.cuda.init()
     copier = DeviceCopier()
-    assert bytes_of(copier.slab(64)).is_pinned()
+    assert bytes_of(copier.staging_buffer(64)).is_pinned()
 
 
 @pytest.mark.anyio

@@ -181,7 +181,7 @@ def test_state_on_a_device(compact: bool) -> None:
         return copiers[-1]
 
     def outgoing(*args: Any, **options: Any) -> OutgoingPayload:
-        return OutgoingPayload(*args, **options | {"staged": staged})
+        return OutgoingPayload(*args, **options | {"needs_copy": staged})
 
     flattened = flatten(state, chunk_size=CHUNK, metadata={}, producer="tests", compact=compact)
     ready = prepare(flattened, copier, snapshot=True, outgoing=outgoing)

@@ -105,7 +105,7 @@ class CopierOnCpu:
         self.slabs: list[torch.UntypedStorage] = []
         self.copied = 0
 
-    def slab(self, nbytes: int) -> torch.UntypedStorage:
+    def staging_buffer(self, nbytes: int) -> torch.UntypedStorage:
         self.slabs.append(torch.UntypedStorage(nbytes))
         return self.slabs[-1]
 
@@ -130,7 +130,7 @@ class CountingCopier:
         self.copies = self.largest = 0
         self._fails_at = fails_at
 
-    def slab(self, nbytes: int) -> torch.UntypedStorage:
+    def staging_buffer(self, nbytes: int) -> torch.UntypedStorage:
         return torch.UntypedStorage(nbytes)
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
@@ -148,7 +148,7 @@ def staged(_: torch.device) -> bool:
 
 def staging(copier: Copier | None) -> dict[str, Any]:
     """The options of a payload that takes the CPU for a device; None: it does not."""
-    return {} if copier is None else {"copier": copier, "staged": staged}
+    return {} if copier is None else {"copier": copier, "needs_copy": staged}
 
 
 # Strided views
