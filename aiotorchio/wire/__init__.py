@@ -1,1 +1,1 @@
-"""Bytes <-> frames, as SPEC.md describes them: no torch, no I/O."""
+"""The wire format of SPEC.md: bytes to frames and back, without torch and without I/O."""

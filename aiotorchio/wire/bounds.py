@@ -1,8 +1,8 @@
-"""Bounds of the checks themselves, which no user has to choose: ``Limits`` has those that one may.
+"""Fixed bounds of the checks; the bounds that a user can choose are in ``Limits``.
 
-Each is above what any honest message needs and low enough that reaching it costs little. They are
-one value, so that tests can put a lower one in its place and refuse small inputs for the same
-reasons.
+Each bound is higher than any honest message needs, and low enough that reaching it costs little.
+All are in one value, which tests replace by a lower one, so that small inputs are refused for the
+same reasons.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["BOUNDS", "Bounds"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """What reading one message may cost at most, whatever ``Limits`` allow.
+    """Upper bounds for reading one message, independent of ``Limits``.
 
     Args:
         texts_floor: Memory that the short texts of any header may take, in bytes.
@@ -23,13 +23,13 @@ class Bounds:
         compare_steps: Steps of comparing those whose hashes may be equal; they take as long.
         equal_hashes: Keys or members with the same hash. Two are rare, and 20 integers of up to 64
             bits can have the same at most.
-        unknown_hashes: Keys in a pickle whose hash the scan does not know: complex numbers,
+        unknown_hashes: Keys in a pickle whose hash the scan cannot compute: complex numbers,
             frozensets, instances. If all of them collide, that takes a second.
-        values: Values in an object, counted wherever they occur. To show, compare or walk over
-            more takes minutes.
+        values: Values in an object, each counted at every place where it occurs. To print, compare
+            or walk over more takes minutes.
         globals: Different globals that one pickle may name.
-        global_nbytes: Length of the name of one global. The longest names that there are have a
-            tenth of it.
+        global_nbytes: Length of the name of one global. The longest known names have a tenth of
+            it.
     """
 
     texts_floor: int = 16 * 2**20
@@ -44,4 +44,4 @@ class Bounds:
 
 
 BOUNDS = Bounds()
-"""Those that hold; read as ``bounds.BOUNDS`` at the time of a check."""
+"""The bounds in force; each check reads them as ``bounds.BOUNDS``."""

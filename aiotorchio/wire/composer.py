@@ -1,4 +1,9 @@
-"""Header, skeleton and chunks -> buffers to send. The payload passes through untouched."""
+"""The composer: from header, skeleton and chunks to the buffers to send.
+
+In: a header, its layout, and the bytes of skeleton and chunks in order. Out: buffers, among which
+those of the payload are the given ones. The send loops of engine/ call it. It raises no errors for
+wrong input: the caller has checked it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +32,7 @@ class Composer:
     """Writes one message: ``opening()``, every chunk in order, then ``end()`` or ``abort()``.
 
     Args:
-        header: Valid; what a receiver would refuse is refused by ``validate``, not here.
+        header: A valid header; ``validate`` checks it, the composer does not.
         layout: The layout of that header.
         checksum: Whether chunks carry a digest of their bytes.
     """
@@ -42,7 +47,7 @@ class Composer:
         self._index = 0
 
     def opening(self, skeleton: bytes) -> list[Buffer]:
-        """Preface, header and skeleton."""
+        """Return the preface and the frames of header and skeleton."""
         head = FrameHead(HEADER, 0, 0, len(self._header))
         # The header defines the message id; in its own digest the preface stands for it.
         digest = frame_digest(self._preface, head, [self._header])
@@ -54,20 +59,20 @@ class Composer:
         return opening + self._frame(SKELETON, 0, 0, [skeleton])
 
     def chunk(self, body: list[memoryview]) -> list[Buffer]:
-        """The next chunk; ``body`` holds exactly its bytes."""
+        """Return the frame of the next chunk; ``body`` has exactly its bytes."""
         start, length = self._layout.chunk(self._index)
         frame = self._frame(CHUNK, self._index, start, body, length, digest=self._checksum)
         self._index += 1
         return frame
 
     def end(self) -> list[Buffer]:
-        """The frame that says that the message is whole."""
+        """Return the end frame, which proves that the message is whole."""
         return self._frame(END, self._index, self._layout.total, [self._end_digest.encode()])
 
     def abort(self, reason: str) -> list[Buffer]:
-        """The frame that ends a message that can't be finished; long reasons are cut."""
+        """Return the frame that aborts a message; a long reason is cut."""
         text = reason.encode("utf-8", "replace")[:ABORT_REASON_MAX]
-        # Cutting may split a character: what is left of it is dropped.
+        # The cut may split a character: the remaining bytes of it are dropped.
         body = text.decode("utf-8", "ignore").encode()
         return self._frame(ABORT, 0, 0, [body])
 

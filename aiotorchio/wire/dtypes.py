@@ -1,4 +1,4 @@
-"""The dtypes of the format (SPEC.md section 5.3): the only table, for both directions."""
+"""The dtypes of the format (SPEC.md section 5.3), in one table for sender and receiver."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Kind = Literal["float", "complex", "integer", "bool", "quantized", "bits"]
 
 
 class Dtype(NamedTuple):
-    """One element of a dtype.
+    """The properties of a dtype.
 
     Attributes:
         itemsize: Bytes of one element.
-        unit: Bytes of each number inside an element: what a byte swap reverses.
-        kind: What the element is; only float and complex ones can require gradients.
+        unit: Bytes of each number inside an element, in which the byte order counts.
+        kind: Kind of the element; only float and complex tensors can require gradients.
     """
 
     itemsize: int

@@ -1,8 +1,11 @@
-"""The layout of the preface and of the frames, and what their digests cover (SPEC.md section 3).
+"""Encoding and digests of the preface and of the frames (SPEC.md section 3).
 
-Every frame is a head of 32 bytes and a body. The digest in the head covers the identity of the
-message, the rest of the head and the body, so a frame that was changed, moved to another place
-or taken from another message does not match.
+The parser and the composer call it. In: fields, or bytes of the exact size. Out: bytes, or fields,
+which the parser must check. A ``ProtocolError`` means that the preface is not one of this format.
+
+Every frame is a head of 32 bytes and a body. The digest in the head covers the message id, the rest
+of the head and the body, so a frame that was changed, moved to another place or taken from another
+message does not match.
 """
 
 from __future__ import annotations
@@ -62,25 +65,25 @@ class FrameHead(NamedTuple):
     digest: int = 0
 
     def encode(self) -> bytes:
-        """The head as it stands on the wire."""
+        """Return the 32 bytes of the head."""
         return _HEAD.pack(*self)
 
     @classmethod
     def decode(cls, data: bytes) -> FrameHead:
-        """Read a head from exactly 32 bytes; the caller checks what it says."""
+        """Read a head from exactly 32 bytes; the caller must check its fields."""
         return cls(*_HEAD.unpack(data))
 
 
 def encode_preface(flags: int) -> bytes:
-    """The 16 bytes that open a message."""
+    """Return the 16 bytes of the preface."""
     return _PREFACE.pack(MAGIC, VERSION, flags, 0)
 
 
 def check_magic(start: bytes) -> None:
-    """Tell a message from other bytes by the first 8 of them, or by those that there are.
+    """Check that the first 8 bytes of a stream, or fewer if it ended, begin a message.
 
     Raises:
-        ProtocolError: Foreign bytes.
+        ProtocolError: They do not.
     """
     if not MAGIC.startswith(start):
         hint = " (a file of torch.save is for torch.load)" if start.startswith(b"PK") else ""
@@ -90,22 +93,25 @@ def check_magic(start: bytes) -> None:
 
 
 def decode_preface(data: bytes) -> int:
-    """Read the 16 bytes that open a message.
+    """Read the 16 bytes of the preface.
 
     Returns:
         The flags.
 
     Raises:
-        ProtocolError: Foreign bytes, another version, an unknown flag, a reserved bit.
+        ProtocolError: The bytes are not a preface, or have another version, an unknown flag or a
+            reserved bit that is set.
     """
     magic, version, flags, reserved = _PREFACE.unpack(data)
     check_magic(magic)
     if version != VERSION:
-        raise _bad_preface(f"unknown format version {version}; this is {VERSION}", 8)
+        raise _bad_preface(
+            f"unknown format version {version}; this release reads version {VERSION}", 8
+        )
     if flags & ~FLAG_CHECKSUM:
-        raise _bad_preface(f"unknown flags {flags:#06x}", 10)
+        raise _bad_preface(f"unknown flags {flags:#06x}; only {FLAG_CHECKSUM:#06x} may be set", 10)
     if reserved:
-        raise _bad_preface(f"reserved bytes are {reserved:#010x} instead of zero", 12)
+        raise _bad_preface(f"the reserved bytes are {reserved:#010x} instead of zero", 12)
     return int(flags)
 
 
@@ -114,12 +120,12 @@ def _bad_preface(what: str, offset: int) -> ProtocolError:
 
 
 def message_id(preface: bytes, header: bytes) -> bytes:
-    """The identity of a message: 16 bytes, known as soon as its header is."""
+    """Return the 16 bytes of the message id, a digest of preface and header."""
     return xxhash.xxh3_128_digest(preface + header)
 
 
 def frame_digest(identity: bytes, head: FrameHead, body: Iterable[Buffer]) -> int:
-    """xxh3_64 over the message id, the head without its digest, and the body."""
+    """Return xxh3_64 over the message id, the head without its digest, and the body."""
     state = xxhash.xxh3_64(identity)
     state.update(_HEAD_WITHOUT_DIGEST.pack(*head[:4]))
     for piece in body:
@@ -128,7 +134,7 @@ def frame_digest(identity: bytes, head: FrameHead, body: Iterable[Buffer]) -> in
 
 
 class EndDigest:
-    """What the end frame holds: xxh3_64 over the message id and every head after the header's."""
+    """The digest in the end frame: xxh3_64 over the message id and all heads after the first."""
 
     def __init__(self, identity: bytes) -> None:
         self._state = xxhash.xxh3_64(identity)
@@ -138,5 +144,5 @@ class EndDigest:
         self._state.update(head)
 
     def encode(self) -> bytes:
-        """The body of the end frame: 8 bytes, little-endian."""
+        """Return the body of the end frame: 8 bytes, little-endian."""
         return self._state.intdigest().to_bytes(8, "little")

@@ -1,6 +1,8 @@
 """The header: the tables of storages and tensors, and their encoding (SPEC.md section 5).
 
-``decode_header`` checks the types of the fields; ``validation.validate`` must check the numbers.
+In: a ``Header``, or the body of a header frame. Out: bytes, or a ``Header`` whose fields have the
+right types; ``validation.validate`` must check the numbers. An error means that the bytes are no
+header, or that they would take too much memory.
 """
 
 from __future__ import annotations
@@ -44,14 +46,14 @@ META_LOCATION = "meta"
 """Storages with this location have a size and no bytes."""
 
 MIXED_UNITS = 0
-"""Unit of a storage that is viewed with numbers of different sizes: it cannot be swapped."""
+"""Unit of a storage with numbers of different sizes: its byte order cannot be converted."""
 
 REQUIRES_GRAD, PARAMETER, CONJUGATE, NEGATIVE = 1, 2, 4, 8
 _NAME_SHOWN = 200
-# Items that are decoded in one go, during which no other thread has its turn.
+# The most items that are decoded at once: during that time no other thread can run.
 _DIMS_MAX, _NAMES_MAX, _TEXTS_MAX = 4096, 2**18, 2**16
-# A text of three letters takes 64 bytes. Others, numbers and rows take up to 17 times what they are
-# in a message, and honest headers 10 times; few of their bytes look like the heads of such texts.
+# A text of three letters takes 64 bytes of memory. Other items take up to 17 times their size in a
+# message, and honest headers 10 times; few of their bytes look like the heads of such texts.
 _TEXT_NBYTES, _TEXTS_PER_BYTE = 64, 8
 
 Codec = Literal["tree", "pickle"]
@@ -70,8 +72,8 @@ class StorageRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc
     unit: Annotated[int, msgspec.Meta(ge=0, le=8)]
     location: Size
 
-    # Code in Python lets other threads run: decoding a million rows takes half a second. (A method
-    # that calls it would take twice as long, for each row.)
+    # Decoding a million rows takes half a second; this call of a Python function lets other threads
+    # run. (A method that calls the function would take twice as long for each row.)
     __post_init__ = check_interrupt  # type: ignore[misc]
 
 
@@ -80,7 +82,7 @@ class TensorRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=
     """One strided view of a storage; offset, shape and stride count elements."""
 
     storage: Size
-    # A value that is listed is not made anew for each row.
+    # As a Literal, it is not allocated again for each row.
     dtype: Dtype
     offset: Size
     shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=_DIMS_MAX)]
@@ -92,7 +94,7 @@ class TensorRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=
 
 
 class Header(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """All that is known about a message before its payload."""
+    """The description of a message, which the receiver has before the payload."""
 
     byteorder: Literal["little", "big"]
     nonce: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
@@ -109,13 +111,13 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode_header(header: Header) -> bytes:
-    """The header as MessagePack."""
+    """Return the header as MessagePack."""
     return _encoder.encode(header)
 
 
 @functools.cache
 def _decoder(entries: int) -> msgspec.msgpack.Decoder[tuple[Any, ...]]:
-    """Reads a header whose tables have no more entries; says so before it builds any."""
+    """Make a decoder that refuses a table with more entries before it builds one of them."""
     most = {
         "metadata": min(entries, _TEXTS_MAX),
         "locations": min(entries, _TEXTS_MAX),
@@ -128,7 +130,7 @@ def _decoder(entries: int) -> msgspec.msgpack.Decoder[tuple[Any, ...]]:
         else field.type
         for field in msgspec.structs.fields(Header)
     ]
-    # A tuple that mypy can't know.
+    # mypy cannot know this tuple.
     header: Any = tuple.__class_getitem__(tuple(kinds))
     return msgspec.msgpack.Decoder(header)
 
@@ -138,18 +140,19 @@ def decode_header(data: bytes, limits: Limits, *, offset: int = 0) -> Header:
 
     Args:
         data: The body of a header frame.
-        limits: What the receiver accepts; here, how many entries a table has.
+        limits: The limits of the receiver; here, ``entries`` counts.
         offset: Byte of the message where the header begins, for errors.
 
     Raises:
-        ProtocolError: Not MessagePack, other types or fields than SPEC.md has, left-over bytes.
-        LimitExceeded: A table of more entries than ``limits`` allow, or so many texts of so few
-            letters that they take more than any honest header.
+        ProtocolError: The bytes are not MessagePack, have other types or fields than SPEC.md
+            allows, or go on after the header.
+        LimitExceeded: A table has more entries than ``limits`` allow, or there are so many short
+            texts that they take more memory than any honest header.
     """
     floor = bounds.BOUNDS.texts_floor
     if _short_texts(data) * _TEXT_NBYTES > floor + _TEXTS_PER_BYTE * len(data):
         raise LimitExceeded(
-            f"short texts that take more than {floor} bytes of memory and "
+            f"the header has short texts that take more than {floor} bytes of memory and "
             f"{_TEXTS_PER_BYTE} for each byte of the header",
             entry="header",
             offset=offset,
@@ -164,7 +167,7 @@ def decode_header(data: bytes, limits: Limits, *, offset: int = 0) -> Header:
         raise ProtocolError(f"malformed header: {error}", entry="header", offset=offset) from error
 
 
-# What msgspec says of an array that is too long: how long it may be, and which one it is.
+# The error of msgspec for an array that is too long, with its greatest length and its path.
 _TOO_MANY = re.compile(
     r"Expected `array` of length <= (\d+) - at `\$\[(\d)\](?:\[[\d.]+\]\[(\d)\])?`"
 )
@@ -177,15 +180,15 @@ def _too_many(most: str, field: str, column: str | None) -> str:
 
 
 def _short_texts(data: bytes) -> int:
-    """Texts of up to three bytes, or more: other bytes can look like the heads of such texts."""
+    """Count texts of up to three bytes; other bytes that look like their heads count, too."""
     return len(data) - len(data.translate(None, b"\xa0\xa1\xa2\xa3"))
 
 
 def describe(row: TensorRow, index: int) -> str:
-    """Words for one tensor in an error."""
+    """Return the name of a tensor for an error."""
     return f"tensor {index} ({shortened(row.names[0])!r})" if row.names else f"tensor {index}"
 
 
 def shortened(name: str) -> str:
-    """As much of a name as a person reads: a peer may have sent megabytes, or anything else."""
+    """Return a printable name of bounded length: a peer may have sent megabytes of anything."""
     return printable(name if len(name) <= _NAME_SHOWN else name[:_NAME_SHOWN] + "...")

@@ -1,4 +1,8 @@
-"""The layout of the payload: where each storage and each chunk lies (SPEC.md section 5)."""
+"""The layout of the payload: the places of storages and chunks (SPEC.md section 5).
+
+In: a header whose storages have valid locations. Out: offsets and lengths in bytes. Sender and
+receiver compute the same layout. It raises no errors.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,11 @@ __all__ = ["Layout"]
 
 
 class Layout:
-    """Where each storage lies in the payload, one after the other at multiples of 64 bytes.
+    """The places of the storages in the payload, in their order, at multiples of 64 bytes.
 
     Attributes:
-        offsets: First byte of every storage in the payload; without meaning for one without bytes.
-        nbytes: Bytes that every storage has in the payload: its size, or 0 on ``meta``.
+        offsets: First byte of each storage in the payload; without meaning if it has no bytes.
+        nbytes: Bytes of each storage in the payload: its size, or 0 on ``meta``.
         total: Size of the payload in bytes.
     """
 
@@ -30,22 +34,22 @@ class Layout:
             nbytes = 0 if header.locations[row.location] == META_LOCATION else row.nbytes
             self.offsets.append(start)
             self.nbytes.append(nbytes)
-            # A storage without bytes takes no room, not even that which aligns it.
+            # A storage without bytes takes no room, and gets no padding.
             end = start + nbytes if nbytes else end
         self.total = end
 
     @property
     def chunks(self) -> int:
-        """Number of chunks of the payload."""
+        """The number of chunks of the payload."""
         return -(-self.total // self.chunk_size)
 
     def chunk(self, index: int) -> tuple[int, int]:
-        """First byte and length of one chunk."""
+        """Return first byte and length of one chunk."""
         start = index * self.chunk_size
         return start, min(self.chunk_size, self.total - start)
 
     def entry_at(self, offset: int) -> str:
-        """Words for the storage that holds a byte of the payload, and for its first tensor."""
+        """Return, for an error, the storage at a byte of the payload, and its first tensor."""
         index = bisect_right(self.offsets, offset) - 1
         row = next((n for n, row in enumerate(self._tensors) if row.storage == index), None)
         if row is None:

@@ -1,15 +1,16 @@
-"""Bytes -> events, as a generator that asks for the bytes it needs.
+"""The parser: from the bytes of a message to events, as a generator that requests its bytes.
 
-The generator yields *requests*, which its driver answers, and *events*:
+The engine runs it. An ``AiotorchioError`` says where and why the bytes are not a message. The
+generator yields *requests*, which its driver answers, and *events*:
 
     ReadBytes(n)        answer: n bytes, or fewer if the stream ended
     FillBuffers(views)  answer: how many bytes were written, fewer only if the stream ended
-    Work(task)          answer: what the task returns; it takes long, so an event loop runs it
+    Work(task)          answer: the result of the task; it takes long, so an event loop runs it
                         in a thread
-    ChunkStarted(...)   answer: the buffers that take the chunk, in order
+    ChunkStarted(...)   answer: the buffers for the bytes of the chunk, in order
     other events        answer: None
 
-It never asks for a byte beyond its message, and checks every length before it asks for it.
+It never requests a byte beyond its message, and checks every length before its request.
 """
 
 from __future__ import annotations
@@ -66,26 +67,26 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class ReadBytes:
-    """Asks for the next ``size`` bytes."""
+    """Request for the next ``size`` bytes."""
 
     size: int
 
 
 @dataclass(frozen=True, slots=True)
 class FillBuffers:
-    """Asks for the next bytes to be written into these buffers."""
+    """Request to write the next bytes into these buffers."""
 
     buffers: Sequence[memoryview]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Asks to run a task away from the event loop.
+    """Request to run a task outside the event loop.
 
     Attributes:
-        task: What to run.
-        to_its_end: Whether a cancellation waits until it has run. It must not take the place of an
-            error that the task cleans up behind.
+        task: The function to run.
+        to_its_end: Whether a cancellation waits until the task has run: for a task that cleans up
+            after an error, which the cancellation must not replace.
     """
 
     task: Callable[[], Any]
@@ -94,7 +95,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class HeaderReceived:
-    """The header is in and valid; ``nbytes`` is its size. Nothing of the payload was asked for."""
+    """The header is received and valid, with ``nbytes`` bytes; no payload was requested yet."""
 
     header: Header
     layout: Layout
@@ -105,7 +106,7 @@ class HeaderReceived:
 
 @dataclass(frozen=True, slots=True)
 class SkeletonReceived:
-    """The skeleton is in and intact; ``offset`` is its first byte in the message."""
+    """The skeleton is received and intact; ``offset`` is its first byte in the message."""
 
     skeleton: bytes
     offset: int
@@ -113,7 +114,7 @@ class SkeletonReceived:
 
 @dataclass(frozen=True, slots=True)
 class ChunkStarted:
-    """A chunk follows: ``length`` bytes of the payload from ``offset``."""
+    """A chunk follows, with ``length`` bytes of the payload from ``offset``."""
 
     offset: int
     length: int
@@ -129,10 +130,10 @@ class ChunkReceived:
 
 @dataclass(frozen=True, slots=True)
 class MessageEnded:
-    """The stream stands behind the last byte of the message: whole, or aborted by its sender."""
+    """The last byte of the message was read: it is whole, or its sender has aborted it."""
 
 
-# Decoding and checking takes about 70 ns a byte, 2 ms for this size. Event loops wait no longer.
+# Decoding and checking takes about 70 ns a byte, 2 ms for this size: the most for an event loop.
 _SMALL_HEADER = 32 * 2**10
 
 Step = (
@@ -151,11 +152,11 @@ class Parser:
     """Reads one message.
 
     Args:
-        limits: What to accept.
+        limits: The limits of the receiver.
 
     Attributes:
         position: Bytes of the message that were read so far.
-        entry: What is read there.
+        entry: The part of the message at that position.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -168,21 +169,21 @@ class Parser:
         """Yield requests and events until the message ends.
 
         Raises:
-            ProtocolError: Bytes that SPEC.md does not allow here.
-            TruncatedError: The stream ended.
+            ProtocolError: The bytes are not allowed here by SPEC.md.
+            TruncatedError: The stream ended inside the message.
             ChecksumError: A digest does not match.
-            LimitExceeded: More than the limits allow.
+            LimitExceeded: The message has more than the limits allow.
             InvalidObjectError: The header describes tensors that cannot exist.
-            RemoteAbort: The sender gave up.
+            RemoteAbort: The sender aborted the message.
         """
-        # First, and even if there is no more: a peer that speaks something else may say no more.
+        # The magic is checked first: a peer with another protocol may send no more than this.
         magic: bytes = yield ReadBytes(MAGIC_SIZE)
         check_magic(magic)
         self._took(magic, MAGIC_SIZE, "preface")
         preface = magic + (yield from self._read(PREFACE_SIZE - MAGIC_SIZE, "preface"))
         checksum = bool(decode_preface(preface) & FLAG_CHECKSUM)
 
-        # The header defines the message id; until it is in, the preface stands for it.
+        # The message id depends on the header; until then, the preface takes its place.
         self._identity = preface
         head, _ = yield from self._head(HEADER, 0, 0)
         if head.length > self._limits.header_nbytes:
@@ -194,7 +195,7 @@ class Parser:
         header, layout = open_header() if len(data) <= _SMALL_HEADER else (yield Work(open_header))
         end_digest = EndDigest(self._identity)
         yield HeaderReceived(header, layout, self._identity, checksum, len(data))
-        # It can have a size of 32 MiB, and is not needed any more.
+        # The bytes of the header can take 32 MiB, and are not needed any more.
         del data, open_header
 
         head, encoded = yield from self._head(SKELETON, 0, 0)
@@ -211,7 +212,7 @@ class Parser:
         head, _ = yield from self._head(END, layout.chunks, layout.total)
         if head.length != 8:
             raise ProtocolError(
-                f"end frame of {head.length} bytes instead of 8",
+                f"the end frame has {head.length} bytes instead of 8",
                 entry="end",
                 offset=self.position,
             )
@@ -219,7 +220,9 @@ class Parser:
         yield MessageEnded()
         if body != end_digest.encode():
             raise ChecksumError(
-                "the frames are not those that were sent", entry="end", offset=self.position - 8
+                "the digest of the message does not match: the frames are not those that were sent",
+                entry="end",
+                offset=self.position - 8,
             )
 
     def _chunk(
@@ -229,13 +232,13 @@ class Parser:
         head, encoded = yield from self._head(CHUNK, index, offset)
         if head.length != length:
             raise ProtocolError(
-                f"chunk of {head.length} bytes where {length} must follow",
+                f"the chunk has {head.length} bytes instead of {length}",
                 entry=f"chunk {index}",
                 offset=self.position,
             )
         if not checksum and head.digest:
             raise ProtocolError(
-                "digest in a message without checksums",
+                "the chunk has a digest, but the message has no checksums",
                 entry=f"chunk {index}",
                 offset=self.position,
             )
@@ -256,7 +259,7 @@ class Parser:
                 offset=self.position,
             )
         self.position += length
-        # They would keep their memory alive for as long as the next chunk is not asked for.
+        # Otherwise they would keep their memory alive until the request for the next chunk.
         del buffers
         yield ChunkReceived(offset, length)
 
@@ -275,7 +278,7 @@ class Parser:
     def _head(
         self, kind: bytes, index: int, offset: int
     ) -> Generator[Step, Any, tuple[FrameHead, bytes]]:
-        """The next head, which must be of this kind and place, or else an abort."""
+        """Read the next head, which must have this type, number and offset, or be an abort."""
         entry = f"{kind.decode()} frame"
         start = self.position
         encoded = yield from self._read(FRAME_HEAD_SIZE, entry)
@@ -284,11 +287,12 @@ class Parser:
             yield from self._aborted(head)
         if head.kind != kind:
             raise ProtocolError(
-                f"frame {head.kind!r} where {kind!r} must follow", entry=entry, offset=start
+                f"the frame has type {head.kind!r} instead of {kind!r}", entry=entry, offset=start
             )
         if (head.number, head.offset) != (index, offset):
             raise ProtocolError(
-                f"index {head.number} at {head.offset} where {index} at {offset} must follow",
+                f"the frame has number {head.number} and offset {head.offset} instead of number "
+                f"{index} and offset {offset}",
                 entry=entry,
                 offset=start,
             )
@@ -305,7 +309,8 @@ class Parser:
     def _aborted(self, head: FrameHead) -> Generator[Step, Any, None]:
         if (head.number, head.offset) != (0, 0) or head.length > ABORT_REASON_MAX:
             raise ProtocolError(
-                f"abort of {head.length} bytes, index {head.number} at {head.offset}",
+                f"the abort frame has {head.length} bytes, number {head.number} and offset "
+                f"{head.offset}, but must have at most {ABORT_REASON_MAX} bytes and zeros",
                 entry="ABRT frame",
                 offset=self.position,
             )
@@ -315,7 +320,7 @@ class Parser:
             reason = body.decode()
         except UnicodeDecodeError as error:
             raise ProtocolError(
-                "the reason of an abort is not UTF-8", entry="ABRT frame", offset=start
+                "the reason in the abort frame is not UTF-8", entry="ABRT frame", offset=start
             ) from error
         yield MessageEnded()
         raise RemoteAbort(f"the sender gave up: {reason}", entry="ABRT frame", offset=start)
@@ -323,7 +328,7 @@ class Parser:
     def _limit(self, head: FrameHead, allowed: int) -> LimitExceeded:
         name = "header_nbytes" if head.kind == HEADER else "skeleton_nbytes"
         return LimitExceeded(
-            f"frame of {head.length} bytes, {allowed} allowed (Limits.{name})",
+            f"the frame has {head.length} bytes, but Limits.{name} is {allowed}",
             entry=f"{head.kind.decode()} frame",
             offset=self.position,
         )
@@ -334,6 +339,6 @@ def _open_header(data: bytes, limits: Limits, offset: int) -> tuple[Header, Layo
     try:
         return header, validate(header, limits, offset=offset)
     except BaseException:
-        # The traceback holds them, and would free them wherever it is dropped.
+        # The traceback references them, and would free them all at once in another thread.
         release(header.tensors, header.storages)
         raise

@@ -1,7 +1,8 @@
-"""Checks of everything that the numbers of a header promise (SPEC.md section 5.5).
+"""Checks of the numbers of a header (SPEC.md section 5.5).
 
-In: a header from ``decode_header``, whose types are right. Out: its ``Layout``, or an error, before
-any memory is allocated for the message. All other packages rely on these checks.
+In: a header from ``decode_header``, whose fields have the right types. Out: its ``Layout``, or an
+error, before memory for the message is allocated. The parser calls it; all other packages rely on
+its checks.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def validate(header: Header, limits: Limits, *, offset: int = 0) -> Layout:
-    """Check everything that a decoded header claims (SPEC.md section 5.5).
+    """Check all numbers of a decoded header (SPEC.md section 5.5).
 
     Args:
-        header: As ``decode_header`` returned it.
-        limits: What the receiver accepts.
+        header: A header from ``decode_header``.
+        limits: The limits of the receiver.
         offset: Byte of the message where the header begins, for errors.
 
     Returns:
-        Where each storage lies in the payload.
+        The layout of the payload.
 
     Raises:
-        ProtocolError: A number points outside its table, or a value is unknown.
-        LimitExceeded: More than ``limits`` allow.
-        InvalidObjectError: A tensor that its storage or its dtype cannot carry.
+        ProtocolError: A number refers to no entry of its table, or a value is unknown.
+        LimitExceeded: The message has more than ``limits`` allow.
+        InvalidObjectError: A tensor does not fit its storage or its dtype.
     """
     try:
         return _validate(header, limits)
@@ -64,35 +65,44 @@ def validate(header: Header, limits: Limits, *, offset: int = 0) -> Layout:
 def _validate(header: Header, limits: Limits) -> Layout:
     if header.chunk_size % ALIGNMENT:
         raise ProtocolError(
-            f"chunk size {header.chunk_size} is not a multiple of {ALIGNMENT}", entry="header"
+            f"the chunk size {header.chunk_size} is not a multiple of {ALIGNMENT}", entry="header"
         )
     if header.chunk_size > limits.chunk_nbytes:
         raise LimitExceeded(
-            f"chunks of {header.chunk_size} bytes, {limits.chunk_nbytes} allowed "
-            "(Limits.chunk_nbytes)",
+            f"the message has chunks of {header.chunk_size} bytes, but Limits.chunk_nbytes is "
+            f"{limits.chunk_nbytes}",
             entry="header",
         )
     keys = [key for key, _ in header.metadata]
     if len(set(keys)) != len(keys):
-        raise ProtocolError("duplicate key in the metadata", entry="header")
+        raise ProtocolError("the metadata have a duplicate key", entry="header")
     for index, storage in interruptible(enumerate(header.storages)):
         if storage.location >= len(header.locations):
             raise ProtocolError(
-                f"location {storage.location} of {len(header.locations)}", entry=f"storage {index}"
+                f"the storage refers to location {storage.location}, but the message has "
+                f"{len(header.locations)} locations",
+                entry=f"storage {index}",
             )
         if storage.unit not in (MIXED_UNITS, 1, 2, 4, 8):
-            raise ProtocolError(f"unit of {storage.unit} bytes", entry=f"storage {index}")
+            raise ProtocolError(
+                f"the storage has a unit of {storage.unit} bytes instead of 0, 1, 2, 4 or 8",
+                entry=f"storage {index}",
+            )
     layout = Layout(header)
     if layout.total > limits.total_nbytes:
         raise LimitExceeded(
-            f"payload of {layout.total} bytes, {limits.total_nbytes} allowed (Limits.total_nbytes)",
+            f"the payload has {layout.total} bytes, but Limits.total_nbytes is "
+            f"{limits.total_nbytes}",
             entry="header",
         )
     if layout.chunks > CHUNKS_MAX:
-        raise ProtocolError(f"{layout.chunks} chunks, {CHUNKS_MAX} possible", entry="header")
+        raise ProtocolError(
+            f"the payload has {layout.chunks} chunks, but the format allows {CHUNKS_MAX}",
+            entry="header",
+        )
     storages, dense_max = header.storages, min(limits.dense_nbytes, INT64_MAX)
-    # Models repeat few layouts: of one that was found valid, only its place is looked at. By its
-    # bytes: a peer can find any number of tuples of numbers that have one hash.
+    # Models repeat few layouts: of a known valid layout, only the place is checked. The keys are
+    # bytes, because a peer can find any number of tuples of numbers that have one hash.
     reaches: dict[bytes, _Reach] = {}
     for index, row in interruptible(enumerate(header.tensors)):
         key = _encoder.encode((row.dtype, row.flags, row.shape, row.stride))
@@ -112,47 +122,55 @@ def _validate(header: Header, limits: Limits) -> Layout:
 
 
 class _Reach(NamedTuple):
-    """What a layout needs of its storage."""
+    """The requirements of a tensor's layout on its storage."""
 
     unit: int
     itemsize: int
-    # From its first element to behind its last.
+    # Span from its first element to its last, in elements.
     elements: int
-    # Bytes when it is contiguous.
+    # Bytes of the tensor if it were contiguous.
     dense: int
 
 
 def _validate_row(row: TensorRow, index: int, header: Header, limits: Limits) -> _Reach:
     if row.storage >= len(header.storages):
         raise ProtocolError(
-            f"storage {row.storage} of {len(header.storages)}", entry=describe(row, index)
+            f"the tensor refers to storage {row.storage}, but the message has "
+            f"{len(header.storages)} storages",
+            entry=describe(row, index),
         )
     dtype = DTYPES[row.dtype]
     if dtype.kind == "quantized":
-        raise InvalidObjectError(f"{row.dtype} without a scale", entry=describe(row, index))
+        raise InvalidObjectError(
+            f"the tensor has the quantized dtype {row.dtype}, which needs a scale",
+            entry=describe(row, index),
+        )
     storage = header.storages[row.storage]
     if storage.unit not in (MIXED_UNITS, dtype.unit):
         raise ProtocolError(
-            f"{row.dtype} in storage {row.storage} of {storage.unit}-byte numbers",
+            f"the tensor has dtype {row.dtype}, but storage {row.storage} has "
+            f"{storage.unit}-byte numbers",
             entry=describe(row, index),
         )
     if len(row.shape) != len(row.stride):
         raise InvalidObjectError(
-            f"{len(row.shape)} dimensions and {len(row.stride)} strides",
+            f"the tensor has {len(row.shape)} dimensions but {len(row.stride)} strides",
             entry=describe(row, index),
         )
     if len(row.shape) > limits.dims:
         raise LimitExceeded(
-            f"{len(row.shape)} dimensions, {limits.dims} allowed (Limits.dims)",
+            f"the tensor has {len(row.shape)} dimensions, but Limits.dims is {limits.dims}",
             entry=describe(row, index),
         )
     if row.flags & (REQUIRES_GRAD | NEGATIVE) and dtype.kind not in ("float", "complex"):
         raise InvalidObjectError(
-            f"{row.dtype} can neither require gradients nor be a negative view",
+            f"a tensor of dtype {row.dtype} can neither require gradients nor be a negative view",
             entry=describe(row, index),
         )
     if row.flags & CONJUGATE and dtype.kind != "complex":
-        raise InvalidObjectError(f"conjugate view of {row.dtype}", entry=describe(row, index))
+        raise InvalidObjectError(
+            f"a tensor of dtype {row.dtype} cannot be a conjugate view", entry=describe(row, index)
+        )
     count = math.prod(row.shape)
     dense = count * dtype.itemsize
     if header.locations[storage.location] == META_LOCATION:
@@ -161,7 +179,8 @@ def _validate_row(row: TensorRow, index: int, header: Header, limits: Limits) ->
         limit = limits.dense_nbytes
     if dense > limit:
         raise LimitExceeded(
-            f"{dense} bytes when contiguous, {limit} allowed (Limits.expanded_nbytes)",
+            f"the tensor would have {dense} bytes if it were contiguous, but "
+            f"Limits.expanded_nbytes allows {limit}",
             entry=describe(row, index),
         )
     elements = 0
@@ -172,6 +191,8 @@ def _validate_row(row: TensorRow, index: int, header: Header, limits: Limits) ->
         end = (row.offset + elements) * dtype.itemsize
         if end > storage.nbytes:
             raise InvalidObjectError(
-                f"reaches byte {end} of a storage of {storage.nbytes}", entry=describe(row, index)
+                f"the tensor reaches byte {end} of storage {row.storage}, which has "
+                f"{storage.nbytes} bytes",
+                entry=describe(row, index),
             )
     return _Reach(dtype.unit, dtype.itemsize, elements, dense)

@@ -257,10 +257,10 @@ def limited() -> Iterator[Case]:
     limits |= {"total_nbytes": 1000, "expanded_nbytes": 100, "dims": 4}
     reasons = {
         "expanded": "Limits.expanded_nbytes",
-        "dims": "5 dimensions, 4 allowed",
+        "dims": "5 dimensions, but Limits.dims is 4",
         "dims_of_none": "more than 4096 items of shape",
-        "storage": "payload of 1001 bytes",
-        "many_small": "payload of 1280 bytes",
+        "storage": "payload has 1001 bytes",
+        "many_small": "payload has 1280 bytes",
         "chunk_size": "chunks of 8256 bytes",
         "header": "1001",
         "header_of_64_bits": str(2**64 - 1),

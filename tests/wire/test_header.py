@@ -468,10 +468,10 @@ def test_order_of_several_faults() -> None:
         ((8, 0, 4), [1], InvalidObjectError, "strides"),
         ((7, 0, 1), 2, ProtocolError, "2-byte numbers"),
         ((8, 0, 1), "quint8", InvalidObjectError, "scale"),
-        ((8, 0, 0), 1, ProtocolError, "storage 1 of 1"),
+        ((8, 0, 0), 1, ProtocolError, "storage 1, but the message has 1"),
         ((7, 0, 0), 2**60, LimitExceeded, "payload"),
         ((7, 0, 1), 3, ProtocolError, "unit of 3"),
-        ((7, 0, 2), 1, ProtocolError, "location 1 of 1"),
+        ((7, 0, 2), 1, ProtocolError, "location 1, but the message has 1"),
         ((3,), [["a", ""], ["a", ""]], ProtocolError, "duplicate key"),
         ((5,), 2**20, LimitExceeded, "chunks of"),
         ((5,), 2**20 + 1, ProtocolError, "multiple"),
@@ -591,7 +591,7 @@ def test_more_layouts_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("known", "row", "reason"),
     [
-        ([0, "uint8", 0, [4], [1], 0, []], [1, "uint8", 0, [4], [1], 0, []], "storage 1 of 1"),
+        ([0, "uint8", 0, [4], [1], 0, []], [1, "uint8", 0, [4], [1], 0, []], "refers to storage 1"),
         ([0, "uint8", 0, [4], [1], 0, []], [0, "uint8", 6, [4], [1], 0, []], "reaches byte 10"),
         ([0, "uint8", 0, [0], [1], 0, []], [0, "int8", 0, [10], [1], 0, []], "reaches byte 10"),
     ],
