@@ -84,13 +84,13 @@ def test_limits_do_not_change_and_have_names() -> None:
 
 @pytest.mark.parametrize("value", [8e9, True, None, "8"])
 def test_limits_are_whole_numbers(value: Any) -> None:
-    with pytest.raises(TypeError, match="total_nbytes is a whole number"):
+    with pytest.raises(TypeError, match="total_nbytes must be a whole number"):
         Limits(total_nbytes=value)
 
 
 @pytest.mark.parametrize("value", [True, "8", 1j])
 def test_timeouts_are_numbers(value: Any) -> None:
-    with pytest.raises(TypeError, match="idle_timeout is a number of seconds or None"):
+    with pytest.raises(TypeError, match="idle_timeout must be a number of seconds or None"):
         Limits(idle_timeout=value)
 
 
@@ -105,5 +105,5 @@ def test_timeouts_are_numbers(value: Any) -> None:
     ],
 )
 def test_limits_are_not_negative(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name} is {value}: it must not be negative"):
+    with pytest.raises(ValueError, match=f"{name} is {value}, but must be 0 or more"):
         Limits(**{name: value})

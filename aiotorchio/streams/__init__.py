@@ -1,1 +1,1 @@
-"""One driver per I/O world: each fills buffers and sends buffers, and knows nothing of messages."""
+"""Sources and sinks: one adapter for each kind of stream, which fills or sends buffers."""

@@ -1,4 +1,4 @@
-"""anyio byte streams on asyncio and trio: TCP, UNIX, TLS, processes, files."""
+"""Source and sink for anyio byte streams on asyncio and trio: TCP, UNIX, TLS, processes, files."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = ["AnyioSink", "AnyioSource"]
 
 
 class AnyioSource(Source):
-    """Takes bytes off an anyio byte stream, which copies them once.
+    """Receives bytes from an anyio byte stream, which copies them once.
 
     Args:
-        stream: Stays the caller's.
+        stream: The stream, which is not closed.
     """
 
     def __init__(self, stream: ByteReceiveStream) -> None:
@@ -53,20 +53,20 @@ class AnyioSource(Source):
 
 
 class AnyioSink(Sink):
-    """Puts bytes on an anyio byte stream.
+    """Sends bytes to an anyio byte stream.
 
     Args:
-        stream: Stays the caller's.
+        stream: The stream, which is not closed.
     """
 
     def __init__(self, stream: ByteSendStream) -> None:
         self._stream = stream
-        # The socket streams of anyio take any buffer; others are promised bytes.
+        # The socket streams of anyio accept any buffer; the interface of others says bytes.
         self._takes_buffers = isinstance(stream, SocketStream)
 
     async def _send(self, buffers: Sequence[Buffer]) -> None:
         await anyio.lowlevel.checkpoint_if_cancelled()
-        # A send that is cancelled from here on does not say how much it has sent.
+        # A send that is cancelled after this line does not report how much it has sent.
         self.in_message = True
         for piece in coalesce(buffers, self.piece_size):
             item: Any = piece if self._takes_buffers else bytes(piece)
@@ -79,11 +79,11 @@ class AnyioSink(Sink):
 
 
 def _shut(stream: ByteReceiveStream | ByteSendStream) -> None:
-    # Closing a stream of anyio needs an await; its socket, if it has one, can be shut now.
-    # A stream that its owner has closed fails in many ways, none of which matters any more.
+    # Closing an anyio stream needs an await; its socket, if any, can be shut down now. If the
+    # caller has closed the stream, this fails in many ways, which do not matter.
     with contextlib.suppress(Exception):
         sock = stream.extra(SocketAttribute.raw_socket)
-        # The sockets that uvloop shows can't be shut; a duplicate can.
+        # uvloop's sockets have no shutdown; a duplicate has.
         with socket.socket(fileno=os.dup(sock.fileno())) as duplicate:
             duplicate.setblocking(False)
             break_connection(duplicate)

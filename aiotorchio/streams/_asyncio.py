@@ -1,9 +1,9 @@
-"""``asyncio.StreamReader`` and ``StreamWriter``, on asyncio's own loops and on uvloop.
+"""Source and sink for ``asyncio.StreamReader`` and ``StreamWriter``, on asyncio and uvloop.
 
-asyncio's transports copy what they receive and what they cannot send at once. So for the bytes
-of large tensors, a transport over a plain socket (TCP, UNIX) steps aside: it stops reading, or
-has sent all it had, and the bytes go through a duplicate of its socket straight from and to
-their memory. Small frames, TLS and pipes go through the transport itself.
+asyncio's transports copy received bytes, and bytes that they cannot send at once. For large tensors
+over a plain socket (TCP, UNIX), the adapter bypasses the transport: it stops reading, or has sent
+all it had, and the bytes go through a duplicate of its socket straight from and to their memory.
+Small frames, TLS and pipes go through the transport.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from aiotorchio.streams.sockets import SocketSink, SocketSource
 
 __all__ = ["AsyncioSink", "AsyncioSource"]
 
-# Below this, a copy costs less than the transport's stepping aside (about 50 us).
+# Below this size, a copy costs less than bypassing the transport (about 50 us).
 _DIRECT_MIN = 128 * 2**10
-# To linger for no time at all (struct linger).
+# struct linger: on, with zero seconds.
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
-# How often to look whether the transport that stepped aside was closed, in seconds.
+# Seconds between two checks whether the bypassed transport was closed.
 _LOOK_EVERY = 0.1
 
 
 class _Duplicate:
-    """A second handle on a transport's socket, which ends when the transport is closed.
+    """A duplicate of a transport's socket, which is shut down when the transport is closed.
 
-    Its owner may close the transport to stop a call that hangs. A transport tells only its
-    protocol, so the duplicate has to look.
+    The caller may close the transport to stop a call that hangs. A transport notifies only its
+    protocol, so the duplicate polls it.
     """
 
     def __init__(self, transport: Any, sock: socket.socket, direction: int) -> None:
         self._transport = transport
         self.socket = sock
-        # Not both: a transport that is closed still sends what it was given before.
+        # One direction only: a closed transport still sends the bytes in its buffer.
         self._direction = direction
         self._look()
 
@@ -68,7 +68,7 @@ class _Duplicate:
 
 
 def _duplicate(transport: Any, direction: int) -> _Duplicate | None:
-    """None where bytes must go through the transport."""
+    """Duplicate the socket of a transport; None where bytes must go through the transport."""
     if sys.platform == "win32" or transport.is_closing():
         return None
     sock = transport.get_extra_info("socket")
@@ -85,23 +85,23 @@ def _duplicate(transport: Any, direction: int) -> _Duplicate | None:
 
 
 class AsyncioSource(Source):
-    """Takes bytes off an ``asyncio.StreamReader``.
+    """Receives bytes from an ``asyncio.StreamReader``.
 
     Args:
-        reader: Stays the caller's, and is back as it was after ``release``.
+        reader: The reader, which is in its former state after ``release``.
     """
 
     def __init__(self, reader: asyncio.StreamReader) -> None:
         self._reader = reader
-        # asyncio has no public way from a reader to its transport. Without one, bytes are copied.
+        # No public attribute of a reader is its transport. Without a transport, bytes are copied.
         self._transport: Any = getattr(reader, "_transport", None)
         self._duplicate: _Duplicate | None = None
         self._direct: SocketSource | None = None
-        # What the reader had buffered when its transport stepped aside.
+        # Bytes that the reader had buffered when the bypass of its transport began.
         self._buffered = memoryview(b"")
 
     async def read(self, size: int) -> bytes:
-        # A small message has ten of these, which the reader holds already.
+        # A small message needs ten short reads, of bytes that the reader has already.
         if not self._direct and 0 < size < _DIRECT_MIN:
             await anyio.lowlevel.checkpoint_if_cancelled()
             piece = await self._receive(size)
@@ -111,8 +111,8 @@ class AsyncioSource(Source):
         return await super().read(size)
 
     async def fill(self, buffers: Sequence[memoryview]) -> int:
-        # Of a task that is woken by bytes in every turn of the loop, anyio does not find the moment
-        # to cancel it: a fast peer on uvloop would keep it going to the end.
+        # anyio cannot cancel a task that bytes wake in every iteration of the loop: with a fast
+        # peer on uvloop, a cancelled task would receive the whole message.
         await anyio.lowlevel.checkpoint_if_cancelled()
         cursor = Cursor(buffers)
         if not self._direct and cursor.size >= _DIRECT_MIN:
@@ -141,28 +141,28 @@ class AsyncioSource(Source):
         return data
 
     async def _step_in(self) -> None:
-        """Stop the transport, take what the reader has, and go on with the socket."""
+        """Stop the transport, take the bytes that the reader has, and go on with the socket."""
         duplicate = _duplicate(self._transport, socket.SHUT_RD) if self._is_fed_at_once() else None
         if duplicate is None:
             return
         try:
-            # With a byte of ours in it, read() returns at once with all that is buffered.
+            # With an extra byte in the buffer, read() returns at once with all buffered bytes.
             self._reader.feed_data(b"\0")
         except AssertionError:
-            # The end is in the buffer already: nothing to take from the socket. Without
-            # assertions nothing is raised, and the socket says that it has ended.
+            # The reader has the end of the stream: the socket has no more bytes. Without assertions
+            # nothing is raised, and the socket reports the end.
             duplicate.close()
             return
         self._duplicate, self._direct = duplicate, SocketSource(duplicate.socket)
         data = await self._reader.read(sys.maxsize)
-        # Not before: read() may set the transport reading again.
+        # After read(), which may resume the transport.
         self._transport.pause_reading()
         self._buffered = memoryview(data)[:-1]
 
     def _is_fed_at_once(self) -> bool:
-        """Whether nothing can be on its way from the transport to the reader.
+        """Whether the transport passes bytes to the reader without a delay.
 
-        The protocols of subprocesses hand data on one turn of the loop later.
+        The protocols of subprocesses pass them on one iteration of the loop later.
         """
         return (
             self._transport is not None
@@ -175,8 +175,8 @@ class AsyncioSource(Source):
             return
         sock = self._transport.get_extra_info("socket")
         if sock is not None:
-            # A reset: an end alone would not stop a sender who waits for room. (uvloop's pipes have
-            # no such option, and what is closed has none either.)
+            # A reset: an end of the stream would not stop a sender that waits for room. (uvloop's
+            # pipes and closed sockets have no such option.)
             with contextlib.suppress(OSError, ValueError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         try:
@@ -192,17 +192,17 @@ class AsyncioSource(Source):
         if not self._transport.is_closing():
             self._transport.resume_reading()
         if self._buffered:
-            # A reader whose connection was lost in the meantime takes nothing back.
+            # A reader whose connection was lost meanwhile accepts no bytes.
             with contextlib.suppress(AssertionError):
                 self._reader.feed_data(bytes(self._buffered))
             self._buffered = memoryview(b"")
 
 
 class AsyncioSink(Sink):
-    """Puts bytes on an ``asyncio.StreamWriter``.
+    """Sends bytes to an ``asyncio.StreamWriter``.
 
     Args:
-        writer: Stays the caller's.
+        writer: The writer, which is not closed.
     """
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
@@ -226,13 +226,13 @@ class AsyncioSink(Sink):
                 self.in_message = self.in_message or self._direct.in_message
             return
         for piece in coalesce(buffers, self.piece_size):
-            # drain() need not wait, and then the loop would not find out that the connection is
-            # lost: the transport drops all that it is given, and says nothing. Before the write,
-            # so that a cancellation comes while the stream is whole.
+            # If drain() does not wait, the loop does not notice a lost connection: the transport
+            # silently drops all bytes. The sleep is before the write, so that a cancellation comes
+            # between two pieces.
             await asyncio.sleep(0)
             await self._drain_all()
             with connection_errors(OSError):
-                # From Python 3.12 on transports keep what they are given instead of a copy.
+                # From Python 3.12 on, transports keep the buffer instead of a copy.
                 self._writer.write(piece)
             self.in_message = True
             await self._drain_all()
@@ -244,15 +244,15 @@ class AsyncioSink(Sink):
         transport = self._writer.transport
         if self._limits is None:
             self._limits = transport.get_write_buffer_limits()
-            # A TLS transport stops the writer at its high mark, others above it: with a mark of
-            # zero, TLS would stop with nothing to send.
+            # A TLS transport pauses the writer at its high-water mark, others above it: with a
+            # mark of zero, a TLS transport would pause without bytes to send.
             high = 1 if transport.get_extra_info("ssl_object") else 0
             transport.set_write_buffer_limits(high=high, low=0)
         with connection_errors(OSError):
             await self._writer.drain()
 
     def _check_open(self) -> None:
-        # What a closed transport is given it drops; uvloop's raise RuntimeError.
+        # A closed transport drops bytes; uvloop's raise RuntimeError.
         if self._writer.transport.is_closing():
             raise TruncatedError("the connection was closed")
 

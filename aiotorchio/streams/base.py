@@ -1,4 +1,9 @@
-"""What a driver has to do, and what several of them share."""
+"""The base classes of all sources and sinks, and code that several of them use.
+
+In: buffers to fill or to send. Out: the bytes moved, and the number of them. The drivers in engine/
+call the adapters. A ``TruncatedError`` means that the connection broke, a ``TransferTimeout`` that
+it timed out.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +33,7 @@ __all__ = [
     "connection_errors",
 ]
 
-# What a copying driver hands over at a time: large enough that a call costs little, small
+# Bytes that a copying adapter passes on at a time: large enough that a call costs little, small
 # enough that little is buffered.
 PIECE_SIZE, _PIECE_SIZE_MIN = 256 * 2**10, 4096
 # The most buffers that Linux and macOS take in one call (IOV_MAX).
@@ -36,14 +41,14 @@ _BUFFERS_MAX = 1024
 
 
 class Endpoint:
-    """What sources and sinks have in common.
+    """The common state of sources and sinks.
 
     Attributes:
-        in_message: Bytes of a message were taken, or sent, and its last one was not: whoever stops
-            here leaves the stream in the middle of a message. Set by the driver whenever it moves
-            bytes, cleared by its user at the end of a message.
-        pace: The patience with the peer; None is endless. Set by its user.
-        failure: Why nothing more can be sent: nobody knows where in a frame the stream stands.
+        in_message: Whether the stream is inside a message: a call that stops now poisons it. The
+            adapter sets it when it moves bytes, its driver clears it at the end of a message.
+        deadline: The deadline for the peer; None if it has all time. Set by the driver.
+        failure: The error of a failed send. The position of the stream in the frame is unknown
+            since then, so nothing more can be sent.
     """
 
     in_message = False
@@ -52,12 +57,12 @@ class Endpoint:
 
     @property
     def piece_size(self) -> int:
-        """Bytes to hand over in one go: whoever is just fast enough must be seen to take them."""
+        """Bytes to pass on at a time: few enough that a peer at the least rate is seen to move."""
         most = PIECE_SIZE if self.deadline is None else min(self.deadline.least_nbytes, PIECE_SIZE)
         return max(int(most), _PIECE_SIZE_MIN)
 
     def moved(self, count: int) -> None:
-        """Note bytes that were taken, or sent."""
+        """Note bytes that were received or sent."""
         if not count:
             return
         self.in_message = True
@@ -66,12 +71,12 @@ class Endpoint:
 
 
 class Source(Endpoint, ABC):
-    """Takes bytes off a stream: exactly those that are asked for, none beyond."""
+    """Receives exactly the requested bytes from a stream, and none after them."""
 
     async def read(self, size: int) -> bytes:
-        """The next ``size`` bytes; fewer only if the stream ended.
+        """Return the next ``size`` bytes; fewer only if the stream ended.
 
-        Memory grows as bytes arrive: their number is nothing but the claim of a peer.
+        Memory grows as bytes arrive: ``size`` is only a claim of the peer.
         """
         pieces: list[memoryview] = []
         while size:
@@ -88,23 +93,23 @@ class Source(Endpoint, ABC):
         """Write the next bytes into buffers; returns how many, fewer only if the stream ended."""
 
     async def aclose(self) -> None:
-        """Close what the driver has opened itself; the stream is not among it."""
+        """Close everything that the adapter has opened; not the stream."""
 
     def abort(self) -> None:
         """Break the connection, without waiting, so that the sender stops."""
 
     def release(self) -> None:
-        """Give the stream back to its owner, who may use it again."""
+        """Restore the stream, so that the caller can use it again."""
 
 
 class Sink(Endpoint, ABC):
-    """Puts bytes on a stream."""
+    """Sends bytes to a stream."""
 
     async def send(self, buffers: Sequence[Buffer]) -> None:
-        """Send bytes; on return the memory of the buffers may be used for something else.
+        """Send bytes; after the return the memory of the buffers may be used again.
 
-        After a call that failed, nobody knows where in a frame the stream stands: all others
-        fail with the same error.
+        After a failed call, the position of the stream in the frame is unknown: all later calls
+        raise the same error.
         """
         if self.failure is not None:
             raise self.failure
@@ -116,34 +121,34 @@ class Sink(Endpoint, ABC):
 
     @abstractmethod
     async def _send(self, buffers: Sequence[Buffer]) -> None:
-        """Send bytes, and set ``in_message`` when the first of them may be on its way."""
+        """Send bytes, and set ``in_message`` before the first of them may be sent."""
 
     @abstractmethod
     def abort(self) -> None:
-        """Break the connection, without waiting: the peer must not take half for whole."""
+        """Break the connection, without waiting, so that the peer sees that the message is cut."""
 
     def release(self) -> None:
-        """Give the stream back to its owner, who may use it again."""
-        # The traceback of an error leads back here, and to all that was being sent.
+        """Restore the stream, so that the caller can use it again."""
+        # The traceback of the error references this object and the buffers of the send.
         self.failure = None
 
 
 def asyncio_loop() -> asyncio.AbstractEventLoop | None:
-    """The running loop of asyncio; None on trio."""
+    """Return the running loop of asyncio; None on trio."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
 
 
-# More than a socket holds (net.ipv4.tcp_rmem has 6 MiB), to take off it before it is shut.
+# The most bytes to read off a socket before its shutdown; it holds less (tcp_rmem has 6 MiB).
 HELD_MAX = 16 * 2**20
 
 
 def break_connection(sock: socket.socket) -> None:
-    """Shut a non-blocking socket that stays its owner's, so that the peer notices at once."""
-    # First room is made: a sender who waits for it is only told there is none to come when it asks
-    # again, maybe minutes later. What it sends into the room is answered by a reset.
+    """Shut down a non-blocking socket without closing it, so that the peer notices at once."""
+    # First, bytes are read to make room. A sender that waits for room would notice the shutdown
+    # only at its next probe, maybe minutes later; bytes that it sends into the room cause a reset.
     with contextlib.suppress(OSError):
         scratch, taken = bytearray(PIECE_SIZE), 0
         while taken < HELD_MAX and (count := sock.recv_into(scratch)):
@@ -154,10 +159,10 @@ def break_connection(sock: socket.socket) -> None:
 
 @contextmanager
 def connection_errors(broken: type[OSError] = ConnectionError) -> Iterator[None]:
-    """What a peer or a network does to a connection, as an error of ours.
+    """Convert errors of a connection to errors of aiotorchio.
 
     Args:
-        broken: What says that the connection broke; of sockets, every ``OSError`` does.
+        broken: The error that means that the connection broke; for sockets, every ``OSError``.
 
     Raises:
         TransferTimeout: The connection timed out.
@@ -166,7 +171,7 @@ def connection_errors(broken: type[OSError] = ConnectionError) -> Iterator[None]
     try:
         yield
     except TransferTimeout:
-        # Ours, which is a TimeoutError, too.
+        # It is a subclass of TimeoutError.
         raise
     except TimeoutError as error:
         raise TransferTimeout(f"the connection timed out: {error}") from error
@@ -182,7 +187,7 @@ def connection_errors(broken: type[OSError] = ConnectionError) -> Iterator[None]
 
 
 def coalesce(buffers: Sequence[Buffer], size: int = PIECE_SIZE) -> Iterator[Buffer]:
-    """Buffers as pieces of about ``size`` bytes: small ones joined, large ones cut by views."""
+    """Yield pieces of about ``size`` bytes: small buffers are joined, large ones cut into views."""
     small = bytearray()
     for buffer in buffers:
         if len(small) + len(buffer) <= size:
@@ -202,10 +207,9 @@ def coalesce(buffers: Sequence[Buffer], size: int = PIECE_SIZE) -> Iterator[Buff
 
 
 class Cursor:
-    """A sequence of buffers, and how far it has been filled or sent.
+    """A position in a sequence of buffers that are filled or sent.
 
-    Each step costs as much as the buffers that it passes, however many there are before and after
-    them.
+    The cost of a step depends only on the number of buffers that it passes.
 
     Attributes:
         size: Bytes of all buffers.
@@ -223,11 +227,11 @@ class Cursor:
 
     @property
     def left(self) -> int:
-        """Bytes that are not worked off yet."""
+        """The remaining bytes."""
         return self.size - self.done
 
     def next(self, most: int) -> list[memoryview]:
-        """The buffers that come next, with no more than ``most`` bytes."""
+        """Return the next buffers, with at most ``most`` bytes."""
         views = self._buffers[self._index : self._index + _BUFFERS_MAX]
         for n, view in enumerate(views):
             if len(view) >= most:
@@ -247,7 +251,7 @@ class Cursor:
             self._index += 1
 
     def write(self, data: Buffer) -> None:
-        """Copy bytes to where the next ones belong; no more than are left."""
+        """Copy bytes, at most ``left``, into the next buffers."""
         view = memoryview(data)
         self.done += len(view)
         while view:

@@ -1,4 +1,8 @@
-"""Blocking files, pipes and ``BytesIO``; what blocking sockets share with them."""
+"""Source and sink for blocking files, pipes and ``BytesIO``, and the base class for sockets.
+
+In: buffers to fill or to send. Out: the number of bytes moved. The blocking driver calls it. A
+``TruncatedError`` means that the connection broke, a ``TransferTimeout`` that the peer was slow.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +21,20 @@ __all__ = ["BlockingStream"]
 class BlockingStream(Endpoint):
     """Reads and writes a blocking file.
 
-    Of the time that it takes, only what has passed is known: nothing interrupts a file.
+    The deadline is checked only after a call returned: nothing interrupts a file.
 
     Args:
-        file: Has ``readinto`` or ``read``, or ``write``, for bytes.
+        file: A file with ``readinto`` or ``read``, or ``write``, for bytes.
     """
 
-    # What else than a ConnectionError says that the peer or the network did it.
+    # The errors that mean that the connection broke.
     _broken: type[OSError] = ConnectionError
 
     def __init__(self, file: Any) -> None:
         self._file = file
         self._seekable = bool(hasattr(file, "seekable") and file.seekable())
-        # What is there, not all that is asked for: the pace of whoever writes is to be seen. (The
-        # readinto1 that a class inherits needs a read1 that it may lack.)
+        # readinto1 returns the available bytes, so that the deadline sees the speed of the peer.
+        # (An inherited readinto1 needs a read1, which the class may lack.)
         in_parts = (
             not self._seekable
             and isinstance(file, io.BufferedIOBase)
@@ -39,7 +43,7 @@ class BlockingStream(Endpoint):
         self._into = file.readinto1 if in_parts else getattr(file, "readinto", None)
 
     def read(self, size: int) -> bytes:
-        """The next ``size`` bytes, as those of a source; fewer only if the file ended."""
+        """Return the next ``size`` bytes, as a source does; fewer only if the file ended."""
         pieces: list[memoryview] = []
         while size:
             piece = memoryview(bytearray(min(size, PIECE_SIZE)))
@@ -66,7 +70,7 @@ class BlockingStream(Endpoint):
         return done
 
     def send(self, buffers: Sequence[Buffer]) -> None:
-        """Write bytes; after a call that failed, all others fail alike, as those of a sink."""
+        """Write bytes; after a failed call, all later calls raise the same error, as in a sink."""
         if self.failure is not None:
             raise self.failure
         try:
@@ -77,8 +81,8 @@ class BlockingStream(Endpoint):
             raise
 
     def moved(self, count: int) -> None:
-        """Note bytes that were taken, or sent."""
-        # The owner of a file that can seek knows where its messages begin; no peer fills it.
+        """Note bytes that were received or sent."""
+        # In a seekable file, the caller can find the next message, and there is no peer.
         if self._seekable:
             return
         super().moved(count)
@@ -86,14 +90,14 @@ class BlockingStream(Endpoint):
             raise self.deadline.error()
 
     def abort(self) -> None:
-        """Break a connection, so that the peer does not wait for the rest."""
+        """Break a connection, so that the peer does not wait for remaining bytes."""
 
     def release(self) -> None:
-        """Give back what was used, as it was. For the rest see ``Sink``."""
+        """Restore the file; see ``Sink.release``."""
         self.failure = None
 
     def _take(self, view: memoryview) -> int:
-        # Before it is known: who is interrupted here must not take what is left for a message.
+        # Set before the read: after an interrupt in it, the position in the file is unknown.
         before, self.in_message = self.in_message, not self._seekable
         try:
             count = self._read_into(view)
@@ -131,9 +135,9 @@ class BlockingStream(Endpoint):
             return int(count)
         if isinstance(self._file, io.RawIOBase):
             raise _would_block()
-        # Some files return nothing, and have written all.
+        # Some files write all bytes and return None.
         return len(view)
 
 
 def _would_block() -> OSError:
-    return BlockingIOError(errno.EAGAIN, "the file must be blocking")
+    return BlockingIOError(errno.EAGAIN, "the file is non-blocking, but must be blocking")

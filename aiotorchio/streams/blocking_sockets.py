@@ -1,4 +1,7 @@
-"""Blocking sockets, plain and of TLS, with deadlines that other threads do not notice."""
+"""Source and sink for blocking sockets, plain or TLS, with deadlines.
+
+A call on a plain socket does not change the socket, so that other threads can use it meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,14 @@ T = TypeVar("T")
 _Selector: Callable[[], selectors.BaseSelector] = getattr(
     selectors, "PollSelector", selectors.SelectSelector
 )
-# Whether a system can try a socket without making all of it non-blocking.
+# Whether single calls on a socket can be non-blocking.
 _TRIES = hasattr(socket, "MSG_DONTWAIT") and hasattr(socket.socket, "sendmsg")
-# In seconds: beyond some weeks, systems take no timeout.
+# Seconds: systems refuse a timeout of more than some weeks.
 _WAIT_MAX = 86_400.0
 
 
 def open_blocking_socket(sock: socket.socket) -> BlockingStream:
-    """What reads and writes a blocking socket.
+    """Make the adapter of a blocking socket.
 
     Raises:
         ValueError: A non-blocking socket.
@@ -42,9 +45,9 @@ def open_blocking_socket(sock: socket.socket) -> BlockingStream:
 
 
 def is_one_way(stream: object) -> bool:
-    """Whether it is a socket for one call at a time, in one direction or the other.
+    """Whether a stream is a socket that only one call at a time can use, in either direction.
 
-    A call sets its timeout, which both directions share: TLS waits inside of its calls.
+    A call on it sets the timeout, which both directions share: TLS waits inside its calls.
     """
     return isinstance(stream, ssl.SSLSocket) or (isinstance(stream, socket.socket) and not _TRIES)
 
@@ -58,14 +61,14 @@ class _BlockingSocket(BlockingStream):
 
     def abort(self) -> None:
         if _TRIES:
-            # (One that is closed has no descriptor: ValueError.)
+            # (A closed socket has no descriptor: ValueError.)
             with contextlib.suppress(OSError, ValueError):
                 self._make_room()
         with contextlib.suppress(OSError):
             self._file.shutdown(socket.SHUT_RDWR)
 
     def _make_room(self) -> None:
-        """See ``break_connection``. Below TLS and timeouts, and without another descriptor."""
+        """Read bytes as ``break_connection`` does: from the descriptor, below TLS and timeouts."""
         descriptor, scratch, taken = self._file.fileno(), bytearray(PIECE_SIZE), 0
         with _Selector() as selector:
             selector.register(descriptor, selectors.EVENT_READ)
@@ -76,22 +79,22 @@ class _BlockingSocket(BlockingStream):
                 taken += count
 
     def _wait(self, call: Callable[[float | None], T | None]) -> T:
-        """Call with seconds to wait for, again and again while it has nothing to return yet."""
+        """Call with the seconds that it may wait, until it returns a result."""
         end = math.inf if self._timeout is None else time.monotonic() + self._timeout
         while True:
-            patience = math.inf if self.deadline is None else self.deadline.left()
-            if self.deadline is not None and patience <= 0:
+            left = math.inf if self.deadline is None else self.deadline.left()
+            if self.deadline is not None and left <= 0:
                 raise self.deadline.error()
-            patience = min(patience, end - time.monotonic())
-            if patience <= 0:
+            left = min(left, end - time.monotonic())
+            if left <= 0:
                 raise TimeoutError("timed out")
-            result = call(None if patience == math.inf else min(patience, _WAIT_MAX))
+            result = call(None if left == math.inf else min(left, _WAIT_MAX))
             if result is not None:
                 return result
 
 
 class _PlainSocket(_BlockingSocket):
-    """Tries each call, and waits beside the socket until it is worth another one."""
+    """Makes non-blocking calls, and waits with a selector until the socket is ready."""
 
     def _read_into(self, view: memoryview) -> int:
         return self._try(
@@ -113,7 +116,7 @@ class _PlainSocket(_BlockingSocket):
 
     def _try(self, event: int, attempt: Callable[[], Any]) -> int:
         while True:
-            # With a timeout of its own, a socket would wait in the attempt.
+            # A socket with a timeout would wait in the attempt.
             if self._timeout is None:
                 try:
                     return int(attempt())
@@ -121,7 +124,7 @@ class _PlainSocket(_BlockingSocket):
                     pass
             with _Selector() as selector:
                 selector.register(self._file, event)
-                # An empty list says that the time is over.
+                # An empty list means that the time is over.
                 self._wait(lambda seconds: selector.select(seconds) or None)
             if self._timeout is not None:
                 return int(attempt())
@@ -134,7 +137,7 @@ class _TimedSocket(_BlockingSocket):
         return self._timed(self._file.recv_into, view)
 
     def _write_all(self, buffers: Sequence[Buffer]) -> None:
-        # Within a call to TLS nothing shows how much was sent.
+        # Inside a TLS call, the number of sent bytes is unknown.
         for piece in coalesce(buffers, self.piece_size):
             view = memoryview(piece)
             while view:

@@ -1,4 +1,8 @@
-"""How long a peer may keep us waiting: patience that silence uses up, and bytes give back."""
+"""The deadline for a peer, from a time budget that waiting uses up and bytes restore.
+
+In: the limits, and the bytes that moved. Out: the seconds left, a cancelled scope when there are
+none, and the ``TransferTimeout`` to raise. The drivers and the adapters call it.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +24,20 @@ _FOREVER = 10**9
 
 
 class Deadline:
-    """The patience with the peer of one message, as ``Limits`` says it.
+    """The time budget for the peer of one message, as ``Limits`` defines it.
 
-    Time passes between ``begin`` and ``end`` only: what the peer waits for is no fault of its own.
+    Only the time between ``begin`` and ``end`` counts, since the peer waits at other times.
 
     Args:
-        clock: Gives the time in seconds.
+        clock: Returns the time in seconds.
         call_at: Calls a function at a time of this clock and returns a handle with ``cancel()``, as
-            event loops of asyncio do. Without one, the deadline of the scope is moved, which takes
-            a timer of asyncio for each piece that comes; with it, there is one for most messages.
-        timeout: Seconds of waiting that there are at most.
-        least_rate: Each byte gives back 1 / ``least_rate`` seconds; with 0, all of them.
-        limit: Name of the limit that ``timeout`` is.
-        started: Whether the first byte is like any other, as that of a save.
-        start_timeout: Seconds until the first byte, if it is not.
+            event loops of asyncio do. Without it, the deadline of the scope is moved, which needs
+            a timer of asyncio for each piece; with it, most messages need one timer.
+        timeout: The full time budget in seconds.
+        least_rate: Each byte restores 1 / ``least_rate`` seconds; with 0, all of them.
+        limit: Name of the field of ``Limits`` that ``timeout`` has.
+        started: Whether the time budget counts from the beginning, as in a save.
+        start_timeout: Seconds until the first byte, if it does not.
         handshake_timeout: Seconds from the first byte until ``handshake_over`` is called.
 
     Attributes:
@@ -59,7 +63,7 @@ class Deadline:
         self._start_timeout = _seconds(start_timeout)
         self._handshake_timeout = _seconds(handshake_timeout)
         self._started = started
-        # Until the first byte, and from then on.
+        # Seconds left until the first byte, and after it.
         self._start_left, self._left = self._start_timeout, self._timeout
         self._since = self._moved_at = 0.0
         self._handshake_end = math.inf
@@ -72,17 +76,17 @@ class Deadline:
 
     @property
     def least_nbytes(self) -> float:
-        """Bytes that move before patience is over, at the least rate."""
+        """Bytes that move at the least rate before the time budget is used up."""
         return self._least_rate * self._timeout if self._least_rate else math.inf
 
     def begin(self, scope: CancelScope | None = None) -> None:
-        """Begin to wait, and have a scope cancelled if it takes too long."""
+        """Begin to wait; the scope is cancelled at the deadline."""
         self._scope = scope
         self._since = self._moved_at = self._clock()
         self._set_deadline()
 
     def moved(self, count: int) -> None:
-        """Bytes came from the peer, or went to it."""
+        """Note bytes that came from the peer or went to it."""
         if not count:
             return
         now = self._clock()
@@ -93,14 +97,14 @@ class Deadline:
             self._handshake_end = now + self._handshake_timeout
         self.count += count
         self._since = now
-        # Whoever was late is late: the next wait finds nothing left.
+        # After the deadline, bytes restore nothing: the next wait fails.
         if self._left > 0:
             self._left = min(self._left + count * self._seconds_per_byte, self._timeout)
             self._moved_at = now
         self._set_deadline()
 
     def end(self) -> None:
-        """Wait no longer."""
+        """End the wait."""
         passed = self._clock() - self._since
         if self._started:
             self._left -= passed
@@ -109,25 +113,25 @@ class Deadline:
         self._scope = None
 
     def close(self) -> None:
-        """Set off nothing any more; the message is over."""
+        """Cancel the timer: the message is over."""
         self._set_timer(math.inf)
 
     def handshake_over(self) -> None:
-        """The header is in."""
+        """Note that the header was received."""
         self._handshake_end = math.inf
 
     def left(self) -> float:
-        """Seconds to go on waiting for; not above 0 if there are none."""
+        """Return the seconds left; 0 or less after the deadline."""
         return self._deadline() - self._clock()
 
     def error(self) -> TransferTimeout:
-        """What there is to say when nothing is left."""
+        """Make the error for a missed deadline."""
         now = self._clock()
         if not self._started:
             text = f"no message began within {self._start_timeout:g} s (Limits.start_timeout)"
         elif now >= self._handshake_end:
             text = (
-                f"the header was not there {self._handshake_timeout:g} s after the first byte "
+                f"the header was not complete {self._handshake_timeout:g} s after the first byte "
                 "(Limits.handshake_timeout)"
             )
         elif now - self._moved_at >= self._timeout / 2:
@@ -135,7 +139,7 @@ class Deadline:
         else:
             text = (
                 f"fewer than {self._least_rate} bytes a second moved (Limits.least_rate), and "
-                f"{self._timeout:g} s of patience are used up (Limits.{self._limit})"
+                f"the time budget of {self._timeout:g} s is used up (Limits.{self._limit})"
             )
         return TransferTimeout(text, offset=self.count)
 
@@ -150,7 +154,7 @@ class Deadline:
         deadline = self._deadline()
         if self._call_at is None:
             self._scope.deadline = deadline
-        # A timer that goes off too early finds that out: most waits end long before.
+        # A timer that fires too early is set again: most waits end long before it.
         elif deadline < self._timer_at:
             self._set_timer(deadline)
 
@@ -163,7 +167,7 @@ class Deadline:
             self._timer = self._call_at(at, self._look)
 
     def _look(self) -> None:
-        """Cancel the scope if nothing is left, and else look again when that may be."""
+        """Cancel the scope if no time is left; otherwise set the timer again."""
         self._set_timer(math.inf)
         if self._scope is None:
             return

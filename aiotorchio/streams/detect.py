@@ -1,4 +1,7 @@
-"""Which driver a stream gets, by its type."""
+"""Selection of the source or sink for a stream, by the type of the stream.
+
+In: the stream of a caller. Out: its adapter. A ``TypeError`` names the streams that would fit.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ __all__ = ["open_blocking_sink", "open_blocking_source", "open_sink", "open_sour
 
 
 def open_source(stream: Any) -> Source:
-    """The driver that loads from a stream.
+    """Make the source for a stream.
 
     Raises:
-        TypeError: Not a stream that can be loaded from.
-        ValueError: A blocking socket.
+        TypeError: A load cannot use the stream.
+        ValueError: The socket is blocking or closed.
     """
     if isinstance(stream, asyncio.StreamReader):
         return AsyncioSource(stream)
@@ -35,7 +38,7 @@ def open_source(stream: Any) -> Source:
         return SocketSource(stream)
     if isinstance(stream, ByteReceiveStream):
         return AnyioSource(stream)
-    # trio's own streams are iterable, and would lose what follows a message.
+    # trio's streams are iterable, but would lose the bytes after a message.
     if isinstance(stream, AsyncIterable) and not hasattr(stream, "receive_some"):
         return IterableSource(stream)
     raise TypeError(
@@ -45,11 +48,11 @@ def open_source(stream: Any) -> Source:
 
 
 def open_sink(stream: Any) -> Sink:
-    """The driver that saves to a stream.
+    """Make the sink for a stream.
 
     Raises:
-        TypeError: Not a stream that can be saved to.
-        ValueError: A blocking socket.
+        TypeError: A save cannot use the stream.
+        ValueError: The socket is blocking or closed.
     """
     if isinstance(stream, asyncio.StreamWriter):
         return AsyncioSink(stream)
@@ -64,11 +67,11 @@ def open_sink(stream: Any) -> Sink:
 
 
 def open_blocking_source(file: Any) -> BlockingStream:
-    """What loads from a blocking file or socket.
+    """Make the adapter to load from a blocking file or socket.
 
     Raises:
-        TypeError: Not a binary file or a socket.
-        ValueError: A non-blocking socket.
+        TypeError: Neither a binary file nor a socket.
+        ValueError: The socket is non-blocking.
     """
     if not _has(file, "recv_into", "readinto", "read"):
         raise TypeError(
@@ -79,11 +82,11 @@ def open_blocking_source(file: Any) -> BlockingStream:
 
 
 def open_blocking_sink(file: Any) -> BlockingStream:
-    """What saves to a blocking file or socket.
+    """Make the adapter to save to a blocking file or socket.
 
     Raises:
-        TypeError: Not a binary file or a socket.
-        ValueError: A non-blocking socket.
+        TypeError: Neither a binary file nor a socket.
+        ValueError: The socket is non-blocking.
     """
     if not _has(file, "send", "write"):
         raise TypeError(
@@ -98,10 +101,10 @@ def _open_blocking(file: Any) -> BlockingStream:
 
 
 def _has(file: Any, *methods: str) -> bool:
-    """Whether a file has one of these methods, for bytes and blocking."""
+    """Whether a file has one of these methods as a blocking one for bytes."""
     if isinstance(file, io.TextIOBase | asyncio.StreamReader | asyncio.StreamWriter):
         return False
-    # Those of sockets only count for sockets.
+    # The first name is that of sockets.
     names = methods[:1] if isinstance(file, socket.socket) else methods[1:]
     found = [getattr(file, name, None) for name in names]
     found = [method for method in found if method is not None]

@@ -1,4 +1,8 @@
-"""One call at a time on a stream, and none after one that stopped inside a message."""
+"""Exclusive use of a stream: one call at a time, and none on a poisoned stream.
+
+In: the stream of a caller. Out: its adapter, for one message. A ``StreamBusy`` means that another
+call uses the stream, a ``StreamPoisoned`` that an earlier call stopped inside a message.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,14 @@ Adapter = TypeVar("Adapter", Source, Sink, BlockingStream)
 
 
 class _Call:
-    """One that uses a stream; alive as long as its frame is."""
+    """A call that uses a stream; it lives as long as the frame of the call."""
 
 
 @dataclass(slots=True)
 class _State:
-    # Of the calls that are alive, the first has the stream. Weak references: a call that is
-    # interrupted while it cleans up is over, too. No lock: an interrupt could leave it held, and
-    # appending is atomic.
+    # The first live call has the stream. The references are weak, because a call that is
+    # interrupted in its cleanup ends, too. There is no lock, because an interrupt could leave it
+    # held; an append is atomic.
     calls: list[ref[_Call]] = field(default_factory=list)
     poison: str | None = None
 
@@ -42,7 +46,7 @@ def _state(stream: Any, direction: Direction) -> _State:
         direction = "load"
     try:
         states = _states.setdefault(stream, {})
-    except TypeError:  # streams that cannot be weakly referenced are not watched
+    except TypeError:  # a stream without weak references is not guarded
         return _State()
     return states.setdefault(direction, _State())
 
@@ -54,14 +58,14 @@ def exclusive(
     """Use a stream for one message.
 
     Args:
-        stream: The caller's stream.
-        direction: A stream may be saved to and loaded from at once, but not twice the same; a
-            blocking one of TLS has only one.
-        open_adapter: Makes the adapter.
+        stream: The stream of the caller.
+        direction: One save and one load may use a stream at the same time; on a blocking TLS
+            socket, only one of them.
+        open_adapter: Makes the adapter of the stream.
 
     Raises:
         StreamBusy: Another call is using the stream in this direction.
-        StreamPoisoned: Another call stopped inside a message.
+        StreamPoisoned: An earlier call stopped inside a message.
     """
     state, call = _state(stream, direction), _Call()
     claim = ref(call)
@@ -69,14 +73,16 @@ def exclusive(
     try:
         if next(each for each in list(state.calls) if each() is not None) is not claim:
             what = "call" if is_one_way(stream) else direction
-            raise StreamBusy(f"another {what} is using this stream")
+            raise StreamBusy(
+                f"another {what} is using this stream: await it first, or use another stream"
+            )
         if state.poison is not None:
             raise StreamPoisoned(
                 f"an earlier {direction} stopped inside a message: {state.poison}; "
                 f"close this stream and open another"
             )
         adapter = open_adapter(stream)
-        # Until it is known how it ended: nobody may take what an interrupted call leaves for whole.
+        # Poisoned until the end of the call is known: an interrupt may skip the lines below.
         state.poison = _INTERRUPTED
         why = "it was left there"
         try:
@@ -88,9 +94,9 @@ def exclusive(
             try:
                 state.poison = why if adapter.in_message else None
                 if adapter.in_message:
-                    # At once: whoever is at the other end has nothing to wait for any more.
+                    # At once: the peer has nothing more to wait for.
                     adapter.abort()
-                    # That ends both directions of a stream that has two.
+                    # An abort ends both directions of a stream.
                     other = _state(stream, "load" if direction == "save" else "save")
                     other.poison = other.poison or f"a {direction} did: {why}"
             finally:

@@ -1,7 +1,7 @@
-"""A table of what is known of objects of the user, each told apart by its identity.
+"""A weak table with the identity of objects as keys.
 
-``WeakKeyDictionary`` calls their ``__hash__`` and ``__eq__``: two streams that compare equal would
-be one, and a tensor, which compares element by element, would raise.
+``WeakKeyDictionary`` calls ``__hash__`` and ``__eq__`` of its keys: it would mix up two streams
+that compare equal, and raise for a tensor, which compares element by element.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ V = TypeVar("V")
 
 
 class IdentityTable(Generic[V]):
-    """Values of objects, hashable or not, as long as these live.
+    """Values for objects, hashable or not, for as long as the objects live.
 
-    Threads may use it at the same time, and an interrupt between any two lines leaves it whole:
-    each change is one operation of a dict with integers as keys. Setting a value of an object that
-    cannot be weakly referenced is a ``TypeError``.
+    Several threads may use it at the same time, and an interrupt between any two lines leaves it
+    consistent: each change is one operation of a dict with integers as keys. Setting a value for an
+    object that cannot be weakly referenced raises a ``TypeError``.
     """
 
     def __init__(self) -> None:
@@ -30,18 +30,18 @@ class IdentityTable(Generic[V]):
         return len(self._entries)
 
     def setdefault(self, key: Any, value: V) -> V:
-        """The value of an object, which is the given one if it has none."""
+        """Return the value of an object, after setting it to ``value`` if it has none."""
         return self._entries.setdefault(id(key), (self._watched(key), value))[1]
 
     def __setitem__(self, key: Any, value: V) -> None:
         self._entries[id(key)] = (self._watched(key), value)
 
     def pop(self, key: Any, default: V) -> V:
-        """Take the value of an object out of the table."""
+        """Remove and return the value of an object."""
         entry = self._entries.pop(id(key), None)
         return default if entry is None else entry[1]
 
     def _watched(self, key: Any) -> ref[Any]:
         # The callback runs before the memory of the object, and with it its id, can be used again.
-        # It is not a function of Python, in which an interrupt could come.
+        # It is no Python function, in which an interrupt could come.
         return ref(key, functools.partial(self._entries.pop, id(key)))

@@ -1,4 +1,4 @@
-"""Any async iterable of bytes-like pieces, such as the body of an HTTP response."""
+"""Source for any async iterable of bytes-like pieces, such as the body of an HTTP response."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from aiotorchio.streams.identity import IdentityTable
 
 __all__ = ["IterableSource", "resumable"]
 
-# An iterator can't take back the end of a piece that belongs to the next message, so it waits
-# here. Iterables that start anew each time have no next message.
+# Iterator -> the end of its last piece, which belongs to the next message. An iterable that starts
+# again each time has no next message.
 _left_over: IdentityTable[bytes | memoryview] = IdentityTable()
 
 _NOTHING = memoryview(b"")
-# How many pieces, which may be small or empty, are taken before other tasks have their turn.
+# Number of pieces, which may be small or empty, after which other tasks can run.
 _TURN_PIECES = 64
 
 
 class IterableSource(Source):
-    """Takes bytes off an async iterable.
+    """Receives bytes from an async iterable.
 
     Args:
-        iterable: Of bytes-like pieces of any size. A piece may change when the next is asked for.
+        iterable: An iterable of bytes-like pieces of any size. A piece may change when the next one
+            is requested.
     """
 
     def __init__(self, iterable: AsyncIterable[Buffer]) -> None:
@@ -45,7 +46,7 @@ class IterableSource(Source):
         return bytes(data)
 
     async def fill(self, buffers: Sequence[memoryview]) -> int:
-        # The iterator may have all of its pieces at hand: let other tasks run all the same.
+        # Let other tasks run, even if the iterator never waits.
         await anyio.lowlevel.checkpoint()
         cursor = Cursor(buffers)
         while cursor and await self._more():
@@ -53,9 +54,9 @@ class IterableSource(Source):
         return cursor.done
 
     async def _more(self) -> bool:
-        """Have a piece with bytes in it; False at the end."""
+        """Get a piece with bytes in it; returns False at the end."""
         while not self._piece:
-            # A view, even of nothing, would keep a bytearray from changing its size.
+            # Even an empty view would prevent a bytearray from changing its size.
             self._piece = _NOTHING
             self._pieces += 1
             if self._pieces % _TURN_PIECES == 0:
@@ -79,20 +80,20 @@ class IterableSource(Source):
 
     def release(self) -> None:
         if self._resumes and self._piece:
-            # A view of bytes can wait; other pieces may change when the next is asked for.
+            # A view of bytes is kept; other pieces may change when the next one is requested.
             kept = isinstance(self._piece.obj, bytes)
             _left_over[self._iterator] = self._piece if kept else bytes(self._piece)
         self._piece = _NOTHING
 
 
 def resumable(iterable: AsyncIterable[Buffer]) -> AsyncIterator[Buffer]:
-    """An iterator from which one message can be loaded after the other."""
+    """Return an iterator from which one message can be loaded after the other."""
     iterator = aiter(iterable)
     return iterator if _can_wait(iterator) else _Resumable(iterator)
 
 
 class _Resumable:
-    """Stands for an iterator that can't be weakly referenced, to keep what it has left over."""
+    """A proxy for an iterator without weak references, for the table of remaining bytes."""
 
     def __init__(self, iterator: AsyncIterator[Buffer]) -> None:
         self._iterator = iterator
@@ -105,7 +106,7 @@ class _Resumable:
 
 
 def _can_wait(iterator: Any) -> bool:
-    """Whether it can be weakly referenced, so that the table of left-overs forgets it in time."""
+    """Whether an iterator can be weakly referenced, and so be a key of the table."""
     try:
         ref(iterator)
     except TypeError:

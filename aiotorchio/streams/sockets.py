@@ -1,8 +1,8 @@
-"""Non-blocking sockets, on asyncio and trio: bytes go from and to the buffers themselves.
+"""Source and sink for non-blocking sockets on asyncio and trio, without copies.
 
 ``sendmsg`` and ``recvmsg_into`` take many buffers in one system call. On asyncio the socket is
-watched once for a whole call, and each wake-up moves as much as the kernel takes: awaiting each
-readiness on its own costs a future and two system calls more.
+registered once for a whole call, and each wake-up moves as many bytes as the kernel has or accepts:
+to await each readiness separately costs a future and two system calls more.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from aiotorchio.streams.base import (
 
 __all__ = ["TURN_SIZE", "SocketSink", "SocketSource"]
 
-# What one wake-up moves before other tasks get their turn, in one system call or in several: a
-# millisecond, in memory that is warm. Half of it costs a tenth of the speed of a single connection.
+# Bytes that one wake-up moves before other tasks can run, in one or several system calls: a
+# millisecond, in cached memory. Half of it costs a tenth of the speed of a single connection.
 TURN_SIZE = 2 * 2**20
 
 
 class SocketSource(Source):
-    """Takes bytes off a non-blocking stream socket.
+    """Receives bytes from a non-blocking stream socket.
 
     Args:
-        sock: Connected; stays the caller's.
+        sock: A connected socket, which is not closed.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -52,12 +52,12 @@ class SocketSource(Source):
         """Go on filling buffers, until they are full or the stream ends."""
 
         def step() -> bool:
-            """Receive what the kernel has; True when the buffers are full or the stream ended."""
+            """Receive the available bytes; True when the buffers are full or the stream ended."""
             stop = cursor.done + TURN_SIZE
             while cursor and cursor.done < stop:
                 views = cursor.next(stop - cursor.done)
                 try:
-                    # recvmsg_into builds what recv_into does not need.
+                    # recvmsg_into builds objects that recv_into does not need.
                     received = (
                         self._sock.recv_into(views[0])
                         if len(views) == 1
@@ -79,10 +79,10 @@ class SocketSource(Source):
 
 
 class SocketSink(Sink):
-    """Puts bytes on a non-blocking stream socket.
+    """Sends bytes to a non-blocking stream socket.
 
     Args:
-        sock: Connected; stays the caller's.
+        sock: A connected socket, which is not closed.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -93,7 +93,7 @@ class SocketSink(Sink):
         cursor = Cursor(buffers)
 
         def step() -> bool:
-            """Send what the kernel takes; True when all is sent."""
+            """Send as many bytes as the kernel accepts; True when all are sent."""
             stop = cursor.done + TURN_SIZE
             while cursor and cursor.done < stop:
                 try:
@@ -115,17 +115,17 @@ def _check(sock: socket.socket) -> None:
     if isinstance(sock, ssl.SSLSocket):
         raise TypeError("TLS needs a stream of asyncio or anyio, not an ssl.SSLSocket")
     if sock.type != socket.SOCK_STREAM:
-        raise ValueError("a stream socket is needed")
+        raise ValueError("the socket must be a stream socket (SOCK_STREAM)")
     if sock.fileno() < 0:
-        raise ValueError("the socket is closed")
+        raise ValueError("the socket is closed: an open one is needed")
     if sock.getblocking():
         raise ValueError("the socket must be non-blocking: call setblocking(False) first")
 
 
 async def _repeat(sock: socket.socket, step: Callable[[], bool], *, writing: bool) -> None:
-    """Call ``step`` whenever the socket is ready, until it says that it is done."""
-    # Other tasks must have a turn even if nothing needs to be waited for. When writing, before: a
-    # cancellation then comes while something is still missing, not when all is sent.
+    """Call ``step`` whenever the socket is ready, until it returns True."""
+    # Other tasks must run even if nothing has to wait. When writing, they run before the first
+    # step: a cancellation then comes before all bytes are sent.
     if writing:
         await anyio.lowlevel.checkpoint()
     if step():
@@ -141,19 +141,19 @@ async def _repeat(sock: socket.socket, step: Callable[[], bool], *, writing: boo
             done = step()
         return
     finished: asyncio.Future[None] = loop.create_future()
-    # Not in the future, which this frame holds: an error's traceback holds the frame, and all that
-    # is being sent would stay until the next garbage collection.
+    # Errors are not in the future: this frame references it, and the traceback of an error
+    # references the frame, so that the buffers would stay until the next garbage collection.
     errors: list[Exception] = []
 
     def ready() -> None:
-        if finished.done():  # cancelled: not a byte more
+        if finished.done():  # cancelled: no more bytes
             return
         try:
             done = step()
         except Exception as error:
             errors.append(error)
             done = True
-        # Bytes can come so late that noting them cancels whoever waits.
+        # Bytes can come so late that noting them cancels the waiting task.
         if done and not finished.done():
             finished.set_result(None)
             stop(descriptor)
