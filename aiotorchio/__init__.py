@@ -1,11 +1,11 @@
-"""Moves PyTorch state between processes from async Python.
+"""Transfer of PyTorch state between processes from async Python.
 
-``save_to_stream`` and ``load_from_stream`` carry one object over an async stream;
-``StreamWriter`` and ``StreamReader`` carry many, of which ``StreamReader.open`` shows the header
-first, as a ``Message`` with a ``TensorSpec`` for each tensor; ``iter_bytes`` gives a message to an
-HTTP library; ``save`` and ``load`` are the blocking twins. ``snapshot`` copies a state once, to be
-sent to many receivers, as a ``Snapshot``. ``Limits`` says what a load accepts,
-``DoubleBuffer`` is to load into, ``Summary`` says what a save has sent, and every error is an
+``save_to_stream`` and ``load_from_stream`` transfer one object over an async stream;
+``StreamWriter`` and ``StreamReader`` transfer many; ``StreamReader.open`` returns the header
+first, as a ``Message`` with a ``TensorSpec`` for each tensor; ``iter_bytes`` yields the bytes of a
+message for an HTTP library; ``save`` and ``load`` are the blocking calls. ``snapshot`` copies a
+state once for many receivers, as a ``Snapshot``. ``Limits`` bounds a load, ``DoubleBuffer`` is a
+target with a second set of memory, ``Summary`` describes a finished save, and every error is an
 ``AiotorchioError``. ``aiotorchio.tls`` has contexts for connections between machines.
 """
 

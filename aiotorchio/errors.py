@@ -1,4 +1,4 @@
-"""Every error that aiotorchio raises for what a peer, a stream or a message does.
+"""The errors of aiotorchio that are caused by a peer, a stream or a message.
 
 The tree::
 
@@ -9,7 +9,7 @@ The tree::
     ├── LimitExceeded                            the message asks for more than ``Limits`` allows
     ├── UnsafeObjectError  (also UnpicklingError)  the object wants code that was not allowed
     ├── InvalidObjectError                       the object cannot be what it claims to be
-    ├── MismatchError                            the message does not fit the destination
+    ├── MismatchError                            the message does not fit the target
     ├── TransferTimeout    (also TimeoutError)   the peer was too slow
     ├── RemoteAbort                              the sender gave up and said why
     ├── StreamPoisoned                           the stream was left in the middle of a message
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def printable(text: str) -> str:
-    """A text of a peer's for terminals and logs: what moves a cursor or ends a line is escaped."""
+    """Escape all characters of a text that could move a cursor or end a line."""
     if text.isprintable():
         return text
     return "".join(
@@ -49,7 +49,7 @@ def printable(text: str) -> str:
     )
 
 
-# Characters of a message: what a peer calls things can have megabytes.
+# Characters of a message: the names in it come from a peer and can have megabytes.
 _MESSAGE_MAX = 10_000
 
 
@@ -61,16 +61,16 @@ class AiotorchioError(Exception):
     """Base of every error in this module.
 
     Args:
-        message: What was wrong; cut where it is longer than 10,000 characters, and printable: a
-            peer may have written a part of it.
-        entry: The part of the message it was found in, such as ``"tensor 3 ('layer.weight')"``.
+        message: The cause. It is escaped and cut to 10,000 characters, because parts of it may come
+            from a peer.
+        entry: The part of the message with the error, such as ``"tensor 3 ('layer.weight')"``.
         offset: Bytes between the first byte of the message and the place of the error.
     """
 
     def __init__(
         self, message: str, *, entry: str | None = None, offset: int | None = None
     ) -> None:
-        # Before, too: there may be megabytes to escape.
+        # It is cut before the escaping, too: there may be megabytes.
         message = _cut(self._printable(_cut(message)))
         super().__init__(message)
         self.message = message
@@ -112,15 +112,15 @@ class InvalidObjectError(AiotorchioError):
 
 
 class MismatchError(AiotorchioError):
-    """The message does not fit what the caller gave or asked for; the text says all of it.
+    """The message does not fit the targets or the options of the call; the text lists every misfit.
 
     Args:
-        message: As of every error.
-        entry: Likewise.
-        offset: Likewise.
-        missing: Names of destinations that the message does not have.
-        unexpected: Names in the message for which there is no destination.
-        misfits: Why a tensor does not fit its destination, by name.
+        message: As in ``AiotorchioError``.
+        entry: As in ``AiotorchioError``.
+        offset: As in ``AiotorchioError``.
+        missing: Names of targets that the message does not have.
+        unexpected: Names in the message without a target.
+        misfits: Name of a tensor -> the reason why it does not fit its target.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class MismatchError(AiotorchioError):
         self.misfits = dict(misfits or {})
 
     def _printable(self, message: str) -> str:
-        # It has a line for each tensor, in which names are printable already.
+        # The text has a line for each tensor; the names in it are escaped already.
         return "\n".join(map(printable, message.split("\n")))
 
 
@@ -152,7 +152,7 @@ class RemoteAbort(AiotorchioError):
 
 
 class StreamPoisoned(AiotorchioError):
-    """An earlier call was stopped inside a message, so the stream has no known border."""
+    """An earlier call stopped inside a message, so the next byte has no meaning."""
 
 
 class StreamBusy(AiotorchioError):

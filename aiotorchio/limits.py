@@ -1,4 +1,8 @@
-"""What a receiver accepts before it gives memory or time to a message."""
+"""The limits of a call: bounds on memory and time that one message may use.
+
+The caller passes a ``Limits`` to a save or a load. A message that exceeds one causes a
+``LimitExceeded``, a slow peer a ``TransferTimeout``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from dataclasses import dataclass, field
 __all__ = ["Limits"]
 
 MIB = 2**20
-# Where Linux says what a container may take: of cgroups version 2, and of version 1.
+# Files with the memory limit of a container on Linux: of cgroups version 2, and of version 1.
 _CONTAINER_MEMORY = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
@@ -19,7 +23,7 @@ _CONTAINER_MEMORY = (
 
 
 def _memory(container: Iterable[str]) -> int:
-    """Bytes that this machine or its container can hold; 2**63 - 1 if neither tells."""
+    """Return the memory of this machine or its container; 2**63 - 1 if both are unknown."""
     known = [2**63 - 1]
     with contextlib.suppress(AttributeError, ValueError, OSError):
         known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -27,7 +31,7 @@ def _memory(container: Iterable[str]) -> int:
         try:
             with open(path, encoding="ascii") as file:
                 known.append(int(file.read()))
-        except (OSError, ValueError):  # not there, or "max"
+        except (OSError, ValueError):  # no such file, or "max"
             continue
     return min(known)
 
@@ -39,52 +43,51 @@ def _memory_here() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Upper bounds for one message; what exceeds one raises ``LimitExceeded``.
+    """Upper bounds for one message; a message that exceeds one raises ``LimitExceeded``.
 
-    Those in seconds, and ``least_rate``, are about a peer that is slow or silent:
-    ``TransferTimeout``. Only the time counts in which bytes are waited for, not that in which they
-    are worked on or nobody asks for them. Silence and slowness have one account: it begins with
-    ``idle_timeout`` seconds, waiting takes them away, and n bytes bring n / ``least_rate`` seconds
-    back, never more than there were: with 1 and 100, a peer that sends 10 bytes each 0.8 seconds
-    is given up after 1.1. Nothing interrupts the files and pipes of blocking calls. The handshake
-    of TLS comes before all of this: ``ssl_handshake_timeout`` of asyncio, 60 seconds, bounds it.
+    The bounds in seconds, and ``least_rate``, raise ``TransferTimeout`` for a slow or silent peer.
+    Only the time of waiting for the peer counts, not the time in which bytes are processed or not
+    requested. Silence and slowness use one time budget: it begins with ``idle_timeout`` seconds,
+    waiting uses it up, and n bytes restore n / ``least_rate`` seconds, up to ``idle_timeout``: with
+    1 and 100, a load from a peer that sends 10 bytes each 0.8 seconds fails after 1.1. Nothing
+    interrupts the files and pipes of blocking calls. The handshake of TLS comes before:
+    ``ssl_handshake_timeout`` of asyncio, 60 seconds, bounds it.
 
     Args:
         header_nbytes: Size of the header in bytes. Reading it takes at most 16 MiB of memory and
-            20 times its size; an honest one takes 10 times its size. What it describes is made of
-            some 500 bytes a tensor and 260 a storage, beside their numbers.
-        skeleton_nbytes: Size of the skeleton in bytes. Reading it, or building what it says, takes
+            20 times its size; an honest one takes 10 times its size. Each tensor that it describes
+            takes some 500 bytes, and each storage 260, in addition to their numbers.
+        skeleton_nbytes: Size of the skeleton in bytes. Reading it, or building its object, takes
             at most 64 MiB and 48 times its size.
         chunk_nbytes: Size of one chunk in bytes.
-        total_nbytes: Bytes of all storages together. The default is what the machine holds:
-            physical memory, or less if its container may take less.
-        expanded_nbytes: Bytes of any one tensor if it were made contiguous: an expanded one can
-            claim far more than its storage has. None is ``total_nbytes``. Tensors on ``meta``,
-            which have no bytes at all, may claim any size.
+        total_nbytes: Bytes of all storages together. The default is the physical memory of the
+            machine, or the limit of its container if that is lower.
+        expanded_nbytes: Bytes of any one tensor if it were contiguous: an expanded one can claim
+            far more than its storage has. None means ``total_nbytes``. Tensors on ``meta``, which
+            have no bytes, may claim any size.
         entries: Number of storages, and number of tensors.
         depth: Nesting of containers in the object.
         dims: Dimensions of one tensor.
         wide_keys: Numbers as keys of one dict, or members of one set, that do not count from 0 on.
-            A sender can choose them so that finding a place for each takes as many steps as there
-            are; of several containers, the squares add up. In a pickle, those count that are not
-            below the number of keys so far.
-        sparse_nnz: What must be checked number by number, of all tensors of one load together: the
-            nnz of sparse COO tensors, compressed and plain indices of the layouts CSR, CSC, BSR and
-            BSC, parts of nested tensors; at least 1 for each tensor. A pickle can make a tensor
-            many times of the same bytes: it counts each time.
-        start_timeout: Seconds until the first byte of a message. None, the default, waits as long
-            as it takes: the next weights may take an hour. Whoever serves strangers sets it.
+            A sender can choose n keys so that inserting each takes up to n steps; for several
+            containers, the squares add up. In a pickle, a key counts if it is not below the number
+            of keys so far.
+        sparse_nnz: Numbers to check one by one, in all tensors of one load together: the nnz of
+            sparse COO tensors, compressed and plain indices of the layouts CSR, CSC, BSR and BSC,
+            parts of nested tensors; at least 1 for each tensor. A pickle can build many tensors
+            from the same bytes: each one counts.
+        start_timeout: Seconds until the first byte of a message. None, the default, waits without
+            end: the next weights may take an hour. Set it in a server for unknown clients.
         handshake_timeout: Seconds from the first byte of a message until its header, the table of
-            its tensors, is in.
-        idle_timeout: Seconds that a load waits without a byte. None: for ever, however slowly
-            bytes come.
-        write_timeout: Seconds that a save waits without the peer's taking a byte. Streams of
-            anyio, and those of asyncio over TLS, tell for pieces of 256 KiB only.
-        least_rate: Bytes a second that move in the long run, in both directions; 0 for any.
+            its tensors, is received.
+        idle_timeout: Seconds that a load waits without a byte. None: without end, at any speed.
+        write_timeout: Seconds that a save waits while the peer accepts no byte. For anyio streams
+            and asyncio streams over TLS, it counts for pieces of 256 KiB.
+        least_rate: Bytes a second that must move in the long run, in both directions; 0 for any.
 
     Raises:
-        TypeError: A limit that is not a number of its kind.
-        ValueError: A negative limit, or nan.
+        TypeError: A limit is not a number of its kind.
+        ValueError: A limit is negative or nan.
 
     Example:
         >>> from aiotorchio import Limits
@@ -114,19 +117,19 @@ class Limits:
             if value is None and name == "expanded_nbytes":
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} is a whole number, not {value!r}")
+                raise TypeError(f"{name} must be a whole number, not {value!r}")
             _refuse_negative(name, value)
         for name in _SECONDS:
             value = getattr(self, name)
             if value is None:
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool):
-                raise TypeError(f"{name} is a number of seconds or None, not {value!r}")
+                raise TypeError(f"{name} must be a number of seconds or None, not {value!r}")
             _refuse_negative(name, value)
 
     @property
     def dense_nbytes(self) -> int:
-        """``expanded_nbytes`` as a number: what it means if it is None."""
+        """``expanded_nbytes``, or ``total_nbytes`` if that is None."""
         return self.total_nbytes if self.expanded_nbytes is None else self.expanded_nbytes
 
 
@@ -136,4 +139,4 @@ _COUNTS = tuple(name for name in Limits.__annotations__ if name not in _SECONDS)
 
 def _refuse_negative(name: str, value: float) -> None:
     if value < 0 or value != value:  # nan
-        raise ValueError(f"{name} is {value}: it must not be negative")
+        raise ValueError(f"{name} is {value}, but must be 0 or more")

@@ -1,7 +1,7 @@
-"""TLS between machines that know each other by certificates of an authority of their own.
+"""TLS contexts for machines that have certificates of a private authority.
 
-The contexts are those of the standard library, for whatever takes one (asyncio, anyio, ``ssl``),
-with nothing left to forget: TLS 1.3, and every certificate that there is gets verified.
+In: PEM files. Out: ``ssl.SSLContext`` objects for asyncio, anyio or ``ssl``, with TLS 1.3 only;
+they verify every certificate of a peer. An error means that a file cannot be used; a note names it.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ Path = str | os.PathLike[str]
 def server_context(
     cert: Path, key: Path | None = None, client_ca: Path | None = None
 ) -> ssl.SSLContext:
-    """A context for the side that accepts connections.
+    """Make a context for the side that accepts connections.
 
     Args:
-        cert: PEM file with the server's certificate, and with those of the authorities between it
-            and the one that its clients trust, if there are any.
+        cert: PEM file with the server's certificate, and with those of any authorities between it
+            and the authority that its clients trust.
         key: PEM file with the private key, which must not be encrypted. None: it is in ``cert``.
-        client_ca: PEM file with the authorities that clients must have a certificate of; those of
-            the system do not count. None: clients stay anonymous, and anyone may connect.
+        client_ca: PEM file with the authorities of which clients must have a certificate; those of
+            the system do not count. None: clients are anonymous, and anyone may connect.
 
     Returns:
-        For TLS 1.3 and nothing older.
+        A context for TLS 1.3 only.
 
     Raises:
-        OSError: A file can't be read; a note says which.
-        ssl.SSLError: A file is not PEM, has nothing of what it is for, or the key is not that of
+        OSError: A file can't be read; a note names it.
+        ssl.SSLError: A file is not PEM, does not have the needed entry, or the key is not that of
             the certificate. (Also an ``OSError``.)
         ValueError: The key is encrypted.
 
@@ -50,8 +50,8 @@ def server_context(
         ...     await server.serve_forever()
     """
     context = _context(ssl.PROTOCOL_TLS_SERVER)
-    # Nobody resumes a session here. And a client that only sends and closes would do so before it
-    # has read the tickets: its system then resets the connection, and the end of a message is lost.
+    # Sessions are not resumed. And a client that only sends would close before it has read the
+    # tickets: its system would then reset the connection, and the end of a message would be lost.
     context.num_tickets = 0
     _identify(context, cert, key)
     if client_ca is not None:
@@ -63,24 +63,24 @@ def server_context(
 def client_context(
     ca: Path | None = None, cert: Path | None = None, key: Path | None = None
 ) -> ssl.SSLContext:
-    """A context for the side that connects, which must say to whom: the name is verified, too.
+    """Make a context for the side that connects; it must pass the name of the server to verify.
 
     Args:
-        ca: PEM file with the authorities to trust, and no others. None: those that the system
-            trusts, which are many.
-        cert: PEM file with the client's own certificate, for servers that ask for one. They tell a
-            client who has none only after the handshake: its first load, or one of its first
-            saves, raises ``TruncatedError``.
+        ca: PEM file with the only authorities to trust. None: the many authorities that the system
+            trusts.
+        cert: PEM file with the client's certificate, for servers that require one. They refuse a
+            client without one only after the handshake: its first load, or one of its first saves,
+            raises ``TruncatedError``.
         key: PEM file with its private key, which must not be encrypted. None: it is in ``cert``.
 
     Returns:
-        For TLS 1.3 and nothing older.
+        A context for TLS 1.3 only.
 
     Raises:
-        OSError: A file can't be read; a note says which.
-        ssl.SSLError: A file is not PEM, has nothing of what it is for, or the key is not that of
+        OSError: A file can't be read; a note names it.
+        ssl.SSLError: A file is not PEM, does not have the needed entry, or the key is not that of
             the certificate. (Also an ``OSError``.)
-        ValueError: A key without a certificate, or the key is encrypted.
+        ValueError: There is a key without a certificate, or the key is encrypted.
 
     Example:
         >>> import asyncio, aiotorchio
@@ -91,7 +91,7 @@ def client_context(
         ...     return await aiotorchio.load_from_stream(reader, allow_pickle=False)
     """
     if cert is None and key is not None:
-        raise ValueError("a key without a certificate is of no use: pass cert, too")
+        raise ValueError("key was given without cert: pass the certificate of the key, too")
     # Verifies certificates and names from the start.
     context = _context(ssl.PROTOCOL_TLS_CLIENT)
     if ca is None:
@@ -103,9 +103,9 @@ def client_context(
     return context
 
 
-# Both leave it to the standard library's default that an end of the connection without a farewell
-# of TLS is an end like others (OP_IGNORE_UNEXPECTED_EOF): many peers never say farewell, an error
-# would cost what asyncio has buffered, and whether a message is whole is proven by its end frame.
+# Both contexts keep the default of the standard library that a connection may end without the
+# close_notify of TLS (OP_IGNORE_UNEXPECTED_EOF): many peers never send one, an error would lose the
+# bytes that asyncio has buffered, and the end frame proves that a message is whole.
 
 
 def _context(protocol: int) -> ssl.SSLContext:
@@ -127,7 +127,7 @@ def _trust(context: ssl.SSLContext, ca: Path) -> None:
 
 @contextlib.contextmanager
 def _named(*files: Path | None) -> Iterator[None]:
-    """OpenSSL does not say which file it could not read, or use."""
+    """Add the names of files to an error, since OpenSSL does not name them."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -136,12 +136,12 @@ def _named(*files: Path | None) -> Iterator[None]:
 
 
 def _no_password() -> str:
-    # Without this, OpenSSL asks for it on the terminal, and the event loop waits.
+    # Without this, OpenSSL asks for the password on the terminal and blocks the event loop.
     raise ValueError("the private key is encrypted: decrypt it first (openssl pkey)")
 
 
-# If the peer has broken off with an alert, unwrap() leaves it in a queue of errors that OpenSSL has
-# for the whole thread, and another connection there fails of it: a peer could end those of others.
+# If the peer has sent an alert, unwrap() leaves it in OpenSSL's error queue of the thread, and
+# another connection of the thread fails: a peer could end connections of other peers.
 
 
 class _Object(ssl.SSLObject):
@@ -161,7 +161,7 @@ class _Socket(ssl.SSLSocket):
 
 
 def _forget_errors() -> None:
-    # There is no call for it, but this one clears the queue when it fails.
+    # ssl has no function for that, but this call clears the queue when it fails.
     with contextlib.suppress(ssl.SSLError):
         _SCRATCH.set_ciphers("none of this name")
 
