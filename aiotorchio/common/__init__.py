@@ -1,1 +1,1 @@
-"""Ground floor: private names of torch, strides, the garbage collector, cancellation of threads."""
+"""Code for all packages: private names of torch, strides, garbage collection, interrupts."""

@@ -1,8 +1,8 @@
-"""Python's garbage collector, which has to wait while many objects are made at once.
+"""A pause of Python's garbage collector while many objects are created at once.
 
-It looks through all objects of the process whenever their number has grown by a quarter. Of a load
-of 10,000 tensors that took a third of the time, and it held the interpreter for 40 ms at a time.
-None of what is made then is garbage.
+The collector scans all objects of the process whenever their number has grown by a quarter. In a
+load of 10,000 tensors that took a third of the time, and blocked the interpreter for 40 ms at a
+time. None of the new objects is garbage.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _thresholds = gc.get_threshold()
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Hold the collector up until the end of the block, in all threads.
+    """Pause the collector until the end of the block, in all threads.
 
-    To be held around code of ours alone, which waits for nobody. If another block does so already,
-    this one does nothing, not even when the other ends first: so many blocks that overlap cannot
-    hold it up for good. Whatever others say to the collector meanwhile stays said.
+    The block must have code of aiotorchio only, which does not wait. If another block has paused
+    the collector, this one does nothing, even if the other ends first: so overlapping blocks cannot
+    pause it for ever. Settings that other code makes meanwhile stay in force.
     """
     global _thresholds
-    # The same at the end, in a process that was forked inside of the block, too.
+    # The local name is the same lock at the end, also in a process forked inside the block.
     lock = _paused
     if not lock.acquire(blocking=False):
         yield
         return
     try:
-        # By its threshold: whether it is enabled is for its owner to say.
+        # The threshold is set, since the application may enable or disable the collector.
         _thresholds = gc.get_threshold()
         gc.set_threshold(0, *_thresholds[1:])
         yield
@@ -46,7 +46,7 @@ def gc_paused() -> Iterator[None]:
 
 
 def release(*tables: list[Any] | dict[Any, Any]) -> None:
-    """Empty tables in parts: half a million objects that are freed at once hold threads up."""
+    """Empty tables in parts: freeing half a million objects at once would block other threads."""
     for table in tables:
         while table:
             if isinstance(table, list):
@@ -62,7 +62,7 @@ def _go_on() -> None:
 
 
 def _in_child() -> None:
-    """In a process that was forked meanwhile, the thread that would end the block is missing."""
+    """End the pause in a forked process, which does not have the thread that would end it."""
     global _paused
     if _paused.locked():
         _paused = Lock()

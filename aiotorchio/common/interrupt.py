@@ -1,8 +1,8 @@
-"""Ends long work in a worker thread soon after the call that waits for it was cancelled.
+"""Interrupts: they end work in a worker thread soon after the cancellation of the call.
 
 A thread cannot be cancelled from outside, and its memory is in use until it ends. So the waiting
-side requests an interrupt (see ``threads``), and every loop whose length a peer chooses calls
-``check_interrupt``, once in about a millisecond of work or more often: it takes 0.1 us. Outside of
+call requests an interrupt (see ``engine/threads.py``), and every loop whose length a peer chooses
+calls ``check_interrupt`` at least once in about a millisecond of work: it takes 0.1 us. Outside
 ``run_in_thread`` nothing requests an interrupt, and the check does nothing.
 """
 
@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 
 class Interrupted(BaseException):
-    """Nobody waits for the result any more; not an ``Exception``, so that nothing handles it."""
+    """The call was cancelled; not an ``Exception``, so that ``except Exception`` lets it pass."""
 
 
 class Interrupt:
-    """The request to end one task, shared by the thread that runs it and the one that waits.
+    """The request to end one task, shared by the thread that runs it and the waiting call.
 
     Attributes:
         requested: Whether the task must end.
@@ -35,7 +35,7 @@ class Interrupt:
         self._lock = threading.Lock()
 
     def request(self) -> bool:
-        """End the task, or keep it from beginning; returns whether it has begun."""
+        """Request the end of the task, or prevent its start; returns whether it has begun."""
         with self._lock:
             self.requested = True
             return self.begun
@@ -65,20 +65,20 @@ _thread = _Thread()
 
 
 def check_interrupt(_: object = None) -> None:
-    """End the task of this thread if nobody waits for it any more.
+    """End the task of this thread if an interrupt was requested.
 
     A class can use it as its ``__post_init__``.
 
     Raises:
-        Interrupted: Nobody does.
+        Interrupted: It was requested.
     """
     if _thread.interrupt.requested:
         raise Interrupted
 
 
 def interruptible(items: Iterable[T], every: int = 1000) -> Iterator[T]:
-    """The same items, one after the other, with a check before each ``every`` of them."""
-    # A generator would be resumed for each item, which takes as long as some of the loops.
+    """Yield the items, with a check before each ``every`` of them."""
+    # A generator here would be resumed for each item, which takes as long as some loop bodies.
     return chain.from_iterable(_batches(iter(items), every))
 
 

@@ -1,13 +1,13 @@
 """Checks of the indices of sparse tensors, without torch's threads.
 
-In: indices as they were received, and the shape that they must lie in. Out: nothing, or a
-``RuntimeError`` in the cases in which torch's own check raises one, too. ``_torch`` calls them, and
-``nested`` uses the same steps.
+In: received indices, and the shape of the tensor. Out: nothing, or a ``RuntimeError`` in the cases
+in which torch's check raises one, too. ``torch_private`` calls the checks, and
+``codecs/pickled/safe_nested.py`` uses ``steps``.
 
 torch's checks share their work among its threads even for three numbers: they reduce over one
-dimension of two, or search for each number alone. Here no operation has as many as the 32,768
-elements from which on torch starts its threads, none reduces over one dimension, and the fewest
-numbers are compared in Python. A check of many numbers ends soon after its load was cancelled.
+dimension of two, or search for each number separately. Here every operation has fewer than the
+32,768 elements for which torch starts its threads, none reduces over one dimension, and few numbers
+are compared in Python. A check of many numbers ends soon after the cancellation of its load.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from aiotorchio.common.interrupt import check_interrupt
 __all__ = ["IN_PYTHON", "check_compressed_indices", "check_coo_indices", "steps"]
 
 STEP = 16_384
-"""Elements of one operation: below what torch shares among its threads."""
+"""Elements of one operation: so few that torch uses one thread."""
 
 IN_PYTHON = 512
-"""Numbers that are checked in Python, where so few take less time than operations of torch."""
+"""The most numbers that are checked in Python, which is then faster than torch."""
 
 _INT64_MAX = 2**63 - 1
 _BY_ROWS = (torch.sparse_csr, torch.sparse_bsr)
@@ -37,12 +37,12 @@ def steps(count: int, overlap: int = 0, *, width: int = 1) -> Iterator[slice]:
     """Slices of at most ``STEP`` elements, or of one item.
 
     Args:
-        count: Of the items.
-        overlap: So many items of the next slice are in each one, too.
+        count: Number of items.
+        overlap: Number of items of the next slice that each slice has, too.
         width: Elements of each item.
 
     Raises:
-        Interrupted: The load that needs them was cancelled.
+        Interrupted: The load was cancelled.
     """
     length = max(STEP // width, 1)
     for start in range(0, max(count - overlap, min(count, 1)), length):
@@ -54,15 +54,17 @@ def check_coo_indices(indices: torch.Tensor, size: Sequence[int], *, distinct: b
     """Refuse indices beyond the size; with ``distinct``, also those not sorted, or repeated.
 
     Args:
-        indices: Of two dimensions, int64: one row for each sparse dimension.
-        size: Of at least these dimensions.
+        indices: An int64 tensor of two dimensions, with a row for each sparse dimension.
+        size: The shape of the tensor, with at least these dimensions.
         distinct: Whether the tensor claims to be coalesced.
     """
     dims, count = indices.shape
     if not dims or not count:
         return
     if math.prod(size[:dims]) > _INT64_MAX:
-        raise RuntimeError(f"a sparse tensor of shape {tuple(size)}: too many elements")
+        raise RuntimeError(
+            f"a sparse tensor of shape {tuple(size)} has too many elements: 2**63 - 1 are possible"
+        )
     if dims * count <= IN_PYTHON:
         rows = indices.tolist()
         bounds: Iterator[tuple[int, int]] = ((min(row), max(row)) for row in rows)
@@ -105,7 +107,7 @@ def check_compressed_indices(
     size: Sequence[int],
     layout: torch.layout,
 ) -> None:
-    """Refuse parts that are no tensor of the layout CSR, CSC, BSR or BSC.
+    """Refuse parts that do not make a tensor of the layout CSR, CSC, BSR or BSC.
 
     The compressed indices say where the plain ones of each row begin, from 0 to their count: as
     many rows as the tensor has (columns in CSC and BSC; of blocks in BSR and BSC), for each of its
@@ -118,7 +120,9 @@ def check_compressed_indices(
         return
     nnz = plain.shape[-1]
     if max(rows, limit, nnz) > torch.iinfo(plain.dtype).max:
-        raise RuntimeError(f"a {layout} tensor of shape {tuple(size)}: too large for {plain.dtype}")
+        raise RuntimeError(
+            f"a {layout} tensor of shape {tuple(size)} is too large for indices of {plain.dtype}"
+        )
     batches, check = (_batches(compressed), _batches(plain)), _Rows(layout, nnz, limit)
     if compressed.numel() + plain.numel() <= IN_PYTHON:
         check.few(*(each.tolist() for each in batches))
@@ -132,7 +136,7 @@ def _check_parts(
     """Refuse parts that no tensor can have, whatever their shapes are."""
     parts = (compressed, plain, values)
     if any(each.layout is not torch.strided or each.is_nested for each in parts):
-        raise RuntimeError(f"a {layout} tensor whose parts are not all strided")
+        raise RuntimeError(f"a {layout} tensor has parts that are not strided")
     if compressed.dtype != plain.dtype or plain.dtype not in (torch.int32, torch.int64):
         raise RuntimeError(
             f"a {layout} tensor has indices of {compressed.dtype} and {plain.dtype}, but both "
@@ -140,11 +144,11 @@ def _check_parts(
         )
     lines = (compressed, plain) if plain.numel() else (compressed,)
     if any(each.dim() and each.stride(-1) != 1 for each in lines):
-        raise RuntimeError(f"a {layout} tensor whose indices are not contiguous in each batch")
+        raise RuntimeError(f"a {layout} tensor has indices that are not contiguous in each batch")
     if any(each.device != values.device for each in parts):
-        raise RuntimeError(f"a {layout} tensor whose parts are on several devices")
+        raise RuntimeError(f"a {layout} tensor has parts on several devices")
     if len({each.is_pinned() for each in parts}) > 1:
-        raise RuntimeError(f"a {layout} tensor with parts in pinned memory, and others not")
+        raise RuntimeError(f"a {layout} tensor has some parts in pinned memory and others not")
 
 
 def _check_shapes(
@@ -154,7 +158,7 @@ def _check_shapes(
     size: Sequence[int],
     layout: torch.layout,
 ) -> tuple[int, int]:
-    """Refuse parts that do not fit together; returns the rows, and what plain indices are below."""
+    """Refuse parts that do not fit together; returns the number of rows and of columns."""
     batch_dims = compressed.dim() - 1
     block_dims = 2 if layout in _OF_BLOCKS else 0
     dense_dims = values.dim() - 1 - batch_dims - block_dims
@@ -190,7 +194,7 @@ def _check_shapes(
 
 
 def _batches(indices: torch.Tensor) -> torch.Tensor:
-    """The same indices in two dimensions: a row for each batch."""
+    """Return the indices in two dimensions: a row for each batch."""
     if indices.dim() == 1:
         return indices.unsqueeze(0)
     if indices.dim() > 2 and not indices.is_contiguous():
@@ -201,7 +205,7 @@ def _batches(indices: torch.Tensor) -> torch.Tensor:
 
 
 def _copy(to: torch.Tensor, indices: torch.Tensor) -> None:
-    """What ``copy_`` does, in steps."""
+    """Copy as ``copy_`` does, in steps."""
     if not indices.numel():
         return
     width = indices.numel() // len(indices)
@@ -217,9 +221,9 @@ class _Rows:
     """The check of the rows of one tensor, which the compressed indices of each batch divide.
 
     Args:
-        layout: Of the tensor.
+        layout: The layout of the tensor.
         nnz: Number of plain indices in each batch.
-        limit: No plain index reaches it, and no row has more of them.
+        limit: Upper bound of the plain indices, and of their number in a row.
     """
 
     def __init__(self, layout: torch.layout, nnz: int, limit: int) -> None:
@@ -241,7 +245,7 @@ class _Rows:
                 self._expect_rising(all(one < other for one, other in pairwise(row)))
 
     def many(self, compressed: torch.Tensor, plain: torch.Tensor) -> None:
-        """Check them in steps: each of several batches, or of a part of one."""
+        """Check all batches in steps: several batches at a time, or a part of one."""
         width = max(compressed.shape[1], self._nnz)
         if width > STEP or len(compressed) == 1:
             for starts, indices in zip(compressed, plain, strict=True):
@@ -252,7 +256,7 @@ class _Rows:
             ends = bool((part[:, 0] == 0).all()) and bool((part[:, -1] == self._nnz).all())
             self._expect_ends(ends)
             self._check_starts(part)
-            # As if all of them were rows of one batch.
+            # The rows of all of them are checked like the rows of one batch.
             before = torch.arange(len(part)).unsqueeze(1) * self._nnz
             self._check_plain((part + before).reshape(-1), plain[each].cpu().reshape(-1))
 
@@ -261,7 +265,7 @@ class _Rows:
         for each in steps(len(compressed), 1):
             part = compressed[each].cpu()
             low, high = self._check_starts(part)
-            # The first of them and the last, since they do not decrease.
+            # They do not decrease, so the lowest is the first and the highest is the last.
             self._expect_ends(low == end)
             self._check_plain(part - low, plain[low:high])
             end = high
@@ -269,7 +273,7 @@ class _Rows:
 
     def _check_starts(self, starts: torch.Tensor) -> tuple[int, int]:
         low, high = map(int, torch.aminmax(starts))
-        # Before anything else, so that no difference can overflow.
+        # The bounds are checked first, so that no difference can overflow.
         self._expect_ends(low >= 0 and high <= self._nnz)
         if starts.shape[-1] > 1:
             lengths = starts[..., 1:] - starts[..., :-1]

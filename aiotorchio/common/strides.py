@@ -1,4 +1,4 @@
-"""Strided views in order of their addresses: which elements lie in a range of bytes."""
+"""Strided views in the order of their addresses: the elements in a range of bytes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Order", "Part", "boxes", "order_of"]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Elements of a storage that are sent without what lies between them.
+    """Elements of a storage that are sent without the bytes between them.
 
     Attributes:
-        at: First byte in what is sent of the storage.
-        start: First byte in the storage itself.
+        at: First byte among the sent bytes of the storage.
+        start: First byte in the storage.
         itemsize: Bytes of an element.
         shape: Elements in each dimension, from the widest stride to the narrowest.
         stride: Elements between neighbours in each dimension; addresses grow with the indices.
@@ -30,19 +30,19 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes are sent."""
+        """Number of bytes that are sent."""
         return math.prod(self.shape) * self.itemsize
 
     @property
     def dense(self) -> bool:
-        """Whether nothing lies between the elements."""
+        """Whether there are no bytes between the elements."""
         return order_of(self.shape, self.stride).dense
 
 
 # Models repeat few layouts: 0.3 us instead of 5.
 @lru_cache(maxsize=4096)
 def order_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> Order:
-    """The ``Order`` of a layout, not to be changed."""
+    """Return the ``Order`` of a layout; it is shared and must not be changed."""
     return Order(shape, stride)
 
 
@@ -56,13 +56,13 @@ class Order:
     Attributes:
         dims: Dimensions of more than one element, from the widest stride to the narrowest; none
             if there are no elements.
-        expanded: Dimensions of stride 0, where all elements are the same one.
-        shape: Of ``dims``.
-        stride: Of ``dims``.
+        expanded: Dimensions of stride 0, in which all elements have one address.
+        shape: Elements in each of ``dims``.
+        stride: Stride of each of ``dims``.
         count: Distinct elements.
         extent: Elements of memory from the first to the last, both included.
-        distinct: Whether every index of ``dims`` has an address of its own, and addresses grow
-            with the indices. Of other views (the windows of ``unfold``) nothing else holds.
+        distinct: Whether all indices of ``dims`` have different addresses that grow with the
+            indices. If not (windows of ``unfold``), no other attribute has a meaning.
     """
 
     __slots__ = ("count", "dims", "distinct", "expanded", "extent", "shape", "stride")
@@ -88,7 +88,7 @@ class Order:
         return self.distinct and not self.expanded and self.count == self.extent
 
     def before(self, address: int) -> int:
-        """How many distinct elements lie before an address, counted in elements from the first."""
+        """Count the distinct elements before an address, which counts elements from the first."""
         count, inner = 0, self.count
         for size, step in zip(self.shape, self.stride, strict=True):
             inner //= size
@@ -106,7 +106,7 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[slice, 
     Args:
         shape: Elements in each dimension.
         start: First element, counted in row-major order.
-        stop: Behind the last one.
+        stop: First element after the run.
 
     Yields:
         A slice for each dimension.

@@ -1,4 +1,6 @@
-"""Every private name of torch that aiotorchio uses.
+"""Every private name of torch that aiotorchio uses, but for those of ``torch.nn.Module``.
+
+The latter are in ``torch_private_modules``; no other module uses private names of torch.
 
 Checked with torch 2.6.0, 2.11.0 and 2.13.0. Whatever changes in another version changes here.
 """
@@ -67,15 +69,15 @@ PARAMETER_MARK = "_is_param"
 """Attribute of subclasses that are parameters, though not of that class."""
 
 REBUILD_JAGGED = f"{JaggedTensor.__module__}._rebuild_njt"
-"""Path of what rebuilds a nested tensor of the jagged layout."""
+"""Path of the function that rebuilds a nested tensor of the jagged layout."""
 
 RAGGED_DIM, NOTED_LENGTHS = "_ragged_idx", "_metadata_cache"
-"""Two of its arguments."""
+"""Two arguments of that function."""
 
 JAGGED_PARTS = frozenset(
     ("_values", "_offsets", "_lengths", RAGGED_DIM, NOTED_LENGTHS, "_size", "_strides")
 )
-"""The attributes that come of its arguments."""
+"""The attributes that it sets from its arguments."""
 
 REBUILD_FROM_TYPE: Callable[..., Any] = torch._tensor._rebuild_from_type_v2
 REBUILD_META = torch._utils._rebuild_meta_tensor_no_storage
@@ -87,24 +89,24 @@ empty_per_channel_quantized: Callable[..., torch.Tensor] = torch._empty_per_chan
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """The address of the storage object that all views of one storage have in common."""
+    """Return the address of the storage object, which all views of one storage share."""
     return int(storage._cdata)
 
 
 def typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
-    """A typed storage without the deprecation warning that the public constructor gives."""
+    """Make a typed storage without the deprecation warning of the public constructor."""
     return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
 
 
 def untyped_storage_of(storage: torch.TypedStorage) -> torch.UntypedStorage:
-    """The untyped storage in a typed one, likewise without a warning."""
+    """Return the untyped storage in a typed one, without the deprecation warning."""
     untyped: torch.UntypedStorage = storage._untyped_storage
     return untyped
 
 
 def versions_of(tensors: Sequence[torch.Tensor]) -> list[int | None]:
-    """Version counters of tensors; None of a tensor of inference mode, which has none."""
-    # Some subclasses answer to nothing.
+    """Return the version counters of tensors; None for a tensor of inference mode."""
+    # Some subclasses raise an error for every attribute.
     with torch._C.DisableTorchFunctionSubclass():
         try:
             return [tensor._version for tensor in tensors]
@@ -113,8 +115,8 @@ def versions_of(tensors: Sequence[torch.Tensor]) -> list[int | None]:
 
 
 def set_view_bits(tensor: torch.Tensor, *, conjugate: bool, negative: bool) -> None:
-    """Mark the stored numbers as conjugated or negated, as lazy views have them."""
-    # torch sets a bit when its key is there, whatever the value.
+    """Set the bits that mark a lazy conjugate or negative view."""
+    # torch sets a bit when its key is in the dict, for any value.
     bits = {key: True for key, on in (("conj", conjugate), ("neg", negative)) if on}
     torch._C._set_tensor_metadata(tensor, bits)  # type: ignore[attr-defined]
 
@@ -131,16 +133,16 @@ def over_storage(
     stride: Any,
     blanks: Blanks | None = None,
 ) -> torch.Tensor:
-    """A tensor over a storage that is large enough: torch would resize one that is not.
+    """Make a tensor over a storage, which must be large enough: torch would resize it.
 
     Args:
-        storage: Of its bytes.
-        dtype: Of its elements.
-        offset: Of its first element, in elements.
-        size: Of each dimension.
-        stride: Of each dimension, in elements.
-        blanks: Kept by a caller that makes many: ``empty_like`` of one takes 0.7 us, and ``empty``
-            1.6.
+        storage: The storage.
+        dtype: Dtype of the elements.
+        offset: Offset of the first element, in elements.
+        size: Size of each dimension.
+        stride: Stride of each dimension, in elements.
+        blanks: A cache for callers that make many: ``empty_like`` of a blank takes 0.7 us, and
+            ``empty`` 1.6.
     """
     device = storage.device
     if blanks is None:
@@ -151,7 +153,7 @@ def over_storage(
             blank = blanks[dtype, device] = torch.empty((0,), dtype=dtype, device=device)
         tensor = torch.empty_like(blank)
     tensor.set_(storage, offset, size, stride)
-    # Only of storages that were made for a FakeTensorMode, on meta.
+    # Only storages of fake_storage have this attribute.
     fake_device = getattr(storage, "_fake_device", None)
     if fake_device is not None:
         tensor.fake_device = fake_device  # type: ignore[attr-defined]
@@ -159,7 +161,7 @@ def over_storage(
 
 
 def make_parameter(tensor: torch.Tensor, requires_grad: bool) -> torch.nn.Parameter:
-    """What ``nn.Parameter`` does for a plain tensor, without its checks in Python."""
+    """Make a parameter as ``nn.Parameter`` does, without its checks in Python."""
     if type(tensor) is not torch.Tensor:  # fake
         return torch.nn.Parameter(tensor, requires_grad)
     parameter: torch.nn.Parameter = torch.Tensor._make_subclass(
@@ -169,13 +171,13 @@ def make_parameter(tensor: torch.Tensor, requires_grad: bool) -> torch.nn.Parame
 
 
 # The public constructors of sparse tensors check their parts under a flag of the whole process,
-# which they set and put back: of two threads, one checks nothing, and the flag can stay set.
+# which they set and restore: of two threads, one checks nothing, and the flag can stay set.
 
 
 def make_coo(
     indices: torch.Tensor, values: torch.Tensor, size: Any, is_coalesced: bool | None
 ) -> torch.Tensor:
-    """A sparse COO tensor of parts that fit together; a RuntimeError if they don't."""
+    """Make a sparse COO tensor; a RuntimeError if its parts do not fit together."""
     if _has_numbers(indices):
         if _is_usual(indices, values, size):
             distinct = bool(is_coalesced) and values.numel() > 1
@@ -189,7 +191,7 @@ def make_coo(
 
 
 def _is_usual(indices: torch.Tensor, values: torch.Tensor, size: Any) -> bool:
-    """Whether only the numbers of the indices are left to be checked, and are in reach."""
+    """Whether only the numbers of the indices must be checked, and are on the CPU."""
     return (
         indices.device.type == values.device.type == "cpu"
         and indices.dim() == 2
@@ -202,9 +204,9 @@ def _is_usual(indices: torch.Tensor, values: torch.Tensor, size: Any) -> bool:
 def make_compressed(
     compressed: torch.Tensor, plain: torch.Tensor, values: torch.Tensor, size: Any, layout: Any
 ) -> torch.Tensor:
-    """A tensor of the layout CSR, CSC, BSR or BSC; a RuntimeError if its parts do not fit."""
+    """Make a CSR, CSC, BSR or BSC tensor; a RuntimeError if its parts do not fit together."""
     if is_fake(compressed):
-        raise RuntimeError("FakeTensorMode has no compressed sparse tensors")
+        raise RuntimeError("FakeTensorMode supports no compressed sparse tensors")
     check_compressed_indices(compressed, plain, values, size, layout)
     tensor: torch.Tensor = torch.ops.aten._sparse_compressed_tensor_unsafe(
         compressed, plain, values, size, dtype=values.dtype, layout=layout, device=values.device
@@ -213,17 +215,17 @@ def make_compressed(
 
 
 def _has_numbers(tensor: torch.Tensor) -> bool:
-    """Not if it is on ``meta``, or fake: then there is nothing to read out of bounds with it."""
+    """Whether a tensor has numbers: on ``meta``, or fake, it cannot cause reads out of bounds."""
     return tensor.untyped_storage().device.type != "meta"
 
 
 def has_names(tensor: torch.Tensor) -> bool:
-    """Whether it is a named tensor: a prototype that torch never serialized and 2.13 dropped."""
+    """Whether a tensor has named dimensions, a prototype that torch 2.13 removed."""
     return _TORCH_HAS_NAMES and bool(tensor.has_names())  # type: ignore[attr-defined]
 
 
 def skipped_data() -> torch.serialization.skip_data | None:
-    """The same as the ``torch.serialization.skip_data`` that this thread is in."""
+    """Return a copy of the ``torch.serialization.skip_data`` that is active in this thread."""
     local = torch.serialization._serialization_tls
     return (
         torch.serialization.skip_data(local.materialize_fake_tensors) if local.skip_data else None
@@ -231,7 +233,7 @@ def skipped_data() -> torch.serialization.skip_data | None:
 
 
 def active_fake_mode() -> AbstractContextManager[Any] | None:
-    """The ``FakeTensorMode`` that this thread is in."""
+    """Return the ``FakeTensorMode`` that is active in this thread."""
     # 0.1 us instead of 4.
     if not torch._C._len_torch_dispatch_stack():
         return None
@@ -240,7 +242,7 @@ def active_fake_mode() -> AbstractContextManager[Any] | None:
 
 
 def real_tensors() -> AbstractContextManager[Any]:
-    """Leaves the ``FakeTensorMode`` that this thread may be in, whoever entered it."""
+    """Return a context without the ``FakeTensorMode`` that may be active in this thread."""
     if active_fake_mode() is None:
         return nullcontext()
     mode: AbstractContextManager[Any] = torch._subclasses.fake_tensor.unset_fake_temporarily()
@@ -248,35 +250,35 @@ def real_tensors() -> AbstractContextManager[Any]:
 
 
 def fake_storage(nbytes: int, device: torch.device) -> torch.UntypedStorage:
-    """A storage over which a ``FakeTensorMode`` makes its tensors, as if it were on a device."""
+    """Make a storage for fake tensors, on ``meta`` as if it were on a device."""
     storage = torch.UntypedStorage(nbytes, device="meta")
     storage._fake_device = device
     return storage
 
 
 def is_fake(tensor: object) -> bool:
-    """Whether it is a ``FakeTensor``: a shape and a device, and no numbers."""
+    """Whether a tensor is a ``FakeTensor``: it has a shape and a device, but no numbers."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and type(tensor) is module.FakeTensor
 
 
 def location_tags() -> tuple[Callable[[torch.UntypedStorage], str], bool]:
-    """What gives storages their location tags, and whether their device alone says it.
+    """Return the function for location tags, and whether a tag depends on the device only.
 
-    It does unless someone has registered a tagger with ``torch.serialization.register_package``.
+    It does unless ``torch.serialization.register_package`` has registered another tagger.
     """
     taggers = (tagger for _, tagger, _ in torch.serialization._package_registry)
     return torch.serialization.location_tag, all(map(_is_of_torch, taggers))
 
 
 def known_location(location: str) -> torch.device | None:
-    """Where torch restores storages with this location.
+    """Return the device on which torch restores storages with this location.
 
     Returns:
-        The device; None if a restorer that someone has registered must be asked, with the bytes.
+        The device; None if a restorer from ``register_package`` must restore the bytes.
 
     Raises:
-        RuntimeError: It is not on this machine; torch's restorers raise other errors, too.
+        RuntimeError: This machine does not have it; torch's restorers raise other errors, too.
     """
     empty = torch.UntypedStorage(0)
     for _, _, restorer in torch.serialization._package_registry:
@@ -285,7 +287,7 @@ def known_location(location: str) -> torch.device | None:
         restored = restorer(empty, location)
         if restored is not None:
             return cast(torch.device, restored.device)
-    # For its error.
+    # Called for its error.
     return cast(torch.device, torch.serialization.default_restore_location(empty, location).device)
 
 
@@ -295,7 +297,7 @@ def _is_of_torch(function: Any) -> bool:
 
 
 def python_name(module: str, name: str) -> str:
-    """The path of a pickled global in Python 3, as torch's unpickler maps it."""
+    """Return the path of a pickled global in Python 3, as torch's unpickler maps it."""
     if (module, name) in NAME_MAPPING:
         module, name = NAME_MAPPING[(module, name)]
     elif module in IMPORT_MAPPING:
@@ -304,7 +306,7 @@ def python_name(module: str, name: str) -> str:
 
 
 class WeightsOnlyUnpickler(unpickler_module.Unpickler):
-    """torch's weights-only unpickler with an allowlist of its own.
+    """torch's weights-only unpickler with a separate allowlist for each object.
 
     torch keeps the allowlist in its module, for the whole process. Here ``load`` runs the same
     code over a copy of that module's names, in which both lists are the ones given, so that
@@ -312,9 +314,9 @@ class WeightsOnlyUnpickler(unpickler_module.Unpickler):
 
     Args:
         file: A binary file with the pickle.
-        allowed: Path of each allowed global -> what stands for it.
-        persistent_load: What resolves references to tensors and storages.
-        encoding: Of the strings of Python 2.
+        allowed: Path of each allowed global -> its value.
+        persistent_load: Function that resolves references to tensors and storages.
+        encoding: Encoding of the strings of Python 2.
     """
 
     def __init__(

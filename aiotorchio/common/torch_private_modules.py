@@ -30,18 +30,18 @@ __all__ = [
 
 
 def is_fsdp1(module: torch.nn.Module) -> bool:
-    """Whether the module shards its parameters as FullyShardedDataParallel does."""
+    """Whether a module is a FullyShardedDataParallel."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
 
 
 def is_norm(module: torch.nn.Module) -> bool:
-    """Whether it is one of those that may count batches."""
+    """Whether a module is a normalization that may count batches."""
     return isinstance(module, torch.nn.modules.batchnorm._NormBase)
 
 
 def persistent_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What a module itself keeps in its state dict."""
+    """Return the parameters and persistent buffers of a module, without submodules."""
     buffers = {
         name: buffer
         for name, buffer in module._buffers.items()
@@ -51,23 +51,23 @@ def persistent_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def passing_buffers(module: torch.nn.Module) -> list[torch.Tensor | None]:
-    """What a module itself keeps in no state dict."""
+    """Return the non-persistent buffers of a module, without submodules."""
     return [module._buffers[name] for name in module._non_persistent_buffers_set]
 
 
 def renames(module: torch.nn.Module) -> bool:
-    """Whether code that is not torch's looks at what the module is to load."""
+    """Whether code other than torch's reads the state before a module loads it."""
     hooks = module._load_state_dict_pre_hooks
     return loads_by_code(module) or not all(map(_only_shards, hooks.values()))
 
 
 def loads_by_code(module: torch.nn.Module) -> bool:
-    """Whether the class of a module loads what it is given in another way than torch's classes."""
+    """Whether the class of a module overrides how torch's classes load their state."""
     return not type(module)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
 
 
 def _only_shards(hook: Any) -> bool:
-    """Whether a hook is one of FSDP2, which cares for its parameters and looks at no state."""
+    """Whether a hook is one of FSDP2, which reads no state."""
     function = getattr(hook, "hook", hook)
     return str(getattr(function, "__module__", "")).startswith(
         "torch.distributed.fsdp._fully_shard"
@@ -75,44 +75,44 @@ def _only_shards(hook: Any) -> bool:
 
 
 def excuses(module: torch.nn.Module) -> bool:
-    """Whether code that is not torch's hears of what is missing, and may take it back."""
+    """Whether code other than torch's gets the missing names after a load and may remove some."""
     return not all(map(_only_shards, module._load_state_dict_post_hooks.values()))
 
 
 def reads_copies(module: torch.nn.Module) -> bool:
-    """Whether a module may do more with a tensor that it is to load than copy it into its own."""
+    """Whether a module may do more with a loaded tensor than copy it into its tensor."""
     return renames(module) or torch.__future__.get_swap_module_params_on_conversion()
 
 
 def takes_extra_state(module: torch.nn.Module) -> bool:
-    """Whether a module has more to keep than tensors."""
+    """Whether a module has extra state in addition to tensors."""
     return type(module).set_extra_state is not torch.nn.Module.set_extra_state
 
 
 def load_from_state_dict(
     module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *found: list[str]
 ) -> None:
-    """As load_state_dict does; ``found`` are missing, unexpected, errors."""
+    """Load as load_state_dict does; ``found`` is lists of missing, unexpected and errors."""
     module._load_from_state_dict(state, prefix, metadata, True, *found)
 
 
 def parameters_of(module: torch.nn.Module) -> Iterable[torch.nn.Parameter | None]:
-    """Those of a module itself."""
+    """Return the parameters of a module, without submodules."""
     return module._parameters.values()
 
 
 def has_load_pre_hooks(module: torch.nn.Module) -> bool:
-    """Whether something looks at what a module is to load."""
+    """Whether a module has hooks that run before it loads its state."""
     return bool(module._load_state_dict_pre_hooks)
 
 
 def has_load_post_hooks(module: torch.nn.Module) -> bool:
-    """Whether something hears of what a module has loaded."""
+    """Whether a module has hooks that run after it has loaded its state."""
     return bool(module._load_state_dict_post_hooks)
 
 
 def run_load_post_hooks(module: torch.nn.Module, *found: list[str]) -> None:
-    """What load_state_dict does when all below a module are loaded; as above, without errors."""
+    """Run the hooks after a load; ``found`` is lists of missing and unexpected names."""
     keys = torch.nn.modules.module._IncompatibleKeys(*found)
     for hook in module._load_state_dict_post_hooks.values():
         hook(module, keys)
