@@ -1,9 +1,9 @@
 """Drop-in names for ``torch.distributed._serialization``: change the import, on both sides.
 
 ``streaming_save`` and ``streaming_load`` take the arguments of torch's ``_streaming_save`` and
-``_streaming_load``, and raise errors that handlers of theirs catch. The format is aiotorchio's: a
-peer that still has torch's functions gets, and causes, an error. ``aiotorchio.save`` and
-``aiotorchio.load`` can do more.
+``_streaming_load``, and raise errors that handlers for torch's functions catch. The format is that
+of aiotorchio: with a peer that still uses torch's functions, both sides get an error.
+``aiotorchio.save`` and ``aiotorchio.load`` can do more.
 
 Example:
     >>> import io, torch
@@ -40,24 +40,24 @@ def streaming_save(
     """Save an object to a file-like object that need not be seekable.
 
     Args:
-        obj: As in ``aiotorchio.save``.
-        f: Anything with ``write`` for bytes, which may write fewer than it was given. Nothing is
-            flushed: whoever made ``f`` knows when.
-        pickle_module: Pickles what cannot be sent without pickle.
-        pickle_protocol: Likewise; 4 and 5 can only be loaded with ``weights_only=False``.
+        obj: The object, as in ``aiotorchio.save``.
+        f: Any object with ``write`` for bytes, which may write only a part of them. It is not
+            flushed: the caller must do that.
+        pickle_module: Pickles objects that cannot be sent without pickle.
+        pickle_protocol: Protocol for that; 4 and 5 can only be loaded with ``weights_only=False``.
 
     Raises:
-        TypeError: ``f`` has no ``write``, or not for bytes; likewise of the other arguments.
-        ValueError: A protocol that ``pickle_module`` does not have.
-        AiotorchioError: The connection broke or timed out; also the ``OSError`` that said so.
-        Exception: What pickling ``obj`` or writing to ``f`` raises.
+        TypeError: ``f`` has no ``write`` for bytes, or another argument has a wrong type.
+        ValueError: ``pickle_module`` does not have the protocol.
+        AiotorchioError: The connection broke or timed out; it is also the ``OSError`` of the cause.
+        Exception: Pickling ``obj`` or writing to ``f`` has raised it.
 
     Example:
         See the module.
     """
     if not hasattr(f, "write"):
         raise TypeError("file must have a 'write' attribute")
-    # Complains about what this object may have no use for.
+    # Checks the two arguments even if this object needs no pickle.
     pickle_module.Pickler(io.BytesIO(), protocol=pickle_protocol)
     with _errors_of_both():
         save(obj, f, pickle_module=pickle_module, pickle_protocol=pickle_protocol)
@@ -71,32 +71,33 @@ def streaming_load(
     weights_only: bool = True,
     **pickle_load_args: Any,
 ) -> object:
-    """Load one object from a file-like object, and leave ``f`` right behind it.
+    """Load one object from a file-like object, and stop right after it.
 
-    Refused here, while torch gives a wrong object, or fails in one of many ways: bytes that were
-    changed or lost on their way (``ChecksumError``, ``ProtocolError``, ``TruncatedError``), what
-    exceeds ``Limits()`` (``LimitExceeded``), and a connection after an error inside a message
-    (``StreamPoisoned``, as in a save) or during another load (``StreamBusy``).
+    These cases raise errors here, while torch returns a wrong object or fails in one of many ways:
+    bytes that were changed or lost (``ChecksumError``, ``ProtocolError``, ``TruncatedError``), a
+    message that exceeds ``Limits()`` (``LimitExceeded``), and a connection after an error inside a
+    message (``StreamPoisoned``, as in a save) or during another load (``StreamBusy``).
 
     Args:
-        f: Anything with ``readinto`` or ``read``, which may give fewer bytes than asked for.
+        f: Any object with ``readinto`` or ``read``, which may return fewer bytes than requested.
         map_location: As in ``torch.load``, ``"meta"`` included.
-        pickle_module: Unpickles what was pickled; only with ``weights_only=False``.
-        weights_only: False **runs whatever code the sender sent**.
-        pickle_load_args: Of the ``Unpickler``: ``encoding``, and with ``weights_only=False``
-            ``errors``, ``fix_imports``, ``buffers`` and what else that of ``pickle_module`` takes.
+        pickle_module: Unpickles pickled objects; only with ``weights_only=False``.
+        weights_only: False **runs any code that the sender has sent**.
+        pickle_load_args: Arguments of the ``Unpickler``: ``encoding``, and with
+            ``weights_only=False`` ``errors``, ``fix_imports``, ``buffers`` and all others of the
+            ``Unpickler`` of ``pickle_module``.
 
     Returns:
         The object.
 
     Raises:
         RuntimeError: ``pickle_module`` with ``weights_only=True``.
-        AttributeError: ``f`` can't be read from.
-        TypeError: Another argument that the ``Unpickler`` does not take.
-        AiotorchioError: What is wrong with the message, the object or the connection. If there is
-            an error behind it, it is of that one's type, too: a ``RuntimeError`` of torch for a
-            device that is not here, an ``OSError``, or whatever unpickling raised. ``EOFError``
-            and ``pickle.UnpicklingError`` are as in the tree of ``aiotorchio.errors``.
+        AttributeError: ``f`` has neither ``read`` nor ``readinto``.
+        TypeError: The ``Unpickler`` does not have the argument.
+        AiotorchioError: The message, the object or the connection has an error. If it has a cause,
+            it is also of the type of the cause: a ``RuntimeError`` of torch for a missing device,
+            an ``OSError``, or an error of unpickling. ``EOFError`` and ``pickle.UnpicklingError``
+            are as in the tree of ``aiotorchio.errors``.
 
     Example:
         See the module.
@@ -108,12 +109,12 @@ def streaming_load(
     others = pickle_load_args.keys() - {"encoding"}
     if weights_only and others:
         raise TypeError(
-            f"only with weights_only=False: {', '.join(sorted(others))} (what you trust goes to "
-            "torch.serialization.safe_globals)"
+            f"{', '.join(sorted(others))}: only possible with weights_only=False (to allow classes "
+            "that you trust, use torch.serialization.safe_globals)"
         )
     if not weights_only:
         taking = _taking(pickle_load_args, pickle if pickle_module is None else pickle_module)
-        # None where nobody asked for one: TORCH_FORCE_WEIGHTS_ONLY_LOAD would refuse it.
+        # None if no argument needs it: TORCH_FORCE_WEIGHTS_ONLY_LOAD would refuse it.
         pickle_module = taking if pickle_module is not None or others else None
     with _errors_of_both():
         return load(
@@ -126,20 +127,20 @@ def streaming_load(
 
 
 def _taking(arguments: dict[str, Any], pickle_module: Any) -> Any:
-    """A pickle module whose ``Unpickler`` gets these arguments, besides the usual ones."""
+    """Make a pickle module whose ``Unpickler`` gets these arguments, too."""
 
-    # Which class it is, is known at run time only.
+    # The base class is known only at run time.
     class Unpickler(pickle_module.Unpickler):  # type: ignore[misc]
         def __init__(self, file: Any, **usual: Any) -> None:
             super().__init__(file, **(usual | arguments))
 
-    Unpickler(io.BytesIO())  # complains before a byte was read
+    Unpickler(io.BytesIO())  # raises its errors before a byte is read
     return SimpleNamespace(Unpickler=Unpickler)
 
 
 @contextmanager
 def _errors_of_both() -> Iterator[None]:
-    """Let an error of ours with another one behind it be of that one's type, too."""
+    """Give an ``AiotorchioError`` with a cause the type of the cause, too."""
     try:
         yield
     except AiotorchioError as error:
@@ -154,7 +155,7 @@ def _of_both(error: AiotorchioError, behind: Exception) -> AiotorchioError:
     try:
         both = _made(type(error), type(behind), behind.args, state)
     except Exception:
-        # Not to be made from its args, as errors should be. Nobody could pickle it, either.
+        # The cause cannot be made from its args, so it is not picklable either.
         return error
     return both.with_traceback(error.__traceback__)
 
@@ -162,7 +163,7 @@ def _of_both(error: AiotorchioError, behind: Exception) -> AiotorchioError:
 def _made(
     ours: type[AiotorchioError], theirs: type[Exception], args: Any, state: Mapping[str, Any]
 ) -> AiotorchioError:
-    """An error with the text and place of ours, and all else of theirs, such as ``errno``."""
+    """Make an error with the text of the first type and the attributes (``errno``) of the other."""
     own = {
         "__init__": theirs.__init__,
         "__reduce__": lambda self: (_made, (ours, theirs, self.args, vars(self))),
