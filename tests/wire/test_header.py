@@ -449,7 +449,10 @@ def test_the_first_bad_row_is_named() -> None:
     good, bad = [0, "uint8", 0, [1], [1], 0, ["good"]], [0, "uint8", 0, [9], [1], 0, []]
     items = fields(storages=[[8, 1, 0]], tensors=[good, bad, [9, *bad[1:]]])
     error = refuse(InvalidObjectError, items, "tensor 1")
-    assert str(error) == f"reaches byte 9 of a storage of 8 (at tensor 1, byte {AT})"
+    assert (
+        str(error)
+        == f"the tensor reaches byte 9 of storage 0, which has 8 bytes (at tensor 1, byte {AT})"
+    )
 
 
 # The order of the checks when several fail
