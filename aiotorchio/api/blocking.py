@@ -22,13 +22,9 @@ from aiotorchio.api.options import (
     trusted,
 )
 from aiotorchio.engine.commit import apply_commit_blocking
-from aiotorchio.engine.drivers import (
-    Request,
-    drive_blocking,
-    load_deadline,
-    save_deadline,
-)
+from aiotorchio.engine.drivers import drive_blocking, load_deadline, save_deadline
 from aiotorchio.engine.receive import IncomingMessage, Loaded, receive_message
+from aiotorchio.engine.requests import Request
 from aiotorchio.engine.send import Summary
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.limits import Limits

@@ -23,9 +23,10 @@ from aiotorchio.api.options import (
     trusted,
 )
 from aiotorchio.engine.commit import apply_commit
-from aiotorchio.engine.drivers import Request, Turns, drive
+from aiotorchio.engine.drivers import Turns, drive
 from aiotorchio.engine.iterate import TensorStream
 from aiotorchio.engine.receive import IncomingMessage
+from aiotorchio.engine.requests import Request
 from aiotorchio.engine.selection import TensorOptions
 from aiotorchio.errors import StreamBusy, StreamPoisoned
 from aiotorchio.streams.base import Source

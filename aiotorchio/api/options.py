@@ -14,12 +14,11 @@ import torch
 
 from aiotorchio.codecs.pickled.allowlist import paths_of
 from aiotorchio.common.torch_private import real_tensors, skipped_data
-from aiotorchio.engine.drivers import Request
 from aiotorchio.engine.receive import LoadOptions
+from aiotorchio.engine.requests import Progress, Request
 from aiotorchio.engine.selection import DoubleBuffer, Into, TensorOptions
 from aiotorchio.engine.send import Summary, prepare, send_message, send_streamed
 from aiotorchio.engine.snapshot import Snapshot
-from aiotorchio.engine.steps import Progress
 from aiotorchio.graph.data_free import DataFree, data_free
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.flatten import flatten, flatten_specs, is_small

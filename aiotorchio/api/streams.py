@@ -26,19 +26,10 @@ from aiotorchio.api.options import (
     outgoing_message,
 )
 from aiotorchio.engine.commit import apply_commit
-from aiotorchio.engine.drivers import (
-    Next,
-    Request,
-    Send,
-    Turns,
-    drive,
-    load_deadline,
-    next_item,
-    save_deadline,
-)
+from aiotorchio.engine.drivers import Turns, drive, load_deadline, next_item, save_deadline
 from aiotorchio.engine.receive import Loaded, receive_message
+from aiotorchio.engine.requests import Next, Progress, Request, Send
 from aiotorchio.engine.send import Summary
-from aiotorchio.engine.steps import Progress
 from aiotorchio.engine.threads import Task, run_in_thread
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.select import Select

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Generator
 from typing import Any
 
-from aiotorchio.engine.drivers import Request
+from aiotorchio.engine.requests import Request
 from aiotorchio.engine.selection import TensorOptions
 from aiotorchio.errors import AiotorchioError
 from aiotorchio.graph.composites import Composites

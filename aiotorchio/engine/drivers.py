@@ -1,21 +1,21 @@
-"""What a message waits for, and the two drivers that carry it out.
+"""The drivers, which answer the requests of a message (see ``requests``) until it returns.
 
-A message is a generator (see ``transfer``): it does everything but I/O and yields a request for
-whatever takes time. ``drive`` answers on an async stream, ``drive_blocking`` on a blocking one.
+``drive`` answers on an async stream, and ``drive_blocking`` on a blocking one. Both return the
+result of the message, or raise its error. The deadlines of loads and saves are here, too: a driver
+begins the deadline of its stream for each request to read or to send.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from typing import Any, TypeVar
 
 import anyio
 import anyio.lowlevel
 
-from aiotorchio.common.buffer import Buffer
+from aiotorchio.engine.requests import END, Checkpoint, Fill, Next, Request, Send
 from aiotorchio.engine.threads import Task, run_in_thread
 from aiotorchio.limits import Limits
 from aiotorchio.streams.base import Endpoint, Sink, Source, asyncio_loop
@@ -24,12 +24,6 @@ from aiotorchio.streams.deadlines import CallAt, Deadline
 from aiotorchio.wire.parser import HeaderReceived, MessageEnded, ReadBytes, Work
 
 __all__ = [
-    "END",
-    "Checkpoint",
-    "Fill",
-    "Next",
-    "Request",
-    "Send",
     "Turns",
     "drive",
     "drive_blocking",
@@ -40,53 +34,19 @@ __all__ = [
 
 T = TypeVar("T")
 
-# How long a task works on the event loop before others have their turn: short beside the 50 ms
-# that a loop may be held, long beside the 20 us that a turn costs.
+# How long a task works on the event loop before other tasks run: short compared with the 50 ms
+# that a loop may be held, long compared with the 20 us that a checkpoint costs.
 _TURN_SECONDS = 0.005
-# How much it hands out until then, with no clock: in bytes, and in bytes that stand for an item.
+# How much it yields to its consumer until then, without a look at the clock: bytes, and the bytes
+# that each item counts for.
 _TURN_NBYTES, _ITEM_NBYTES = 2**22, 2**16
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Asks to send buffers, and to run a task in the meantime; answer: the task's result.
-
-    ``passing`` buffers are of use only until the answer: their memory takes other bytes then.
-    """
-
-    buffers: Sequence[Buffer]
-    background: Task | None = None
-    transient: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """Asks to fill buffers, and to run a task in the meantime; answer: bytes written."""
-
-    buffers: Sequence[memoryview]
-    background: Task | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Next:
-    """Asks an iterator of the caller's, plain or async, for its next item; END behind the last."""
-
-    iterator: Iterator[Any] | AsyncIterator[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """Says that the work that follows can wait: on an event loop, other tasks may run first."""
-
-
-END = object()
-
-Request = ReadBytes | Fill | Send | Work | Next | Checkpoint | HeaderReceived | MessageEnded
 Clock = Callable[[], float]
 
 
 def load_deadline(limits: Limits, clock: Clock | None = None) -> Deadline:
-    """The patience of a load with its sender; by default by the clock of the event loop."""
+    """The time budget of the sender in a load; by default on the clock of the event loop."""
     clock, call_at = _clock_of_the_loop() if clock is None else (clock, None)
     return Deadline(
         clock,
@@ -100,7 +60,7 @@ def load_deadline(limits: Limits, clock: Clock | None = None) -> Deadline:
 
 
 def save_deadline(limits: Limits, clock: Clock | None = None) -> Deadline:
-    """The patience of a save with its receiver; likewise."""
+    """The time budget of the receiver in a save; by default on the clock of the event loop."""
     clock, call_at = _clock_of_the_loop() if clock is None else (clock, None)
     return Deadline(
         clock,
@@ -113,17 +73,17 @@ def save_deadline(limits: Limits, clock: Clock | None = None) -> Deadline:
 
 
 def _clock_of_the_loop() -> tuple[Clock, CallAt | None]:
-    """What tells the time, and on asyncio, what calls at a time."""
+    """The clock of the event loop, and on asyncio the function that schedules a call."""
     loop = asyncio_loop()
     # anyio looks for its backend at each call.
     return (anyio.current_time, None) if loop is None else (loop.time, loop.call_at)
 
 
 class Turns:
-    """Gives other tasks a turn whenever a task has held the event loop for some milliseconds.
+    """Lets other tasks run whenever a task has held the event loop for some milliseconds.
 
-    Waits that find their bytes at once do not suspend the task, and neither does work that is done
-    on the loop: many of them in a row would hold it for as long as they last together.
+    A wait for bytes that are already in memory does not suspend the task, and neither does work on
+    the loop: many of them in a row would hold the loop for as long as they last together.
     """
 
     def __init__(self) -> None:
@@ -131,7 +91,7 @@ class Turns:
         self._nbytes = 0
 
     async def item(self, nbytes: int = 0) -> None:
-        """Count an item that a consumer has taken; it may not wait for anything itself."""
+        """Count an item that a consumer has taken, since the consumer may never suspend itself."""
         self._nbytes += nbytes + _ITEM_NBYTES
         if self._nbytes >= _TURN_NBYTES:
             self._due = 0.0
@@ -143,12 +103,12 @@ class Turns:
             try:
                 await anyio.lowlevel.checkpoint()
             finally:
-                # After a cancellation, too: whoever goes on from there gets further.
+                # After a cancellation, too: a caller that catches it gets the whole time again.
                 self._due, self._nbytes = time.perf_counter() + _TURN_SECONDS, 0
 
 
 async def drive(message: Generator[Request, Any, T], stream: Source | Sink) -> T:
-    """Carry out on an async stream what a message waits for; return what it returns."""
+    """Answer the requests of a message on an async stream, and return its result."""
     turns = Turns()
     try:
         request = next(message)
@@ -161,7 +121,7 @@ async def drive(message: Generator[Request, Any, T], stream: Source | Sink) -> T
                 request = message.throw(error)
             else:
                 request = message.send(answer)
-                # A tensor of the caller's iterator is free when the next is asked for.
+                # A tensor of the caller's iterator must be free before the next one is made.
                 del answer
     except StopIteration as stop:
         result: T = stop.value
@@ -171,8 +131,7 @@ async def drive(message: Generator[Request, Any, T], stream: Source | Sink) -> T
 
 
 def _uncancellable(request: Request) -> bool:
-    # Between the last byte of a message and its end no cancellation may come: the stream would be
-    # taken for one that stands inside of the message.
+    # After the last byte of a message, a cancellation would leave the stream poisoned.
     return isinstance(request, MessageEnded) or (isinstance(request, Work) and request.to_its_end)
 
 
@@ -203,7 +162,7 @@ async def _perform(request: Request, stream: Any) -> Any:
 async def _with_deadline(
     stream: Endpoint, transfer: Callable[[Any], Awaitable[T]], argument: Any
 ) -> T:
-    """Wait for the peer, as long as its pace allows."""
+    """Wait for the peer until its deadline."""
     deadline = stream.deadline
     if deadline is None:
         return await transfer(argument)
@@ -213,7 +172,7 @@ async def _with_deadline(
             return await transfer(argument)
         finally:
             deadline.end()
-    # A frame may be half sent: nothing goes behind it, not even why.
+    # A frame may be half sent, so that no other may follow it, not even an abort frame.
     stream.failure = deadline.error()
     raise stream.failure
 
@@ -224,15 +183,15 @@ def _header_received(stream: Endpoint) -> None:
 
 
 async def next_item(iterator: Iterator[Any] | AsyncIterator[Any]) -> Any:
-    """The next item of an iterator of the caller's; END behind the last."""
+    """The next item of an iterator of the caller, or ``END`` at its end."""
     if isinstance(iterator, AsyncIterator):
         return await anext(iterator, END)
-    # Here, not in a thread: what it sets for its thread (no_grad) must stay there.
+    # Here, not in a thread: settings of a thread that it changes (no_grad) must stay in this one.
     return next(iterator, END)
 
 
 async def _with(task: Task | None, transfer: Callable[[], Awaitable[Any]]) -> tuple[Any, Any]:
-    """Run a task in a worker thread while bytes are on the way; return both results."""
+    """Run a task in a worker thread during a transfer, and return both results."""
     if task is None:
         return await transfer(), None
     errors: list[Exception] = []
@@ -250,7 +209,7 @@ async def _with(task: Task | None, transfer: Callable[[], Awaitable[Any]]) -> tu
         try:
             transferred = await transfer()
         except Exception as error:
-            # First in the list: a broken connection matters more than a failed copy.
+            # The first error is raised: a broken connection matters more than a failed copy.
             errors.insert(0, error)
     try:
         if errors:
@@ -261,7 +220,7 @@ async def _with(task: Task | None, transfer: Callable[[], Awaitable[Any]]) -> tu
 
 
 def drive_blocking(message: Generator[Request, Any, T], stream: BlockingStream) -> T:
-    """Carry out on a blocking stream what a message waits for; return what it returns."""
+    """Answer the requests of a message on a blocking stream, and return its result."""
     try:
         request = next(message)
         while True:
@@ -294,7 +253,7 @@ def _perform_blocking(request: Request, stream: BlockingStream) -> Any:
         case Work(task):
             return task()
         case Next(iterator):
-            # Not an async one: save() has refused it.
+            # No async iterator: save() has refused it.
             return next(iterator, END)  # type: ignore[arg-type]
         case Checkpoint():
             pass

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from aiotorchio.common.interrupt import check_interrupt, interruptible
-from aiotorchio.engine.drivers import Request
 from aiotorchio.engine.receive import IncomingMessage
+from aiotorchio.engine.requests import Request, in_turns, work
 from aiotorchio.engine.selection import TensorOptions
-from aiotorchio.engine.steps import INLINE_NBYTES, INLINE_SKELETON, in_turns, work
+from aiotorchio.engine.thresholds import INLINE_NBYTES, INLINE_SKELETON
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.composites import Composites
 from aiotorchio.graph.rebuild import build_tensor, check_tree

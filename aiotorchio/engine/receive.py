@@ -15,20 +15,12 @@ from aiotorchio.codecs.pickled.codec import STORAGE
 from aiotorchio.codecs.pickled.opcodes import globals_of, is_blocked
 from aiotorchio.common.gc_pause import release
 from aiotorchio.engine.composite_names import find_composites
-from aiotorchio.engine.drivers import Fill, Request
 from aiotorchio.engine.module_commit import WithModules
 from aiotorchio.engine.placement import Placement
+from aiotorchio.engine.requests import Fill, Progress, Request, in_turns, work
 from aiotorchio.engine.selection import Into, TensorOptions
-from aiotorchio.engine.steps import (
-    INLINE_HEADER,
-    INLINE_NBYTES,
-    INLINE_ROWS,
-    INLINE_SKELETON,
-    Progress,
-    in_turns,
-    work,
-)
 from aiotorchio.engine.threads import Task
+from aiotorchio.engine.thresholds import INLINE_HEADER, INLINE_NBYTES, INLINE_ROWS, INLINE_SKELETON
 from aiotorchio.errors import AiotorchioError, LimitExceeded, MismatchError, UnsafeObjectError
 from aiotorchio.graph.composites import Composites
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors

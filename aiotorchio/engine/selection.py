@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from aiotorchio.common.interrupt import interruptible
-from aiotorchio.engine.steps import Progress
+from aiotorchio.engine.requests import Progress
 from aiotorchio.graph.data_free import DataFree
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.modules import ModuleDestination

@@ -12,8 +12,8 @@ import torch
 
 from aiotorchio.common.buffer import Buffer
 from aiotorchio.common.torch_private import real_tensors
-from aiotorchio.engine.drivers import END, Next, Request, Send
-from aiotorchio.engine.steps import INLINE_ROWS, Progress, work
+from aiotorchio.engine.requests import END, Next, Progress, Request, Send, work
+from aiotorchio.engine.thresholds import INLINE_ROWS
 from aiotorchio.errors import AiotorchioError
 from aiotorchio.graph.flatten import Flattened
 from aiotorchio.graph.modules import has_memory

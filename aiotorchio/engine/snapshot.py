@@ -9,7 +9,7 @@ import torch
 
 from aiotorchio.common.torch_private import real_tensors, skipped_data
 from aiotorchio.engine.send import Prepared, prepare
-from aiotorchio.engine.steps import INLINE_ROWS
+from aiotorchio.engine.thresholds import INLINE_ROWS
 from aiotorchio.graph.copies import copied
 from aiotorchio.graph.flatten import Flattened, flatten
 from aiotorchio.memory.device_copy import DeviceCopier

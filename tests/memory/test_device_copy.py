@@ -19,9 +19,10 @@ import torch
 
 import aiotorchio
 from aiotorchio.api.options import load_options
-from aiotorchio.engine.drivers import Request, drive, drive_blocking
+from aiotorchio.engine.drivers import drive, drive_blocking
 from aiotorchio.engine.placement import Placement
 from aiotorchio.engine.receive import receive_message
+from aiotorchio.engine.requests import Request
 from aiotorchio.engine.send import prepare, send_message
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.limits import Limits
