@@ -14,8 +14,9 @@ from importlib.metadata import version
 from aiotorchio import tls
 from aiotorchio.api.blocking import get_unsafe_globals, load, save
 from aiotorchio.api.connection import StreamReader, StreamWriter
+from aiotorchio.api.http_body import iter_bytes
 from aiotorchio.api.message import Message
-from aiotorchio.api.streams import iter_bytes, load_from_stream, save_to_stream
+from aiotorchio.api.streams import load_from_stream, save_to_stream
 from aiotorchio.engine.selection import DoubleBuffer
 from aiotorchio.engine.send import Summary
 from aiotorchio.engine.snapshot import Snapshot, snapshot

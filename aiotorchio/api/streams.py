@@ -5,46 +5,39 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import (
-    AsyncGenerator,
     Coroutine,
     Generator,
     Iterable,
     Mapping,
 )
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 
 from aiotorchio.api.options import (
     DEFAULT_CHUNK_SIZE,
     LoadTarget,
-    SaveKeywords,
-    check_keywords,
     check_lock,
     checked_limits,
     load_options,
     outgoing_message,
 )
 from aiotorchio.engine.commit import apply_commit
-from aiotorchio.engine.drivers import Turns, drive, load_deadline, next_item, save_deadline
+from aiotorchio.engine.drivers import drive, load_deadline, save_deadline
 from aiotorchio.engine.receive import Loaded, receive_message
-from aiotorchio.engine.requests import Next, Progress, Request, Send
+from aiotorchio.engine.requests import Progress, Request
 from aiotorchio.engine.send import Summary
-from aiotorchio.engine.threads import Task, run_in_thread
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.select import Select
 from aiotorchio.limits import Limits
-from aiotorchio.streams.base import coalesce
 from aiotorchio.streams.detect import (
     open_sink,
     open_source,
 )
 from aiotorchio.streams.guard import exclusive
 from aiotorchio.table.names import TensorSpec
-from aiotorchio.wire.parser import Work
 
 __all__ = [
-    "iter_bytes",
     "load_from_stream",
     "save_to_stream",
 ]
@@ -323,66 +316,3 @@ async def _load(
 
 # Of whom Python says that they were never awaited.
 _save.__qualname__, _load.__qualname__ = "save_to_stream", "load_from_stream"
-
-
-def iter_bytes(
-    obj: object, **options: Unpack[SaveKeywords]
-) -> AsyncGenerator[bytes | memoryview, None]:
-    """The bytes of a message, for the body of an HTTP request or response.
-
-    Args:
-        obj: As in ``save_to_stream``.
-        options: The keyword arguments of ``save_to_stream``.
-
-    Returns:
-        Gives pieces of up to 256 KiB. Those of tensors on the CPU are read-only views of the
-        tensors themselves, not copies: use them before the tensors change, or pass
-        ``snapshot=True``. At least once in 4 MiB other tasks have their turn, and a cancellation is
-        taken, even if the consumer never waits.
-
-    Raises:
-        Exception: What ``save_to_stream`` raises before it sends.
-
-    Example:
-        >>> import asyncio, torch, aiotorchio
-        >>> async def main():
-        ...     return await aiotorchio.load_from_stream(aiotorchio.iter_bytes([torch.ones(2)]))
-        >>> asyncio.run(main())
-        [tensor([1., 1.])]
-    """
-    check_keywords("iter_bytes", options, SaveKeywords)
-    return _pieces(outgoing_message(obj, **options))
-
-
-async def _pieces(
-    message: Generator[Request, Any, Summary],
-) -> AsyncGenerator[bytes | memoryview, None]:
-    with contextlib.closing(message), contextlib.suppress(StopIteration):
-        # A consumer with room for everything never waits: else nobody could stop it.
-        turns = Turns()
-        request = next(message)
-        while True:
-            await turns.item()
-            task: Task | None = None
-            match request:
-                case Send(buffers, task, transient):
-                    for piece in coalesce(buffers):
-                        if isinstance(piece, memoryview) and not transient:
-                            yield piece.toreadonly()
-                        else:
-                            yield bytes(piece)
-                        await turns.item(len(piece))
-                    # A tensor of the caller's iterator is free when the next is asked for.
-                    buffers, piece = (), b""
-                case Work(task):
-                    pass
-            try:
-                if isinstance(request, Next):
-                    answer = await next_item(request.iterator)
-                else:
-                    answer = await run_in_thread(task) if task else None
-            except Exception as error:
-                request = message.throw(error)
-            else:
-                request = message.send(answer)
-                del answer

@@ -1,15 +1,23 @@
 """The drivers, which answer the requests of a message (see ``requests``) until it returns.
 
-``drive`` answers on an async stream, and ``drive_blocking`` on a blocking one. Both return the
-result of the message, or raise its error. The deadlines of loads and saves are here, too: a driver
-begins the deadline of its stream for each request to read or to send.
+``drive`` answers on an async stream, ``drive_blocking`` on a blocking one, and both return the
+result of the message. ``drive_to_pieces`` yields the bytes of a save. All of them raise the error
+of the message. The deadlines of loads and saves are here, too: a driver begins the deadline of its
+stream for each request to read or to send.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterator,
+)
 from typing import Any, TypeVar
 
 import anyio
@@ -18,7 +26,7 @@ import anyio.lowlevel
 from aiotorchio.engine.requests import END, Checkpoint, Fill, Next, Request, Send
 from aiotorchio.engine.threads import Task, run_in_thread
 from aiotorchio.limits import Limits
-from aiotorchio.streams.base import Endpoint, Sink, Source, asyncio_loop
+from aiotorchio.streams.base import Endpoint, Sink, Source, asyncio_loop, coalesce
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.deadlines import CallAt, Deadline
 from aiotorchio.wire.parser import HeaderReceived, MessageEnded, ReadBytes, Work
@@ -27,8 +35,8 @@ __all__ = [
     "Turns",
     "drive",
     "drive_blocking",
+    "drive_to_pieces",
     "load_deadline",
-    "next_item",
     "save_deadline",
 ]
 
@@ -150,7 +158,7 @@ async def _perform(request: Request, stream: Any) -> Any:
         case Work(task, to_its_end):
             return await run_in_thread(task, to_its_end=to_its_end)
         case Next(iterator):
-            return await next_item(iterator)
+            return await _next_item(iterator)
         case Checkpoint():
             pass
         case HeaderReceived():
@@ -182,7 +190,7 @@ def _header_received(stream: Endpoint) -> None:
         stream.deadline.handshake_over()
 
 
-async def next_item(iterator: Iterator[Any] | AsyncIterator[Any]) -> Any:
+async def _next_item(iterator: Iterator[Any] | AsyncIterator[Any]) -> Any:
     """The next item of an iterator of the caller, or ``END`` at its end."""
     if isinstance(iterator, AsyncIterator):
         return await anext(iterator, END)
@@ -271,3 +279,46 @@ def _with_deadline_blocking(stream: Endpoint, transfer: Callable[[Any], T], argu
         return transfer(argument)
     finally:
         stream.deadline.end()
+
+
+async def drive_to_pieces(
+    message: Generator[Request, Any, object],
+) -> AsyncGenerator[bytes | memoryview, None]:
+    """Answer the requests of a save without a stream, and yield its bytes, in pieces.
+
+    A piece is a read-only view of the memory that ``Send`` names, or a copy if the buffers are
+    transient or small.
+    """
+    # A consumer that never suspends could not be cancelled otherwise.
+    turns = Turns()
+    try:
+        request = next(message)
+        while True:
+            await turns.item()
+            if isinstance(request, Send):
+                for piece in coalesce(request.buffers):
+                    if isinstance(piece, memoryview) and not request.transient:
+                        yield piece.toreadonly()
+                    else:
+                        yield bytes(piece)
+                    await turns.item(len(piece))
+                piece = b""
+            try:
+                answer = None
+                match request:
+                    case Send(background=task) if task:
+                        answer = await run_in_thread(task)
+                    case Work(task, to_its_end):
+                        answer = await run_in_thread(task, to_its_end=to_its_end)
+                    case Next(iterator):
+                        answer = await _next_item(iterator)
+            except Exception as error:
+                request = message.throw(error)
+            else:
+                request = message.send(answer)
+                # A tensor of the caller's iterator must be free before the next one is made.
+                del answer
+    except StopIteration:
+        return
+    finally:
+        message.close()
