@@ -18,8 +18,8 @@ from aiotorchio.api.http_body import iter_bytes
 from aiotorchio.api.message import Message
 from aiotorchio.api.streams import load_from_stream, save_to_stream
 from aiotorchio.engine.selection import DoubleBuffer
-from aiotorchio.engine.send import Summary
 from aiotorchio.engine.snapshot import Snapshot, snapshot
+from aiotorchio.engine.summary import Summary
 from aiotorchio.errors import (
     AiotorchioError,
     ChecksumError,

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from common import state_of
 
-from aiotorchio.api.options import DEFAULT_CHUNK_SIZE
 from aiotorchio.codecs.tree import codec as tree_codec
 from aiotorchio.engine.placement import Placement
+from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE
 from aiotorchio.engine.selection import TensorOptions
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.graph.rebuild import build_tensors, check_tree

@@ -8,40 +8,50 @@ import pickle
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterable, Generator, Iterable, Iterator
+from collections.abc import AsyncIterable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Unpack
+
+import torch
 
 from aiotorchio.api.options import (
     OtherLoadKeywords,
-    OtherSaveKeywords,
     check_keywords,
     check_lock,
     checked_limits,
     load_options,
-    outgoing_message,
     trusted,
 )
 from aiotorchio.engine.commit import apply_commit_blocking
 from aiotorchio.engine.drivers import drive_blocking, load_deadline, save_deadline
 from aiotorchio.engine.receive import IncomingMessage, Loaded, receive_message
-from aiotorchio.engine.requests import Request
-from aiotorchio.engine.send import Summary
+from aiotorchio.engine.requests import Progress, Request
+from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE, SaveOptions
+from aiotorchio.engine.send import outgoing_message
+from aiotorchio.engine.summary import Summary
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.limits import Limits
 from aiotorchio.streams.detect import open_blocking_sink, open_blocking_source
 from aiotorchio.streams.guard import exclusive
+from aiotorchio.table.names import TensorSpec
 
 __all__ = ["get_unsafe_globals", "load", "save"]
 
 
-def save(
+def save(  # noqa: D417 - save_to_stream documents the options
     obj: object,
     file: Any,
     pickle_module: Any = pickle,
     pickle_protocol: int = 2,
     *,
+    checksum: bool = True,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    metadata: Mapping[str, str] | None = None,
+    specs: Mapping[str, TensorSpec | torch.Tensor] | None = None,
+    snapshot: bool = False,
+    compact: bool = False,
+    allow_pickle: bool = True,
     limits: Limits | None = None,
-    **options: Unpack[OtherSaveKeywords],
+    progress: Progress | None = None,
 ) -> Summary:
     """The blocking twin of ``save_to_stream``, with the arguments of ``torch.save`` in its order.
 
@@ -52,11 +62,12 @@ def save(
             in its directory; other names of it (hard links) keep the old one.
         pickle_module: As in ``save_to_stream``.
         pickle_protocol: As in ``save_to_stream``.
-        limits: As in ``save_to_stream``; of a socket, what its own timeout leaves of them.
-        options: The other keyword arguments of ``save_to_stream``.
+        limits: As in ``save_to_stream``. If a socket has a timeout, the shorter of the two counts.
+
+    All other arguments are those of ``save_to_stream``.
 
     Returns:
-        What was written.
+        The summary of the message.
 
     Raises:
         Exception: As ``save_to_stream``, and ``OSError`` of a file.
@@ -70,13 +81,11 @@ def save(
         >>> aiotorchio.load(file)
         {'w': tensor([1., 1.])}
     """
-    check_keywords("save", options, OtherSaveKeywords)
+    options = SaveOptions.of_call(locals())
     checked = checked_limits(limits)
-    message = outgoing_message(
-        obj, pickle_module=pickle_module, pickle_protocol=pickle_protocol, **options
-    )
-    if isinstance(obj, AsyncIterable) and options.get("specs") is not None:
-        raise TypeError("an async iterable of tensors is for save_to_stream, not for save")
+    message = outgoing_message(obj, options)
+    if isinstance(obj, AsyncIterable) and options.specs is not None:
+        raise TypeError("save needs a plain iterable of tensors; save_to_stream takes an async one")
     if not isinstance(file, str | os.PathLike):
         return _save(message, file, checked)
     with _replaced(file) as opened:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine
+import pickle
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Mapping
 from typing import Any, Unpack, get_args
 
+import torch
+
 from aiotorchio.api.message import Message, Unread
-from aiotorchio.api.options import LoadKeywords, StreamSaveKeywords, checked_limits
+from aiotorchio.api.options import LoadKeywords, checked_limits
 from aiotorchio.api.streams import load_from_stream, save_to_stream
 from aiotorchio.engine.drivers import drive, load_deadline
 from aiotorchio.engine.receive import IncomingMessage
-from aiotorchio.engine.send import Summary
+from aiotorchio.engine.requests import Progress
+from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE
+from aiotorchio.engine.summary import Summary
 from aiotorchio.limits import Limits
 from aiotorchio.streams.detect import open_source
 from aiotorchio.streams.guard import exclusive
 from aiotorchio.streams.iterables import resumable
+from aiotorchio.table.names import TensorSpec
 
 __all__ = ["StreamReader", "StreamWriter"]
 
@@ -38,10 +44,24 @@ class StreamWriter:
         self._stream = stream
 
     def save(
-        self, obj: object, **options: Unpack[StreamSaveKeywords]
+        self,
+        obj: object,
+        *,
+        checksum: bool = True,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+        metadata: Mapping[str, str] | None = None,
+        specs: Mapping[str, TensorSpec | torch.Tensor] | None = None,
+        snapshot: bool = False,
+        compact: bool = False,
+        allow_pickle: bool = True,
+        limits: Limits | None = None,
+        progress: Progress | None = None,
+        pickle_module: Any = pickle,
+        pickle_protocol: int = 2,
     ) -> Coroutine[Any, Any, Summary]:
         """Send an object as the next message; arguments and errors as in ``save_to_stream``."""
-        return save_to_stream(obj, self._stream, **options)
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        return save_to_stream(stream=self._stream, **arguments)
 
 
 class StreamReader:

@@ -7,23 +7,39 @@ frame for the receiver.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from typing import Unpack
+import pickle
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
 
-from aiotorchio.api.options import SaveKeywords, check_keywords, outgoing_message
+import torch
+
 from aiotorchio.engine.drivers import drive_to_pieces
+from aiotorchio.engine.requests import Progress
+from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE, SaveOptions
+from aiotorchio.engine.send import outgoing_message
+from aiotorchio.table.names import TensorSpec
 
 __all__ = ["iter_bytes"]
 
 
-def iter_bytes(
-    obj: object, **options: Unpack[SaveKeywords]
+def iter_bytes(  # noqa: D417 - save_to_stream documents the options
+    obj: object,
+    *,
+    checksum: bool = True,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    metadata: Mapping[str, str] | None = None,
+    specs: Mapping[str, TensorSpec | torch.Tensor] | None = None,
+    snapshot: bool = False,
+    compact: bool = False,
+    allow_pickle: bool = True,
+    progress: Progress | None = None,
+    pickle_module: Any = pickle,
+    pickle_protocol: int = 2,
 ) -> AsyncGenerator[bytes | memoryview, None]:
     """Yield the bytes of a message, for the body of an HTTP request or response.
 
     Args:
-        obj: As in ``save_to_stream``.
-        options: The keyword arguments of ``save_to_stream``.
+        obj: As in ``save_to_stream``, like all options.
 
     Returns:
         An async generator of pieces of up to 256 KiB. Those of tensors on the CPU are read-only
@@ -41,5 +57,5 @@ def iter_bytes(
         >>> asyncio.run(main())
         [tensor([1., 1.])]
     """
-    check_keywords("iter_bytes", options, SaveKeywords)
-    return drive_to_pieces(outgoing_message(obj, **options))
+    options = SaveOptions.of_call(locals())
+    return drive_to_pieces(outgoing_message(obj, options))

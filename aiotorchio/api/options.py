@@ -1,85 +1,41 @@
-"""The options of saving and loading: checked once, for every public function that takes them."""
+"""The options of a load, and the limits of every call: checked here for all public functions."""
 
 from __future__ import annotations
 
 import functools
 import os
 import pickle
-from collections.abc import AsyncIterable, Generator, Iterable, Mapping
-from importlib.metadata import version
-from types import AsyncGeneratorType, GeneratorType
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 import torch
 
 from aiotorchio.codecs.pickled.allowlist import paths_of
-from aiotorchio.common.torch_private import real_tensors, skipped_data
 from aiotorchio.engine.receive import LoadOptions
-from aiotorchio.engine.requests import Progress, Request
+from aiotorchio.engine.requests import Progress
 from aiotorchio.engine.selection import DoubleBuffer, Into, TensorOptions
-from aiotorchio.engine.send import Summary, prepare, send_message, send_streamed
-from aiotorchio.engine.snapshot import Snapshot
 from aiotorchio.graph.data_free import DataFree, data_free
 from aiotorchio.graph.devices import MapLocation
-from aiotorchio.graph.flatten import flatten, flatten_specs, is_small
 from aiotorchio.graph.select import Select
 from aiotorchio.graph.targets import examined
 from aiotorchio.limits import Limits
-from aiotorchio.memory.device_copy import DeviceCopier
-from aiotorchio.table.names import TensorSpec
-from aiotorchio.wire.header import ALIGNMENT, CHUNK_SIZE_MIN
 
 __all__ = [
-    "DEFAULT_CHUNK_SIZE",
     "LoadKeywords",
     "LoadTarget",
     "MessageKeywords",
     "OtherLoadKeywords",
-    "OtherSaveKeywords",
-    "SaveKeywords",
-    "StreamSaveKeywords",
     "TensorKeywords",
     "check_keywords",
     "check_lock",
     "checked_limits",
     "load_options",
-    "outgoing_message",
     "tensor_options",
     "trusted",
 ]
 
-DEFAULT_CHUNK_SIZE = 4 * 2**20
-
-PRODUCER = f"aiotorchio/{version('aiotorchio')} torch/{torch.__version__}"
-
 
 LoadTarget = Mapping[str, Any] | torch.nn.Module | DoubleBuffer
-
-
-class OtherSaveKeywords(TypedDict, total=False):
-    """The keyword arguments of ``save_to_stream``, which documents them, but those for pickle."""
-
-    checksum: bool
-    chunk_size: int
-    metadata: Mapping[str, str] | None
-    specs: Mapping[str, TensorSpec | torch.Tensor] | None
-    snapshot: bool
-    compact: bool
-    allow_pickle: bool
-    progress: Progress | None
-
-
-class SaveKeywords(OtherSaveKeywords, total=False):
-    """The keyword arguments of ``save_to_stream``."""
-
-    pickle_module: Any
-    pickle_protocol: int
-
-
-class StreamSaveKeywords(SaveKeywords, total=False):
-    """Those of a save to a stream of ours, not of an HTTP library."""
-
-    limits: Limits | None
 
 
 class TensorKeywords(TypedDict, total=False):
@@ -134,130 +90,6 @@ def check_keywords(function: str, given: Mapping[str, object], known: type) -> N
     for name in given:
         if name not in known.__annotations__:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-
-
-def outgoing_message(
-    obj: object,
-    *,
-    checksum: bool = True,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
-    metadata: Mapping[str, str] | None = None,
-    specs: Mapping[str, TensorSpec | torch.Tensor] | None = None,
-    snapshot: bool = False,
-    compact: bool = False,
-    allow_pickle: bool = True,
-    progress: Progress | None = None,
-    pickle_module: Any = pickle,
-    pickle_protocol: int = 2,
-) -> Generator[Request, Any, Summary]:
-    """Check the options, and return the message, of which nothing is done yet but a snapshot.
-
-    To be called when the caller makes the call: the tensors are sent as what is queued for them on
-    a device by then leaves them.
-
-    Raises:
-        TypeError: An option of another type.
-        ValueError: An option out of its range.
-    """
-    for option, value in (
-        ("checksum", checksum),
-        ("snapshot", snapshot),
-        ("compact", compact),
-        ("allow_pickle", allow_pickle),
-    ):
-        if not isinstance(value, bool):
-            raise TypeError(f"{option} is True or False, not {value!r}")
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
-        raise TypeError(f"chunk_size is a number of bytes, not {chunk_size!r}")
-    if chunk_size < CHUNK_SIZE_MIN or chunk_size % ALIGNMENT:
-        raise ValueError(
-            f"chunk_size must be a multiple of {ALIGNMENT} and at least {CHUNK_SIZE_MIN}, "
-            f"not {chunk_size}"
-        )
-    if metadata is not None and not isinstance(metadata, Mapping):
-        raise TypeError(f"metadata maps str to str, not {metadata!r}")
-    metadata = {} if metadata is None else dict(metadata)
-    for pair in metadata.items():
-        if not all(isinstance(text, str) for text in pair):
-            raise TypeError(f"metadata maps str to str, not {pair!r}")
-    if specs is not None:
-        if snapshot or compact or skipped_data() is not None:
-            raise ValueError("snapshot, compact and skip_data have no meaning with specs")
-        header = functools.partial(
-            flatten_specs,
-            _checked_specs(specs),
-            chunk_size=chunk_size,
-            metadata=metadata,
-            producer=PRODUCER,
-        )
-        return send_streamed(_iterator(obj), header, checksum=checksum, progress=progress)
-    if isinstance(obj, Snapshot):
-        if snapshot or compact:
-            raise ValueError("snapshot and compact have no meaning for a Snapshot")
-        if obj.codec == "pickle" and not allow_pickle:
-            raise ValueError("allow_pickle is False, and the snapshot needs pickle")
-        make_ready = functools.partial(
-            obj.prepared, chunk_size=chunk_size, metadata=metadata, producer=PRODUCER
-        )
-        return send_message(make_ready, inline=obj.is_small, checksum=checksum, progress=progress)
-    if isinstance(obj, GeneratorType | AsyncGeneratorType):
-        raise TypeError("an iterator of tensors needs specs, which say what they will be")
-    take_apart = functools.partial(
-        flatten,
-        obj,
-        chunk_size=chunk_size,
-        metadata=metadata,
-        producer=PRODUCER,
-        pickle_module=pickle_module,
-        pickle_protocol=pickle_protocol,
-        allow_pickle=allow_pickle,
-        compact=compact,
-        skip=skipped_data(),
-    )
-    if snapshot:
-        with real_tensors():
-            ready = prepare(take_apart(), _until_now, snapshot=True)
-        return send_message(lambda: ready, inline=True, checksum=checksum, progress=progress)
-    copier = _until_now()
-    return send_message(
-        lambda: prepare(take_apart(), lambda: copier),
-        # Views of one storage are compared pair by pair.
-        inline=is_small(obj) and not compact,
-        checksum=checksum,
-        progress=progress,
-        # What was queued since the call has changed the tensors, and counts.
-        start=copier.note,
-    )
-
-
-def _until_now() -> DeviceCopier:
-    return DeviceCopier(until_now=True)
-
-
-def _checked_specs(specs: Mapping[str, TensorSpec | torch.Tensor]) -> dict[str, TensorSpec]:
-    if not isinstance(specs, Mapping):
-        raise TypeError(
-            f"specs maps names to TensorSpec or tensors; it is no {type(specs).__name__}"
-        )
-    checked = {}
-    for name, spec in specs.items():
-        if not isinstance(name, str) or not isinstance(spec, TensorSpec | torch.Tensor):
-            raise TypeError(f"specs maps names to TensorSpec or tensors, not {name!r} to {spec!r}")
-        if any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise ValueError(f"the header is UTF-8, which cannot carry the name {name!r}")
-        # A plain str: subclasses, such as numpy's, would have to be pickled.
-        checked[str(name)] = TensorSpec.of(spec) if isinstance(spec, torch.Tensor) else spec
-    return checked
-
-
-def _iterator(pairs: Any) -> Any:
-    if isinstance(pairs, Mapping):
-        pairs = pairs.items()
-    if isinstance(pairs, AsyncIterable):
-        return aiter(pairs)
-    if isinstance(pairs, Iterable):
-        return iter(pairs)
-    raise TypeError(f"specs needs an iterable of names and tensors, not {type(pairs).__name__}")
 
 
 def tensor_options(

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 
 from aiotorchio.api.options import (
-    DEFAULT_CHUNK_SIZE,
     LoadTarget,
     check_lock,
     checked_limits,
     load_options,
-    outgoing_message,
 )
 from aiotorchio.engine.commit import apply_commit
 from aiotorchio.engine.drivers import drive, load_deadline, save_deadline
 from aiotorchio.engine.receive import Loaded, receive_message
 from aiotorchio.engine.requests import Progress, Request
-from aiotorchio.engine.send import Summary
+from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE, SaveOptions
+from aiotorchio.engine.send import outgoing_message
+from aiotorchio.engine.summary import Summary
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.select import Select
 from aiotorchio.limits import Limits
@@ -143,23 +143,14 @@ def save_to_stream(
         >>> asyncio.run(main())
         {'w': tensor([1., 1.])}
     """
-    message = outgoing_message(
-        obj,
-        checksum=checksum,
-        chunk_size=chunk_size,
-        metadata=metadata,
-        specs=specs,
-        snapshot=snapshot,
-        compact=compact,
-        allow_pickle=allow_pickle,
-        progress=progress,
-        pickle_module=pickle_module,
-        pickle_protocol=pickle_protocol,
-    )
-    return _save(message, stream, checked_limits(limits))
+    options = SaveOptions.of_call(locals())
+    return _save_to_stream(outgoing_message(obj, options), stream, checked_limits(limits))
 
 
-async def _save(message: Generator[Request, Any, Summary], stream: Any, limits: Limits) -> Summary:
+# Python names this coroutine where a call is never awaited.
+async def _save_to_stream(
+    message: Generator[Request, Any, Summary], stream: Any, limits: Limits
+) -> Summary:
     with exclusive(stream, "save", open_sink) as sink:
         sink.deadline = save_deadline(limits)
         return await drive(message, sink)
@@ -314,5 +305,5 @@ async def _load(
         return loaded.obj
 
 
-# Of whom Python says that they were never awaited.
-_save.__qualname__, _load.__qualname__ = "save_to_stream", "load_from_stream"
+# Python names this coroutine where a call is never awaited.
+_load.__qualname__ = "load_from_stream"

@@ -124,7 +124,7 @@ def test_without_it_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_with_specs() -> None:
     for option in ("compact", "snapshot"):
-        with pytest.raises(ValueError, match="have no meaning with specs"):
+        with pytest.raises(ValueError, match="cannot be combined with specs"):
             aiotorchio.save(iter(()), io.BytesIO(), specs={}, **{option: True})  # type: ignore[arg-type]
 
 

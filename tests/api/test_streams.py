@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import io
 import itertools
@@ -609,15 +608,14 @@ class FailingCopier:
 
 @pytest.fixture
 def failing_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aiotorchio.api import options
-    from aiotorchio.engine.send import prepare
+    from aiotorchio.engine import prepared_save
     from aiotorchio.memory.outgoing import OutgoingPayload
 
     def staged(*args: Any, **options: Any) -> OutgoingPayload:
         device = {"copier": FailingCopier(), "needs_copy": lambda device: True}
         return OutgoingPayload(*args, **options | device)
 
-    monkeypatch.setattr(options, "prepare", functools.partial(prepare, outgoing=staged))
+    monkeypatch.setattr(prepared_save, "OutgoingPayload", staged)
 
 
 @in_one_loop
@@ -681,7 +679,7 @@ WRONG_SAVE_OPTIONS = [
     ({"chunk_size": 4095}, ValueError, "chunk_size"),
     ({"chunk_size": 5000}, ValueError, "chunk_size"),
     ({"metadata": {"a": 1}}, TypeError, "metadata"),
-    ({"metadata": "version"}, TypeError, "metadata maps str to str"),
+    ({"metadata": "version"}, TypeError, "metadata must map str to str"),
     ({"metadata": {1: "a"}}, TypeError, "metadata"),
 ]
 WRONG_LOAD_OPTIONS = [
@@ -974,7 +972,7 @@ def test_arguments_that_there_are_not(name: str, arguments: tuple[Any, ...]) -> 
 
 async def test_a_save_that_is_never_awaited_is_warned_of_by_its_name() -> None:
     near, far = connected("unix")
-    with near, far, pytest.warns(RuntimeWarning, match="'save_to_stream' was never awaited"):
+    with near, far, pytest.warns(RuntimeWarning, match="save_to_stream' was never awaited"):
         coroutine = aiotorchio.save_to_stream(SMALL, near)
         del coroutine
         gc.collect()

@@ -20,8 +20,7 @@ from torch import nn
 
 import aiotorchio
 from aiotorchio import ChecksumError, RemoteAbort, StreamWriter
-from aiotorchio.api import options
-from aiotorchio.engine import send
+from aiotorchio.engine.prepared_save import PreparedSave, ReadyMessage
 from aiotorchio.memory.device_copy import bytes_of
 from tests.memory.test_snapshot import Maps, maps
 from tests.support.backends import (
@@ -231,10 +230,10 @@ def test_errors_come_from_the_call(call: str) -> None:
         CALLS[call](threading.Lock(), snapshot=True)
     for option in ("snapshot", "compact", "checksum"):
         for value in (1, 0, None, "yes"):
-            with pytest.raises(TypeError, match=f"^{option} is True or False, not"):
+            with pytest.raises(TypeError, match=f"^{option} must be True or False, not"):
                 CALLS[call]({}, **{option: value})
         if option != "checksum":
-            with pytest.raises(ValueError, match="no meaning with specs"):
+            with pytest.raises(ValueError, match="cannot be combined with specs"):
                 CALLS[call](iter(()), specs={}, **{option: True})
 
 
@@ -624,14 +623,14 @@ async def test_a_storage_that_is_resized_when_its_first_chunk_is_sent() -> None:
 def test_a_change_before_the_first_byte_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """No frame gives the reason: it would come without a preface."""
     tensors = [torch.empty(2, device="meta") for _ in range(3)]
-    prepare = send.prepare
+    unchanged = PreparedSave.ready
 
-    def prepare_and_change(*args: Any, **more: Any) -> Any:
-        ready = prepare(*args, **more)
+    def ready_and_change(save: PreparedSave) -> ReadyMessage:
+        ready = unchanged(save)
         tensors[1].add_(1)
         return ready
 
-    monkeypatch.setattr(options, "prepare", prepare_and_change)
+    monkeypatch.setattr(PreparedSave, "ready", ready_and_change)
     file = io.BytesIO()
     with pytest.raises(RuntimeError, match=r"tensor 1 .* was changed"):
         aiotorchio.save(tensors, file)

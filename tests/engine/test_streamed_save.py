@@ -447,19 +447,19 @@ TENSORS = {"a": A, "b": B}
 TWO = {"a": TensorSpec((2000,), torch.float32), "b": TensorSpec((3, 4), torch.float32)}
 QUANTIZED = torch.quantize_per_tensor(B, 0.1, 0, torch.qint8)
 MISTAKES: dict[str, tuple[list[Any], type[Exception], str]] = {
-    "another order": ([("b", B), ("a", A)], ValueError, "gives 'b' where specs has 'a'"),
-    "another name": ([("a", A), ("c", B)], ValueError, "gives 'c' where specs has 'b'"),
+    "another order": ([("b", B), ("a", A)], ValueError, "yields 'b' where specs has 'a'"),
+    "another name": ([("a", A), ("c", B)], ValueError, "yields 'c' where specs has 'b'"),
     "another shape": ([("a", A), ("b", B.t())], ValueError, "'b' is TensorSpec.*4, 3"),
     "as many elements": ([("a", A), ("b", B.view(12))], ValueError, "'b' is TensorSpec"),
     "another dtype": ([("a", A), ("b", B.double())], ValueError, "'b' is TensorSpec.*float64"),
     "a quantized tensor": ([("a", A), ("b", QUANTIZED)], ValueError, "qint8"),
-    "too few": ([("a", A)], ValueError, "ended where 'b' must follow"),
-    "none": ([], ValueError, "ended where 'a' must follow"),
+    "too few": ([("a", A)], ValueError, "ended before 'b'"),
+    "none": ([], ValueError, "ended before 'a'"),
     "too many": ([("a", A), ("b", B), ("c", A)], ValueError, "more than the 2 tensors"),
-    "not a pair": ([("a", A), B], TypeError, "names with tensors, not Tensor"),
-    "not even a sequence": ([("a", A), None], TypeError, "names with tensors"),
-    "three of them": ([("a", A, 1)], TypeError, "names with tensors, not tuple"),
-    "not a tensor": ([("a", A), ("b", B.tolist())], TypeError, "'b' is a list, not a tensor"),
+    "not a pair": ([("a", A), B], TypeError, "pairs of name and tensor, not Tensor"),
+    "not even a sequence": ([("a", A), None], TypeError, "pairs of name and tensor"),
+    "three of them": ([("a", A, 1)], TypeError, "pairs of name and tensor, not tuple"),
+    "not a tensor": ([("a", A), ("b", B.tolist())], TypeError, "'b' must be a tensor, not list"),
     "on meta": ([("a", A), ("b", B.to("meta"))], ValueError, "'b' is .* no bytes"),
     "sparse": ([("a", A), ("b", B.to_sparse())], ValueError, "'b' is .* no bytes"),
 }

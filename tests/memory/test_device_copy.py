@@ -19,11 +19,14 @@ import torch
 
 import aiotorchio
 from aiotorchio.api.options import load_options
+from aiotorchio.engine import prepared_save
 from aiotorchio.engine.drivers import drive, drive_blocking
 from aiotorchio.engine.placement import Placement
+from aiotorchio.engine.prepared_save import PreparedSave, ReadyMessage
 from aiotorchio.engine.receive import receive_message
 from aiotorchio.engine.requests import Request
-from aiotorchio.engine.send import prepare, send_message
+from aiotorchio.engine.save_options import SaveOptions
+from aiotorchio.engine.send import send_message
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.limits import Limits
 from aiotorchio.memory import device_copy
@@ -55,15 +58,13 @@ def staged_placement(copier: Any) -> Callable[..., Placement]:
 
 
 def message_of(copier: Any) -> Generator[Request, Any, aiotorchio.Summary]:
-    return send_message(
-        lambda: prepare(
-            flatten(STATE, chunk_size=CHUNK, metadata={}, producer="tests"),
-            lambda: copier,
-            outgoing=staged_outgoing(copier),
-        ),
-        inline=True,
-        checksum=True,
-    )
+    class StagedSave(PreparedSave):
+        def ready(self) -> ReadyMessage:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(prepared_save, "OutgoingPayload", staged_outgoing(copier))
+                return super().ready()
+
+    return send_message(StagedSave(STATE, SaveOptions(chunk_size=CHUNK)))
 
 
 def sent(copier: Any) -> bytes:
@@ -268,8 +269,10 @@ def test_a_load_waits_for_what_is_queued_when_it_writes(accelerator: Accelerator
     ]
 
 
-def test_a_snapshot_is_waited_for(accelerator: Accelerator) -> None:
-    """The copier waits for the copies of the snapshot, so it is made after they are queued."""
+def test_a_snapshot_is_waited_for(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What takes the copies from their device is made when all of them are queued."""
     made: list[int] = []
     copied: list[int] = []
 
@@ -283,13 +286,10 @@ def test_a_snapshot_is_waited_for(accelerator: Accelerator) -> None:
             copied.append(start)
             return super().pieces(start, length)
 
+    payload = functools.partial(Payload, staged=staged)
+    monkeypatch.setattr(prepared_save, "OutgoingPayload", payload)
     flattened = flatten(STATE, chunk_size=CHUNK, metadata={}, producer="tests")
-    ready = prepare(
-        flattened,
-        Watching,
-        snapshot=True,
-        outgoing=functools.partial(Payload, needs_copy=staged),
-    )
+    ready = ReadyMessage.of_copies(flattened, Watching)
     assert made[-1] == len(copied) == ready.layout.chunks > 10
 
 

@@ -14,9 +14,11 @@ import torch
 
 import aiotorchio
 from aiotorchio.common.strides import Part
+from aiotorchio.engine import prepared_save
 from aiotorchio.engine.drivers import drive_blocking
-from aiotorchio.engine.send import prepare, send_message
-from aiotorchio.graph.flatten import flatten
+from aiotorchio.engine.prepared_save import PreparedSave
+from aiotorchio.engine.save_options import SaveOptions
+from aiotorchio.engine.send import send_message
 from aiotorchio.memory.device_copy import Here
 from aiotorchio.memory.host import view_of
 from aiotorchio.memory.outgoing import SMALL_STORAGE as SMALL
@@ -169,28 +171,30 @@ STATE = {
 
 
 @pytest.mark.parametrize("compact", [False, True])
-def test_state_on_a_device(compact: bool) -> None:
-    """The snapshot stays in memory of the device until it is sent through two staging buffers."""
+def test_state_on_a_device(compact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held in memory of the device until it is sent, through two slabs."""
     state = {name: tensor.clone() for name, tensor in STATE.items()} | {
         "d": torch.arange(3000.0).view(50, 60)[:, 7:30]
     }
     copiers: list[CopierOnCpu] = []
 
-    def copier() -> CopierOnCpu:
+    def copier(*, until_now: bool) -> CopierOnCpu:
+        assert until_now
         copiers.append(CopierOnCpu())
         return copiers[-1]
 
     def outgoing(*args: Any, **options: Any) -> OutgoingPayload:
         return OutgoingPayload(*args, **options | {"needs_copy": staged})
 
-    flattened = flatten(state, chunk_size=CHUNK, metadata={}, producer="tests", compact=compact)
-    ready = prepare(flattened, copier, snapshot=True, outgoing=outgoing)
+    monkeypatch.setattr(prepared_save, "OutgoingPayload", outgoing)
+    monkeypatch.setattr(prepared_save, "DeviceCopier", copier)
+    options = SaveOptions(chunk_size=CHUNK, compact=compact, snapshot=True)
+    save = PreparedSave(state, options)
     expected = {name: tensor.clone() for name, tensor in state.items()}
     for tensor in state.values():
         tensor.zero_()
     file = io.BytesIO()
-    message = send_message(lambda: ready, inline=True, checksum=True)
-    drive_blocking(message, BlockingStream(file))
+    drive_blocking(send_message(save), BlockingStream(file))
     file.seek(0)
     loaded = aiotorchio.load(file)
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)

@@ -1,0 +1,127 @@
+"""The options of a save, checked in one place and handed down whole.
+
+Each public function that saves makes a ``SaveOptions`` from its arguments in the caller's thread,
+when the call is made; after that, the engine reads the fields. A ``TypeError`` or ``ValueError``
+from here is a mistake of the caller, and nothing was sent yet. ``limits`` is no field: it concerns
+the stream, not the message.
+
+A new option is one field here, and one parameter of each public function: ``save_to_stream``, which
+documents it, ``save``, ``StreamWriter.save`` and ``iter_bytes``.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from aiotorchio.common.torch_private import skipped_data
+from aiotorchio.engine.requests import Progress
+from aiotorchio.table.names import TensorSpec
+from aiotorchio.wire.header import ALIGNMENT, CHUNK_SIZE_MIN
+
+__all__ = ["DEFAULT_CHUNK_SIZE", "SaveOptions"]
+
+DEFAULT_CHUNK_SIZE = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOptions:
+    """The options of a save, which ``save_to_stream`` documents.
+
+    Attributes:
+        header_metadata: A copy of ``metadata``.
+        tensor_specs: A copy of ``specs``, without tensors.
+        skip: The ``skip_data`` that the caller's thread is in.
+
+    Raises:
+        TypeError: An option of another type.
+        ValueError: An option out of its range, or two that exclude each other.
+    """
+
+    checksum: bool = True
+    chunk_size: int = DEFAULT_CHUNK_SIZE
+    metadata: Mapping[str, str] | None = None
+    specs: Mapping[str, TensorSpec | torch.Tensor] | None = None
+    snapshot: bool = False
+    compact: bool = False
+    allow_pickle: bool = True
+    progress: Progress | None = None
+    pickle_module: Any = pickle
+    pickle_protocol: int = 2
+    header_metadata: dict[str, str] = field(init=False)
+    tensor_specs: dict[str, TensorSpec] | None = field(init=False)
+    skip: torch.serialization.skip_data | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        for option in ("checksum", "snapshot", "compact", "allow_pickle"):
+            value = getattr(self, option)
+            if not isinstance(value, bool):
+                raise TypeError(f"{option} must be True or False, not {value!r}")
+        if not isinstance(self.chunk_size, int) or isinstance(self.chunk_size, bool):
+            raise TypeError(f"chunk_size must be a number of bytes, not {self.chunk_size!r}")
+        if self.chunk_size < CHUNK_SIZE_MIN or self.chunk_size % ALIGNMENT:
+            raise ValueError(
+                f"chunk_size must be a multiple of {ALIGNMENT} and at least {CHUNK_SIZE_MIN}, "
+                f"not {self.chunk_size}"
+            )
+        skip = skipped_data()
+        _set(self, "header_metadata", _checked_metadata(self.metadata))
+        _set(self, "tensor_specs", None if self.specs is None else _checked_specs(self.specs))
+        _set(self, "skip", skip)
+        if self.specs is not None and (self.snapshot or self.compact or skip is not None):
+            raise ValueError("snapshot, compact and skip_data cannot be combined with specs")
+
+    @classmethod
+    def of_call(cls, arguments: Mapping[str, Any]) -> SaveOptions:
+        """Check the options among the arguments of a public function.
+
+        Args:
+            arguments: The function's ``locals()`` at its first line, so that a new option needs no
+                further line there.
+        """
+        return cls(**{name: arguments[name] for name in _NAMES})
+
+
+_NAMES = tuple(each.name for each in fields(SaveOptions) if each.init)
+
+
+def _set(options: SaveOptions, name: str, value: object) -> None:
+    """Set a field of a frozen dataclass while it is made."""
+    object.__setattr__(options, name, value)
+
+
+def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata must map str to str, and is {metadata!r}")
+    checked = dict(metadata)
+    for pair in checked.items():
+        if not all(isinstance(text, str) for text in pair):
+            raise TypeError(f"metadata must map str to str, and has the entry {pair!r}")
+    return checked
+
+
+def _checked_specs(specs: Mapping[str, TensorSpec | torch.Tensor]) -> dict[str, TensorSpec]:
+    if not isinstance(specs, Mapping):
+        raise TypeError(
+            f"specs must map names to TensorSpec or tensors, and is a {type(specs).__name__}"
+        )
+    checked = {}
+    for name, spec in specs.items():
+        if not isinstance(name, str) or not isinstance(spec, TensorSpec | torch.Tensor):
+            raise TypeError(
+                f"specs must map names to TensorSpec or tensors, and maps {name!r} to {spec!r}"
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(
+                f"specs has the name {name!r}, which UTF-8, the encoding of the header, cannot "
+                "express"
+            )
+        # A plain str: subclasses, such as numpy's, would need pickle.
+        checked[str(name)] = TensorSpec.of(spec) if isinstance(spec, torch.Tensor) else spec
+    return checked
