@@ -59,7 +59,7 @@ class SaveOptions:
     def __post_init__(self) -> None:
         for option in ("checksum", "snapshot", "compact", "allow_pickle"):
             value = getattr(self, option)
-            if not isinstance(value, bool):
+            if value is not True and value is not False:
                 raise TypeError(f"{option} must be True or False, not {value!r}")
         if not isinstance(self.chunk_size, int) or isinstance(self.chunk_size, bool):
             raise TypeError(f"chunk_size must be a number of bytes, not {self.chunk_size!r}")
@@ -69,9 +69,10 @@ class SaveOptions:
                 f"not {self.chunk_size}"
             )
         skip = skipped_data()
-        _set(self, "header_metadata", _checked_metadata(self.metadata))
-        _set(self, "tensor_specs", None if self.specs is None else _checked_specs(self.specs))
-        _set(self, "skip", skip)
+        specs = None if self.specs is None else _checked_specs(self.specs)
+        object.__setattr__(self, "header_metadata", _checked_metadata(self.metadata))
+        object.__setattr__(self, "tensor_specs", specs)
+        object.__setattr__(self, "skip", skip)
         if self.specs is not None and (self.snapshot or self.compact or skip is not None):
             raise ValueError("snapshot, compact and skip_data cannot be combined with specs")
 
@@ -87,11 +88,6 @@ class SaveOptions:
 
 
 _NAMES = tuple(each.name for each in fields(SaveOptions) if each.init)
-
-
-def _set(options: SaveOptions, name: str, value: object) -> None:
-    """Set a field of a frozen dataclass while it is made."""
-    object.__setattr__(options, name, value)
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
