@@ -57,9 +57,9 @@ def save(  # noqa: D417 - save_to_stream documents the options
 
     Args:
         obj: As in ``save_to_stream``.
-        file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path. A
-            file that is there is replaced once the new one is whole, which needs room for both
-            in its directory; other names of it (hard links) keep the old one.
+        file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path. An
+            existing file is replaced once the new one is whole, which needs room for both in its
+            directory; other names of it (hard links) keep the old one.
         pickle_module: As in ``save_to_stream``.
         pickle_protocol: As in ``save_to_stream``.
         limits: As in ``save_to_stream``. If a socket has a timeout, the shorter of the two counts.
@@ -94,10 +94,10 @@ def save(  # noqa: D417 - save_to_stream documents the options
 
 @contextlib.contextmanager
 def _replaced(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """A file that takes the place of the one at a path once it is whole; devices are written to.
+    """Open a new file that replaces the one at a path once it is whole, or a device itself.
 
-    What was there before is not lost for half of what comes. Links lead to what is replaced, and
-    its mode stays.
+    If the save fails, the old file stays. A symbolic link is followed, and the mode of the old file
+    is kept.
     """
     target = os.path.realpath(path)
     if os.path.exists(target) and not os.path.isfile(target):

@@ -1,4 +1,8 @@
-"""The public functions for streams."""
+"""``save_to_stream`` and ``load_from_stream``: one message on an async stream.
+
+Both check their options when they are called, and return a coroutine that drives the message. The
+options that all functions have in common are documented here.
+"""
 
 from __future__ import annotations
 
@@ -61,69 +65,72 @@ def save_to_stream(
 ) -> Coroutine[Any, Any, Summary]:
     """Send an object as one message.
 
-    Tensors go as they are: storages that several tensors share are sent once and shared again by
-    the receiver, strides and unused parts of a storage are kept. No copy of a tensor is made
-    beyond two chunks for those on a device. Do not change the tensors before this is done, unless
-    ``snapshot``. A change is noticed at the end if it advances a tensor's version counter: most
-    operations of torch in place do, fused optimizers, batch norms, ``.data`` and numpy do not.
+    Tensors are sent unchanged: a storage that several tensors share is sent once and shared again
+    by the receiver, and strides and unused parts of a storage are kept. No copy of a tensor is
+    made, except of those on a device, in two chunks of memory. Do not change the tensors before
+    the coroutine has returned, unless ``snapshot`` is True. A change is noticed at the end if it
+    advances a tensor's version counter: most operations of torch in place do, fused optimizers,
+    batch norms, ``.data`` and numpy do not.
 
     This is a plain function that returns a coroutine: options are checked, and a snapshot is
-    taken, when it is called, not when the coroutine runs. A tensor that a stream of a device is
-    still computing then is sent as that will leave it.
+    taken, when it is called, not when the coroutine runs. Work that is queued on a device at the
+    time of the call is completed first, and its result is sent.
 
     Args:
-        obj: Anything, or a ``Snapshot``. State dicts and other plain containers need no pickle on
+        obj: Any object, or a ``Snapshot``. State dicts and other plain containers need no pickle on
             either side.
         stream: An ``asyncio.StreamWriter``, an anyio byte stream, or a non-blocking
-            ``socket.socket``. It stays open, behind the last byte of the message.
+            ``socket.socket``. It stays open after the message.
         checksum: Send an xxh3_64 digest with each chunk. Without it, damage to tensors goes
-            unnoticed; structure and completeness are proven all the same.
+            unnoticed; structure and completeness are still proven.
         chunk_size: Bytes of a chunk: a multiple of 64, from 4096 on. Receivers accept up to
             ``Limits.chunk_nbytes``.
         metadata: Texts for the header of the message (SPEC.md section 5.1), which the receiver
             can read before the payload: ``Message.metadata``.
         specs: The tensors of a dict that is made while it is sent: shape and dtype of each, by
-            name, or a tensor that has them (on ``meta``, say). ``obj`` is then an iterable, plain
-            or async, of (name, tensor) in the same order. The header is sent at once; each tensor
-            is asked for when the one before is sent, and not kept. They arrive on the CPU, unless
-            ``map_location`` says otherwise. A plain iterable runs on the event loop. A generator
-            stays its owner's to close, if the save fails.
-        snapshot: Send the state as it is when this is called, while the caller goes on changing
-            it. It is copied before this returns, and nobody, such as another thread, may change it
-            until then: on the host, which blocks for about 0.6 seconds a GiB; on a device in the
-            order of its current stream, which does not block. Each chunk of the copy is freed when
-            it was sent, so the peak is once the size of the state.
-        compact: Leave out what no tensor shows of its storage; ``Summary.left_out_nbytes`` says how
-            much that is. What tensors share, they go on sharing, and tensors of one storage arrive
-            in one storage; strides become those among the elements that are sent. Of tensors that
-            have elements in common, the smallest box around them is sent (a row and a column of a
-            matrix: all of it). Storages that the object refers to itself, such as those of
+            name, or a tensor that has them (on ``meta``, for example). ``obj`` is then an iterable,
+            plain or async, of (name, tensor) in the same order. The header is sent at once; each
+            tensor is taken from the iterable after the one before was sent, and not kept. They
+            arrive on the CPU, unless ``map_location`` says otherwise. A plain iterable runs on the
+            event loop. If the save fails, a generator is not closed.
+        snapshot: Send the state at the moment of this call, while the caller goes on changing it.
+            It is copied before this returns, and no other thread may change it until then: on the
+            host, which blocks for about 0.6 seconds a GiB; on a device in the order of its current
+            stream, which does not block. Each chunk of the copy is freed when it was sent, so the
+            peak is once the size of the state.
+        compact: Leave out the bytes of a storage that no tensor shows; ``Summary.left_out_nbytes``
+            has their number. Tensors keep sharing memory, and tensors of one storage arrive in one
+            storage; strides become those among the elements that are sent. Of tensors that have
+            elements in common, the smallest box around them is sent (a row and a column of a
+            matrix: all of it). Storages that the object refers to directly, such as those of
             quantized tensors, stay whole.
-        allow_pickle: False refuses an object that needs pickle before anything is sent, and says
-            why it does: receivers may well load with ``allow_pickle=False``.
-        limits: How slow the receiver may be: ``write_timeout`` and ``least_rate`` of it. The
-            default is ``Limits()``.
+        allow_pickle: False refuses an object that needs pickle before anything is sent, with the
+            reason: receivers may load with ``allow_pickle=False``.
+        limits: How slow the receiver may be: the ``write_timeout`` and ``least_rate``. The default
+            is ``Limits()``.
         progress: Called as ``progress(done, total)`` with bytes of the payload, after each chunk.
-        pickle_module: Has a ``Pickler``; used for what is not made of plain containers.
-        pickle_protocol: Of that pickle. Receivers load only 2 with ``weights_only=True``.
+        pickle_module: A module with a ``Pickler``, for objects beyond plain containers.
+        pickle_protocol: The protocol of that pickle. Receivers load only 2 with
+            ``weights_only=True``.
 
     Returns:
-        What was sent.
+        The summary of the message.
 
     Raises:
         TypeError: Not a stream that can be saved to, or an option of another type.
         ValueError: An option out of its range, or a blocking socket.
         RuntimeError: A tensor was changed, or its storage resized, while it was sent, or while the
-            snapshot was taken. A receiver gets a ``RemoteAbort``, and the stream lives on; or it
-            sees that the bytes of a chunk changed on their way (``ChecksumError``).
+            snapshot was taken. The receiver gets a ``RemoteAbort``, and the stream can be used
+            again; or the bytes of a chunk changed on their way (``ChecksumError``).
         ValueError: The object needs pickle, and ``allow_pickle`` is False; nothing was sent.
         TruncatedError: The peer closed the connection, or it broke.
-        TransferTimeout: The peer took nothing, or next to nothing, for too long (``limits``).
+        TransferTimeout: The peer received nothing, or too little, for too long (``limits``).
         StreamBusy: Another save is using the stream.
         StreamPoisoned: An earlier save was stopped inside its message.
-        ValueError: An iterable that gives other tensors than ``specs`` says. This, and what an
-            iterable raises, the receiver gets as a ``RemoteAbort``, and the stream lives on.
-        Exception: What ``pickle_module`` raises for an object it cannot pickle; the stream is
+        ValueError: The tensors of the iterable are not those of ``specs``. After this, and after an
+            error of the iterable itself, the receiver gets a ``RemoteAbort``, and the stream can be
+            used again.
+        Exception: The error of ``pickle_module`` for an object that it cannot pickle; the stream is
             untouched then.
 
     The format is in SPEC.md.
