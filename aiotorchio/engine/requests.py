@@ -4,25 +4,24 @@ A message is a generator that sends or receives one message without any I/O. It 
 and a driver (``drivers``) answers each of them on an async stream, a blocking stream, or as pieces
 of bytes. The generator's return value is the result of the call.
 
-    request                             the driver                          sends back
-    ReadBytes(size)                     reads from the stream               the bytes; fewer than
-                                                                            ``size`` only at the
-                                                                            end of the stream
-    Fill(buffers, background)           writes the next bytes of the        the number of bytes;
-                                        stream into the buffers, and runs   fewer only at the end
-                                        the task meanwhile                  of the stream
-    Send(buffers, background, transient) sends the buffers, and runs the    the task's result
-                                        task meanwhile
-    Work(task, to_its_end)              runs the task, on an event loop     the task's result
-                                        in a worker thread
-    Next(iterator)                      takes the next item                 the item, or ``END``
-    Checkpoint()                        lets other tasks run                None
-    HeaderReceived(...)                 ends the time for the handshake     None
-    MessageEnded()                      notes that the stream is between    None
-                                        two messages
+    request                                the driver ...; it sends back ...
+    -------------------------------------  ---------------------------------------------------
+    ReadBytes(size)                        reads from the stream; the bytes, fewer than
+                                           ``size`` only at the end of the stream
+    Fill(buffers, background)              receives into the buffers while it runs the task;
+                                           the number of bytes, fewer only at the end
+    Send(buffers, background, transient)   sends the buffers while it runs the task; the
+                                           task's result
+    Work(task, to_its_end)                 runs the task, on an event loop in a worker thread;
+                                           the task's result
+    Next(iterator)                         takes the next item; the item, or ``END``
+    Checkpoint()                           lets other tasks of an event loop run; None
+    HeaderReceived(...)                    ends the time limit of the header; None
+    MessageEnded()                         notes that the stream is between messages; None
 
-``ReadBytes``, ``Work``, ``HeaderReceived`` and ``MessageEnded`` are requests of the wire's parser
-too, so ``wire.parser`` defines them.
+``ReadBytes``, ``Work``, ``HeaderReceived`` and ``MessageEnded`` come from the wire's parser, which
+defines them. A blocking driver runs the background task after the transfer. ``drive_to_pieces`` has
+no stream, so it can drive a save only.
 
 Order: the driver answers a request before the message yields the next one. ``next`` gets the first.
 
@@ -31,9 +30,9 @@ raises it, or another one, but may yield requests first: a save sends the frame 
 receiver why. If both the stream and a background task fail, the stream's error is thrown.
 
 Cancellation: a cancellation, or any other ``BaseException``, is not thrown. The driver closes the
-message, which must not yield any more. The async driver takes no cancellation before ``Work`` with
-``to_its_end`` and ``MessageEnded``: without the first, a change of the caller's tensors could stop
-half-way, and without the second, the stream would count as poisoned after its last byte.
+message, which must not yield any more. Two requests may not be cancelled: ``Work`` with
+``to_its_end``, which frees long tables that would otherwise be freed on the event loop, and
+``MessageEnded``, without which the stream would count as poisoned after its last byte.
 """
 
 from __future__ import annotations
