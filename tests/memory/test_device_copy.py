@@ -272,7 +272,7 @@ def test_a_load_waits_for_what_is_queued_when_it_writes(accelerator: Accelerator
 def test_a_snapshot_is_waited_for(
     accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What takes the copies from their device is made when all of them are queued."""
+    """The copier waits for the copies of the snapshot, so it is made after they are queued."""
     made: list[int] = []
     copied: list[int] = []
 
@@ -286,7 +286,7 @@ def test_a_snapshot_is_waited_for(
             copied.append(start)
             return super().pieces(start, length)
 
-    payload = functools.partial(Payload, staged=staged)
+    payload = functools.partial(Payload, needs_copy=staged)
     monkeypatch.setattr(prepared_save, "OutgoingPayload", payload)
     flattened = flatten(STATE, chunk_size=CHUNK, metadata={}, producer="tests")
     ready = ReadyMessage.of_copies(flattened, Watching)

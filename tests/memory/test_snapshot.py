@@ -172,7 +172,7 @@ STATE = {
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_state_on_a_device(compact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Held in memory of the device until it is sent, through two slabs."""
+    """The snapshot stays in memory of the device until it is sent through two staging buffers."""
     state = {name: tensor.clone() for name, tensor in STATE.items()} | {
         "d": torch.arange(3000.0).view(50, 60)[:, 7:30]
     }
