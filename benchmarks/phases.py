@@ -21,9 +21,9 @@ import torch
 from common import state_of
 
 from aiotorchio.codecs.tree import codec as tree_codec
+from aiotorchio.engine.load_options import IterateOptions
 from aiotorchio.engine.placement import Placement
 from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE
-from aiotorchio.engine.selection import TensorOptions
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.graph.rebuild import build_tensors, check_tree
 from aiotorchio.limits import Limits
@@ -60,7 +60,7 @@ def main() -> None:
     header, limits = flattened.header, Limits()
     layout, encoded = Layout(header), encode_header(header)
     skeleton, rows = flattened.skeleton, header.tensors
-    options = TensorOptions(map_location=None, select=None, progress=None, data_free=None)
+    options = IterateOptions()
 
     def outgoing() -> OutgoingPayload:
         return OutgoingPayload(flattened.storages, layout.offsets, layout.nbytes, layout.chunk_size)

@@ -13,16 +13,10 @@ from typing import Any, Unpack
 
 import torch
 
-from aiotorchio.api.options import (
-    OtherLoadKeywords,
-    check_keywords,
-    check_lock,
-    checked_limits,
-    load_options,
-    trusted,
-)
+from aiotorchio.api.options import checked_limits
 from aiotorchio.engine.commit import apply_commit_blocking
 from aiotorchio.engine.drivers import drive_blocking, load_deadline, save_deadline
+from aiotorchio.engine.load_options import LoadKeywords, LoadOptions, trusted
 from aiotorchio.engine.receive import IncomingMessage, Loaded, receive_message
 from aiotorchio.engine.requests import Progress, Request
 from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE, SaveOptions
@@ -131,7 +125,7 @@ def load(
     pickle_module: Any = None,
     *,
     limits: Limits | None = None,
-    **options: Unpack[OtherLoadKeywords],
+    **options: Unpack[LoadKeywords],
 ) -> Any:
     """The blocking twin of ``load_from_stream``, with the arguments of ``torch.load`` in its order.
 
@@ -152,13 +146,11 @@ def load(
     Example:
         See ``save``.
     """
-    check_keywords("load", options, OtherLoadKeywords)
-    checked = load_options(map_location=map_location, pickle_module=pickle_module, **options)
+    checked = LoadOptions.of_call(
+        "load", "blocking", map_location=map_location, pickle_module=pickle_module, **options
+    )
     accepted = checked_limits(limits)
-    message = receive_message(accepted, checked)
-    lock = options.get("lock")
-    check_lock(lock, blocking=True)
-    return _load(file, message, accepted, lock)
+    return _load(file, receive_message(accepted, checked), accepted, checked.lock)
 
 
 def get_unsafe_globals(

@@ -10,13 +10,15 @@ from typing import Any, Unpack, get_args
 import torch
 
 from aiotorchio.api.message import Message, Unread
-from aiotorchio.api.options import LoadKeywords, checked_limits
+from aiotorchio.api.options import checked_limits
 from aiotorchio.api.streams import load_from_stream, save_to_stream
 from aiotorchio.engine.drivers import drive, load_deadline
+from aiotorchio.engine.load_options import LoadKeywords
 from aiotorchio.engine.receive import IncomingMessage
 from aiotorchio.engine.requests import Progress
 from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE
 from aiotorchio.engine.summary import Summary
+from aiotorchio.graph.devices import MapLocation
 from aiotorchio.limits import Limits
 from aiotorchio.streams.detect import open_source
 from aiotorchio.streams.guard import exclusive
@@ -82,9 +84,22 @@ class StreamReader:
         # anyio's byte streams are iterable too, and are their own iterators.
         self._stream = resumable(stream) if isinstance(stream, AsyncIterable) else stream
 
-    def load(self, **options: Unpack[LoadKeywords]) -> Coroutine[Any, Any, Any]:
+    def load(
+        self,
+        *,
+        map_location: MapLocation = None,
+        limits: Limits | None = None,
+        pickle_module: Any = None,
+        **options: Unpack[LoadKeywords],
+    ) -> Coroutine[Any, Any, Any]:
         """Receive the next object; arguments and errors as in ``load_from_stream``."""
-        return load_from_stream(self._stream, **options)
+        return load_from_stream(
+            self._stream,
+            map_location=map_location,
+            limits=limits,
+            pickle_module=pickle_module,
+            **options,
+        )
 
     @contextlib.asynccontextmanager
     async def open(

@@ -13,22 +13,20 @@ import anyio.from_thread
 import anyio.lowlevel
 import torch
 
-from aiotorchio.api.options import (
-    MessageKeywords,
-    TensorKeywords,
-    check_keywords,
-    check_lock,
-    load_options,
-    tensor_options,
-    trusted,
-)
 from aiotorchio.engine.commit import apply_commit
 from aiotorchio.engine.drivers import Turns, drive
 from aiotorchio.engine.iterate import TensorStream
+from aiotorchio.engine.load_options import (
+    IterateOptions,
+    LoadKeywords,
+    LoadOptions,
+    trusted,
+)
 from aiotorchio.engine.receive import IncomingMessage
-from aiotorchio.engine.requests import Request
-from aiotorchio.engine.selection import TensorOptions
+from aiotorchio.engine.requests import Progress, Request
 from aiotorchio.errors import StreamBusy, StreamPoisoned
+from aiotorchio.graph.devices import MapLocation
+from aiotorchio.graph.select import Select
 from aiotorchio.streams.base import Source
 from aiotorchio.table.names import TensorSpec
 
@@ -112,14 +110,22 @@ class Message:
         """
         return self._incoming.unnamed
 
-    async def load(self, **options: Unpack[MessageKeywords]) -> Any:
+    async def load(
+        self,
+        *,
+        map_location: MapLocation = None,
+        pickle_module: Any = None,
+        **options: Unpack[LoadKeywords],
+    ) -> Any:
         """Receive everything, and return the object.
 
         A ``MismatchError`` about names, shapes or dtypes comes before anything is read: the message
         can still be loaded, iterated over, or skipped.
 
         Args:
-            options: Those of ``load_from_stream`` but ``limits``.
+            map_location: As in ``load_from_stream``.
+            pickle_module: As in ``load_from_stream``.
+            options: The other options of ``load_from_stream``, but not ``limits``.
 
         Returns:
             The object, as from ``load_from_stream``.
@@ -128,9 +134,9 @@ class Message:
             RuntimeError: The message was read already, or its ``async with`` was left.
             Exception: As ``load_from_stream``.
         """
-        check_keywords("load", options, MessageKeywords)
-        checked = load_options(**options)
-        check_lock(checked.lock, blocking=False)
+        checked = LoadOptions.of_call(
+            "load", "async", map_location=map_location, pickle_module=pickle_module, **options
+        )
         self.check(untouched=True)
         loaded = await self.drive(self._incoming.load(checked))
         try:
@@ -177,7 +183,14 @@ class Message:
         """As ``iterate``, without options."""
         return self.iterate()
 
-    def iterate(self, **options: Unpack[TensorKeywords]) -> AsyncIterator[tuple[str, torch.Tensor]]:
+    def iterate(
+        self,
+        *,
+        map_location: MapLocation = None,
+        select: Select | None = None,
+        progress: Progress | None = None,
+        safe_globals: Iterable[Any] = (),
+    ) -> AsyncIterator[tuple[str, torch.Tensor]]:
         """Receive one tensor after the other.
 
         Each comes as soon as the chunk with its last byte is in and verified. Who does not take
@@ -187,8 +200,10 @@ class Message:
         next tensor is there: ``del`` it if two of them are too much.)
 
         Args:
-            options: ``map_location``, ``select``, ``progress`` and ``safe_globals``, as of
-                ``load_from_stream``.
+            map_location: As in ``load_from_stream``.
+            select: As in ``load_from_stream``.
+            progress: As in ``load_from_stream``.
+            safe_globals: As in ``load_from_stream``.
 
         Returns:
             Gives names with their tensors, in the order of the wire; a tensor with several names
@@ -201,16 +216,28 @@ class Message:
             Exception: As ``load_from_stream``. What was yielded before is intact, if the message
                 has checksums.
         """
-        check_keywords("iterate", options, TensorKeywords)
-        return _Tensors(self, self._incoming, tensor_options(**options))
+        options = IterateOptions(
+            map_location=map_location, select=select, progress=progress, safe_globals=safe_globals
+        )
+        return _Tensors(self, self._incoming, options)
 
-    def tensors_sync(self, **options: Unpack[TensorKeywords]) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors_sync(
+        self,
+        *,
+        map_location: MapLocation = None,
+        select: Select | None = None,
+        progress: Progress | None = None,
+        safe_globals: Iterable[Any] = (),
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors for a blocking consumer in a worker thread, such as a loader of a model.
 
         While it waits for the next one, the event loop receives.
 
         Args:
-            options: As of ``iterate``.
+            map_location: As in ``load_from_stream``.
+            select: As in ``load_from_stream``.
+            progress: As in ``load_from_stream``.
+            safe_globals: As in ``load_from_stream``.
 
         Yields:
             As ``iterate``.
@@ -224,7 +251,9 @@ class Message:
             ...     async with reader.open() as message:
             ...         await asyncio.to_thread(model.load_weights, message.tensors_sync())
         """
-        tensors = self.iterate(**options)
+        tensors = self.iterate(
+            map_location=map_location, select=select, progress=progress, safe_globals=safe_globals
+        )
 
         # Not as a result: futures on the way here would keep it until the next garbage collection.
         arrived: list[tuple[str, torch.Tensor]] = []
@@ -306,7 +335,9 @@ class Message:
 class _Tensors:
     """What ``Message.iterate`` returns: no generator, which who leaves it would have to close."""
 
-    def __init__(self, message: Message, incoming: IncomingMessage, options: TensorOptions) -> None:
+    def __init__(
+        self, message: Message, incoming: IncomingMessage, options: IterateOptions
+    ) -> None:
         self._message = message
         self._incoming = incoming
         self._options = options

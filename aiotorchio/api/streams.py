@@ -18,17 +18,14 @@ from typing import Any
 
 import torch
 
-from aiotorchio.api.options import (
-    LoadTarget,
-    check_lock,
-    checked_limits,
-    load_options,
-)
+from aiotorchio.api.options import checked_limits
 from aiotorchio.engine.commit import apply_commit
 from aiotorchio.engine.drivers import drive, load_deadline, save_deadline
+from aiotorchio.engine.load_options import LoadOptions
 from aiotorchio.engine.receive import Loaded, receive_message
 from aiotorchio.engine.requests import Progress, Request
 from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE, SaveOptions
+from aiotorchio.engine.selection import LoadTarget
 from aiotorchio.engine.send import outgoing_message
 from aiotorchio.engine.summary import Summary
 from aiotorchio.graph.devices import MapLocation
@@ -277,7 +274,9 @@ def load_from_stream(
     Example:
         See ``save_to_stream``.
     """
-    options = load_options(
+    options = LoadOptions.of_call(
+        "load_from_stream",
+        "async",
         map_location=map_location,
         weights_only=weights_only,
         allow_pickle=allow_pickle,
@@ -292,12 +291,12 @@ def load_from_stream(
         pickle_module=pickle_module,
         encoding=encoding,
     )
-    check_lock(lock, blocking=False)
     checked = checked_limits(limits)
-    return _load(receive_message(checked, options), stream, checked, lock)
+    message = receive_message(checked, options)
+    return _load_from_stream(message, stream, checked, lock)
 
 
-async def _load(
+async def _load_from_stream(
     message: Generator[Request, Any, Loaded], stream: Any, limits: Limits, lock: Any
 ) -> Any:
     with contextlib.ExitStack() as unfinished:
@@ -310,7 +309,3 @@ async def _load(
         if loaded.commit is not None:
             await apply_commit(loaded.commit, lock)
         return loaded.obj
-
-
-# Python names this coroutine where a call is never awaited.
-_load.__qualname__ = "load_from_stream"

@@ -7,8 +7,8 @@ import pickle
 from collections.abc import Generator
 from typing import Any
 
+from aiotorchio.engine.load_options import IterateOptions
 from aiotorchio.engine.requests import Request
-from aiotorchio.engine.selection import TensorOptions
 from aiotorchio.errors import AiotorchioError
 from aiotorchio.graph.composites import Composites
 from aiotorchio.graph.rebuild import Rebuilder
@@ -22,7 +22,7 @@ __all__ = ["find_composites"]
 def find_composites(
     header: Header,
     received: SkeletonReceived,
-    options: TensorOptions,
+    options: IterateOptions,
     limits: Limits,
     *,
     encoding: str,
@@ -39,7 +39,7 @@ def find_composites(
         weights_only=True,
         pickle_module=pickle,
         encoding=encoding,
-        safe_globals=options.safe_globals,
+        safe_globals=options.allowed_globals,
         map_location=options.map_location,
         limits=limits,
         offset=received.offset,

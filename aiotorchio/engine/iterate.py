@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from aiotorchio.common.interrupt import check_interrupt, interruptible
+from aiotorchio.engine.load_options import IterateOptions
 from aiotorchio.engine.receive import IncomingMessage
 from aiotorchio.engine.requests import Request, in_turns, work
-from aiotorchio.engine.selection import TensorOptions
 from aiotorchio.engine.thresholds import INLINE_NBYTES, INLINE_SKELETON
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.composites import Composites
@@ -36,7 +36,7 @@ class TensorStream:
         options: Which tensors, and where to.
     """
 
-    def __init__(self, message: IncomingMessage, options: TensorOptions) -> None:
+    def __init__(self, message: IncomingMessage, options: IterateOptions) -> None:
         self._message = message
         self._options = options
         self._progress = options.progress

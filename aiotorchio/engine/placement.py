@@ -16,8 +16,9 @@ from aiotorchio.common.strides import order_of
 from aiotorchio.common.torch_private import real_tensors
 from aiotorchio.engine.claims import Claim, busy, has_neighbours, memory_at
 from aiotorchio.engine.fit import ObjectFit
+from aiotorchio.engine.load_options import IterateOptions
 from aiotorchio.engine.module_commit import WithModules
-from aiotorchio.engine.selection import Into, Selection, TensorOptions
+from aiotorchio.engine.selection import Into, Selection
 from aiotorchio.engine.ties import Ties, differ
 from aiotorchio.errors import InvalidObjectError
 from aiotorchio.graph.composites import Composites
@@ -94,7 +95,7 @@ class Placement:
         self,
         header: Header,
         layout: Layout,
-        options: TensorOptions,
+        options: IterateOptions,
         into: Into | None = None,
         *,
         named_only: bool = False,

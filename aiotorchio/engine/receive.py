@@ -15,10 +15,10 @@ from aiotorchio.codecs.pickled.codec import STORAGE
 from aiotorchio.codecs.pickled.opcodes import globals_of, is_blocked
 from aiotorchio.common.gc_pause import release
 from aiotorchio.engine.composite_names import find_composites
+from aiotorchio.engine.load_options import IterateOptions, LoadOptions
 from aiotorchio.engine.module_commit import WithModules
 from aiotorchio.engine.placement import Placement
 from aiotorchio.engine.requests import Fill, Progress, Request, in_turns, work
-from aiotorchio.engine.selection import Into, TensorOptions
 from aiotorchio.engine.threads import Task
 from aiotorchio.engine.thresholds import INLINE_HEADER, INLINE_NBYTES, INLINE_ROWS, INLINE_SKELETON
 from aiotorchio.errors import AiotorchioError, LimitExceeded, MismatchError, UnsafeObjectError
@@ -45,24 +45,12 @@ from aiotorchio.wire.parser import (
     Work,
 )
 
-__all__ = ["IncomingMessage", "LoadOptions", "Loaded", "receive_message"]
+__all__ = ["IncomingMessage", "Loaded", "receive_message"]
 
 Event = TypeVar("Event")
 
 # Freeing the rows of a header takes 4 ms a MiB.
 _RELEASED_NBYTES, _RELEASED_ROWS = 2**20, 2000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions(TensorOptions):
-    """How the caller wants an object; the names are those of ``load_from_stream``."""
-
-    weights_only: bool
-    allow_pickle: bool
-    pickle_module: Any
-    encoding: str
-    into: Into | None
-    lock: Any
 
 
 @dataclass(slots=True)
@@ -180,7 +168,7 @@ class IncomingMessage:
         A ``MismatchError`` that leaves the message ``untouched`` did no harm.
         """
         with self.located():
-            place = self.placement(self.header, self.layout, options, options.into)
+            place = self.placement(self.header, self.layout, options, options.target)
             inline = self.decides_inline(place)
             composites: Composites | None = None
             payload: IncomingPayload | None = None
@@ -287,7 +275,7 @@ class IncomingMessage:
             return names
 
     def composites(
-        self, options: TensorOptions, encoding: str = "utf-8"
+        self, options: IterateOptions, encoding: str = "utf-8"
     ) -> Generator[Request, Any, Composites | None]:
         """Receive the skeleton, and find tensors of several rows in it; leaves all to be done."""
         if self.header.codec != "pickle":
@@ -320,7 +308,7 @@ class IncomingMessage:
                 weights_only=options.weights_only,
                 pickle_module=options.pickle_module,
                 encoding=options.encoding,
-                safe_globals=options.safe_globals,
+                safe_globals=options.allowed_globals,
                 map_location=options.map_location,
                 limits=self.limits,
                 offset=received.offset,

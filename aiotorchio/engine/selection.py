@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from aiotorchio.common.interrupt import interruptible
-from aiotorchio.engine.requests import Progress
-from aiotorchio.graph.data_free import DataFree
-from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.modules import ModuleDestination
 from aiotorchio.graph.select import Select, selected
-from aiotorchio.graph.targets import target_tensors
+from aiotorchio.graph.targets import examined, target_tensors
 from aiotorchio.memory.atomic import BackMemory
 
-__all__ = ["DoubleBuffer", "Into", "Selection", "TensorOptions"]
+__all__ = ["DoubleBuffer", "Into", "LoadTarget", "Selection"]
 
 
 class DoubleBuffer:
@@ -60,15 +57,8 @@ class DoubleBuffer:
         return self._memory
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorOptions:
-    """How the caller wants tensors; the names are those of ``load_from_stream``."""
-
-    map_location: MapLocation
-    select: Select | None
-    progress: Progress | None
-    data_free: DataFree | None
-    safe_globals: Sequence[Any] = ()
+# The types of the option ``into``.
+LoadTarget = Mapping[str, Any] | torch.nn.Module | DoubleBuffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +80,18 @@ class Into:
     cast: bool
     staged: bool
     back: BackMemory | None
+
+    @classmethod
+    def of(cls, into: LoadTarget, *, strict: bool, cast: bool, staged: bool) -> Into:
+        """Look through the value of the option ``into``.
+
+        Raises:
+            TypeError: Neither a mapping, nor a module, nor a ``DoubleBuffer``.
+            ValueError: Two tensors of one name, or a module that cannot be received into.
+        """
+        back = into.memory if isinstance(into, DoubleBuffer) else None
+        destination = into.destination if isinstance(into, DoubleBuffer) else into
+        return cls(*examined(destination), strict, cast, staged, back)
 
     @property
     def names(self) -> Iterator[str]:

@@ -9,16 +9,7 @@ from typing import Any
 import pytest
 
 from aiotorchio.engine.drivers import drive_blocking, drive_to_pieces
-from aiotorchio.engine.requests import (
-    END,
-    Checkpoint,
-    Fill,
-    Next,
-    Request,
-    Send,
-    in_turns,
-    work,
-)
+from aiotorchio.engine.requests import END, Checkpoint, Fill, Next, Request, Send, in_turns, work
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.wire.parser import MessageEnded, ReadBytes, Work
 

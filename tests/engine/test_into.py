@@ -1171,9 +1171,9 @@ def file_is_done(file: MeddledFile, options: dict[str, Any]) -> bool:
 W = {"w": torch.zeros(2)}
 OPTIMIZER = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))])
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"staged": True}, ValueError, "no meaning without into"),
-    ({"cast": True}, ValueError, "no meaning without into"),
-    ({"lock": anyio.Lock}, ValueError, "no meaning without into"),
+    ({"staged": True}, ValueError, "no effect without into"),
+    ({"cast": True}, ValueError, "no effect without into"),
+    ({"lock": anyio.Lock}, ValueError, "no effect without into"),
     ({"into": W, "lock": contextlib.nullcontext()}, ValueError, "without staged"),
     ({"into": 5}, TypeError, "into must be a mapping"),
     ({"into": [torch.zeros(2)]}, TypeError, "into must be a mapping"),

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import aiotorchio
-from aiotorchio.api.options import trusted
 from aiotorchio.codecs.pickled.scan import scan_pickle
+from aiotorchio.engine.load_options import trusted
 from aiotorchio.graph.flatten import Flattened, flatten
 from aiotorchio.graph.rebuild import Rebuilder, build_tensors
 from aiotorchio.wire.validation import validate

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 import aiotorchio
-from aiotorchio.api.options import load_options
 from aiotorchio.engine import prepared_save
 from aiotorchio.engine.drivers import drive, drive_blocking
+from aiotorchio.engine.load_options import LoadOptions
 from aiotorchio.engine.placement import Placement
 from aiotorchio.engine.prepared_save import PreparedSave, ReadyMessage
 from aiotorchio.engine.receive import receive_message
@@ -91,7 +91,7 @@ def test_sending_takes_two_slabs_of_one_chunk() -> None:
 
 def test_receiving_takes_two_slabs_of_one_chunk() -> None:
     copier = CopierOnCpu()
-    message = receive_message(Limits(), load_options(), staged_placement(copier))
+    message = receive_message(Limits(), LoadOptions(), staged_placement(copier))
     loaded = drive_blocking(message, BlockingStream(io.BytesIO(sent(CopierOnCpu()))))
     assert_state(loaded.obj)
     assert [slab.nbytes() for slab in copier.slabs] == [CHUNK, CHUNK]
@@ -109,7 +109,7 @@ async def test_copies_run_in_worker_threads() -> None:
             super().copy(destination, source)
 
     copier = Watching()
-    message = receive_message(Limits(), load_options(), staged_placement(copier))
+    message = receive_message(Limits(), LoadOptions(), staged_placement(copier))
     async with aclosing(pieces(sent(CopierOnCpu()))) as body:
         assert_state((await drive(message, IterableSource(body))).obj)
     assert threading.get_ident() not in copier.threads
@@ -121,7 +121,7 @@ async def test_a_copy_that_fails_is_the_error_of_the_load() -> None:
         def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
             raise RuntimeError("device lost")
 
-    message = receive_message(Limits(), load_options(), staged_placement(Failing()))
+    message = receive_message(Limits(), LoadOptions(), staged_placement(Failing()))
     async with aclosing(pieces(sent(CopierOnCpu()))) as body:
         with pytest.raises(RuntimeError, match="device lost"):
             await drive(message, IterableSource(body))
@@ -523,7 +523,7 @@ def test_slabs_of_cuda_are_pinned() -> None:
 async def test_inference_mode_of_the_caller_does_not_matter() -> None:
     with torch.inference_mode():
         data = sent(CopierOnCpu())
-        message = receive_message(Limits(), load_options(), staged_placement(CopierOnCpu()))
+        message = receive_message(Limits(), LoadOptions(), staged_placement(CopierOnCpu()))
         async with aclosing(pieces(data)) as body:
             loaded = (await drive(message, IterableSource(body))).obj
     assert_state(loaded)

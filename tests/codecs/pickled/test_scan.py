@@ -14,9 +14,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aiotorchio.api.options import trusted
 from aiotorchio.codecs.pickled.allowlist import Allowlist
 from aiotorchio.codecs.pickled.scan import _ACTIONS, scan_pickle
+from aiotorchio.engine.load_options import trusted
 from aiotorchio.errors import AiotorchioError, LimitExceeded, ProtocolError, UnsafeObjectError
 from aiotorchio.limits import Limits
 from tests.support import corpus, craft, hostile

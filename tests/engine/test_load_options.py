@@ -1,0 +1,114 @@
+"""The options of a load: defaults, checks, and the signatures that must name each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.serialization import skip_data
+
+import aiotorchio
+from aiotorchio.engine.load_options import IterateOptions, LoadKeywords, LoadOptions
+
+OPTIONS = {each.name for each in dataclasses.fields(LoadOptions) if each.init}
+BY_POSITION = {"map_location", "pickle_module"}
+
+
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+def test_load_from_stream_has_each_option_with_its_default() -> None:
+    found = parameters(aiotorchio.load_from_stream)
+    assert found.keys() - {"stream", "limits"} == OPTIONS
+    for each in dataclasses.fields(LoadOptions):
+        if each.init:
+            assert found[each.name].default == each.default, each.name
+
+
+def test_the_typed_keywords_are_the_other_options() -> None:
+    assert LoadKeywords.__annotations__.keys() == OPTIONS - BY_POSITION
+
+
+def test_iterating_has_each_of_its_options() -> None:
+    options = {each.name for each in dataclasses.fields(IterateOptions) if each.init}
+    for function in (aiotorchio.Message.iterate, aiotorchio.Message.tensors_sync):
+        assert parameters(function).keys() - {"self"} == options
+
+
+def test_the_defaults() -> None:
+    options = LoadOptions()
+    assert options.weights_only is True and options.pickle_module is pickle
+    assert options.target is None and options.data_free is None
+    assert options.allowed_globals == tuple(torch.serialization.get_safe_globals())
+
+
+def test_options_do_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LoadOptions().strict = False  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("option", ["weights_only", "allow_pickle", "strict", "cast", "staged"])
+def test_a_switch_is_a_bool(option: str) -> None:
+    with pytest.raises(TypeError, match=f"^{option} must be True or False, not 1$"):
+        LoadOptions.of_call("load", "blocking", **{option: 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"staged": True}, "without into"),
+        ({"lock": threading.Lock(), "into": {}}, "without staged=True"),
+        ({"pickle_module": pickle}, "pickle_module"),
+    ],
+)
+def test_an_option_without_effect_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LoadOptions(**options)
+
+
+def test_into_is_refused_inside_of_skip_data() -> None:
+    with skip_data(), pytest.raises(ValueError, match="skip_data"):
+        LoadOptions(into={"a": torch.ones(1)})
+
+
+def test_an_iterator_of_names_is_read_once() -> None:
+    options = LoadOptions(select=iter(["a", "b"]))
+    assert options.select == ("a", "b")
+    for select in (1, [1]):
+        with pytest.raises(TypeError, match="select must be names"):
+            LoadOptions(select=select)  # type: ignore[arg-type]
+
+
+def test_the_environment_can_force_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    assert LoadOptions(weights_only=False).weights_only is True
+
+
+def test_the_targets_are_looked_through_once() -> None:
+    tensor = torch.ones(1)
+    target = LoadOptions(into={"a": {"b": tensor}}, staged=True).target
+    assert target is not None and target.staged and target.tensors["a.b"] is tensor
+
+
+def test_a_lock_is_of_the_kind_of_the_call() -> None:
+    into, lock = {"a": torch.ones(1)}, threading.Lock()
+    options = {"into": into, "staged": True}
+    LoadOptions.of_call("load", "blocking", lock=lock, **options)
+    LoadOptions.of_call("load_from_stream", "async", lock=asyncio.Lock(), **options)
+    with pytest.raises(TypeError, match="async context manager"):
+        LoadOptions.of_call("load_from_stream", "async", lock=lock, **options)
+    with pytest.raises(TypeError, match=r"threading\.Lock"):
+        LoadOptions.of_call("load", "blocking", lock=asyncio.Lock(), **options)
+
+
+def test_an_option_that_does_not_exist_is_refused_in_the_name_of_the_call() -> None:
+    with pytest.raises(TypeError, match=r"^load\(\) got an unexpected keyword argument 'target'$"):
+        LoadOptions.of_call("load", "blocking", target=None)
