@@ -21,8 +21,10 @@ import torch
 from common import state_of
 
 from aiotorchio.codecs.tree import codec as tree_codec
+from aiotorchio.engine.finish import prepare
 from aiotorchio.engine.load_options import IterateOptions
-from aiotorchio.engine.placement import Placement
+from aiotorchio.engine.matching import LoadContext, Match, match_names
+from aiotorchio.engine.placement import Placement, place
 from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE
 from aiotorchio.graph.flatten import flatten
 from aiotorchio.graph.rebuild import build_tensors, check_tree
@@ -75,15 +77,15 @@ def main() -> None:
         for chunk in chunks:
             composer.chunk(chunk)
 
-    def place() -> Placement:
-        placement = Placement(header, layout, options)
-        placement.decide()
-        return placement
+    def decide() -> tuple[LoadContext, Match, Placement]:
+        context = LoadContext.of(header, layout, options)
+        match = match_names(context)
+        return context, match, place(context, match)
 
     sent = outgoing()
     chunks = [sent.chunk(*layout.chunk(index)) for index in range(layout.chunks)]
-    placement = place()
-    payload = placement.payload()
+    decided = decide()
+    payload, _ = prepare(*decided)
     for index in range(layout.chunks):
         payload.chunk(*layout.chunk(index))
     storages = payload.storages()
@@ -100,11 +102,11 @@ def main() -> None:
         "load": {
             "decode the header": lambda: decode_header(encoded, limits),
             "validate it": lambda: validate(header, limits),
-            "decide where things go": place,
+            "decide where things go": decide,
             "check the skeleton": lambda: check_tree(
                 skeleton, rows, names=False, limits=limits, offset=0
             ),
-            "plan the memory": placement.payload,
+            "plan the memory": lambda: prepare(*decided),
             "cut arenas into storages": payload.storages,
             "make the tensors": lambda: build_tensors(header, storages),
             "make the object": lambda: tree_codec.decode(

@@ -16,8 +16,9 @@ import torch
 from aiotorchio.api.options import checked_limits
 from aiotorchio.engine.commit import apply_commit_blocking
 from aiotorchio.engine.drivers import drive_blocking, load_deadline, save_deadline
+from aiotorchio.engine.load import Loaded, receive_message
 from aiotorchio.engine.load_options import LoadKeywords, LoadOptions, trusted
-from aiotorchio.engine.receive import IncomingMessage, Loaded, receive_message
+from aiotorchio.engine.receive import IncomingMessage
 from aiotorchio.engine.requests import Progress, Request
 from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE, SaveOptions
 from aiotorchio.engine.send import outgoing_message

@@ -16,6 +16,7 @@ import torch
 from aiotorchio.engine.commit import apply_commit
 from aiotorchio.engine.drivers import Turns, drive
 from aiotorchio.engine.iterate import TensorStream
+from aiotorchio.engine.load import load_message
 from aiotorchio.engine.load_options import (
     IterateOptions,
     LoadKeywords,
@@ -138,7 +139,7 @@ class Message:
             "load", "async", map_location=map_location, pickle_module=pickle_module, **options
         )
         self.check(untouched=True)
-        loaded = await self.drive(self._incoming.load(checked))
+        loaded = await self.drive(load_message(self._incoming, checked))
         try:
             if loaded.commit is not None:
                 await apply_commit(loaded.commit, checked.lock)

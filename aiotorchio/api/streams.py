@@ -21,8 +21,8 @@ import torch
 from aiotorchio.api.options import checked_limits
 from aiotorchio.engine.commit import apply_commit
 from aiotorchio.engine.drivers import drive, load_deadline, save_deadline
+from aiotorchio.engine.load import Loaded, receive_message
 from aiotorchio.engine.load_options import LoadOptions
-from aiotorchio.engine.receive import Loaded, receive_message
 from aiotorchio.engine.requests import Progress, Request
 from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE, SaveOptions
 from aiotorchio.engine.selection import LoadTarget

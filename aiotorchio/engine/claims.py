@@ -16,11 +16,12 @@ import torch
 
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.strides import order_of
+from aiotorchio.memory.atomic import BackMemory
 from aiotorchio.overlap.conflicts import conflict
 from aiotorchio.overlap.extents import Extents, Footprint, Origin, extents_of, footprint
 from aiotorchio.wire.header import shortened
 
-__all__ = ["Claim", "busy", "claims", "has_neighbours", "memory_at"]
+__all__ = ["Claim", "HeldClaims", "claims", "has_neighbours"]
 
 # In the order in which they were made. A dict is changed atomically: no lock is needed, which a
 # process that is forked could find held for ever. What an interrupt keeps from being released is
@@ -71,7 +72,7 @@ class Claim:
             for other in interruptible(self._others(earlier=True), 1):
                 name = self._conflict(other)
                 if name is not None:
-                    raise busy(name)
+                    raise _busy(name)
         except BaseException:
             self.release()
             raise
@@ -124,9 +125,55 @@ class Claim:
         return None
 
 
-def busy(name: str) -> RuntimeError:
+def _busy(name: str) -> RuntimeError:
     """The error of a destination that another load is receiving into."""
     return RuntimeError(f"another load is receiving into {shortened(name)!r}: wait until it ends")
+
+
+class HeldClaims:
+    """The claims of one load, from before its first payload byte until its commit is over."""
+
+    def __init__(self) -> None:
+        self._held: list[BackMemory | Claim] = []
+
+    def claim(
+        self,
+        back: BackMemory | None,
+        tensors: Mapping[str, torch.Tensor],
+        memory: Mapping[str, Sequence[Any]],
+        extents: Mapping[torch.device, Extents[str]],
+    ) -> None:
+        """Keep other loads away from the targets until ``release``.
+
+        Args:
+            back: The second memory of a ``DoubleBuffer``.
+            tensors: The targets, by name.
+            memory: The ``placement_of`` of each.
+            extents: Their memory, by device.
+
+        Raises:
+            RuntimeError: Another load is using the ``DoubleBuffer``, or receiving into a target.
+        """
+        if back is not None:
+            back.claim()
+            self._held.append(back)
+            # Whole storages are swapped.
+            claim = Claim.of_storages(memory)
+        else:
+            claim = Claim(extents, lambda name: _memory_at(memory[name]))
+        self._held.append(claim)
+        claim.make()
+        # Before the claim, the swap of another load may have moved tensors to other memory.
+        spans = (span for each in extents.values() for span in each)
+        for start, _, name in interruptible(spans):
+            address, _, offset, _, dtype = memory[name][:5]
+            if not (start == address + offset * dtype.itemsize == tensors[name].data_ptr()):
+                raise _busy(name)
+
+    def release(self) -> None:
+        """Let other loads receive into the targets; without effect if there is no claim."""
+        while self._held:
+            self._held.pop().release()
 
 
 def has_neighbours(tensors: Mapping[str, torch.Tensor]) -> bool:
@@ -143,7 +190,7 @@ def has_neighbours(tensors: Mapping[str, torch.Tensor]) -> bool:
     return Claim(extents, lambda name: footprint(plain[name])).is_near_another()
 
 
-def memory_at(place: Sequence[Any]) -> Footprint:
+def _memory_at(place: Sequence[Any]) -> Footprint:
     """The memory of a tensor, from its ``memory.route.placement_of``."""
     address, _, offset, _, dtype, shape, stride = place
     start = address + offset * dtype.itemsize

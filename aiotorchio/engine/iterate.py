@@ -5,12 +5,17 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from aiotorchio.common.interrupt import check_interrupt, interruptible
+from aiotorchio.engine.composite_names import find_composites
+from aiotorchio.engine.finish import Finish, prepare
 from aiotorchio.engine.load_options import IterateOptions
+from aiotorchio.engine.matching import LoadContext, Match, match_names
+from aiotorchio.engine.placement import Placement, place
 from aiotorchio.engine.receive import IncomingMessage
 from aiotorchio.engine.requests import Request, in_turns, work
 from aiotorchio.engine.thresholds import INLINE_NBYTES, INLINE_SKELETON
@@ -26,69 +31,88 @@ __all__ = ["NamedTensors", "TensorStream"]
 NamedTensors = list[tuple[str, torch.Tensor]]
 
 
-class TensorStream:
-    """The tensors of a message, each when the chunk with its last byte is in and verified.
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A message whose skeleton has arrived, and whose payload has a place.
 
-    Nothing is kept of what was given out.
+    Attributes:
+        payload: Takes the chunks.
+        finish: The steps after each storage.
+        waiting: For each storage in the order of the wire: the first byte of the payload after it,
+            its number, and the rows that show it.
+    """
+
+    payload: IncomingPayload
+    finish: Finish
+    waiting: deque[tuple[int, int, list[int]]]
+
+
+class TensorStream:
+    """The tensors of a message, each as soon as the chunk with its last byte was verified.
+
+    It keeps no tensor that it has returned.
 
     Args:
         message: Untouched.
-        options: Which tensors, and where to.
+        options: The selection, and the devices.
     """
 
     def __init__(self, message: IncomingMessage, options: IterateOptions) -> None:
         self._message = message
         self._options = options
-        self._progress = options.progress
-        self._place = message.placement(message.header, message.layout, options, named_only=True)
-        self._inline = message.decides_inline(self._place)
-        self._payload: IncomingPayload
-        # Byte of the payload behind each storage, its number, and the rows that show it.
-        self._waiting: deque[tuple[int, int, list[int]]] = deque()
+        self._context = LoadContext.of(message.header, message.layout, options, named_only=True)
+        self._inline = message.decides_inline(self._context)
+        self._begun: _Begun | None = None
 
     def more(self) -> Generator[Request, Any, NamedTensors]:
         """Receive until there is a tensor.
 
         Yields:
-            What it waits for.
+            Requests to the driver.
 
         Returns:
-            The tensors that are whole now, under each of their names; none behind the last.
+            The tensors that are whole now, under each of their names; none after the last.
 
         Raises:
-            MismatchError: Names that can't be told apart; tensors that have none, if all are
-                wanted; a selection that the message does not have. The message is untouched.
+            MismatchError: Two tensors of one name; tensors without names, if all are selected; a
+                selection that the message does not have. The message is untouched.
         """
         message = self._message
         with message.located():
             if message.skipped:
-                raise RuntimeError("the rest of this message was skipped")
-            if message.untouched:
-                yield from self._begin()
+                raise RuntimeError(
+                    "the rest of this message was skipped, so it has no more tensors"
+                )
+            begun = self._begun
+            if begun is None:
+                begun = self._begun = yield from self._begin()
             while True:
-                while message.chunks_left and not self._ready():
-                    move = yield from message.chunk(self._payload, self._progress)
+                while message.chunks_left and not self._ready(begun.waiting):
+                    move = yield from message.chunk(begun.payload, self._options.progress)
                     if move is not None:
                         yield Work(move)
-                if not self._ready():
+                if not self._ready(begun.waiting):
                     break
-                tensors = yield from self._take()
+                tensors = yield from self._take(begun)
                 if tensors:
                     return tensors
-                # Nothing but parts of tensors whose other parts are not in yet.
+                # Only parts of composite tensors, whose other parts have not arrived.
             if not message.ended:
                 yield from message.end()
-                yield from message.release(*self._place.tables, *self._payload.tables)
+                finish = begun.finish
+                tables = [*finish.match.tables, *finish.placement.tables]
+                yield from message.release(*tables, *begun.payload.tables)
             return []
 
-    def _begin(self) -> Generator[Request, Any, None]:
+    def _begin(self) -> Generator[Request, Any, _Begun]:
         message = self._message
-        composites = yield from message.composites(self._options)
-        prepare = functools.partial(self._prepare, composites)
-        yield from work(prepare, inline=self._inline and composites is None)
+        composites = yield from find_composites(message, self._options)
+        decide = functools.partial(self._decide, composites)
+        inline = self._inline and composites is None
+        match, placement, waiting = yield from work(decide, inline=inline)
         received = yield from message.skeleton()
         if message.header.codec == "tree":
-            # Of a pickle, only the tensors of several rows are used: it was looked at for those.
+            # Of a pickle, only composite tensors are used: they were searched for.
             def check() -> None:
                 check_tree(
                     received.skeleton,
@@ -100,18 +124,21 @@ class TensorStream:
 
             small = self._inline and len(received.skeleton) <= INLINE_SKELETON
             yield from work(check, inline=small)
-        self._payload = yield from work(self._place.payload, inline=self._inline)
+        ready = functools.partial(prepare, self._context, match, placement)
+        payload, finish = yield from work(ready, inline=self._inline)
+        return _Begun(payload, finish, waiting)
 
-    def _prepare(self, composites: Composites | None) -> None:
-        self._place.decide(composites)
-        composites = self._place.composites
-        # An earlier attempt may have been cancelled in the middle.
-        self._waiting.clear()
-        header, layout, selection = (
-            self._message.header,
-            self._message.layout,
-            self._place.selection,
-        )
+    def _decide(
+        self, composites: Composites | None
+    ) -> tuple[Match, Placement, deque[tuple[int, int, list[int]]]]:
+        match = match_names(self._context, composites)
+        placement = place(self._context, match)
+        return match, placement, self._waiting(match)
+
+    def _waiting(self, match: Match) -> deque[tuple[int, int, list[int]]]:
+        """Put the storages that are needed in the order in which they are whole."""
+        header, layout = self._context.header, self._context.layout
+        selection, composites = match.selection, match.composites
         unnamed = 0
         if selection.all:
             unnamed = count_unnamed(header, composites.rows, composites.storages)
@@ -126,41 +153,41 @@ class TensorStream:
         for index, row in interruptible(enumerate(header.tensors)):
             if any(name in selection for name in row.names):
                 rows_of.setdefault(row.storage, []).append(index)
-        # What has no bytes comes right behind what came before it.
+        waiting: deque[tuple[int, int, list[int]]] = deque()
+        # A storage without bytes is whole as soon as the one before it.
         end = 0
         if composites.without_storages:
-            self._waiting.append((0, -1, []))
+            waiting.append((0, -1, []))
         for storage in interruptible(range(len(header.storages))):
             if storage not in rows_of and storage not in composites.storages:
                 continue
             if layout.nbytes[storage]:
                 end = layout.offsets[storage] + layout.nbytes[storage]
-            self._waiting.append((end, storage, rows_of.get(storage, [])))
+            waiting.append((end, storage, rows_of.get(storage, [])))
+        return waiting
 
-    def _ready(self) -> bool:
+    def _ready(self, waiting: deque[tuple[int, int, list[int]]]) -> bool:
         message = self._message
         received = (message.layout.chunks - message.chunks_left) * message.layout.chunk_size
-        return bool(self._waiting) and self._waiting[0][0] <= received
+        return bool(waiting) and waiting[0][0] <= received
 
-    def _take(self) -> Generator[Request, Any, NamedTensors]:
-        place, payload, header = self._place, self._payload, self._message.header
-        selection = place.selection
+    def _take(self, begun: _Begun) -> Generator[Request, Any, NamedTensors]:
+        payload, finish, header = begun.payload, begun.finish, self._message.header
+        selection, composites = finish.match.selection, finish.match.composites
 
         def gather() -> tuple[list[tuple[int, list[int]]], list[torch.UntypedStorage | None]]:
             ready, found = [], []
-            while self._ready():
+            while self._ready(begun.waiting):
                 check_interrupt()
-                _, index, rows = self._waiting.popleft()
+                _, index, rows = begun.waiting.popleft()
                 storage = None
                 if index >= 0:
                     storage = payload.storage(index)
                     payload.release(index)
-                    place.put_one_in_order(index, storage)
+                    finish.put_one_in_order(index, storage)
                 ready.append((index, rows))
                 found.append(storage)
             return ready, found
-
-        composites = place.composites
 
         def tensor_of(row: int, storage: torch.UntypedStorage) -> torch.Tensor:
             return build_tensor(header.tensors[row], row, storage)
@@ -168,8 +195,8 @@ class TensorStream:
         def build() -> NamedTensors:
             tensors: NamedTensors = []
             if composites.storages:
-                composites.distrust(place.unreliable(found))
-            with torch.inference_mode(False), place.building():
+                composites.distrust(finish.unreliable(found))
+            with torch.inference_mode(False), finish.building():
                 for (index, rows), storage in interruptible(zip(ready, found, strict=True), 100):
                     for row in rows:
                         tensor = tensor_of(row, storage)
@@ -180,14 +207,15 @@ class TensorStream:
                         tensors += composites.made(index, tensor_of)
             return tensors
 
-        # Swapping bytes takes long, and thousands of storages without bytes can be ready at once.
-        few = self._inline and not composites.names
-        inline = few and place.finish_nbytes <= INLINE_NBYTES
+        # Converting the byte order takes long, and thousands of storages without bytes can be
+        # ready at once.
+        small = self._inline and not composites.names
+        inline = small and finish.nbytes <= INLINE_NBYTES
         ready, found = yield from work(gather, inline=inline)
-        if place.relocates:
+        if finish.relocates:
             # Not in a worker thread: a callable map_location is the caller's code.
             numbers = (index for index, _ in ready)
             items = zip(numbers, found, strict=True)
-            found = yield from in_turns(lambda item: place.relocated(*item), items)
-        tensors: NamedTensors = yield from work(build, inline=few)
+            found = yield from in_turns(lambda item: finish.relocated(*item), items)
+        tensors: NamedTensors = yield from work(build, inline=small)
         return tensors

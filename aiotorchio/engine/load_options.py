@@ -48,6 +48,10 @@ class LoadKeywords(TypedDict, total=False):
     encoding: str
 
 
+# Sets a field of a frozen dataclass while it is made.
+_set = object.__setattr__
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IterateOptions:
     """The options of ``Message.iterate``, which every load has, too.
@@ -116,7 +120,7 @@ class LoadOptions(IterateOptions):
             value = getattr(self, option)
             if not isinstance(value, bool):
                 raise TypeError(f"{option} must be True or False, not {value!r}")
-        if _weights_only_is_forced():
+        if not self.weights_only and _weights_only_is_forced():
             _set(self, "weights_only", True)
         if self.weights_only and self.pickle_module is not None:
             raise ValueError(
@@ -166,11 +170,6 @@ class LoadOptions(IterateOptions):
 
 
 _NAMES = {name for name, each in LoadOptions.__dataclass_fields__.items() if each.init}
-
-
-def _set(options: IterateOptions, name: str, value: object) -> None:
-    """Set a field of a frozen dataclass while it is made."""
-    object.__setattr__(options, name, value)
 
 
 def _check_lock(lock: Any, kind: Literal["async", "blocking"]) -> None:

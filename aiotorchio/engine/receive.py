@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-
 from aiotorchio.codecs.pickled.allowlist import Allowlist
-from aiotorchio.codecs.pickled.codec import STORAGE
 from aiotorchio.codecs.pickled.opcodes import globals_of, is_blocked
 from aiotorchio.common.gc_pause import release
-from aiotorchio.engine.composite_names import find_composites
-from aiotorchio.engine.load_options import IterateOptions, LoadOptions
-from aiotorchio.engine.module_commit import WithModules
-from aiotorchio.engine.placement import Placement
-from aiotorchio.engine.requests import Fill, Progress, Request, in_turns, work
+from aiotorchio.engine.matching import LoadContext
+from aiotorchio.engine.requests import Fill, Progress, Request, work
 from aiotorchio.engine.threads import Task
-from aiotorchio.engine.thresholds import INLINE_HEADER, INLINE_NBYTES, INLINE_ROWS, INLINE_SKELETON
-from aiotorchio.errors import AiotorchioError, LimitExceeded, MismatchError, UnsafeObjectError
-from aiotorchio.graph.composites import Composites
-from aiotorchio.graph.rebuild import Rebuilder, build_tensors
-from aiotorchio.graph.select import revise
+from aiotorchio.engine.thresholds import INLINE_HEADER, INLINE_ROWS, INLINE_SKELETON
+from aiotorchio.errors import AiotorchioError, LimitExceeded
 from aiotorchio.limits import Limits
-from aiotorchio.memory.atomic import BufferSwap, Exchange, note_change
 from aiotorchio.memory.host import scratch
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.table.names import TensorSpec, count_unnamed, specs_of
-from aiotorchio.wire.header import META_LOCATION, Header
+from aiotorchio.wire.header import Header
 from aiotorchio.wire.layout import Layout
 from aiotorchio.wire.parser import (
     ChunkReceived,
@@ -45,27 +34,12 @@ from aiotorchio.wire.parser import (
     Work,
 )
 
-__all__ = ["IncomingMessage", "Loaded", "receive_message"]
+__all__ = ["IncomingMessage"]
 
 Event = TypeVar("Event")
 
 # Freeing the rows of a header takes 4 ms a MiB.
 _RELEASED_NBYTES, _RELEASED_ROWS = 2**20, 2000
-
-
-@dataclass(slots=True)
-class Loaded:
-    """An object that has arrived whole.
-
-    Attributes:
-        obj: The object.
-        commit: What its tensors still wait for, if they are destinations of the caller's.
-        close: To be called when the commit is carried out, or never will be.
-    """
-
-    obj: Any
-    commit: Exchange | BufferSwap | WithModules | None
-    close: Callable[[], None]
 
 
 class IncomingMessage:
@@ -75,7 +49,6 @@ class IncomingMessage:
 
     Args:
         limits: What to accept.
-        placement: In place of the default one, for tests.
 
     Attributes:
         opened: The header, when it is in.
@@ -85,11 +58,10 @@ class IncomingMessage:
         ended: The stream stands behind the message.
     """
 
-    def __init__(self, limits: Limits, placement: Callable[..., Placement] = Placement) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._parser = Parser(limits)
         self._steps = self._parser.parse()
-        self.placement = placement
         self.opened: HeaderReceived
         self._skeleton: SkeletonReceived | None = None
         self._specs: Mapping[str, TensorSpec] | AiotorchioError | None = None
@@ -117,6 +89,11 @@ class IncomingMessage:
         """Free the rows of a large header, and other tables as long, away from the event loop."""
         if self.is_large:
             yield Work(functools.partial(self._release, *tables), to_its_end=True)
+
+    def free(self, *tables: list[Any] | dict[Any, Any]) -> Generator[Request, Any, None]:
+        """Free tables as long as a large header away from the event loop, and keep its rows."""
+        if self.is_large:
+            yield Work(functools.partial(release, *tables), to_its_end=True)
 
     @property
     def is_large(self) -> bool:
@@ -162,99 +139,10 @@ class IncomingMessage:
         assert self._specs is not None
         return self._specs
 
-    def load(self, options: LoadOptions) -> Generator[Request, Any, Loaded]:
-        """Receive everything, and rebuild the object.
-
-        A ``MismatchError`` that leaves the message ``untouched`` did no harm.
-        """
-        with self.located():
-            place = self.placement(self.header, self.layout, options, options.target)
-            inline = self.decides_inline(place)
-            composites: Composites | None = None
-            payload: IncomingPayload | None = None
-            try:
-                by_name = options.select is not None and options.into is None
-                # What ``weights_only`` refuses may be loaded without it; only the load tells.
-                if by_name and options.allow_pickle and options.weights_only:
-                    composites = yield from self.composites(options, options.encoding)
-                decide = functools.partial(place.decide, composites)
-                yield from work(decide, inline=inline and composites is None)
-                rebuilder = yield from self._rebuilder(options, place)
-                payload = yield from work(place.payload, inline=inline)
-                obj = yield from self._load(options, rebuilder, place, payload, inline=inline)
-            except BaseException as error:
-                place.close()
-                if isinstance(error, Exception) and self.is_large:
-                    staged = [] if place.commit is None else place.commit.tables
-                    arrived = [] if payload is None else payload.tables
-                    free = functools.partial(release, *place.tables, *staged, *arrived)
-                    yield Work(free, to_its_end=True)
-                raise
-            return Loaded(obj, place.commit, place.close)
-
-    def _load(
-        self,
-        options: LoadOptions,
-        rebuilder: Rebuilder,
-        place: Placement,
-        payload: IncomingPayload,
-        *,
-        inline: bool,
-    ) -> Generator[Request, Any, Any]:
-        def note() -> None:
-            if place.commit is None:
-                note_change(place.by_name.values())
-
-        yield from work(note, inline=inline)
-        move: Task | None = None
-        for _ in range(self.layout.chunks):
-            move = yield from self.chunk(payload, options.progress, background=move)
-        yield from self.end()
-        if move is not None:
-            yield Work(move)
-
-        def gather() -> list[torch.UntypedStorage | None]:
-            payload.check()
-            # Again: who began to read them meanwhile has old and new numbers.
-            note()
-            storages = payload.storages()
-            place.put_in_order(storages)
-            place.copy_deferred(storages)
-            return storages
-
-        inline = inline and self._is_small(rebuilder)
-        storages = yield from work(gather, inline=inline and place.finish_nbytes <= INLINE_NBYTES)
-        if place.relocates:
-            # Not in a worker thread: a callable map_location is the caller's code.
-            storages = yield from in_turns(lambda item: place.relocated(*item), enumerate(storages))
-
-        def build() -> Any:
-            # Tensors made in inference mode could not be trained on, wherever they go.
-            with torch.inference_mode(False), place.building():
-                tensors = build_tensors(self.header, storages, place.prebuilt)
-                obj = rebuilder.build(tensors, storages, place.unreliable(storages))
-            place.check(obj)
-            return revise(obj, place.names, place.revision) if place.revises else obj
-
-        obj = yield from work(build, inline=inline)
-        yield from work(functools.partial(place.complete, obj), inline=inline)
-        yield from self.release(storages, *place.tables, *payload.tables)
-        return obj
-
-    def decides_inline(self, place: Placement) -> bool:
+    def decides_inline(self, context: LoadContext) -> bool:
         """Whether it is quickly decided where everything goes, so that no thread is needed."""
-        small = self.opened.nbytes <= INLINE_HEADER and place.steps <= INLINE_ROWS
-        return small and not place.has_neighbours
-
-    def _is_small(self, rebuilder: Rebuilder) -> bool:
-        return (
-            self.header.codec == "tree"
-            # The first tensor there imports what takes half a second.
-            and META_LOCATION not in self.header.locations
-            and self.opened.nbytes <= INLINE_HEADER
-            and max(len(self.header.tensors), len(self.header.storages)) <= INLINE_ROWS
-            and rebuilder.nbytes <= INLINE_SKELETON
-        )
+        small = self.opened.nbytes <= INLINE_HEADER and context.steps <= INLINE_ROWS
+        return small and not context.has_neighbours
 
     def skeleton(self) -> Generator[Request, Any, SkeletonReceived]:
         """Receive the skeleton, if it was not received before."""
@@ -267,72 +155,14 @@ class IncomingMessage:
         """Receive the skeleton, and say what in it would be refused; leaves all to be done."""
         with self.located():
             received = yield from self.skeleton()
-            self._keep(received)
+            self.keep(received)
             names: list[str] = []
             if self.header.codec == "pickle":
                 search = functools.partial(unsafe_globals, received, safe_globals)
                 names = yield from work(search, inline=len(received.skeleton) <= INLINE_SKELETON)
             return names
 
-    def composites(
-        self, options: IterateOptions, encoding: str = "utf-8"
-    ) -> Generator[Request, Any, Composites | None]:
-        """Receive the skeleton, and find tensors of several rows in it; leaves all to be done."""
-        if self.header.codec != "pickle":
-            return None
-        received = yield from self.skeleton()
-        self._keep(received)
-        skeleton = received.skeleton
-
-        def may_have_some() -> bool:
-            # What has no row of its own has rows without a name, or storages that are referred to.
-            return STORAGE.encode() in skeleton or self.unnamed > 0
-
-        small = self.opened.nbytes <= INLINE_HEADER and len(skeleton) <= INLINE_SKELETON
-        if not (yield from work(may_have_some, inline=small)):
-            return None
-        found: Composites = yield from find_composites(
-            self.header, received, options, self.limits, encoding=encoding
-        )
-        return found
-
-    def _rebuilder(
-        self, options: LoadOptions, place: Placement
-    ) -> Generator[Request, Any, Rebuilder]:
-        received = yield from self.skeleton()
-        try:
-            rebuilder = Rebuilder(
-                received.skeleton,
-                self.header.codec,
-                allow_pickle=options.allow_pickle,
-                weights_only=options.weights_only,
-                pickle_module=options.pickle_module,
-                encoding=options.encoding,
-                safe_globals=options.allowed_globals,
-                map_location=options.map_location,
-                limits=self.limits,
-                offset=received.offset,
-            )
-
-            def check() -> None:
-                names = place.by_name_only
-                rebuilder.check(self.header.tensors, names=names, look=place.look)
-                place.note_skeleton(received.skeleton)
-
-            yield from work(check, inline=self._is_small(rebuilder))
-            if place.rehearses:
-                # The first tensor on meta imports what takes half a second.
-                yield Work(functools.partial(self._rehearse, rebuilder, place))
-        except (MismatchError, UnsafeObjectError):
-            self._keep(received)
-            raise
-        return rebuilder
-
-    def _rehearse(self, rebuilder: Rebuilder, place: Placement) -> None:
-        for obj in rebuilder.rehearse(self.header):
-            place.rehearse(obj)
-
-    def _keep(self, received: SkeletonReceived) -> None:
+    def keep(self, received: SkeletonReceived) -> None:
         """Nothing was done with the skeleton: another call may do more."""
         self._skeleton, self.untouched = received, True
 
@@ -430,16 +260,3 @@ def unsafe_globals(received: SkeletonReceived, safe_globals: Sequence[Any]) -> l
         raise
     allowed = Allowlist(safe_globals, Limits(), None).globals.keys()
     return sorted(path for path in named if path not in allowed or is_blocked(path))
-
-
-def receive_message(
-    limits: Limits, options: LoadOptions, placement: Callable[..., Placement] = Placement
-) -> Generator[Request, Any, Loaded]:
-    """A message from its first byte to its last; arguments as of ``IncomingMessage``."""
-    message = IncomingMessage(limits, placement)
-    yield from message.open()
-    try:
-        return (yield from message.load(options))
-    except Exception:
-        yield from message.release()
-        raise

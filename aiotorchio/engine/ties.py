@@ -7,7 +7,7 @@ each other, or that is kept for another reason, the comparison comes when the me
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.strides import order_of
@@ -43,7 +43,6 @@ class Ties:
     ) -> None:
         self._header, self._layout = header, layout
         self._ties, self._number_of = ties, number_of
-        self._copied: dict[str, str] = {}
         self.mixed: set[int] = set()
         for names in interruptible(ties, 100):
             views = {view_of_row(self._row(name)): name for name in names}
@@ -52,22 +51,28 @@ class Ties:
                 self._row(name).storage for together in spans.together() for name in together
             }
 
-    def choose(self, kept: Collection[int]) -> None:
-        """Choose which tensors are copied: the first that arrive.
+    def choose(self, devices: Sequence[object]) -> dict[str, str]:
+        """Choose the tensors that are copied: the first that arrive.
 
         Args:
-            kept: Storages that are received whole, so that tensors are copied when all is there.
+            devices: Of each storage; None: its bytes go into targets while they arrive. Of the
+                others, tensors are copied afterwards.
+
+        Returns:
+            The names of the tensors that are compared, each with that of the one that is copied.
         """
+        compared_with: dict[str, str] = {}
         for names in interruptible(self._ties, 100):
-            first = min(names, key=lambda name: (self._row(name).storage in kept, self._span(name)))
+            first = min(names, key=lambda name: self._arrival(name, devices))
             copied = view_of_row(self._row(first))
             for name in names:
                 if view_of_row(self._row(name)) != copied:
-                    self._copied[name] = first
+                    compared_with[name] = first
+        return compared_with
 
-    def compared_with(self, name: str) -> str | None:
-        """The name of the tensor that is copied, if this one is compared with it."""
-        return self._copied.get(name)
+    def _arrival(self, name: str, devices: Sequence[object]) -> tuple[bool, tuple[int, int]]:
+        """The order in which tensors can be copied."""
+        return devices[self._row(name).storage] is not None, self._span(name)
 
     def _row(self, name: str) -> TensorRow:
         return self._header.tensors[self._number_of[name]]

@@ -26,7 +26,7 @@ from aiotorchio.table.names import count_unnamed, rows_by_name, walk
 from aiotorchio.table.torch_dtypes import torch_dtype
 from aiotorchio.wire.header import CONJUGATE, META_LOCATION, NEGATIVE, Header, shortened
 
-__all__ = ["Known", "Match", "examined", "match", "target_tensors"]
+__all__ = ["Known", "TargetMatch", "examined", "match", "target_tensors"]
 
 # The number of lines that an error has for each kind of difference.
 _SHOWN = 20
@@ -70,7 +70,7 @@ def examined(into: Any) -> tuple[dict[str, torch.Tensor], list[ModuleDestination
     return found, modules
 
 
-class Match(NamedTuple):
+class TargetMatch(NamedTuple):
     """The targets for which a message has tensors.
 
     Attributes:
@@ -96,7 +96,7 @@ def match(
     all_selected: bool,
     strict: bool,
     cast: bool,
-) -> Match:
+) -> TargetMatch:
     """Match the tensors of a message with targets, by name.
 
     Args:
@@ -138,7 +138,7 @@ def match(
     nameless = sides.unnamed if all_selected and not sides.compared_later else 0
     if misfits or sides.missing or sides.unexpected or nameless:
         raise _mismatch(misfits, sides, nameless)
-    return Match(found, sharing.ties, sharing.extents, sides.filled)
+    return TargetMatch(found, sharing.ties, sharing.extents, sides.filled)
 
 
 class _OneSided(NamedTuple):

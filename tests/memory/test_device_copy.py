@@ -20,10 +20,9 @@ import torch
 import aiotorchio
 from aiotorchio.engine import prepared_save
 from aiotorchio.engine.drivers import drive, drive_blocking
+from aiotorchio.engine.load import Loaded, receive_message
 from aiotorchio.engine.load_options import LoadOptions
-from aiotorchio.engine.placement import Placement
 from aiotorchio.engine.prepared_save import PreparedSave, ReadyMessage
-from aiotorchio.engine.receive import receive_message
 from aiotorchio.engine.requests import Request
 from aiotorchio.engine.save_options import SaveOptions
 from aiotorchio.engine.send import send_message
@@ -51,10 +50,20 @@ def staged_outgoing(copier: Any) -> Callable[..., OutgoingPayload]:
     return make
 
 
-def staged_placement(copier: Any) -> Callable[..., Placement]:
-    """Takes the CPU for a device."""
+Receive = Callable[[Any], Generator[Request, Any, Loaded]]
+
+
+@pytest.fixture
+def receive(monkeypatch: pytest.MonkeyPatch) -> Receive:
+    """A load that takes the CPU for a device, and uses a copier."""
     incoming = functools.partial(IncomingPayload, needs_copy=staged)
-    return functools.partial(Placement, copier=copier, incoming=incoming)
+    monkeypatch.setattr("aiotorchio.engine.finish.IncomingPayload", incoming)
+
+    def with_copier(copier: Any) -> Generator[Request, Any, Loaded]:
+        monkeypatch.setattr("aiotorchio.engine.matching.DeviceCopier", lambda: copier)
+        return receive_message(Limits(), LoadOptions())
+
+    return with_copier
 
 
 def message_of(copier: Any) -> Generator[Request, Any, aiotorchio.Summary]:
@@ -89,16 +98,16 @@ def test_sending_takes_two_slabs_of_one_chunk() -> None:
     assert [slab.nbytes() for slab in copier.slabs] == [CHUNK, CHUNK]
 
 
-def test_receiving_takes_two_slabs_of_one_chunk() -> None:
+def test_receiving_takes_two_slabs_of_one_chunk(receive: Receive) -> None:
     copier = CopierOnCpu()
-    message = receive_message(Limits(), LoadOptions(), staged_placement(copier))
+    message = receive(copier)
     loaded = drive_blocking(message, BlockingStream(io.BytesIO(sent(CopierOnCpu()))))
     assert_state(loaded.obj)
     assert [slab.nbytes() for slab in copier.slabs] == [CHUNK, CHUNK]
 
 
 @pytest.mark.anyio
-async def test_copies_run_in_worker_threads() -> None:
+async def test_copies_run_in_worker_threads(receive: Receive) -> None:
     class Watching(CopierOnCpu):
         def __init__(self) -> None:
             super().__init__()
@@ -109,19 +118,19 @@ async def test_copies_run_in_worker_threads() -> None:
             super().copy(destination, source)
 
     copier = Watching()
-    message = receive_message(Limits(), LoadOptions(), staged_placement(copier))
+    message = receive(copier)
     async with aclosing(pieces(sent(CopierOnCpu()))) as body:
         assert_state((await drive(message, IterableSource(body))).obj)
     assert threading.get_ident() not in copier.threads
 
 
 @pytest.mark.anyio
-async def test_a_copy_that_fails_is_the_error_of_the_load() -> None:
+async def test_a_copy_that_fails_is_the_error_of_the_load(receive: Receive) -> None:
     class Failing(CopierOnCpu):
         def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
             raise RuntimeError("device lost")
 
-    message = receive_message(Limits(), LoadOptions(), staged_placement(Failing()))
+    message = receive(Failing())
     async with aclosing(pieces(sent(CopierOnCpu()))) as body:
         with pytest.raises(RuntimeError, match="device lost"):
             await drive(message, IterableSource(body))
@@ -520,10 +529,10 @@ def test_slabs_of_cuda_are_pinned() -> None:
 
 
 @pytest.mark.anyio
-async def test_inference_mode_of_the_caller_does_not_matter() -> None:
+async def test_inference_mode_of_the_caller_does_not_matter(receive: Receive) -> None:
     with torch.inference_mode():
         data = sent(CopierOnCpu())
-        message = receive_message(Limits(), LoadOptions(), staged_placement(CopierOnCpu()))
+        message = receive(CopierOnCpu())
         async with aclosing(pieces(data)) as body:
             loaded = (await drive(message, IterableSource(body))).obj
     assert_state(loaded)

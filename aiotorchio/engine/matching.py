@@ -1,0 +1,207 @@
+"""Which tensors of a message count, and which of them have a target.
+
+In: a ``LoadContext``, which is made in the caller's thread once the header has arrived. Out: a
+``Match``, from which ``placement.place`` goes on. No byte of the payload was received yet, so a
+``MismatchError`` leaves the message as it was.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from aiotorchio.common.gc_pause import release
+from aiotorchio.common.interrupt import interruptible
+from aiotorchio.engine.claims import has_neighbours
+from aiotorchio.engine.fit import ObjectFit
+from aiotorchio.engine.load_options import IterateOptions
+from aiotorchio.engine.selection import Into, Selection
+from aiotorchio.engine.ties import Ties
+from aiotorchio.errors import InvalidObjectError
+from aiotorchio.graph.composites import Composites
+from aiotorchio.graph.devices import DeviceMap
+from aiotorchio.graph.modules import has_memory
+from aiotorchio.graph.targets import TargetMatch, match
+from aiotorchio.memory.device_copy import Copier, DeviceCopier
+from aiotorchio.memory.routes import placement_of
+from aiotorchio.overlap.extents import Extents
+from aiotorchio.table.names import rows_by_name
+from aiotorchio.wire.header import MIXED_UNITS, Header
+from aiotorchio.wire.layout import Layout
+
+__all__ = ["LoadContext", "Match", "match_names"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadContext:
+    """The header of one message, and the options of the call that receives its tensors.
+
+    Attributes:
+        header: Valid.
+        layout: Of the payload.
+        options: Of the call.
+        into: The targets; None: every tensor gets new memory.
+        named_only: Drop tensors without a name, and storages that no tensor shows.
+        devices: The device of each storage.
+        copier: Moves bytes between a device and the host.
+        foreign_byteorder: Whether the numbers of the message have the other byte order.
+    """
+
+    header: Header
+    layout: Layout
+    options: IterateOptions
+    into: Into | None
+    named_only: bool
+    devices: DeviceMap
+    copier: Copier
+    foreign_byteorder: bool
+
+    @classmethod
+    def of(
+        cls,
+        header: Header,
+        layout: Layout,
+        options: IterateOptions,
+        into: Into | None = None,
+        *,
+        named_only: bool = False,
+    ) -> LoadContext:
+        """Look up devices and streams in the caller's thread, where the current ones count.
+
+        Raises:
+            TypeError: ``map_location`` has another type.
+            LimitExceeded: The header has more locations than any machine.
+        """
+        fake = options.data_free is not None and options.data_free.fake_mode is not None
+        devices = DeviceMap(header, options.map_location, fake=fake)
+        foreign = header.byteorder != sys.byteorder
+        return cls(header, layout, options, into, named_only, devices, DeviceCopier(), foreign)
+
+    @property
+    def steps(self) -> int:
+        """Rows, names, targets, and comparisons of names: the length of the work to come."""
+        header, names = self.header, 0
+        rows = max(len(header.tensors), len(header.storages))
+        select, into = self.options.select, self.into
+        if select is not None or into is not None:
+            names = sum(len(row.names) for row in header.tensors)
+            names += len(into.tensors) if into else 0
+        patterns = len(select) if isinstance(select, tuple) else 1
+        return max(rows, names * patterns)
+
+    @property
+    def has_neighbours(self) -> bool:
+        """Whether targets may share memory, with each other or with those of another load.
+
+        An exact answer can take long.
+        """
+        if self.into is None:
+            return False
+        tensors = self.into.tensors.items()
+        return has_neighbours({name: each for name, each in tensors if has_memory(each)})
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The names of a message, compared with the selection and with the targets.
+
+    Attributes:
+        by_name: Whether names matter; if not, ``number_of`` is empty.
+        number_of: The row of each name.
+        selection: The names that count.
+        composites: Tensors of several rows that have names.
+        targets: By name, those that have a tensor in the message.
+        memory: The ``placement_of`` of each target, when it was compared.
+        extents: The memory of the targets, by device.
+        ties: Several tensors of the message for one target.
+        fit: Compares the object with the targets; None without targets.
+    """
+
+    by_name: bool
+    number_of: dict[str, int]
+    selection: Selection
+    composites: Composites
+    targets: dict[str, torch.Tensor]
+    memory: dict[str, tuple[Any, ...]]
+    extents: Mapping[torch.device, Extents[str]]
+    ties: Ties
+    fit: ObjectFit | None
+
+    @property
+    def tables(self) -> list[list[Any] | dict[Any, Any]]:
+        """Tables that may be as long as those of the header."""
+        return [self.number_of, *self.composites.tables]
+
+
+def match_names(context: LoadContext, composites: Composites | None = None) -> Match:
+    """Compare the names of a message with the selection and the targets.
+
+    Args:
+        context: Of the load.
+        composites: Tensors of several rows that have names; the selected ones are chosen.
+
+    Raises:
+        InvalidObjectError: A storage has numbers of several sizes in foreign byte order.
+        MismatchError: The message does not fit ``into`` or ``select``.
+    """
+    _check_byteorder(context)
+    number_of: dict[str, int] = {}
+    if context.options.select is not None or context.into is not None or context.named_only:
+        number_of = rows_by_name(context.header.tensors)
+    composites = composites or Composites.none()
+    try:
+        return _match(context, number_of, composites)
+    except Exception:
+        # The caller's thread may be an event loop, and the error would free them there.
+        release(number_of, *composites.tables)
+        raise
+
+
+def _check_byteorder(context: LoadContext) -> None:
+    if context.foreign_byteorder and any(
+        row.unit == MIXED_UNITS for row in context.header.storages
+    ):
+        raise InvalidObjectError(
+            f"a storage has numbers of several sizes in {context.header.byteorder}-endian byte "
+            f"order, which cannot be converted for this {sys.byteorder}-endian machine",
+            entry="header",
+        )
+
+
+def _match(context: LoadContext, number_of: dict[str, int], composites: Composites) -> Match:
+    header, into = context.header, context.into
+    names = [*number_of, *(into.names if into else ()), *composites.names]
+    selection = Selection(context.options.select, names, composites.refused)
+    # A load makes all of them, and leaves out of the object those that are not selected.
+    others = interruptible(composites.names) if context.named_only else ()
+    composites.choose([name for name in others if name in selection])
+    if into is not None and not selection.all:
+        selection.add(into.parts(number_of, selection))
+    found = TargetMatch({}, [], {}, set())
+    fit = None
+    if into is not None:
+        found = match(
+            header,
+            into.tensors,
+            into.modules,
+            selection=selection,
+            all_selected=selection.all,
+            strict=into.strict,
+            cast=into.cast,
+        )
+        fit = ObjectFit(header, into, selection, number_of, found.filled)
+    return Match(
+        by_name=context.named_only or into is not None or not selection.all,
+        number_of=number_of,
+        selection=selection,
+        composites=composites,
+        targets=found.tensors,
+        memory={name: placement_of(tensor) for name, tensor in found.tensors.items()},
+        extents=found.extents,
+        ties=Ties(header, context.layout, found.ties, number_of),
+        fit=fit,
+    )
