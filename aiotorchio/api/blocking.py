@@ -1,4 +1,4 @@
-"""The blocking twins: files, pipes, sockets, paths."""
+"""Blocking calls: files, pipes, sockets, paths."""
 
 from __future__ import annotations
 
@@ -128,15 +128,17 @@ def load(
     limits: Limits | None = None,
     **options: Unpack[LoadKeywords],
 ) -> Any:
-    """The blocking twin of ``load_from_stream``, with the arguments of ``torch.load`` in its order.
+    """Load as ``load_from_stream`` does, but blocking.
+
+    The arguments are those of ``torch.load``, in its order.
 
     Args:
         file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path.
         map_location: As in ``load_from_stream``.
         pickle_module: As in ``load_from_stream``.
-        limits: What to accept; the default is ``Limits()``.
+        limits: Upper bounds for the message; the default is ``Limits()``.
         options: The other keyword arguments of ``load_from_stream``; ``lock`` is a plain context
-            manager here, such as ``threading.Lock``.
+            manager, such as ``threading.Lock``.
 
     Returns:
         The object.
@@ -157,22 +159,22 @@ def load(
 def get_unsafe_globals(
     file: Any, *, safe_globals: Iterable[Any] = (), limits: Limits | None = None
 ) -> list[str]:
-    """What loading a message from a file would refuse to use; nothing of it is built.
+    """List the names in a message in a file that a load would refuse; nothing is built.
 
     The counterpart of ``torch.serialization.get_unsafe_globals_in_checkpoint``. For messages on
     streams there is ``Message.get_unsafe_globals``.
 
     Args:
-        file: A path, or a seekable binary file, which is left where it was.
-        safe_globals: As of ``load``: what would be trusted.
-        limits: What to accept; the default is ``Limits()``.
+        file: A path, or a seekable binary file, whose position does not change.
+        safe_globals: As in ``load``: classes and functions that are trusted.
+        limits: Upper bounds for the message; the default is ``Limits()``.
 
     Returns:
         Paths of the classes and functions that the object needs and that would be refused unless
         they are in ``safe_globals``; none of an object that was saved without pickle.
 
     Raises:
-        ValueError: The file can't seek.
+        ValueError: The file can't seek, and is no path.
         UnsafeObjectError: A pickle that only ``weights_only=False`` can load, since it was
             written with another protocol than 2.
         Exception: As ``load``.
@@ -191,7 +193,10 @@ def get_unsafe_globals(
         with open(file, "rb") as opened:
             return get_unsafe_globals(opened, safe_globals=checked, limits=limits)
     if not (hasattr(file, "seekable") and file.seekable()):
-        raise ValueError("the file can't seek: open its message with StreamReader.open instead")
+        raise ValueError(
+            "the file can't seek, which this needs: use StreamReader.open and "
+            "Message.get_unsafe_globals instead"
+        )
     incoming = IncomingMessage(checked_limits(limits))
     with exclusive(file, "load", open_blocking_source) as stream:
         start = file.tell()
@@ -212,8 +217,8 @@ def _load(file: Any, message: Generator[Request, Any, Loaded], limits: Limits, l
             stream.deadline = load_deadline(limits, time.monotonic)
             loaded = drive_blocking(message, stream)
             unfinished.callback(loaded.close)
-        # After all that can fail, such as closing the file: what raises must leave the
-        # destinations as they were.
+        # After all that can fail, such as closing the file, since an error must leave the targets
+        # unchanged.
         if loaded.commit is not None:
             apply_commit_blocking(loaded.commit, lock)
         return loaded.obj

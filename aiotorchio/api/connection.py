@@ -108,8 +108,8 @@ class StreamReader:
         """Receive the header of the next message, and leave the rest to the caller.
 
         Args:
-            limits: What to accept; the default is ``Limits()``.
-            unread: What happens to a message that is left unread: ``"skip"`` receives and drops
+            limits: Upper bounds for the message; the default is ``Limits()``.
+            unread: The end of a message that is left unread: ``"skip"`` receives and drops
                 it, in the memory of a chunk, so that the next one can be read; ``"abort"`` breaks
                 the connection, so that the sender stops. If an error leads out of the ``async
                 with``, nothing is skipped: the stream is of no more use.
@@ -130,7 +130,7 @@ class StreamReader:
             ...                 await message.load(into=model, staged=True)
         """
         if not isinstance(unread, str) or unread not in get_args(Unread):
-            raise ValueError(f"unread is 'skip' or 'abort', not {unread!r}")
+            raise ValueError(f"unread must be 'skip' or 'abort', not {unread!r}")
         checked = checked_limits(limits)
         incoming = IncomingMessage(checked)
         with exclusive(self._stream, "load", open_source) as source:

@@ -1,4 +1,4 @@
-"""A message whose header is in, and whose payload is not."""
+"""``Message``: a message whose header has arrived, and whose payload is still in the stream."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ Unread = Literal["skip", "abort"]
 
 
 class Message:
-    """What ``StreamReader.open`` gives: all about a message that its header says.
+    """A message whose header has arrived, as ``StreamReader.open`` yields it.
 
-    Nothing behind the header is read before it is asked for. Then it can be read once: by
-    ``load``, by iterating over its tensors, or by ``skip``.
+    The rest of it can be read once: by ``load``, by iterating over its tensors, or by ``skip``.
+    Until then, it stays in the stream.
 
     Attributes:
-        metadata: The texts that the sender gave along.
-        nbytes: Bytes of the payload: of all storages, with what aligns them.
+        metadata: The texts that the sender has added.
+        nbytes: Bytes of the payload: of all storages, with their padding.
         checksummed: Whether each chunk carries a checksum. Without, damage to tensors goes
             unnoticed.
         codec: ``"tree"``, or ``"pickle"`` if the object around the tensors is pickled.
-        producer: Name and versions of the sender's software, as it says.
+        producer: Name and versions of the software that sent it, as that software says.
         message_id: 32 hexadecimal digits, as in the sender's ``Summary``.
 
     Example:
@@ -91,10 +91,10 @@ class Message:
 
         Names are paths: keys of dicts and other mappings and positions in lists and tuples, joined
         by dots, as in a nested state dict. A tensor that is in several places has several names,
-        also where one dict is in several places. One with Python attributes, or of a subclass with
-        memory of its own, comes without them where it is received by name. Sparse, quantized and
-        nested tensors, DTensors and wrapper subclasses are not here: the header has their parts
-        only, which ``unnamed`` counts. Iteration and ``select`` know them by name.
+        also where one dict is in several places. A tensor that has Python attributes, or is of a
+        subclass with separate memory, comes without them where it is received by name. Sparse,
+        quantized and nested tensors, DTensors and wrapper subclasses are missing here: the header
+        has only their parts, which ``unnamed`` counts. Iteration and ``select`` know them by name.
 
         Raises:
             MismatchError: Two tensors have the same name (``{"a": {"b": x}, "a.b": y}``).
@@ -104,10 +104,10 @@ class Message:
 
     @property
     def unnamed(self) -> int:
-        """Tensors in the header that have no name of their own.
+        """The number of tensors in the header that have no name.
 
-        They are parts of others, such as sparse ones, each of which iteration gives as one tensor,
-        or in attributes of objects, which only ``load`` gives.
+        They are parts of composite tensors, such as sparse ones, which iteration yields as one
+        tensor each, or they are in attributes of objects, which only ``load`` rebuilds.
         """
         return self._incoming.unnamed
 
@@ -148,13 +148,13 @@ class Message:
         return loaded.obj
 
     async def get_unsafe_globals(self, *, safe_globals: Iterable[Any] = ()) -> list[str]:
-        """What a load would refuse to use, as ``torch.serialization`` tells of a checkpoint.
+        """List the names that a load would refuse, as ``torch.serialization`` does of a checkpoint.
 
         The object is received without its tensors, and nothing of it is built; the message can
         still be loaded, iterated over, or skipped.
 
         Args:
-            safe_globals: As of ``load_from_stream``: what would be trusted.
+            safe_globals: As in ``load_from_stream``: classes and functions that are trusted.
 
         Returns:
             Paths of the classes and functions that the object needs and that would be refused
@@ -171,17 +171,17 @@ class Message:
         return await self.drive(self._incoming.unsafe_globals(checked))
 
     async def skip(self) -> None:
-        """Receive what is left of the message, in the memory of one chunk, and drop it.
+        """Receive the rest of the message, in the memory of one chunk, and drop it.
 
         Raises:
             RuntimeError: The ``async with`` of the message was left.
-            Exception: As ``load_from_stream``: what is dropped is verified, too.
+            Exception: As ``load_from_stream``: dropped bytes are verified, too.
         """
         self.check(untouched=False)
         await self.drive(self._incoming.skip())
 
     def __aiter__(self) -> AsyncIterator[tuple[str, torch.Tensor]]:
-        """As ``iterate``, without options."""
+        """Iterate as ``iterate`` does, without options."""
         return self.iterate()
 
     def iterate(
@@ -194,11 +194,11 @@ class Message:
     ) -> AsyncIterator[tuple[str, torch.Tensor]]:
         """Receive one tensor after the other.
 
-        Each comes as soon as the chunk with its last byte is in and verified. Who does not take
-        the next one stops the sender. Nothing is kept here but a chunk, small tensors that arrived
-        with others, up to 4 MiB, and parts of a tensor that is made of several (a sparse one, for
-        example) until the last of them is in. (Python keeps what a loop variable holds until the
-        next tensor is there: ``del`` it if two of them are too much.)
+        Each comes as soon as the chunk with its last byte was verified. The sender waits while the
+        consumer does not take the next one. The message keeps only a chunk, small tensors that
+        arrived with others, up to 4 MiB, and the parts of a composite tensor (a sparse one, for
+        example) until the last of them has arrived. (A loop variable keeps its tensor until the
+        next one has arrived: ``del`` it if two of them are too much.)
 
         Args:
             map_location: As in ``load_from_stream``.
@@ -207,15 +207,15 @@ class Message:
             safe_globals: As in ``load_from_stream``.
 
         Returns:
-            Gives names with their tensors, in the order of the wire; a tensor with several names
-            under each of them. Leaving it half-way is no harm.
+            Yields names with their tensors, in the order of the wire; a tensor with several names
+            under each of them. Leaving the loop early does no harm.
 
         Raises:
-            MismatchError: A tensor without a name, unless ``select`` says what is wanted; two
-                tensors of one name; a selection that the message does not have. Nothing was read.
+            MismatchError: A tensor without a name, if there is no ``select``; two tensors of one
+                name; a selection that the message does not have. Nothing was read.
             RuntimeError: The message was read already, or its ``async with`` was left.
-            Exception: As ``load_from_stream``. What was yielded before is intact, if the message
-                has checksums.
+            Exception: As ``load_from_stream``. Tensors that were yielded before are intact, if the
+                message has checksums.
         """
         options = IterateOptions(
             map_location=map_location, select=select, progress=progress, safe_globals=safe_globals
@@ -230,7 +230,7 @@ class Message:
         progress: Progress | None = None,
         safe_globals: Iterable[Any] = (),
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors for a blocking consumer in a worker thread, such as a loader of a model.
+        """Iterate for a blocking consumer in a worker thread, such as a loader of a model.
 
         While it waits for the next one, the event loop receives.
 
@@ -241,7 +241,7 @@ class Message:
             safe_globals: As in ``load_from_stream``.
 
         Yields:
-            As ``iterate``.
+            Names with their tensors, as ``iterate`` does.
 
         Raises:
             RuntimeError: Used in the thread of the event loop.
@@ -268,10 +268,10 @@ class Message:
             if _has_event_loop():
                 raise RuntimeError(
                     "tensors_sync waits for the event loop, so it can't be used in its thread: "
-                    "iterate over the message itself"
+                    "iterate over the message with async for"
                 )
             try:
-                # With its own way back, a thread of anyio is woken when its task is cancelled.
+                # Without a token, a thread of anyio is woken when its task is cancelled.
                 anyio.from_thread.run(following)
             except anyio.NoEventLoopError:
                 anyio.from_thread.run(following, token=self._token)
@@ -280,22 +280,26 @@ class Message:
             yield arrived.pop()
 
     def check(self, *, untouched: bool) -> None:
-        """Refuse a call that cannot be.
+        """Refuse a call that the state of the message does not allow.
 
         Args:
             untouched: Whether the call needs the whole message.
         """
         if self._closed:
-            raise RuntimeError("the async with of this message was left")
+            raise RuntimeError(
+                "the async with of this message was left: it can only be read inside"
+            )
         if self._running is not None:
-            raise StreamBusy("another call is reading this message")
+            raise StreamBusy("another call is reading this message: wait until it ends")
         if self._broken:
-            raise StreamPoisoned("an earlier call stopped inside this message")
+            raise StreamPoisoned(
+                "an earlier call stopped inside this message, so the rest of it cannot be read"
+            )
         if untouched and not self._incoming.untouched:
-            raise RuntimeError("this message was read already")
+            raise RuntimeError("this message was read already: a message can be read once")
 
     async def drive(self, message: Generator[Request, Any, T]) -> T:
-        """Carry out a part of the message; ``check`` has passed."""
+        """Drive a part of the message; ``check`` comes before."""
         self._idle = anyio.Event()
         self._broken = True
         try:
@@ -304,7 +308,7 @@ class Message:
                 self._broken = False
                 return result
         except BaseException:
-            # Nothing was read by one that was refused, or cancelled, before.
+            # A call that was refused, or cancelled early, has read nothing.
             self._broken = not self._incoming.untouched
             raise
         finally:
@@ -316,12 +320,12 @@ class Message:
         """Leave the message, as ``StreamReader.open`` does at its end.
 
         Args:
-            unread: What to do with what was not read.
-            failed: Whether an error leads out of it. Then nothing is waited for.
+            unread: Whether remaining bytes are skipped, or the connection is broken.
+            failed: Whether an error leads out of the ``async with``. Then nothing is skipped.
         """
         self._closed = True
         if self._running is not None:
-            # A consumer in a thread goes on although the task that waited for it was cancelled.
+            # A consumer in a thread goes on after the task that waited for it was cancelled.
             self._running.cancel()
             with anyio.CancelScope(shield=True):
                 await self._idle.wait()
@@ -334,7 +338,7 @@ class Message:
 
 
 class _Tensors:
-    """What ``Message.iterate`` returns: no generator, which who leaves it would have to close."""
+    """The iterator of ``Message.iterate``. It is no generator, which would have to be closed."""
 
     def __init__(
         self, message: Message, incoming: IncomingMessage, options: IterateOptions

@@ -180,8 +180,8 @@ def load_from_stream(
 ) -> Coroutine[Any, Any, Any]:
     """Receive one message and rebuild its object.
 
-    A plain function that returns a coroutine, as ``save_to_stream``: options, and what the thread
-    is in (``skip_data``, a ``FakeTensorMode``), count as they are when it is called.
+    A plain function that returns a coroutine, as ``save_to_stream``: options, and the modes of the
+    thread (``skip_data``, a ``FakeTensorMode``), count as they are when it is called.
 
     Takes exactly the bytes of the message off the stream. Every storage is received into the
     memory that it will have; host memory grows only as bytes arrive.
@@ -198,73 +198,74 @@ def load_from_stream(
         weights_only: Rebuild pickled objects from an allowlist only. **False runs whatever code
             the sender put into the message.** None means True, as in ``torch.load``.
         allow_pickle: False accepts only objects that were sent without pickle.
-        safe_globals: Classes and functions that pickled objects may use in this call, beside
-            those of ``torch.serialization.add_safe_globals``; or pairs of one and its path.
-        limits: What to accept; the default is ``Limits()``.
-        into: Tensors to receive into, so that none are made: a mapping from names (see
+        safe_globals: Classes and functions that pickled objects may use in this call, in addition
+            to those of ``torch.serialization.add_safe_globals``; or pairs of one and its path.
+        limits: Upper bounds for the message; the default is ``Limits()``.
+        into: Existing tensors to receive into (targets): a mapping from names (see
             ``Message.tensors``) to tensors and modules, which may be nested like a state dict; or a
-            ``torch.nn.Module``, which is filled as by its ``load_state_dict``, hooks, extra state
-            and entries that ``state_dict()`` makes included; or a ``DoubleBuffer``. Sparse,
-            quantized and nested tensors, DTensors and wrapper subclasses are received as a part of
-            the object, and copied at the end (docs/guide/receiving.md). Names, shapes and dtypes
-            are compared before a byte is written. Bytes go straight to where
-            they belong if dtype and layout are the sender's, else through a chunk of scratch. The
-            tensors must not be resized, nor used by others, until this returns; if it fails,
-            they are partly overwritten, unless ``staged``.
-            Several tensors of the message for one destination (tied weights) are compared as they
-            arrive. Destinations that share memory in another way need a message whose tensors
-            share it in the same way. Another load into the same memory is refused until this one
-            ends, staged or not.
+            ``torch.nn.Module``, which is filled as by its ``load_state_dict``, with hooks, extra
+            state and entries that ``state_dict()`` makes; or a ``DoubleBuffer``. Sparse, quantized
+            and nested tensors, DTensors and wrapper subclasses are received as a part of the
+            object, and copied at the end (docs/guide/receiving.md). Names, shapes and dtypes are
+            compared before a byte is written. Bytes go straight into a target that has the dtype
+            and layout of the sender, else through a chunk of scratch. The targets must not be
+            resized, nor used by other code, until this returns; if it fails, they are partly
+            overwritten, unless ``staged``.
+            Several tensors of the message for one target (tied weights) are compared as they
+            arrive. Targets that share memory in another way need a message whose tensors share it
+            in the same way. Another load into the same memory is refused until this one ends,
+            staged or not.
         strict: As in ``load_state_dict``: whether the names must be the same on both sides. If
-            not, what has no destination arrives in memory of its own. A destination whose memory
-            other names of the message fill is not missing.
-        cast: Convert to the dtype of the destination, as far as ``torch.can_cast`` allows.
-        staged: Receive and verify everything in memory of its own, as much as the destinations
-            have, and then exchange the bytes. If this call raises anything, a cancellation too,
-            all destinations are as they were. A ``DoubleBuffer`` is always staged, and exchanges
-            memory instead of bytes.
+            not, tensors without a target arrive in new memory. A target whose memory other names
+            of the message fill is not missing.
+        cast: Convert to the dtype of the target, as far as ``torch.can_cast`` allows.
+        staged: Receive and verify everything in separate memory, as much as the targets have, and
+            then exchange the bytes. If this call raises anything, a cancellation too, all targets
+            are unchanged. A ``DoubleBuffer`` is always staged, and exchanges memory instead of
+            bytes.
         lock: An async context manager, such as ``asyncio.Lock``, that is held while staged
-            destinations change, so that nobody sees some of them changed and others not. If its
-            release raises, or is cancelled natively (``asyncio.timeout``), the destinations are
-            put back without the lock: it may be free by then. A release that swallows errors
-            does not swallow those of this call. Cancel scopes of anyio and trio do not interrupt
-            the release after a change. It is not held while a message arrives, so it does not make
-            room for two loads at once.
+            targets change, so that no code under the same lock sees some of them changed and
+            others not. If its release raises, or is cancelled natively (``asyncio.timeout``), the
+            targets are changed back without the lock: it may be free by then. A release that
+            swallows errors does not swallow those of this call. Cancel scopes of anyio and trio do
+            not interrupt the release after a change. It is not held while a message arrives, so it
+            does not make room for two loads at once.
         select: Only these tensors: names, shell patterns (``"encoder.*"``), or a function of a
             name. Others are received and dropped, without memory for them. They are left out of
             dicts; elsewhere in the object they are on ``meta``. A sparse, quantized or nested
             tensor, or a wrapper subclass, is received and left out of dicts. With ``into``,
-            destinations that are not selected stay as they are.
+            targets that are not selected stay unchanged.
         progress: Called as ``progress(done, total)`` with bytes of the payload, after each chunk.
         pickle_module: With ``weights_only=False``: has an ``Unpickler``.
         encoding: For the 8-bit strings in pickles of Python 2.
 
     Returns:
-        The object; with ``into``, with the destination tensors in it.
+        The object; with ``into``, with the targets in it.
 
     Raises:
         TypeError: Not a stream that can be loaded from, or an option of another type.
         ValueError: A blocking socket, an option that would have no effect, or ``into`` with an
             FSDP1 module or two tensors of one name.
-        MismatchError: ``into`` or ``select`` does not fit the message; with all that does not.
-            Nothing was written, but the message is not read either: ``StreamReader.open`` is for
-            those who want to go on. Later it says that a destination was resized meanwhile, that
-            tied weights differ in the message, that a pickled object has the storage of such a
-            tensor itself, or that a module did not load what it was given: what it had is loaded
-            back.
+        MismatchError: ``into`` or ``select`` does not fit the message; the text has all misfits.
+            Nothing was written, but the message was not read either: with ``StreamReader.open``,
+            the stream can still be used. Later, the error means that a target was resized
+            meanwhile, that tied weights differ in the message, that a pickled object has the
+            storage of such a tensor itself, or that a module did not load its entries: its
+            previous state is loaded back.
         RuntimeError: Another load is receiving into the same memory, or using the
             ``DoubleBuffer``; nothing was read but the header.
         ProtocolError: The bytes are not a message.
         TruncatedError: The stream ended or broke; also an ``EOFError``. Its ``offset`` is 0 if
             the stream ended before a message began.
         ChecksumError: The bytes are not those that were sent.
-        LimitExceeded: The message asks for more than ``limits``.
-        UnsafeObjectError: The object needs what is not allowed; also a
+        LimitExceeded: The message needs more than ``limits`` accepts.
+        UnsafeObjectError: The object needs a class or function that is not allowed; also a
             ``pickle.UnpicklingError``.
-        InvalidObjectError: The object contradicts itself, or needs a device that is not here.
-        RemoteAbort: The sender gave up.
+        InvalidObjectError: The object contradicts itself, or needs a device that this machine does
+            not have.
+        RemoteAbort: The sender stopped the message, and gave a reason.
         TransferTimeout: The sender was silent, or slow, for too long (``limits``). If no byte came
-            at all (``start_timeout``), the stream is as it was, unless it is an async generator,
+            at all (``start_timeout``), the stream is unchanged, unless it is an async generator,
             which Python ends; its ``offset`` is 0.
         StreamBusy: Another load is using the stream.
         StreamPoisoned: An earlier load was stopped inside its message.
@@ -305,7 +306,7 @@ async def _load_from_stream(
             async with contextlib.aclosing(source):
                 loaded = await drive(message, source)
                 unfinished.callback(loaded.close)
-        # Behind all that can fail: what raises must leave the destinations as they were.
+        # After all that can fail, since an error must leave the targets unchanged.
         if loaded.commit is not None:
             await apply_commit(loaded.commit, lock)
         return loaded.obj

@@ -1,8 +1,8 @@
 """Memory that loads of this process receive into: by one load at a time.
 
-A load claims the memory of its destinations before its first payload byte, and releases it when the
-message and its commit are over. What counts are addresses, whatever objects name them, and each
-byte: loads into disjoint parts of one storage do not disturb each other.
+A load claims the memory of its targets before its first payload byte, and releases it when the
+message and its commit are over. Claims are compared by address, byte by byte, and not by object:
+loads into disjoint parts of one storage do not disturb each other.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from aiotorchio.wire.header import shortened
 
 __all__ = ["Claim", "HeldClaims", "claims", "has_neighbours"]
 
-# In the order in which they were made. A dict is changed atomically: no lock is needed, which a
-# process that is forked could find held for ever. What an interrupt keeps from being released is
-# gone when nothing refers to its load any more.
+# In the order in which they were made. A dict is changed atomically, so no lock is needed, which a
+# forked process could find held for ever. A claim that an interrupt keeps from being released goes
+# with the last reference to its load.
 claims: dict[object, weakref.ref[Claim]] = {}
 
-# Tensors that are looked for among those of other loads, once for each of these, as a hint: 1 us.
+# The most pairs of a target and another load that are compared for a hint; each takes 1 us.
 _COMPARED_MAX = 2000
 
 
@@ -36,8 +36,8 @@ class Claim:
     """The memory of one load.
 
     Args:
-        extents: Of its destinations, by device.
-        footprint: The memory of each, by name, as it was when the load began.
+        extents: Of its targets, by device.
+        footprint: Returns the memory of a target, by name, as it was when the load began.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Claim:
 
     @classmethod
     def of_storages(cls, places: Mapping[str, Sequence[Any]]) -> Claim:
-        """A claim of the whole storages of tensors, by their ``memory.route.placement_of``."""
+        """Claim the whole storages of tensors, from their ``placement_of``."""
         spans: dict[torch.device, list[tuple[int, int, str]]] = {}
         names = {place[:2]: name for name, place in places.items()}
         for name in names.values():
@@ -62,7 +62,7 @@ class Claim:
         return cls(extents, lambda name: _storage_at(places[name]))
 
     def make(self) -> None:
-        """Begin to receive.
+        """Claim the memory.
 
         Raises:
             RuntimeError: Another load is receiving into the same memory.
@@ -78,11 +78,11 @@ class Claim:
             raise
 
     def release(self) -> None:
-        """The end of the load; without effect if there is no claim any more."""
+        """End the claim; without effect if it has ended."""
         claims.pop(self._key, None)
 
     def _others(self, *, earlier: bool = False) -> Iterator[Claim]:
-        """Other claims; or only earlier ones: so that of two at once, one sees the other."""
+        """Other claims; or only earlier ones, so that of two at once, one sees the other."""
         for key, reference in list(claims.items()):
             other = reference()
             if key is self._key:
@@ -106,7 +106,7 @@ class Claim:
         return any(True for start, end, _ in interruptible(few) for _ in many.meeting(start, end))
 
     def _conflict(self, other: Claim) -> str | None:
-        """A tensor that shares a byte with one of another load."""
+        """Find a target that shares a byte with one of another load."""
         for device, extents in self._extents.items():
             if not self._meets(other, device):
                 continue
@@ -126,7 +126,7 @@ class Claim:
 
 
 def _busy(name: str) -> RuntimeError:
-    """The error of a destination that another load is receiving into."""
+    """Make the error of a target that another load is receiving into."""
     return RuntimeError(f"another load is receiving into {shortened(name)!r}: wait until it ends")
 
 
@@ -179,7 +179,7 @@ class HeldClaims:
 def has_neighbours(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether tensors may share memory, with each other or with those of another load.
 
-    To find out exactly can take long, and so can other loads, if they are many.
+    An exact answer can take long. So can a comparison with many other loads, which counts as yes.
     """
     if len(claims) * len(tensors) > _COMPARED_MAX:
         return True
@@ -191,7 +191,7 @@ def has_neighbours(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _memory_at(place: Sequence[Any]) -> Footprint:
-    """The memory of a tensor, from its ``memory.route.placement_of``."""
+    """The memory of a tensor, from its ``placement_of``."""
     address, _, offset, _, dtype, shape, stride = place
     start = address + offset * dtype.itemsize
     end = start + order_of(shape, stride).extent * dtype.itemsize

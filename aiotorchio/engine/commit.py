@@ -1,8 +1,8 @@
-"""The last step of a staged load: the destinations change, under a lock of the caller.
+"""The last step of a staged load: the targets change, under a lock of the caller.
 
-Callers are the loads, async and blocking, when all of a message has arrived and the stream was
-given back. Either the call returns and all destinations have changed, or it raises and none has:
-whatever the change, the lock, a cancellation or an interrupt raises leads to ``Commit.undo``.
+Async and blocking loads call it when all of a message has arrived and the stream was released.
+Either the call returns and all targets have changed, or it raises and none has: any error of the
+change or the lock, a cancellation and an interrupt lead to ``Commit.undo``.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ _FREED_AT_ONCE = 1000
 
 
 class Commit(Protocol):
-    """A change of many tensors, all or none of it; see ``memory.staged``.
+    """A change of many tensors, all or none of it; see ``memory.atomic``.
 
     Attributes:
-        prepares: Whether ``prepare`` has anything to do.
-        quick: Whether ``apply`` takes so little time that an event loop calls it in its thread.
+        needs_prepare: Whether ``prepare`` has anything to do.
+        is_instant: Whether ``apply`` takes so little time that an event loop calls it in its
+            thread.
     """
 
     needs_prepare: bool
@@ -40,29 +41,29 @@ class Commit(Protocol):
 
     @property
     def tables(self) -> list[list[Any]]:
-        """Lists that are of no use when the change is made, or undone."""
+        """Lists that have no more use once the change is made, or undone."""
 
     def note(self) -> None:
-        """Keep what the caller's code is to restore: in the caller's thread; comes first."""
+        """Keep the state that ``restore`` needs: first of all, in the caller's thread."""
 
     def prepare(self) -> None:
-        """Do what takes long and what nobody sees."""
+        """Do the part that takes long and changes no target."""
 
     def apply(self) -> None:
-        """Make it."""
+        """Change the targets."""
 
     def finish(self) -> Iterator[None]:
-        """Do what is left, which is the caller's code: in the caller's thread, step by step."""
+        """Run code of the caller that completes the change: in its thread, step by step."""
 
     def undo(self) -> None:
-        """Take it back, as far as it was made; callable at any time, and again if it fails."""
+        """Take the change back, as far as it was made; at any time, and again if that fails."""
 
     def restore(self) -> None:
-        """Take back what the caller's code did: in the caller's thread, behind ``undo``."""
+        """Take back the effects of ``finish``: in the caller's thread, after ``undo``."""
 
 
 async def apply_commit(commit: Commit, lock: AbstractAsyncContextManager[Any] | None) -> None:
-    """Change the destinations of a message: all of them, or none if this raises.
+    """Change the targets of a message: all of them, or none if this raises.
 
     An error of the lock's release, or a native cancellation during it, comes after the change:
     then it is undone without the lock.
@@ -76,7 +77,7 @@ async def apply_commit(commit: Commit, lock: AbstractAsyncContextManager[Any] | 
         async with contextlib.nullcontext() if lock is None else _Lock(lock):
             try:
                 commit.note()
-                # If they are interrupted, what they have changed by then is undone.
+                # If they are interrupted, the changes made by then are undone.
                 if commit.needs_prepare:
                     await run_in_thread(commit.prepare)
                 await run_in_thread(commit.apply) if not commit.is_instant else commit.apply()
@@ -100,9 +101,10 @@ async def apply_commit(commit: Commit, lock: AbstractAsyncContextManager[Any] | 
 
 
 def _free(commit: Commit) -> None:
-    """Free what is left of a change: twenty thousand tensors take a tenth of a second.
+    """Free the rest of a change in a thread: 20,000 tensors take a tenth of a second.
 
-    Nobody waits for it: a cancellation meanwhile would be raised although the change was made.
+    The call does not wait for it, since a cancellation would be raised although the change was
+    made.
     """
     if max(map(len, commit.tables), default=0) > _FREED_AT_ONCE:
         thread = threading.Thread(target=release, args=commit.tables, name="aiotorchio_free")
@@ -138,7 +140,7 @@ class _Lock:
 
 
 async def _undo(commit: Commit) -> None:
-    """Undo a change, even if this task is cancelled again; without effect if that was done."""
+    """Undo a change, even if this task is cancelled again; without effect if it is undone."""
     # A coroutine that is being closed must not wait.
     if commit.is_instant or isinstance(sys.exception(), GeneratorExit):
         commit.undo()
@@ -153,7 +155,7 @@ async def _undo(commit: Commit) -> None:
 
 
 def apply_commit_blocking(commit: Commit, lock: AbstractContextManager[Any] | None) -> None:
-    """Change the destinations of a message, as ``apply_commit`` does, for the blocking twins."""
+    """Change the targets of a message, as ``apply_commit`` does, for blocking loads."""
     failure: BaseException | None = None
     try:
         with contextlib.nullcontext() if lock is None else lock:
@@ -180,7 +182,7 @@ def apply_commit_blocking(commit: Commit, lock: AbstractContextManager[Any] | No
 
 
 def _undo_blocking(commit: Commit) -> None:
-    """Undo a change, even if another interrupt comes; without effect if that was done."""
+    """Undo a change, even if another interrupt comes; without effect if it is undone."""
     try:
         commit.undo()
         commit.restore()

@@ -1,8 +1,8 @@
-"""Whether an object fits the destination, as far as the header does not tell.
+"""The comparison of an object with its targets, as far as the header does not decide it.
 
-In: the object that a message has, twice if that can be: over tensors on ``meta``, before the first
-byte of the payload, and as it was built. Out: a ``MismatchError``, or what modules and tensors of
-other kinds are to load of it. ``plan`` decides the rest from the header.
+In: the object of a message, twice if possible: over tensors on ``meta``, before the first byte of
+the payload, and as it was built. Out: a ``MismatchError``, or the commit, with the parts that
+modules and composite targets load. ``matching`` decides the rest from the header.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ __all__ = ["ObjectFit"]
 
 
 class ObjectFit:
-    """What is received as a part of the object.
+    """The targets that are received as a part of the object.
 
     Args:
         header: Of the message.
-        into: The destination.
-        wanted: Which names count.
-        names: Those of the header.
-        filled: Names of destinations that others fill.
+        into: The targets.
+        selection: The names that count.
+        names: The names of the header, with their rows.
+        filled: Names of targets whose bytes other targets fill.
 
     Attributes:
-        whole: Tensors that take a whole tensor of the object, by name.
-        rehearses: Whether the object decides what fits, not only the header.
+        whole: Targets that are copied from a whole tensor of the object, by name.
+        rehearses: Whether the object must be compared, too, and not only the header.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ObjectFit:
         names: Mapping[str, int],
         filled: Iterable[str],
     ) -> None:
-        self._into, self._wanted, self._names, self._filled = into, selection, names, filled
+        self._into, self._selection, self._names, self._filled = into, selection, names, filled
         self._pickled = header.codec == "pickle"
         self.whole: dict[str, torch.Tensor] = {}
         if self._pickled:
@@ -68,18 +68,18 @@ class ObjectFit:
         self._rehearsed = False
 
     def note_skeleton(self, skeleton: bytes) -> None:
-        """See whether the object can have tensors, or storages, that have no row."""
-        if self._pickled and self._into.strict and self._wanted.all:
+        """Note whether the object can have tensors, or storages, without a row."""
+        if self._pickled and self._into.strict and self._selection.all:
             self.rehearses = self.rehearses or STORAGE.encode() in skeleton
 
     def rehearse(self, obj: Any) -> None:
         """Compare the object before the first byte.
 
         Args:
-            obj: As it will be, over tensors on ``meta``.
+            obj: Over tensors on ``meta``.
 
         Raises:
-            MismatchError: It does not fit.
+            MismatchError: The object does not fit the targets.
         """
         self.look(obj)
         named = self._check(obj, kept=True)
@@ -88,19 +88,19 @@ class ObjectFit:
         self._rehearsed = True
 
     def look(self, obj: Any, *, kept: bool = True) -> None:
-        """Refuse extra state that no module takes.
+        """Refuse extra state that no module loads.
 
         Args:
             obj: With anything in the place of its tensors.
-            kept: Whether the destinations are as they were.
+            kept: Whether the targets are unchanged.
 
         Raises:
-            MismatchError: As ``load_state_dict`` does.
+            MismatchError: The object has such extra state.
         """
         if not self._into.strict:
             return
         found = refused_extra_states(self._into.modules, obj)
-        unexpected = [name for name in found if name in self._wanted]
+        unexpected = [name for name in found if name in self._selection]
         if unexpected:
             raise does_not_fit(unexpected, kept=kept)
 
@@ -108,11 +108,11 @@ class ObjectFit:
         """Compare the object that was built, if ``rehearse`` has not done that.
 
         Args:
-            obj: Before anything takes the place of its tensors.
-            kept: Whether the destinations are as they were.
+            obj: With its own tensors, before targets replace them.
+            kept: Whether the targets are unchanged.
 
         Raises:
-            MismatchError: It has tensors that nothing takes.
+            MismatchError: The object has tensors without a target.
         """
         if self._rehearsed:
             return
@@ -126,7 +126,7 @@ class ObjectFit:
             # The header knows all tensors, under their names.
             return {}
         named = named_tensors(obj)
-        if self._into.strict and self._wanted.all:
+        if self._into.strict and self._selection.all:
             known = Known(self._into.modules)
             check_strays(obj, named, lambda name: self._takes(name, known), kept=kept)
         return named
@@ -135,24 +135,28 @@ class ObjectFit:
         return name in self._names or name in self.whole or known.takes(name)
 
     def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Receive a tensor of the object; returns the destination if it is one of ``whole``."""
-        destination = self.whole.get(name)
-        if destination is not None and self._received.setdefault(name, tensor) is not tensor:
-            raise MismatchError("two tensors of the object have this name", entry=shortened(name))
-        return destination
+        """Note a tensor of the object, and return its target if that is one of ``whole``."""
+        target = self.whole.get(name)
+        if target is not None and self._received.setdefault(name, tensor) is not tensor:
+            raise MismatchError(
+                "two tensors of the object have this name, and one target: load without into, or "
+                "give them different names",
+                entry=shortened(name),
+            )
+        return target
 
     def names_with(self, names: Collection[str]) -> Collection[str]:
-        """These names, and those of ``whole``."""
+        """Add the names of ``whole`` to these names."""
         return {*names, *self.whole} if self.whole else names
 
     def loads(
         self, tensors: Exchange | BufferSwap | None, obj: Any
     ) -> Exchange | BufferSwap | WithModules | None:
-        """The commit of the message.
+        """Make the commit of the message.
 
         Args:
-            tensors: What the tensors wait for.
-            obj: What was received.
+            tensors: The change of the tensors, if they are staged.
+            obj: The object that was received.
 
         Raises:
             MismatchError: The object does not fit.
@@ -171,4 +175,4 @@ class ObjectFit:
         strict = self._into.strict
         whole = TensorLoad(self.whole, received, strict=strict, staged=kept, rehearsal=rehearsal)
         names = [*self._names, *self._filled]
-        return with_modules(tensors, self._into, obj, names, self._wanted, whole, staged=kept)
+        return with_modules(tensors, self._into, obj, names, self._selection, whole, staged=kept)

@@ -2,7 +2,7 @@
 
 In: an ``IncomingMessage`` whose header has arrived, and the options of the call. The load is a
 generator that yields requests to its driver. Out: a ``Loaded``, whose commit the public function
-carries out. A ``MismatchError`` that leaves the message ``untouched`` did no harm; after any other
+applies. A ``MismatchError`` that leaves the message ``untouched`` did no harm; after any other
 error the stream has no more use.
 """
 
@@ -106,7 +106,7 @@ class _Load:
         """Receive everything, and rebuild the object."""
         message, options = self._message, self._options
         composites: Composites | None = None
-        # What ``weights_only`` refuses may be loaded without it; only the load tells.
+        # A pickle that weights_only refuses is refused by the load itself, in its own words.
         if (
             options.select is not None
             and options.into is None
@@ -193,7 +193,7 @@ class _Load:
 
         def gather() -> list[torch.UntypedStorage | None]:
             payload.check()
-            # Again: who began to read them meanwhile has old and new numbers.
+            # Again: code that read the targets meanwhile has old and new numbers.
             finish.note_change()
             storages = payload.storages()
             finish.put_in_order(storages)

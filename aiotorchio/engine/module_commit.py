@@ -1,4 +1,4 @@
-"""The commit of a destination that takes more than bytes: modules, and tensors of other kinds."""
+"""The commit of targets that load more than bytes: modules, and composite tensors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["WithModules", "with_modules"]
 
 
 class WithModules:
-    """A change of tensors, if they wait for one, and what their modules do behind it.
+    """A change of tensors, if they wait for one, and the loads of their modules after it.
 
     Args:
-        tensors: Changes those that were not received in place.
-        loads: One for each module that has something to load, and one for tensors that take whole
-            tensors.
+        tensors: Changes the tensors that were not received in place.
+        loads: One for each module that has something to load, and one for targets that are copied
+            from whole tensors.
     """
 
     def __init__(
@@ -34,16 +34,16 @@ class WithModules:
 
     @property
     def tables(self) -> list[list[Any]]:
-        """As of the change of the tensors."""
+        """Tables of the change of the tensors."""
         return [] if self._tensors is None else self._tensors.tables
 
     def note(self) -> None:
-        """Keep what modules have, before the tensors change."""
+        """Keep the state of the modules, before the tensors change."""
         for load in self._loads:
             load.note()
 
     def prepare(self) -> None:
-        """As of the change of the tensors."""
+        """Prepare the change of the tensors."""
         if self._tensors is not None:
             self._tensors.prepare()
 
@@ -53,7 +53,7 @@ class WithModules:
             self._tensors.apply()
 
     def finish(self) -> Iterator[None]:
-        """Let the modules load what is left."""
+        """Let the modules load the other entries."""
         for load in self._loads:
             yield from load.steps()
 
@@ -63,10 +63,10 @@ class WithModules:
             self._tensors.undo()
 
     def restore(self) -> None:
-        """Let the modules load what they had; behind ``undo``.
+        """Let the modules load the state that ``note`` has kept, after ``undo``.
 
         Raises:
-            MismatchError: Some do not take it back; with all of them.
+            MismatchError: Some modules refuse it; the text names them all.
         """
         errors: list[MismatchError] = []
         for load in reversed(self._loads):
@@ -88,17 +88,17 @@ def with_modules(
     *,
     staged: bool,
 ) -> Exchange | BufferSwap | WithModules | None:
-    """A change of tensors, together with what else is to be loaded, if anything is.
+    """Add the loads of modules and whole tensors to a change of tensors, if there are any.
 
     Args:
         tensors: The change, if the tensors wait for one.
-        into: The destination.
+        into: The targets.
         received: The object.
-        names: Of tensors that have their numbers: those of the message, and destinations that
-            others of them fill.
-        selection: Whether a name counts.
-        whole: Tensors that are copied as a whole.
-        staged: Whether all tensors are as before until then.
+        names: Of tensors that have their numbers: those of the message, and targets that other
+            targets fill.
+        selection: The names that count.
+        whole: Targets that are copied from whole tensors.
+        staged: Whether all tensors are unchanged until the commit.
 
     Raises:
         MismatchError: The object does not fit the modules.

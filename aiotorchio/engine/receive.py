@@ -1,4 +1,9 @@
-"""Receiving one message: its header first, then as the caller likes."""
+"""One incoming message, frame by frame: header, skeleton, chunks, end.
+
+``load`` receives the whole object through it, ``iterate`` one tensor after the other. Each method
+that is a generator yields requests to a driver, and returns when its frames were verified. An error
+has the entry and the offset that the parser reached.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +48,18 @@ _RELEASED_NBYTES, _RELEASED_ROWS = 2**20, 2000
 
 
 class IncomingMessage:
-    """One message; ``open`` comes first, then one of ``load``, ``skip``, and ``tensors``.
-
-    Each of them is a generator that yields what it waits for (``tensors``: see that module).
+    """One message; ``open`` comes first, then a load, an iteration, or ``skip``.
 
     Args:
-        limits: What to accept.
+        limits: Of the receiver.
 
     Attributes:
-        opened: The header, when it is in.
-        untouched: Nothing behind the header was asked for, or only the skeleton, which is kept.
-        chunks_left: Those that were not received yet.
-        skipped: What was not received before will not be given to anybody.
-        ended: The stream stands behind the message.
+        limits: Of the receiver.
+        opened: The header, once ``open`` has returned.
+        untouched: Nothing after the header was received, or only the skeleton, which is kept.
+        chunks_left: The number of chunks to come.
+        skipped: ``skip`` has dropped the rest of the message, or is doing so.
+        ended: The next byte of the stream belongs to the next message.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -71,12 +75,12 @@ class IncomingMessage:
 
     @property
     def header(self) -> Header:
-        """Of the message."""
+        """The tables of the message."""
         return self.opened.header
 
     @property
     def layout(self) -> Layout:
-        """Of its payload."""
+        """The place of each storage and chunk in the payload."""
         return self.opened.layout
 
     def open(self) -> Generator[Request, Any, None]:
@@ -97,7 +101,7 @@ class IncomingMessage:
 
     @property
     def is_large(self) -> bool:
-        """Whether freeing what is as long as the tables of the header would hold an event loop."""
+        """Whether freeing tables as long as those of the header would block an event loop."""
         rows = max(len(self.header.tensors), len(self.header.storages))
         return self.opened.nbytes > _RELEASED_NBYTES or rows > _RELEASED_ROWS
 
@@ -109,7 +113,7 @@ class IncomingMessage:
         release(rows, self.header.storages)
 
     def describe(self) -> Generator[Request, Any, None]:
-        """Prepare ``specs`` for a header that is so large that this takes long."""
+        """Prepare ``specs`` and ``unnamed`` of a large header in a worker thread."""
         if self.opened.nbytes > INLINE_HEADER:
             yield Work(self._describe)
 
@@ -118,12 +122,12 @@ class IncomingMessage:
         try:
             self._specs = specs_of(self.header)
         except AiotorchioError as error:
-            # For whoever asks for it: the message can be loaded all the same.
+            # Raised by ``specs`` only: the message can be loaded all the same.
             self._specs = error.with_traceback(None)
 
     @property
     def unnamed(self) -> int:
-        """How many tensors have no name."""
+        """The number of tensors without a name."""
         if self._specs is None:
             self._describe()
         return self._unnamed
@@ -134,13 +138,13 @@ class IncomingMessage:
         if self._specs is None:
             self._describe()
         if isinstance(self._specs, AiotorchioError):
-            # Not with the frames of whoever asked before.
+            # Without the frames of an earlier caller.
             raise self._specs.with_traceback(None)
         assert self._specs is not None
         return self._specs
 
     def decides_inline(self, context: LoadContext) -> bool:
-        """Whether it is quickly decided where everything goes, so that no thread is needed."""
+        """Whether matching and placement are so short that they need no worker thread."""
         small = self.opened.nbytes <= INLINE_HEADER and context.steps <= INLINE_ROWS
         return small and not context.has_neighbours
 
@@ -152,7 +156,10 @@ class IncomingMessage:
         return skeleton
 
     def unsafe_globals(self, safe_globals: Sequence[Any]) -> Generator[Request, Any, list[str]]:
-        """Receive the skeleton, and say what in it would be refused; leaves all to be done."""
+        """Receive the skeleton, and list the names in it that a load would refuse.
+
+        The message keeps the skeleton, so that it can still be loaded.
+        """
         with self.located():
             received = yield from self.skeleton()
             self.keep(received)
@@ -163,11 +170,11 @@ class IncomingMessage:
             return names
 
     def keep(self, received: SkeletonReceived) -> None:
-        """Nothing was done with the skeleton: another call may do more."""
+        """Put the skeleton back, so that another call can load the message."""
         self._skeleton, self.untouched = received, True
 
     def skip(self) -> Generator[Request, Any, None]:
-        """Receive what is left, and drop it; it is verified all the same."""
+        """Receive and verify the remaining bytes, and drop them."""
         with self.located():
             self.skipped = True
             if self.untouched:
@@ -184,18 +191,27 @@ class IncomingMessage:
     def chunk(
         self, payload: IncomingPayload, progress: Progress | None, *, background: Task | None = None
     ) -> Generator[Request, Any, Task | None]:
-        """Receive the next chunk; returns what moves it on."""
+        """Receive the next chunk.
+
+        Args:
+            payload: Gives the buffers.
+            progress: Called with the bytes received so far.
+            background: Runs in a worker thread while the chunk arrives.
+
+        Returns:
+            Copies the chunk from its staging buffer to its places; None if it arrived there.
+        """
         started = yield from self._until(ChunkStarted)
         find = functools.partial(payload.chunk, started.offset, started.length)
         inline = payload.steps(started.offset, started.length) <= INLINE_ROWS
         try:
             found: tuple[list[memoryview], Task | None] = yield from work(find, inline=inline)
         except RuntimeError as error:
-            # Of torch's allocator, for the slab of a chunk.
+            # torch's allocator has no memory for the staging buffer of a chunk.
             raise MemoryError(str(error)) from error
-        # The chunk before goes to its device while this one comes in.
+        # The chunk before this one is copied to its device while this one arrives.
         buffers, move = found
-        # It would keep the memory of its buffers alive.
+        # The tuple would keep the memory of the buffers alive.
         del found
         arrived = yield from self._until(ChunkReceived, answer=buffers, background=background)
         self.chunks_left -= 1
@@ -204,16 +220,16 @@ class IncomingMessage:
         return move
 
     def end(self) -> Generator[Request, Any, None]:
-        """Receive the end, and verify that all before it was whole."""
+        """Receive the end frame, and verify the digest of the message."""
         yield from self._until(MessageEnded)
-        # The parser has its last word: whether the end frame is that of these frames.
+        # The parser compares the digest of the end frame with that of these frames.
         for _ in self._steps:
             raise AssertionError("a step after the end")
 
     def _until(
         self, kind: type[Event], *, answer: Any = None, background: Task | None = None
     ) -> Generator[Request, Any, Event]:
-        """Pass the parser's requests on to the driver until it has this kind of event."""
+        """Pass requests of the parser to the driver until the parser has this kind of event."""
         while True:
             step: Step = self._steps.send(answer)
             answer = None
@@ -225,7 +241,7 @@ class IncomingMessage:
                 case HeaderReceived():
                     yield step
                 case MessageEnded():
-                    # Before its time, too: after an abort, which the parser raises next.
+                    # An abort frame ends a message early, and the parser raises it next.
                     self.ended = True
                     yield step
             if isinstance(step, kind):
@@ -233,12 +249,12 @@ class IncomingMessage:
 
     @contextmanager
     def located(self) -> Iterator[None]:
-        """Give errors the place that was reached, if they have none."""
+        """Give errors without an entry or an offset those that the parser has reached."""
         try:
             yield
         except MemoryError as error:
             raise LimitExceeded(
-                f"no memory for what the message needs: {error}",
+                f"the message needs more memory than this process can get: {error}",
                 entry=self._parser.entry,
                 offset=self._parser.position,
             ) from error
@@ -251,7 +267,7 @@ class IncomingMessage:
 
 
 def unsafe_globals(received: SkeletonReceived, safe_globals: Sequence[Any]) -> list[str]:
-    """What a pickle names that only trust would let through, in alphabetical order."""
+    """List the classes and functions of a pickle that are not allowed, in alphabetical order."""
     try:
         named = globals_of(received.skeleton)
     except AiotorchioError as error:

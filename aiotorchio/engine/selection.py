@@ -1,4 +1,4 @@
-"""What the caller wants of a message: which tensors, where, and how."""
+"""The targets and the selection of a load: the options ``into`` and ``select``."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ __all__ = ["DoubleBuffer", "Into", "LoadTarget", "Selection"]
 
 
 class DoubleBuffer:
-    """Tensors with a second set of memory behind them, for loads that swap without copying.
+    """Tensors with a second set of memory, for loads that swap without copying.
 
-    A load ``into`` it receives and verifies the whole message in the memory behind, and then lets
-    every tensor show that memory: a few microseconds a tensor, whatever the size. What was shown
-    before is the memory behind for the next message. The tensors stay the same objects, but their
-    addresses change: views of them that are not in ``destination``, and what has recorded
-    addresses (CUDA graphs, shared memory), keep the memory of before. Views that a tensor or module
-    of ``destination`` has as an attribute follow. If a message has only parts of a storage, the
-    swap copies the rest of that storage.
+    A load ``into`` it receives and verifies the whole message in the second memory, and then lets
+    every tensor show that memory: a few microseconds a tensor, at any size. The memory that was
+    shown before takes the next message. The tensors stay the same objects, but their addresses
+    change: views of them that are not in ``destination``, and recorded addresses (CUDA graphs,
+    shared memory), keep the previous memory. Views that a tensor or module of ``destination`` has
+    as an attribute follow. If a message has only parts of a storage, the swap copies the rest of
+    that storage.
 
     Args:
         destination: A ``torch.nn.Module``, or a mapping from names to tensors; as ``into`` of
             ``load_from_stream``. It is looked through anew for each message.
 
     Raises:
-        TypeError: Neither of them.
+        TypeError: Neither a module nor a mapping.
 
     Example:
         >>> import io, torch, aiotorchio
@@ -53,7 +53,7 @@ class DoubleBuffer:
 
     @property
     def memory(self) -> BackMemory:
-        """What is behind."""
+        """The second set of memory."""
         return self._memory
 
 
@@ -67,11 +67,11 @@ class Into:
 
     Attributes:
         tensors: By name.
-        modules: Those that some of the tensors are of.
+        modules: The modules that have some of the tensors.
         strict: Whether the message must have the same names.
         cast: Whether dtypes may differ.
-        staged: Whether they change only when the message is whole.
-        back: Memory to receive in first; None: that of one message.
+        staged: Whether the tensors change only when the message is whole.
+        back: The second memory of a ``DoubleBuffer``; None for other targets.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -95,14 +95,14 @@ class Into:
 
     @property
     def names(self) -> Iterator[str]:
-        """All that can be received into it."""
+        """The names of all tensors and other entries that can be received."""
         yield from self.tensors
         for module in self.modules:
             for name in module.others:
                 yield module.prefix + name
 
     def parts(self, names: Iterable[str], selection: Container[str]) -> Iterator[str]:
-        """Those of the names that are in entries which are wanted: extra state is given whole."""
+        """The names inside of selected entries of modules: extra state is loaded as a whole."""
         modules = [module for module in self.modules if module.others]
         for name in interruptible(names) if modules else ():
             for module in modules:
@@ -113,12 +113,15 @@ class Into:
 
 
 class Selection:
-    """Which names count.
+    """The names that a load keeps.
 
     Args:
-        select: As the caller gave it; None: all.
-        names: All there are.
-        others: Why there may be more; "" if there are not.
+        select: The option; None: all names.
+        names: All names that are known.
+        others: The reason why there may be more names; "" if there are none.
+
+    Attributes:
+        all: Whether all names are selected.
     """
 
     def __init__(self, select: Select | None, names: Iterable[str], others: str = "") -> None:
@@ -126,7 +129,7 @@ class Selection:
         self._names = set() if select is None else selected(select, names, others)
 
     def add(self, names: Iterable[str]) -> None:
-        """Let more names count."""
+        """Select more names."""
         self._names.update(names)
 
     def __contains__(self, name: object) -> bool:

@@ -1,4 +1,4 @@
-"""Worker threads for what takes long: the event loop goes on, and a cancellation ends the work."""
+"""Worker threads for long tasks: the event loop goes on, and a cancellation ends the task."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _executor: RunVar[ThreadPoolExecutor] = RunVar("aiotorchio.executor")
 async def run_in_thread(task: Task, *, to_its_end: bool = False) -> Any:
     """Run a task in a worker thread, and return its result.
 
-    Not in one of anyio's threads: if all of them wait for messages, as handlers of web servers may,
-    no message could go on. A cancellation interrupts the task (see ``interrupt``) and waits for its
-    end: it may be writing to memory that the caller uses again as soon as this has raised. So does
-    closing the coroutine, which cannot be awaited: then the thread is waited for right here. A task
-    that has not begun, because all threads are busy, never will.
+    The threads are not those of anyio: if all of them wait for messages, as handlers of web servers
+    may, no message could go on. A cancellation interrupts the task (see ``interrupt``) and waits
+    for its end, since the task may be writing to memory that the caller uses again as soon as this
+    has raised. Closing the coroutine does the same, but cannot await: it blocks until the thread
+    has ended the task. A task that has not begun, because all threads are busy, never begins.
 
     Args:
-        task: What to run.
-        to_its_end: Whether the task is run, and not interrupted, whatever is cancelled. No scope
-            ends the wait then; a native cancellation of asyncio is raised when the task has ended.
+        task: Called without arguments.
+        to_its_end: Whether the task runs to its end in spite of a cancellation. No scope ends the
+            wait then; a native cancellation of asyncio is raised when the task has ended.
     """
     if to_its_end:
         with anyio.CancelScope(shield=True):
@@ -66,11 +66,10 @@ async def _on_asyncio(
     interrupt: Interrupt, task: Task, loop: asyncio.AbstractEventLoop, *, to_its_end: bool
 ) -> Any:
     executor = _of_this_run(_executor, lambda: ThreadPoolExecutor(_THREADS, "aiotorchio"))
-    # A future, and no task: whoever cancels all tasks, as asyncio.run does at its end, would
-    # cancel it, too. Not run_in_executor: its future keeps what the task returned until the
-    # next garbage collection.
+    # A future, and no task: asyncio.run cancels all tasks at its end. Not run_in_executor: its
+    # future keeps the result of the task until the next garbage collection.
     future = loop.create_future()
-    # The error of a task whose result is dropped matters no more, and must not be logged.
+    # The error of a task whose result is dropped has no more use, and must not be logged.
     future.add_done_callback(_retrieve)
     job = executor.submit(_work, loop, future, copy_context(), interrupt, [task])
     try:
@@ -87,8 +86,9 @@ async def _on_asyncio(
             raise
         return future.result()
     finally:
-        # An error that is raised here holds this frame, which must not hold the error: what its
-        # traceback reaches, such as staged tensors, would stay until the next garbage collection.
+        # An error that is raised here holds this frame, which must not hold the error: staged
+        # tensors, and all else that its traceback reaches, would stay until the next garbage
+        # collection.
         del future, job
 
 
@@ -96,7 +96,8 @@ def _run(interrupt: Interrupt, task: Task) -> Any:
     try:
         return interrupt.run(task)
     except AiotorchioError as error:
-        # What a peer sent may be held by its frames, and would be freed wherever it is dropped.
+        # Its frames may hold large values that a peer sent, which are freed here and not in the
+        # thread that drops the error.
         _clear_frames(error)
         raise
 
@@ -137,7 +138,7 @@ def _work(
     interrupt: Interrupt,
     tasks: list[Task],
 ) -> None:
-    """Run the one task of a list, and report to a future what came of it.
+    """Run the one task of a list, and report its result or error to a future.
 
     When the future is done, nothing in this thread refers to the task, its result or its error any
     more, so that the caller decides how long they live.
@@ -147,12 +148,13 @@ def _work(
     try:
         outcome.append(context.run(_run, interrupt, tasks.pop()))
     except StopIteration as error:
-        # A future refuses it, and would never be done: a generator would turn it into this, too.
-        outcome.append(RuntimeError("a task raised StopIteration"))
+        # A future refuses StopIteration, and would never be done. A generator converts it in the
+        # same way.
+        outcome.append(RuntimeError("a task in a worker thread raised StopIteration"))
         outcome[0].__cause__ = error
         report = future.set_exception
     except BaseException as error:
-        # Whatever it is, for whoever waits: nobody else would see it in this thread.
+        # Any error, KeyboardInterrupt included, is raised by the call that waits for the task.
         outcome.append(error)
         report = future.set_exception
     loop.call_soon_threadsafe(_report, report, outcome)
@@ -172,8 +174,8 @@ def _of_this_run(variable: RunVar[T], make: Callable[[], T]) -> T:
 
 
 async def _outlast(future: asyncio.Future[Any]) -> None:
-    """Wait for a future of asyncio, whatever else is cancelled meanwhile."""
-    # anyio shields from its own scopes only; the rest of them is outlasted.
+    """Wait for a future of asyncio in spite of cancellations."""
+    # anyio shields from its own scopes only; native cancellations are outlasted.
     with anyio.CancelScope(shield=True):
         while not future.done():
             with contextlib.suppress(asyncio.CancelledError):

@@ -1,8 +1,8 @@
-"""Several tensors of a message for one destination, as a gathered copy of a tied model has them.
+"""Several tensors of a message for one target, as a gathered copy of a tied model has them.
 
-One of them is copied, as soon as its bytes arrive. The others are compared with it, bit by bit, and
-take no memory: chunk by chunk, since they come later. Only of a storage in which they lie among
-each other, or that is kept for another reason, the comparison comes when the message is whole.
+One of them is copied, as soon as its bytes arrive. The others come later, and are compared with it
+bit by bit and chunk by chunk, so that they need no memory. If they lie among each other in one
+storage, or the storage is made for another reason, they are compared when the message is whole.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ __all__ = ["Ties", "differ"]
 
 
 class Ties:
-    """Which tensors are copied, and which are compared.
+    """Divides tied tensors into those that are copied and those that are compared.
 
     Args:
         header: Of the message.
         layout: Of the header.
-        ties: The names of each destination for which the message has several tensors.
+        ties: The names of each target for which the message has several tensors.
         number_of: The row of each name.
 
     Attributes:
-        mixed: Storages in which such tensors lie among each other.
+        mixed: Storages in which tensors of one target lie among each other.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Ties:
         return self._header.tensors[self._number_of[name]]
 
     def _span(self, name: str) -> tuple[int, int]:
-        """Bytes of the payload."""
+        """The first byte of a tensor in the payload, and the first one after it."""
         row = self._row(name)
         itemsize = DTYPES[row.dtype].itemsize
         start = self._layout.offsets[row.storage] + row.offset * itemsize
@@ -86,14 +86,14 @@ class Ties:
 
 
 def differ(name: str, copied: str, *, staged: bool) -> MismatchError:
-    """The error for two tensors of a message that cannot both be in their one destination."""
+    """Make the error for two different tensors of a message that have one target."""
     one, other = shortened(copied), shortened(name)
     return MismatchError(
-        f"{other} and {one} are one tensor in the destination, but differ in the message: "
+        f"{other} and {one} are one tensor in the target, but differ in the message: "
         + (
             "nothing was changed"
             if staged
-            else "the destination was written to (with staged=True, it would be as it was)"
+            else "the target was written to (staged=True would leave it unchanged)"
         ),
-        misfits={name: f"tied to {one} in the destination, but with other numbers in the message"},
+        misfits={name: f"tied to {one} in the target, but with other numbers in the message"},
     )

@@ -95,7 +95,7 @@ def test_other_numbers_for_one_tensor(mode: str, strict: bool) -> None:
         watched = Watched(into)
         state = {"a": torch.ones(size), "b": torch.ones(size), "c": torch.ones(5)}
         state["b"][-1] = 2
-        text = "nothing was changed" if mode != "plain" else "the destination was written to"
+        text = "nothing was changed" if mode != "plain" else "the target was written to"
         with pytest.raises(MismatchError, match=f"b and a are one tensor .*: {text}") as caught:
             load(encoded(state, chunk_size=chunk_size), **into_options(mode, into), strict=strict)
         assert list(caught.value.misfits) == ["b"]
@@ -171,7 +171,7 @@ def test_copies_in_any_layout(seed: int) -> None:
             wrong = rng.choice(names)
             changed[wrong].view(-1)[rng.randrange(values.numel())] += 9
             watched = Watched(into)
-            with pytest.raises(MismatchError, match="are one tensor in the destination"):
+            with pytest.raises(MismatchError, match="are one tensor in the target"):
                 load(encoded(changed), **into_options(mode, into), strict=False, cast=True)
             if mode != "plain":
                 watched.assert_untouched()

@@ -315,7 +315,7 @@ async def test_what_is_no_stream(make: Any) -> None:
 async def test_an_option_that_is_no_text() -> None:
     reader = aiotorchio.StreamReader(Body(encoded("it")))
     unread: Any = torch.ones(2)
-    with pytest.raises(ValueError, match="unread is 'skip' or 'abort'"):
+    with pytest.raises(ValueError, match="unread must be 'skip' or 'abort'"):
         async with reader.open(unread=unread):
             raise AssertionError
 
