@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["Limits"]
+__all__ = ["Limits", "checked_limits"]
 
 MIB = 2**20
 # Files with the memory limit of a container on Linux: of cgroups version 2, and of version 1.
@@ -140,3 +140,18 @@ _COUNTS = tuple(name for name in Limits.__annotations__ if name not in _SECONDS)
 def _refuse_negative(name: str, value: float) -> None:
     if value < 0 or value != value:  # nan
         raise ValueError(f"{name} is {value}, but must be 0 or more")
+
+
+def checked_limits(limits: Limits | None) -> Limits:
+    """Return the limits of a call: the given ones, or the defaults.
+
+    Raises:
+        TypeError: ``limits`` is neither ``Limits`` nor None.
+    """
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(f"limits must be Limits, not {limits!r}")
+    return _default_limits() if limits is None else limits
+
+
+# Cached, since every field is checked when they are made, and each call needs them.
+_default_limits = functools.cache(Limits)

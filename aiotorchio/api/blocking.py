@@ -13,7 +13,6 @@ from typing import Any, Unpack
 
 import torch
 
-from aiotorchio.api.options import checked_limits
 from aiotorchio.engine.commit import apply_commit_blocking
 from aiotorchio.engine.drivers import drive_blocking, load_deadline, save_deadline
 from aiotorchio.engine.load import Loaded, receive_message
@@ -24,7 +23,7 @@ from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE, SaveOptions
 from aiotorchio.engine.send import outgoing_message
 from aiotorchio.engine.summary import Summary
 from aiotorchio.graph.devices import MapLocation
-from aiotorchio.limits import Limits
+from aiotorchio.limits import Limits, checked_limits
 from aiotorchio.streams.detect import open_blocking_sink, open_blocking_source
 from aiotorchio.streams.guard import exclusive
 from aiotorchio.table.names import TensorSpec

@@ -10,7 +10,6 @@ from typing import Any, Unpack, get_args
 import torch
 
 from aiotorchio.api.message import Message, Unread
-from aiotorchio.api.options import checked_limits
 from aiotorchio.api.streams import load_from_stream, save_to_stream
 from aiotorchio.engine.drivers import drive, load_deadline
 from aiotorchio.engine.load_options import LoadKeywords
@@ -19,7 +18,7 @@ from aiotorchio.engine.requests import Progress
 from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE
 from aiotorchio.engine.summary import Summary
 from aiotorchio.graph.devices import MapLocation
-from aiotorchio.limits import Limits
+from aiotorchio.limits import Limits, checked_limits
 from aiotorchio.streams.detect import open_source
 from aiotorchio.streams.guard import exclusive
 from aiotorchio.streams.iterables import resumable

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from aiotorchio.api.options import checked_limits
 from aiotorchio.engine.commit import apply_commit
 from aiotorchio.engine.drivers import drive, load_deadline, save_deadline
 from aiotorchio.engine.load import Loaded, receive_message
@@ -30,7 +29,7 @@ from aiotorchio.engine.send import outgoing_message
 from aiotorchio.engine.summary import Summary
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.select import Select
-from aiotorchio.limits import Limits
+from aiotorchio.limits import Limits, checked_limits
 from aiotorchio.streams.detect import (
     open_sink,
     open_source,

@@ -6,6 +6,8 @@ a task; other tests cover that. MemoryError comes in calls on a loop.
 
 from __future__ import annotations
 
+import ast
+import functools
 import os
 import socket
 import sys
@@ -35,25 +37,46 @@ PICKLED = {"set": frozenset({1}), "w": torch.arange(3000.0), "sparse": torch.eye
 STEP = 7
 
 
+@functools.cache
+def with_lines(path: str) -> frozenset[int]:
+    """The lines of a source on which a ``with`` statement begins."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    return frozenset(each.lineno for each in ast.walk(tree) if isinstance(each, ast.With))
+
+
 @contextmanager
 def interrupted(after: int, error: type[BaseException]) -> Iterator[list[str]]:
     """Raise an error when so many lines of the library have been executed in this thread."""
     left, where = after, []
 
-    def on_line(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal left
-        if event == "line":
-            left -= 1
-            if left == 0:
-                where.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
-                raise error
+    def on_lines(lines: frozenset[int]) -> Callable[[FrameType, str, Any], Any]:
+        """Trace one frame, except the ends of its ``with`` blocks.
+
+        There Python calls ``__exit__``. It takes no interrupt between the body and that call, which
+        only a tracer can skip.
+        """
+        entered: set[int] = set()
+
+        def on_line(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal left
+            line = frame.f_lineno
+            leaves = line in entered
+            if line in lines:
+                entered.add(line)
+            if event == "line" and not leaves:
+                left -= 1
+                if left == 0:
+                    where.append(f"{frame.f_code.co_filename}:{line}")
+                    raise error
+            return on_line
+
         return on_line
 
     def on_call(frame: FrameType, event: str, argument: Any) -> Any:
         name, function = frame.f_code.co_filename, frame.f_code.co_name
         if not name.startswith(PACKAGE) or name == COLLECTION or function in SCOPES:
             return None
-        return on_line
+        return on_lines(with_lines(name))
 
     before = sys.gettrace()
     sys.settrace(on_call)
@@ -68,6 +91,7 @@ def as_before() -> tuple[Any, ...]:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
+        torch._C._is_torch_function_enabled(),
         descriptors(),
     )
 

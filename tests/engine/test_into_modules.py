@@ -664,10 +664,8 @@ def test_the_mark_of_assign_does_not_travel(codec: str) -> None:
 
 @pytest.mark.parametrize("codec", ["tree", "pickle"])
 def test_a_mark_that_was_sent_does_not_count(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in ("tree", "pickled"):
-        monkeypatch.setattr(
-            f"aiotorchio.codecs.{room}.codec.without_mark", lambda metadata: metadata
-        )
+    for module in ("tree.encoder", "pickled.codec"):
+        monkeypatch.setattr(f"aiotorchio.codecs.{module}.without_mark", lambda metadata: metadata)
     message: Any = nn.Linear(2, 2).state_dict()
     nn.Linear(2, 2).load_state_dict(message, assign=True)
     obj = {"a": message} if codec == "tree" else {"a": message, "b": {1.5: 2}}

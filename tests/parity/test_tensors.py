@@ -943,7 +943,7 @@ def test_a_tensor_whose_storage_was_emptied_can_be_loaded_by_nobody() -> None:
     tensor.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError):
         by_torch(tensor)
-    with pytest.raises(aiotorchio.InvalidObjectError, match="storage of 0"):
+    with pytest.raises(aiotorchio.InvalidObjectError, match="storage 0, which has 0 bytes"):
         by_us(tensor)
 
 

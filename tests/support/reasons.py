@@ -167,7 +167,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             r"storage row \S+, but the message has": """
                 storage_row storage_negative doubled_reference
             """,
-            "is unknown to torch": "storage_dtype",
+            r"torch \S+ has no dtype": "storage_dtype",
             "neither to a tensor nor to a storage": "storage_parts empty_reference",
             "the name of a dtype is a text": "doubled_dtype",
             "was never set": "memo",
