@@ -38,10 +38,14 @@ STEP = 7
 
 
 @functools.cache
-def with_lines(path: str) -> frozenset[int]:
-    """The lines of a source on which a ``with`` statement begins."""
+def with_lines(path: str) -> tuple[frozenset[int], frozenset[int]]:
+    """The lines of a source on which ``with`` begins, and those of a ``try`` right inside it."""
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    return frozenset(each.lineno for each in ast.walk(tree) if isinstance(each, ast.With))
+    blocks = [each for each in ast.walk(tree) if isinstance(each, ast.With)]
+    return (
+        frozenset(each.lineno for each in blocks),
+        frozenset(each.body[0].lineno for each in blocks if isinstance(each.body[0], ast.Try)),
+    )
 
 
 @contextmanager
@@ -49,13 +53,15 @@ def interrupted(after: int, error: type[BaseException]) -> Iterator[list[str]]:
     """Raise an error when so many lines of the library have been executed in this thread."""
     left, where = after, []
 
-    def on_lines(lines: frozenset[int]) -> Callable[[FrameType, str, Any], Any]:
-        """Trace one frame, except the ends of its ``with`` blocks.
+    def on_lines(
+        lines: frozenset[int], tries: frozenset[int]
+    ) -> Callable[[FrameType, str, Any], Any]:
+        """Trace one frame, except the seams of its ``with`` blocks.
 
-        There Python calls ``__exit__``. It takes no interrupt between the body and that call, which
-        only a tracer can skip.
+        Python takes no interrupt between ``__enter__`` and the body (a ``try`` there is a line that
+        does nothing), nor between the body and ``__exit__``. Only a tracer can come between.
         """
-        entered: set[int] = set()
+        entered = set(tries)
 
         def on_line(frame: FrameType, event: str, argument: Any) -> Any:
             nonlocal left
@@ -76,7 +82,7 @@ def interrupted(after: int, error: type[BaseException]) -> Iterator[list[str]]:
         name, function = frame.f_code.co_filename, frame.f_code.co_name
         if not name.startswith(PACKAGE) or name == COLLECTION or function in SCOPES:
             return None
-        return on_lines(with_lines(name))
+        return on_lines(*with_lines(name))
 
     before = sys.gettrace()
     sys.settrace(on_call)
