@@ -52,7 +52,7 @@ def load_four_bits(model: Any, state: Any) -> Any:
     return model
 
 
-NOBODY = r"1\.weight\.absmax: state_dict\(\) of Linear4bit makes it"
+NOBODY = r"1\.weight\.absmax: state_dict\(\) of Linear4bit makes this entry"
 
 MODELS = {
     # A used layer loads no other state: see ``test_layers_that_were_used``.
