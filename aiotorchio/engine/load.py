@@ -2,8 +2,9 @@
 
 In: an ``IncomingMessage`` whose header has arrived, and the options of the call. The load is a
 generator that yields requests to its driver. Out: a ``Loaded``, whose commit the public function
-applies. A ``MismatchError`` that leaves the message ``untouched`` did no harm; after any other
-error the stream has no more use.
+applies. A ``MismatchError`` that leaves the message ``untouched`` did no harm. After another error
+the stream is usable only if the last byte of the message was read, and targets that are not staged
+may have changed.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def load_message(message: IncomingMessage, options: LoadOptions) -> Generator[Re
         try:
             return (yield from load.run())
         except BaseException as error:
+            # After a cancellation or an interrupt, too, other loads may have the targets; but only
+            # after an Exception can a driver still answer a request.
             load.claims.release()
             if isinstance(error, Exception):
                 yield from message.free(*load.tables, *load.commit_tables)
@@ -106,7 +109,8 @@ class _Load:
         """Receive everything, and rebuild the object."""
         message, options = self._message, self._options
         composites: Composites | None = None
-        # A pickle that weights_only refuses is refused by the load itself, in its own words.
+        # With ``into``, composite tensors are found in the object (``ObjectFit``). A pickle that
+        # weights_only refuses is refused by the load itself, in its own words.
         if (
             options.select is not None
             and options.into is None

@@ -1,12 +1,14 @@
 """The options of a load, checked in one place and handed down whole.
 
 Public functions make a ``LoadOptions`` or ``IterateOptions`` in the caller's thread, when the call
-is made: then ``skip_data``, a ``FakeTensorMode`` and torch's own list of safe globals count. After
-that, every part of the engine reads the fields. A ``TypeError`` or ``ValueError`` from here is a
-mistake of the caller, and nothing was received yet.
+is made (``Message.load`` and ``tensors_sync``: when it first runs): then ``skip_data``, a
+``FakeTensorMode`` and torch's own list of safe globals count. After that, every part of the engine
+reads the fields. A ``TypeError`` or ``ValueError`` from here is a mistake of the caller, and
+nothing was received yet.
 
 A new option is one field here, one line in ``LoadKeywords``, and one parameter of
-``load_from_stream``, which documents it.
+``load_from_stream``, which documents it and hands it on in its last lines. A switch also joins the
+list in ``__post_init__``.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ class IncomingMessage:
             background: Runs in a worker thread while the chunk arrives.
 
         Returns:
-            Copies the chunk from its staging buffer to its places; None if it arrived there.
+            A function that copies the verified chunk on from its staging buffer; None without one.
         """
         started = yield from self._until(ChunkStarted)
         find = functools.partial(payload.chunk, started.offset, started.length)
@@ -209,7 +209,6 @@ class IncomingMessage:
         except RuntimeError as error:
             # torch's allocator has no memory for the staging buffer of a chunk.
             raise MemoryError(str(error)) from error
-        # The chunk before this one is copied to its device while this one arrives.
         buffers, move = found
         # The tuple would keep the memory of the buffers alive.
         del found

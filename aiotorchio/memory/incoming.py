@@ -203,8 +203,9 @@ class IncomingPayload:
         """Return buffers for ``length`` bytes from ``start``, and a function that moves them on.
 
         Returns:
-            The buffers, and a function to call when they are filled, in any thread: it must return
-            before the chunk after the next is taken. None if the bytes are received in place.
+            The buffers, and a function to call in any thread once their bytes were verified; never
+            if they are wrong. It must return before the chunk after the next is taken. None if the
+            bytes are received in place.
 
         Raises:
             MemoryError: Memory is exhausted.

@@ -1,4 +1,4 @@
-"""The layout of the payload: the places of storages and chunks (SPEC.md section 5).
+"""The layout of the payload: the places of storages and chunks (SPEC.md section 4).
 
 In: a header whose storages have valid locations. Out: offsets and lengths in bytes. Sender and
 receiver compute the same layout. It raises no errors.

@@ -88,7 +88,7 @@ async def test_an_error_is_thrown_into_the_message_which_may_go_on() -> None:
     message, pieces = Failing(), []
     with pytest.raises(ZeroDivisionError):
         async for piece in drive_to_pieces(message()):
-            pieces.append(piece)  # noqa: PERF401
+            pieces.append(piece)  # noqa: PERF401 - a comprehension would lose the pieces before the error
     assert pieces == [b"why"] and len(message.thrown) == 1 and message.closed
 
 

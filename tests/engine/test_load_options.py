@@ -52,7 +52,7 @@ def test_the_defaults() -> None:
 
 def test_options_do_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        LoadOptions().strict = False  # type: ignore[misc]
+        LoadOptions().strict = False  # type: ignore[misc]  # it is frozen
 
 
 @pytest.mark.parametrize("option", ["weights_only", "allow_pickle", "strict", "cast", "staged"])
@@ -84,7 +84,7 @@ def test_an_iterator_of_names_is_read_once() -> None:
     assert options.select == ("a", "b")
     for select in (1, [1]):
         with pytest.raises(TypeError, match="select must be names"):
-            LoadOptions(select=select)  # type: ignore[arg-type]
+            LoadOptions(select=select)  # type: ignore[arg-type]  # as tested
 
 
 def test_the_environment_can_force_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_skip_data_counts_as_it_is_when_the_options_are_made() -> None:
 
 def test_options_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        SaveOptions().checksum = False  # type: ignore[misc]
+        SaveOptions().checksum = False  # type: ignore[misc]  # it is frozen
 
 
 def test_of_call_picks_the_options_among_the_arguments() -> None:

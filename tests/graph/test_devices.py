@@ -170,7 +170,7 @@ def test_map_location_of_another_type() -> None:
     with pytest.raises(TypeError, match="map_location"):
         craft.round_trip(STATE, map_location=3)
     with pytest.raises(TypeError, match="map_location"):
-        DeviceMap(craft.flattened(STATE).header, 3)  # type: ignore[arg-type]
+        DeviceMap(craft.flattened(STATE).header, 3)  # type: ignore[arg-type]  # as tested
 
 
 def test_map_location_of_tensors_without_storage() -> None:
