@@ -37,7 +37,6 @@ class _State:
     poison: str | None = None
 
 
-_INTERRUPTED = "it was interrupted"
 _states: IdentityTable[dict[Direction, _State]] = IdentityTable()
 
 
@@ -49,6 +48,10 @@ def _state(stream: Any, direction: Direction) -> _State:
     except TypeError:  # a stream without weak references is not guarded
         return _State()
     return states.setdefault(direction, _State())
+
+
+def _stopped(direction: Direction, why: str) -> str:
+    return f"an earlier {direction} stopped inside a message ({why})"
 
 
 @contextmanager
@@ -77,14 +80,11 @@ def exclusive(
                 f"another {what} is using this stream: await it first, or use another stream"
             )
         if state.poison is not None:
-            raise StreamPoisoned(
-                f"an earlier {direction} stopped inside a message: {state.poison}; "
-                f"close this stream and open another"
-            )
+            raise StreamPoisoned(f"{state.poison}: close this stream and open another")
         adapter = open_adapter(stream)
         # Poisoned until the end of the call is known: an interrupt may skip the lines below.
-        state.poison = _INTERRUPTED
-        why = "it was left there"
+        state.poison = _stopped(direction, "it was interrupted")
+        why = "it ended before the end of the message"
         try:
             yield adapter
         except BaseException as error:
@@ -92,13 +92,13 @@ def exclusive(
             raise
         finally:
             try:
-                state.poison = why if adapter.in_message else None
+                state.poison = _stopped(direction, why) if adapter.in_message else None
                 if adapter.in_message:
                     # At once: the peer has nothing more to wait for.
                     adapter.abort()
                     # An abort ends both directions of a stream.
                     other = _state(stream, "load" if direction == "save" else "save")
-                    other.poison = other.poison or f"a {direction} did: {why}"
+                    other.poison = other.poison or state.poison
             finally:
                 if adapter.deadline is not None:
                     adapter.deadline.close()

@@ -453,7 +453,7 @@ async def test_an_abort_stops_the_sender_at_once(kind: str, link: str) -> None:
             # The sender has filled the sockets, and waits.
             await all_blocked()
             assert message.tensors
-        with pytest.raises(StreamPoisoned, match="left there"):
+        with pytest.raises(StreamPoisoned, match="before the end of the message"):
             await reader.load()
 
 
@@ -462,7 +462,7 @@ async def test_an_abort_after_a_part(kind: str) -> None:
     async with both_ends(kind) as (near, far), sender_that_stops(near):
         async with StreamReader(far.source).open(unread="abort") as message:
             assert (await anext(message.iterate()))[0] == "0"
-        with pytest.raises(StreamPoisoned, match="left there"):
+        with pytest.raises(StreamPoisoned, match="before the end of the message"):
             await far.load()
 
 
@@ -482,7 +482,7 @@ async def test_an_abort_of_a_stream_without_a_connection() -> None:
     async with reader.open(unread="abort") as message:
         assert message.tensors
     assert tap.taken == frame_ends(tap.data)[0]
-    with pytest.raises(StreamPoisoned, match="left there"):
+    with pytest.raises(StreamPoisoned, match="before the end of the message"):
         await reader.load()
 
 

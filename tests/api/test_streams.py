@@ -813,7 +813,7 @@ def test_a_load_that_fails_ends_both_directions_of_a_socket() -> None:
         aiotorchio.save(PICKLED, near)
         with pytest.raises(aiotorchio.UnsafeObjectError):
             aiotorchio.load(far, allow_pickle=False)
-        with pytest.raises(StreamPoisoned, match="a load did: UnsafeObjectError"):
+        with pytest.raises(StreamPoisoned, match=r"earlier load stopped .*\(UnsafeObjectError"):
             aiotorchio.save("refused", far)
         with pytest.raises(aiotorchio.TruncatedError):
             aiotorchio.load(near)
