@@ -50,16 +50,16 @@ class Claim:
         self._key = object()
 
     @classmethod
-    def of_storages(cls, places: Mapping[str, Sequence[Any]]) -> Claim:
-        """Claim the whole storages of tensors, from their ``placement_of``."""
+    def of_storages(cls, states: Mapping[str, Sequence[Any]]) -> Claim:
+        """Claim the whole storages of tensors, from their ``memory_state``."""
         spans: dict[torch.device, list[tuple[int, int, str]]] = {}
-        names = {place[:2]: name for name, place in places.items()}
+        names = {state[:2]: name for name, state in states.items()}
         for name in names.values():
-            address, nbytes, _, device = places[name][:4]
+            address, nbytes, _, device = states[name][:4]
             if nbytes:
                 spans.setdefault(device, []).append((address, address + nbytes, name))
         extents = {device: Extents(found) for device, found in spans.items()}
-        return cls(extents, lambda name: _storage_at(places[name]))
+        return cls(extents, lambda name: _storage_at(states[name]))
 
     def make(self) -> None:
         """Claim the memory.
@@ -140,7 +140,7 @@ class HeldClaims:
         self,
         back: BackMemory | None,
         tensors: Mapping[str, torch.Tensor],
-        memory: Mapping[str, Sequence[Any]],
+        memory_states: Mapping[str, Sequence[Any]],
         extents: Mapping[torch.device, Extents[str]],
     ) -> None:
         """Keep other loads away from the targets until ``release``.
@@ -148,7 +148,7 @@ class HeldClaims:
         Args:
             back: The second memory of a ``DoubleBuffer``.
             tensors: The targets, by name.
-            memory: The ``placement_of`` of each.
+            memory_states: The ``memory_state`` of each.
             extents: Their memory, by device.
 
         Raises:
@@ -158,15 +158,15 @@ class HeldClaims:
             back.claim()
             self._held.append(back)
             # Whole storages are swapped.
-            claim = Claim.of_storages(memory)
+            claim = Claim.of_storages(memory_states)
         else:
-            claim = Claim(extents, lambda name: _memory_at(memory[name]))
+            claim = Claim(extents, lambda name: _memory_at(memory_states[name]))
         self._held.append(claim)
         claim.make()
         # Before the claim, the swap of another load may have moved tensors to other memory.
         spans = (span for each in extents.values() for span in each)
         for start, _, name in interruptible(spans):
-            address, _, offset, _, dtype = memory[name][:5]
+            address, _, offset, _, dtype = memory_states[name][:5]
             if not (start == address + offset * dtype.itemsize == tensors[name].data_ptr()):
                 raise _busy(name)
 
@@ -190,17 +190,17 @@ def has_neighbours(tensors: Mapping[str, torch.Tensor]) -> bool:
     return Claim(extents, lambda name: footprint(plain[name])).is_near_another()
 
 
-def _memory_at(place: Sequence[Any]) -> Footprint:
-    """The memory of a tensor, from its ``placement_of``."""
-    address, _, offset, _, dtype, shape, stride = place
+def _memory_at(state: Sequence[Any]) -> Footprint:
+    """The memory of a tensor, from its ``memory_state``."""
+    address, _, offset, _, dtype, shape, stride = state
     start = address + offset * dtype.itemsize
     end = start + order_of(shape, stride).extent * dtype.itemsize
     return Footprint(start, end, dtype.itemsize, shape, stride)
 
 
-def _storage_at(place: Sequence[Any]) -> Footprint:
+def _storage_at(state: Sequence[Any]) -> Footprint:
     """The memory of the whole storage of a tensor."""
-    address, nbytes = place[:2]
+    address, nbytes = state[:2]
     return Footprint(address, address + nbytes, 1, (nbytes,), (1,))
 
 

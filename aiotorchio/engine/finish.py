@@ -32,8 +32,8 @@ from aiotorchio.memory.routes import (
     Route,
     copy_elements,
     memory_of,
+    memory_state,
     moved,
-    placement_of,
     same_elements,
 )
 from aiotorchio.wire.header import META_LOCATION
@@ -47,13 +47,13 @@ class DeferredCopy(NamedTuple):
     Attributes:
         row: The tensor of the message.
         target: The tensor that it is copied to.
-        memory: The ``placement_of`` of the target, which must not change.
+        memory_state: The ``memory_state`` of the target, which must not change.
         error: If the two are compared, and not copied: makes the error for other numbers.
     """
 
     row: int
     target: torch.Tensor
-    memory: object
+    memory_state: object
     error: Callable[[], Exception] | None
 
 
@@ -108,9 +108,9 @@ class Finish:
             MismatchError: A target was resized or moved meanwhile, or tied tensors differ.
         """
         rows, copier = self.context.header.tensors, self.context.copier
-        for index, target, memory, error in self.deferred:
+        for index, target, expected, error in self.deferred:
             check_interrupt()
-            if placement_of(target) != memory:
+            if memory_state(target) != expected:
                 raise moved()
             row = rows[index]
             storage = storages[row.storage]
@@ -232,7 +232,7 @@ def _change(context: LoadContext, match: Match) -> Exchange | BufferSwap | None:
     if into is None:
         return None
     tensors = list(match.targets.values())
-    if [placement_of(tensor) for tensor in tensors] != list(match.memory.values()):
+    if [memory_state(tensor) for tensor in tensors] != list(match.memory_states.values()):
         raise moved()
     if into.back is not None:
         everything = [each for each in into.tensors.values() if has_memory(each)]
@@ -273,7 +273,7 @@ def _routes(
             if copied is not None and memory_of(filled[copied]) == memory_of(tensor):
                 error = partial(differ, name, copied, staged=staged)
             if is_made:
-                deferred.append(DeferredCopy(row, tensor, placement_of(tensor), error))
+                deferred.append(DeferredCopy(row, tensor, memory_state(tensor), error))
             elif tensor.numel() and error is None:
                 routes.append(Route(start, on_meta(header, row), tensor))
             elif tensor.numel() and error is not None:

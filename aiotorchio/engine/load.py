@@ -135,7 +135,7 @@ class _Load:
         placement = place(context, match)
         self._long.append(placement)
         if context.into is not None:
-            self.claims.claim(context.into.back, match.targets, match.memory, match.extents)
+            self.claims.claim(context.into.back, match.targets, match.memory_states, match.extents)
         return match, placement
 
     def _prepare(self, match: Match, placement: Placement) -> tuple[IncomingPayload, Finish]:

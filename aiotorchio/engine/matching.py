@@ -27,7 +27,7 @@ from aiotorchio.graph.devices import DeviceMap
 from aiotorchio.graph.modules import has_memory
 from aiotorchio.graph.targets import TargetMatch, match
 from aiotorchio.memory.device_copy import Copier, DeviceCopier
-from aiotorchio.memory.routes import placement_of
+from aiotorchio.memory.routes import memory_state
 from aiotorchio.overlap.extents import Extents
 from aiotorchio.table.names import rows_by_name
 from aiotorchio.wire.header import MIXED_UNITS, Header
@@ -115,7 +115,7 @@ class Match:
         selection: The names that count.
         composites: Tensors of several rows that have names.
         targets: By name, those that have a tensor in the message.
-        memory: The ``placement_of`` of each target, when it was compared.
+        memory_states: The ``memory_state`` of each target, when it was compared.
         extents: The memory of the targets, by device.
         ties: Several tensors of the message for one target.
         fit: Compares the object with the targets; None without targets.
@@ -126,7 +126,7 @@ class Match:
     selection: Selection
     composites: Composites
     targets: dict[str, torch.Tensor]
-    memory: dict[str, tuple[Any, ...]]
+    memory_states: dict[str, tuple[Any, ...]]
     extents: Mapping[torch.device, Extents[str]]
     ties: Ties
     fit: ObjectFit | None
@@ -200,7 +200,7 @@ def _match(context: LoadContext, number_of: dict[str, int], composites: Composit
         selection=selection,
         composites=composites,
         targets=found.tensors,
-        memory={name: placement_of(tensor) for name, tensor in found.tensors.items()},
+        memory_states={name: memory_state(tensor) for name, tensor in found.tensors.items()},
         extents=found.extents,
         ties=Ties(header, context.layout, found.ties, number_of),
         fit=fit,

@@ -80,7 +80,7 @@ class DeviceMap:
         of_tag = {tag: _destination(tag, map_location, known) for tag in tags}
         self._rows = header.storages
         self._of_location = [of_tag[tag] for tag in header.locations]
-        self.relocates = any(place.restore is not None for place in self._of_location)
+        self.relocates = any(each.restore is not None for each in self._of_location)
 
     def device(self, index: int) -> torch.device:
         """Return the device that the bytes of a storage are received on.
@@ -111,8 +111,8 @@ def _destination(
         # As in torch: storages on meta have no bytes, so they stay on meta.
         return _Destination(torch.device(META_LOCATION))
     if callable(map_location):
-        place = map_location
-        return _Destination(_CPU, lambda storage: _placed(storage, tag, place(storage, tag)))
+        relocate = map_location
+        return _Destination(_CPU, lambda storage: _placed(storage, tag, relocate(storage, tag)))
     if map_location is None:
         location = tag
     elif isinstance(map_location, str | torch.device):

@@ -84,15 +84,17 @@ class ModuleDestination:
             )
         self.tensors: dict[str, torch.Tensor] = {}
         others: list[str] = []
-        places: dict[object, torch.Tensor] | None = None
+        own_by_memory: dict[object, torch.Tensor] | None = None
         for name, value in module.state_dict(keep_vars=True).items():
             tensor = value if isinstance(value, torch.Tensor) and has_memory(value) else None
             if tensor is not None and id(tensor) not in own:
                 # Some modules show another tensor over the same memory: a detached one, or, as
                 # ScriptModules do, a new one for each call.
-                if places is None:
-                    places = {_place(each): each for each in own.values() if has_memory(each)}
-                tensor = places.get(_place(tensor)) if tensor.data_ptr() else None
+                if own_by_memory is None:
+                    own_by_memory = {
+                        _memory_of(each): each for each in own.values() if has_memory(each)
+                    }
+                tensor = own_by_memory.get(_memory_of(tensor)) if tensor.data_ptr() else None
             if tensor is not None:
                 self.tensors[name] = tensor
             else:
@@ -256,5 +258,5 @@ def beginnings(name: str, lengths: Iterable[int]) -> Iterator[str]:
             yield name[:length]
 
 
-def _place(tensor: torch.Tensor) -> object:
+def _memory_of(tensor: torch.Tensor) -> object:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -58,7 +58,7 @@ def shared(
     kinds: dict[object, int] = {}
     for keys in together:
         origins: dict[str, Origin] = {}
-        for names in _places(tensors, sorted(keys, key=order.__getitem__)):
+        for names in _grouped_by_memory(tensors, sorted(keys, key=order.__getitem__)):
             first = names[0]
             views = {view_of_row(header.tensors[numbers[name]]) for name in names}
             if len(views) > 1:
@@ -99,12 +99,14 @@ def _conflicts(
         )
 
 
-def _places(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> Iterable[list[str]]:
+def _grouped_by_memory(
+    tensors: Mapping[str, torch.Tensor], names: Iterable[str]
+) -> Iterable[list[str]]:
     """Return names in groups: each group has the names of one target."""
-    places: dict[object, list[str]] = {}
+    groups: dict[object, list[str]] = {}
     for name in interruptible(names, 100):
-        places.setdefault((footprint(tensors[name]), tensors[name].dtype), []).append(name)
-    return places.values()
+        groups.setdefault((footprint(tensors[name]), tensors[name].dtype), []).append(name)
+    return groups.values()
 
 
 def view_of_row(row: TensorRow) -> object:

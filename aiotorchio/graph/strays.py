@@ -65,17 +65,17 @@ def check_strays(
                 "total",
                 entry="skeleton",
             )
-        place = path.joined() if path else ""
-        if id(tensor) not in known and not takes(place):
-            hidden.append(place)
+        name = path.joined() if path else ""
+        if id(tensor) not in known and not takes(name):
+            hidden.append(name)
     if not unexpected and not hidden:
         return
     lines = []
     if hidden:
-        places = ", ".join(repr(shortened(path)) for path in list(dict.fromkeys(hidden))[:3])
+        nearest = ", ".join(repr(shortened(path)) for path in list(dict.fromkeys(hidden))[:3])
         lines.append(
             f"{len(hidden)} tensors or storages of the message have no name (they are inside of "
-            f"{places}): load the object without into, or select the names that you need"
+            f"{nearest}): load the object without into, or select the names that you need"
         )
     raise does_not_fit(unexpected, lines, kept=kept)
 
@@ -113,14 +113,14 @@ def _extra_states(received: Any) -> Iterator[str]:
         seen[id(value)] = value
         for key, item in interruptible(value.items()):
             if is_extra_state(key):
-                place = Path.below(path, key)
-                length += place.length if place else 0
+                below = Path.below(path, key)
+                length += below.length if below else 0
                 if length > TEXT_MAX:
                     raise LimitExceeded(
                         f"the names of extra state have more than {TEXT_MAX} characters in total",
                         entry="skeleton",
                     )
-                yield place.joined() if place else ""
+                yield below.joined() if below else ""
             elif isinstance(item, Mapping):
                 waiting.append((Path.below(path, utf8(key_text(key))), item))
 

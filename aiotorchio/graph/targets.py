@@ -177,7 +177,9 @@ def _one_sided(
     filled: set[str] = set()
     missing = [name for name in destinations if name in selection and name not in names]
     if missing:
-        others = {name: destinations[name] for name in missing if _has_places(destinations[name])}
+        others = {
+            name: destinations[name] for name in missing if _can_be_filled(destinations[name])
+        }
         filled = set(filled_by_others(others, fitting))
     known = Known(modules)
     missing = [
@@ -233,9 +235,9 @@ def _mismatch(misfits: Mapping[str, str], sides: _OneSided, nameless: int) -> Mi
     )
 
 
-def _has_places(tensor: torch.Tensor) -> bool:
+def _can_be_filled(tensor: torch.Tensor) -> bool:
     """Whether the bytes of a message can fill all elements of a target."""
-    return has_memory(tensor) and not tensor.is_meta and _no_place(tensor) is None
+    return has_memory(tensor) and not tensor.is_meta and _memory_misfit(tensor) is None
 
 
 class Known:
@@ -329,7 +331,7 @@ def _misfit(header: Header, index: int, tensor: torch.Tensor, *, cast: bool) -> 
         return f"shape {list(row.shape)} in the message, {list(tensor.shape)} in the target"
     if tensor.is_conj() or tensor.is_neg():
         return "the target is a conjugate or negative view: resolve it first"
-    reason = _no_place(tensor)
+    reason = _memory_misfit(tensor)
     if reason is not None:
         return reason
     dtype = torch_dtype(row.dtype)
@@ -344,7 +346,7 @@ def _misfit(header: Header, index: int, tensor: torch.Tensor, *, cast: bool) -> 
     return None
 
 
-def _no_place(tensor: torch.Tensor) -> str | None:
+def _memory_misfit(tensor: torch.Tensor) -> str | None:
     """Return the reason why elements of a strided tensor cannot be filled one by one."""
     order = order_of(tensor.shape, tensor.stride())
     end = int(tensor.storage_offset()) + order.extent

@@ -204,6 +204,6 @@ def _spread(tensor: torch.Tensor) -> tuple[object, object, object]:
     if mesh is None or placements is None:
         return None, None, ()
     # In a received mesh, the coordinate is that of the sender.
-    place = mesh.get_coordinate() or ()
-    parts = [n for n, each in zip(place, placements, strict=False) if not each.is_replicate()]
+    coordinate = mesh.get_coordinate() or ()
+    parts = [n for n, each in zip(coordinate, placements, strict=False) if not each.is_replicate()]
     return mesh, placements, tuple(parts)

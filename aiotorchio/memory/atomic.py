@@ -21,7 +21,7 @@ from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.common.strides import boxes, order_of
 from aiotorchio.memory.device_copy import Copier, bytes_of
 from aiotorchio.memory.host import first_byte
-from aiotorchio.memory.routes import CARRIERS, alias, copy_elements, memory_of, moved, placement_of
+from aiotorchio.memory.routes import CARRIERS, alias, copy_elements, memory_of, memory_state, moved
 
 __all__ = ["BackMemory", "BufferSwap", "Exchange", "note_change"]
 
@@ -36,15 +36,15 @@ def note_change(tensors: Iterable[torch.Tensor]) -> None:
     )
 
 
-class _Places:
+class _MemoryStates:
     """The memory of tensors at one moment, to find out later whether it is still theirs."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
-        self.each: list[Any] = [placement_of(tensor) for tensor in tensors]
+        self.each: list[Any] = [memory_state(tensor) for tensor in tensors]
 
     def check(self) -> None:
-        if [placement_of(tensor) for tensor in self._tensors] != self.each:
+        if [memory_state(tensor) for tensor in self._tensors] != self.each:
             raise moved()
 
 
@@ -61,7 +61,7 @@ class Exchange:
     def __init__(self, tensors: Sequence[torch.Tensor], copier: Copier) -> None:
         self._tensors = tensors
         self._copier = copier
-        self._places = _Places(tensors)
+        self._memory_states = _MemoryStates(tensors)
         made: dict[object, torch.Tensor] = {}
         # Aliases of each target and its shadow, for the exchange. They are made here, because the
         # commit holds the caller's lock.
@@ -81,14 +81,14 @@ class Exchange:
     @property
     def tables(self) -> list[list[Any]]:
         """Lists with an entry for each target, which can be released after the commit."""
-        return [self.shadows, self._pairs, self._done, self._places.each]
+        return [self.shadows, self._pairs, self._done, self._memory_states.each]
 
     def prepare(self) -> None:
         """Do nothing: an exchange needs no preparation."""
 
     def apply(self) -> None:
         """Exchange the bytes of each target with those of its shadow."""
-        self._places.check()
+        self._memory_states.check()
         note_change(self._tensors)
         copy = self._copier.copy
         for destination, shadow in (piece for pair in self._pairs for piece in _pieces(*pair)):
@@ -257,7 +257,7 @@ class BufferSwap:
         for tensor in received:
             covered.setdefault(_key(tensor.untyped_storage()), []).extend(_range(tensor))
         self._tensors = [each for each in tensors if _key(each.untyped_storage()) in covered]
-        self._places = _Places(self._tensors)
+        self._memory_states = _MemoryStates(self._tensors)
         fronts = {_key(each.untyped_storage()): each.untyped_storage() for each in self._tensors}
         self._pairs = [(front, back[key]) for key, front in fronts.items()]
         self._before = [_shown(each, each.untyped_storage()) for each in self._tensors]
@@ -296,11 +296,11 @@ class BufferSwap:
             self._rest,
             self._scattered,
         ]
-        return [*lists, self._pairs, self._places.each]
+        return [*lists, self._pairs, self._memory_states.each]
 
     def prepare(self) -> None:
         """Copy the bytes that the message does not have into the new memory."""
-        self._places.check()
+        self._memory_states.check()
         for destination, source in self._rest:
             check_interrupt()
             self._copier.copy(destination, source)
@@ -309,7 +309,7 @@ class BufferSwap:
 
     def apply(self) -> None:
         """Point each tensor to its new memory."""
-        self._places.check()
+        self._memory_states.check()
         self._changing = True
         self._show(self._after)
         self._note(self._pairs_now())

@@ -25,8 +25,8 @@ __all__ = [
     "alias",
     "copy_elements",
     "memory_of",
+    "memory_state",
     "moved",
-    "placement_of",
     "same_elements",
 ]
 
@@ -69,7 +69,7 @@ def alias(
         return tensor.set_(storage, offset, shape, stride)
 
 
-def placement_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+def memory_state(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return all properties of a tensor that must not change while bytes are written into it."""
     storage = tensor.untyped_storage()
     memory = (storage.data_ptr(), storage.nbytes(), tensor.storage_offset())
@@ -112,8 +112,8 @@ class Route:
         "_destination",
         "_first_byte",
         "_itemsize",
+        "_memory_state",
         "_order",
-        "_place",
         "_source",
         "_source_dtype",
         "_storage",
@@ -138,7 +138,7 @@ class Route:
         self.start = storage_start + first_byte(source)
         self.end = self.start + order.extent * self._itemsize
         self._tensor = tensor
-        self._place = placement_of(tensor)
+        self._memory_state = memory_state(tensor)
         self._storage = tensor.untyped_storage()
         same_numbers = source.dtype == tensor.dtype and not source.is_conj() and not source.is_neg()
         self.is_contiguous = (
@@ -175,7 +175,7 @@ class Route:
         """A key that is equal for routes with the same source and target: tied tensors."""
         source = self._source
         layout = (source.dtype, source.shape, source.stride(), source.is_conj(), source.is_neg())
-        return self.start, layout, self._place
+        return self.start, layout, self._memory_state
 
     def check(self) -> None:
         """Check that the tensor has not changed.
@@ -183,7 +183,7 @@ class Route:
         Raises:
             MismatchError: It has another shape, dtype or memory.
         """
-        if placement_of(self._tensor) != self._place:
+        if memory_state(self._tensor) != self._memory_state:
             raise moved()
 
     def view(self, start: int, end: int) -> memoryview:

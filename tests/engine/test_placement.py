@@ -128,11 +128,11 @@ def test_claims_keep_a_second_load_away_until_they_are_released() -> None:
     target = torch.zeros(4)
     match, _ = placed(context_of({"a": torch.ones(4)}, into={"a": target}))
     first, second = HeldClaims(), HeldClaims()
-    first.claim(None, match.targets, match.memory, match.extents)
+    first.claim(None, match.targets, match.memory_states, match.extents)
     with pytest.raises(RuntimeError, match="another load is receiving into 'a'"):
-        second.claim(None, match.targets, match.memory, match.extents)
+        second.claim(None, match.targets, match.memory_states, match.extents)
     first.release()
-    second.claim(None, match.targets, match.memory, match.extents)
+    second.claim(None, match.targets, match.memory_states, match.extents)
     second.release()
     second.release()
     assert not claims

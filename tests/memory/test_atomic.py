@@ -19,7 +19,7 @@ from aiotorchio.errors import MismatchError
 from aiotorchio.memory import atomic
 from aiotorchio.memory.atomic import BackMemory, BufferSwap, Exchange, note_change
 from aiotorchio.memory.host import view_of
-from aiotorchio.memory.routes import placement_of
+from aiotorchio.memory.routes import memory_state
 from aiotorchio.table.torch_dtypes import TORCH_DTYPES
 from tests.support.payload_layouts import (
     CountingCopier,
@@ -187,13 +187,13 @@ def test_tensors_without_elements_have_nothing_to_exchange(
 ) -> None:
     base = torch.arange(5.0)
     tensor = empty(base)
-    places = placement_of(base), placement_of(tensor)
+    states = memory_state(base), memory_state(tensor)
     exchange = Exchange([tensor], COPIER)
     exchange.apply()
     assert base.tolist() == [0, 1, 2, 3, 4]
     exchange.undo()
     assert base.tolist() == [0, 1, 2, 3, 4]
-    assert (placement_of(base), placement_of(tensor)) == places
+    assert (memory_state(base), memory_state(tensor)) == states
 
 
 # Buffer swap
@@ -234,11 +234,11 @@ def test_nothing_is_shown_before_all_is_there() -> None:
     tensors = destinations_of_each_kind()
     memory = BackMemory()
     swapped(memory, tensors)
-    before, places = storages_of(tensors), list(map(placement_of, tensors))
+    before, states = storages_of(tensors), list(map(memory_state, tensors))
     swap = memory.swap(tensors, tensors, COPIER)
     receive(swap)
     swap.undo()
-    assert (storages_of(tensors), list(map(placement_of, tensors))) == (before, places)
+    assert (storages_of(tensors), list(map(memory_state, tensors))) == (before, states)
 
 
 COVERS: dict[str, tuple[list[Pick], bool]] = {
@@ -285,14 +285,14 @@ def test_what_a_message_does_not_have_may_change_until_it_is_whole() -> None:
 def test_a_copy_that_fails_leaves_all_as_it_was() -> None:
     base, memory = torch.zeros(6), BackMemory()
     for failing in (1, 2):
-        before, place = bytes_of_storage(base), placement_of(base)
+        before, state = bytes_of_storage(base), memory_state(base)
         swap = memory.swap([base], [base[2:4]], CountingCopier(failing))
         receive(swap)
         with pytest.raises(RuntimeError, match="device lost"):
             swap.prepare()
             swap.apply()
         swap.undo()
-        assert (bytes_of_storage(base), placement_of(base)) == (before, place)
+        assert (bytes_of_storage(base), memory_state(base)) == (before, state)
         swapped(memory, [base])
 
 
@@ -311,7 +311,7 @@ def test_what_a_message_does_not_have_is_there_after_it(lines: list[tuple[int, i
         arrived = swapped(memory, [whole, *received], received)
         for (start, length, step), tensor in zip(lines, arrived, strict=True):
             View((length,), (step,), start).over(expected, torch.uint8).copy_(tensor)
-        assert {placement_of(each)[0] for each in received} <= {placement_of(whole)[0]}
+        assert {memory_state(each)[0] for each in received} <= {memory_state(whole)[0]}
         assert bytes_of_storage(whole) == bytes(view_of(expected))
 
 
@@ -333,9 +333,9 @@ def test_a_tensor_without_elements_stands_for_no_bytes(
 
 def test_other_storages_are_left_alone() -> None:
     moving, resting = torch.zeros(3), torch.zeros(3)
-    place = placement_of(resting)
+    state = memory_state(resting)
     swapped(BackMemory(), [moving, resting], [moving])
-    assert placement_of(resting) == place
+    assert memory_state(resting) == state
 
 
 def test_memory_behind_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,7 +427,7 @@ def test_whichever_tensor_fails_all_show_what_they_did(position: int, messages: 
     memory = BackMemory()
     for _ in range(messages):
         swapped(memory, tensors)
-    before, places = storages_of(tensors), list(map(placement_of, tensors))
+    before, states = storages_of(tensors), list(map(memory_state, tensors))
     swap = memory.swap(tensors, tensors, COPIER)
     receive(swap)
     Stubborn.refused = False
@@ -435,7 +435,7 @@ def test_whichever_tensor_fails_all_show_what_they_did(position: int, messages: 
         swap.prepare()
         swap.apply()
     swap.undo()
-    assert (storages_of(tensors), list(map(placement_of, tensors))) == (before, places)
+    assert (storages_of(tensors), list(map(memory_state, tensors))) == (before, states)
     arrived = swapped(memory, tensors)
     assert all(map(same, tensors, arrived))
 
@@ -444,20 +444,20 @@ def test_a_swap_that_was_undone_can_be_done_again() -> None:
     tensor = torch.zeros(3)
     memory = BackMemory()
     swapped(memory, [tensor])
-    before, place = tensor.clone(), placement_of(tensor)
+    before, state = tensor.clone(), memory_state(tensor)
     swap = memory.swap([tensor], [tensor], COPIER)
     receive(swap)
     swap.prepare()
     swap.apply()
-    behind = placement_of(tensor)
+    behind = memory_state(tensor)
     swap.undo()
     assert same(tensor, before)
-    assert placement_of(tensor) == place
+    assert memory_state(tensor) == state
     swapped(memory, [tensor])
-    assert placement_of(tensor) == behind
+    assert memory_state(tensor) == behind
     # A second undo does not touch later changes.
     swap.undo()
-    assert placement_of(tensor) == behind
+    assert memory_state(tensor) == behind
 
 
 def test_one_message_at_a_time() -> None:
@@ -546,12 +546,12 @@ def test_a_destination_that_is_no_longer_there_stops_it(staging: Staging) -> Non
     change = staging(tensors)
     receive(change)
     tensors[1].data = torch.zeros(3)
-    places = list(map(placement_of, tensors))
+    states = list(map(memory_state, tensors))
     with pytest.raises(MismatchError, match="changed its shape or its memory"):
         change.prepare()
         change.apply()
     change.undo()
-    assert list(map(placement_of, tensors)) == places
+    assert list(map(memory_state, tensors)) == states
     assert not any(tensor.any() for tensor in tensors)
     # Nothing changed, so the version counters did not change.
     assert [tensors[0]._version, tensors[2]._version] == [0, 0]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from aiotorchio.errors import MismatchError
 from aiotorchio.memory.device_copy import Copier, DeviceCopier, bytes_of
 from aiotorchio.memory.host import view_of
-from aiotorchio.memory.routes import Route, alias, copy_elements, placement_of
+from aiotorchio.memory.routes import Route, alias, copy_elements, memory_state
 from aiotorchio.table.torch_dtypes import TORCH_DTYPES
 from tests.support.payload_layouts import (
     META,
@@ -366,8 +366,8 @@ def test_the_memory_of_a_plain_tensor_is_shown_by_the_range_of_the_payload() -> 
 
 def test_place_is_all_that_must_stay() -> None:
     tensor: Any = torch.nn.Parameter(torch.zeros(4))
-    place = placement_of(tensor)
+    state = memory_state(tensor)
     with torch.no_grad():
         tensor.fill_(3)
-    assert placement_of(tensor) == placement_of(tensor.detach()) == place
-    assert placement_of(torch.zeros(4)) != place
+    assert memory_state(tensor) == memory_state(tensor.detach()) == state
+    assert memory_state(torch.zeros(4)) != state
