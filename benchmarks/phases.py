@@ -69,13 +69,13 @@ def main() -> None:
 
     def gather() -> None:
         for index in range(layout.chunks):
-            sent.chunk(*layout.chunk(index))
+            sent.chunk_views(*layout.chunk_range(index))
 
     def compose() -> None:
         composer = Composer(header, layout, checksum=True)
         composer.opening(skeleton)
         for chunk in chunks:
-            composer.chunk(chunk)
+            composer.chunk_frame(chunk)
 
     def decide() -> tuple[LoadContext, Match, Placement]:
         context = LoadContext.of(header, layout, options)
@@ -83,11 +83,11 @@ def main() -> None:
         return context, match, place(context, match)
 
     sent = outgoing()
-    chunks = [sent.chunk(*layout.chunk(index)) for index in range(layout.chunks)]
+    chunks = [sent.chunk_views(*layout.chunk_range(index)) for index in range(layout.chunks)]
     decided = decide()
     payload, _ = prepare(*decided)
     for index in range(layout.chunks):
-        payload.chunk(*layout.chunk(index))
+        payload.buffers_for(*layout.chunk_range(index))
     storages = payload.storages()
     tensors = build_tensors(header, storages)
     sides = {

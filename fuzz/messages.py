@@ -123,7 +123,7 @@ class Draft:
             return
         payload = b"".join(frame.body for frame in self.frames if frame.kind == CHUNK)
         payload = payload[: layout.total].ljust(layout.total, b"\x01")
-        chunks = [layout.chunk(index) for index in range(layout.chunks)]
+        chunks = [layout.chunk_range(index) for index in range(layout.chunks)]
         self.frames = [header, skeleton]
         for index, (start, length) in enumerate(chunks):
             self.frames.append(Frame(CHUNK, index, start, payload[start : start + length]))

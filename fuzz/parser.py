@@ -198,6 +198,6 @@ def _composed(message: Accepted) -> bytes:
     composer = Composer(message.header, layout, checksum=message.checksum)
     buffers = composer.opening(message.skeleton)
     for index in range(layout.chunks):
-        start, length = layout.chunk(index)
-        buffers += composer.chunk([memoryview(message.payload)[start : start + length]])
+        start, length = layout.chunk_range(index)
+        buffers += composer.chunk_frame([memoryview(message.payload)[start : start + length]])
     return b"".join([*buffers, *composer.end()])

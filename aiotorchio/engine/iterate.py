@@ -88,7 +88,7 @@ class TensorStream:
                 begun = self._begun = yield from self._begin()
             while True:
                 while message.chunks_left and not self._ready(begun.waiting):
-                    move = yield from message.chunk(begun.payload, self._options.progress)
+                    move = yield from message.receive_chunk(begun.payload, self._options.progress)
                     if move is not None:
                         yield Work(move)
                 if not self._ready(begun.waiting):

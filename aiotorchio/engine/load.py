@@ -190,7 +190,7 @@ class _Load:
         yield from work(finish.note_change, inline=self._inline)
         move: Task | None = None
         for _ in range(message.layout.chunks):
-            move = yield from message.chunk(payload, options.progress, background=move)
+            move = yield from message.receive_chunk(payload, options.progress, background=move)
         yield from message.end()
         if move is not None:
             yield Work(move)

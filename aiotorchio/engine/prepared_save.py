@@ -68,7 +68,7 @@ class ReadyMessage:
         """
         layout = Layout(flattened.header)
         payload = _payload(flattened, layout, Here())
-        chunks = map(layout.chunk, range(layout.chunks))
+        chunks = map(layout.chunk_range, range(layout.chunks))
         copies = SnapshotPayload(payload, chunks, layout.chunk_size, copier)
         flattened.versions.check(
             "while the snapshot was taken: no other thread may change it during the call"

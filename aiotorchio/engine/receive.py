@@ -188,7 +188,7 @@ class IncomingMessage:
             if not self.ended:
                 yield from self.end()
 
-    def chunk(
+    def receive_chunk(
         self, payload: IncomingPayload, progress: Progress | None, *, background: Task | None = None
     ) -> Generator[Request, Any, Task | None]:
         """Receive the next chunk.
@@ -202,7 +202,7 @@ class IncomingMessage:
             A function that copies the verified chunk on from its staging buffer; None without one.
         """
         started = yield from self._until(ChunkStarted)
-        find = functools.partial(payload.chunk, started.offset, started.length)
+        find = functools.partial(payload.buffers_for, started.offset, started.length)
         inline = payload.steps(started.offset, started.length) <= INLINE_ROWS
         try:
             found: tuple[list[memoryview], Task | None] = yield from work(find, inline=inline)

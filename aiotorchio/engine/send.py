@@ -134,7 +134,7 @@ class Sending:
             if last:
                 yield from self.finish()
             if self._progress:
-                self._progress(sum(layout.chunk(index)), layout.total)
+                self._progress(sum(layout.chunk_range(index)), layout.total)
             if upcoming and not in_thread:
                 frame = upcoming()
 
@@ -190,7 +190,9 @@ class Sending:
 
     def _compose(self, index: int) -> list[Buffer]:
         with real_tensors():
-            return self._composer.chunk(self._payload.chunk(*self._layout.chunk(index)))
+            return self._composer.chunk_frame(
+                self._payload.chunk_views(*self._layout.chunk_range(index))
+            )
 
     def _compose_end(self) -> list[Buffer]:
         if self._ready.watched:

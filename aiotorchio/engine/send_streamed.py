@@ -81,8 +81,10 @@ def send_streamed(pairs: NamedTensors, options: SaveOptions) -> Generator[Reques
     nbytes = sum(map(len, opening))
     try:
         for index in range(layout.chunks):
-            start, length = layout.chunk(index)
-            frame = composer.chunk((yield from tensors.fill(payload.chunk(start, length))))
+            start, length = layout.chunk_range(index)
+            frame = composer.chunk_frame(
+                (yield from tensors.fill(payload.collect_views(start, length)))
+            )
             nbytes += sum(map(len, frame))
             yield Send(frame, transient=True)
             # Its tensor must be free before the next one is made.

@@ -194,12 +194,14 @@ class IncomingPayload:
         return [*rows, self._under_way, *self._moving]
 
     def steps(self, start: int, length: int) -> int:
-        """Return how many storages, arenas and routes ``chunk`` has to process."""
+        """Return how many storages, arenas and routes ``buffers_for`` has to process."""
         first, last = self._regions_in(start, start + length)
         upcoming = bisect_left(self._upcoming_starts, start + length, self._begun) - self._begun
         return last - first + len(self._under_way) + upcoming
 
-    def chunk(self, start: int, length: int) -> tuple[list[memoryview], Callable[[], None] | None]:
+    def buffers_for(
+        self, start: int, length: int
+    ) -> tuple[list[memoryview], Callable[[], None] | None]:
         """Return buffers for ``length`` bytes from ``start``, and a function that moves them on.
 
         Returns:

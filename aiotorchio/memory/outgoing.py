@@ -118,7 +118,7 @@ class OutgoingPayload:
         self._starts.append(start)
         self._ends.append(start + nbytes)
 
-    def chunk(self, start: int, length: int) -> list[memoryview]:
+    def chunk_views(self, start: int, length: int) -> list[memoryview]:
         """Return views of ``length`` bytes from ``start``; bytes on a device are copied first.
 
         Views of a staging buffer are valid until the chunk after the next is taken, others always.

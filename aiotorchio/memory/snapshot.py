@@ -55,8 +55,8 @@ class SnapshotPayload:
         self._chunks = deque(_copied(list(payload.pieces(*chunk))) for chunk in chunks)
         self._staging_buffers = StagingBuffers(chunk_size, copier())
 
-    def chunk(self, start: int, length: int) -> list[memoryview]:
-        """Return views of the next chunk, as ``OutgoingPayload.chunk`` does."""
+    def chunk_views(self, start: int, length: int) -> list[memoryview]:
+        """Return views of the next chunk, as ``OutgoingPayload.chunk_views`` does."""
         return self._staging_buffers.stage(self._chunks.popleft())
 
 

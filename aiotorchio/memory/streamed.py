@@ -19,7 +19,7 @@ __all__ = ["StreamedPayload"]
 
 
 class StreamedPayload:
-    """The chunks of a payload of tensors that are sent into ``chunk`` one by one.
+    """The chunks of a payload of tensors that are sent into ``collect_views`` one by one.
 
     Args:
         offsets: First byte of each tensor in the payload.
@@ -45,7 +45,9 @@ class StreamedPayload:
         self._staging_buffers = StagingBuffers(chunk_size, copier)
         self._needs_device_copy = needs_copy
 
-    def chunk(self, start: int, length: int) -> Generator[None, torch.Tensor, list[memoryview]]:
+    def collect_views(
+        self, start: int, length: int
+    ) -> Generator[None, torch.Tensor, list[memoryview]]:
         """Make views of the next chunk.
 
         Yields:

@@ -58,9 +58,9 @@ class Composer:
         ]
         return opening + self._frame(SKELETON, 0, 0, [skeleton])
 
-    def chunk(self, body: list[memoryview]) -> list[Buffer]:
+    def chunk_frame(self, body: list[memoryview]) -> list[Buffer]:
         """Return the frame of the next chunk; ``body`` has exactly its bytes."""
-        start, length = self._layout.chunk(self._index)
+        start, length = self._layout.chunk_range(self._index)
         frame = self._frame(CHUNK, self._index, start, body, length, digest=self._checksum)
         self._index += 1
         return frame

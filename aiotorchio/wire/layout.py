@@ -43,7 +43,7 @@ class Layout:
         """The number of chunks of the payload."""
         return -(-self.total // self.chunk_size)
 
-    def chunk(self, index: int) -> tuple[int, int]:
+    def chunk_range(self, index: int) -> tuple[int, int]:
         """Return first byte and length of one chunk."""
         start = index * self.chunk_size
         return start, min(self.chunk_size, self.total - start)

@@ -228,7 +228,7 @@ class Parser:
     def _chunk(
         self, index: int, layout: Layout, end_digest: EndDigest, checksum: bool
     ) -> Generator[Step, Any, None]:
-        offset, length = layout.chunk(index)
+        offset, length = layout.chunk_range(index)
         head, encoded = yield from self._head(CHUNK, index, offset)
         if head.length != length:
             raise ProtocolError(

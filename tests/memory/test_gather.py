@@ -79,7 +79,7 @@ def test_beyond_the_storage() -> None:
 def sent(payload: OutgoingPayload, end: int, chunk: int) -> bytes:
     data = bytearray()
     for start in range(0, end, chunk):
-        views = payload.chunk(start, min(chunk, end - start))
+        views = payload.chunk_views(start, min(chunk, end - start))
         assert sum(map(len, views)) == min(chunk, end - start)
         data += b"".join(views)
     return bytes(data)
@@ -150,7 +150,7 @@ def test_packed_bytes_are_nobody_elses() -> None:
     payload = OutgoingPayload(
         [matrix.untyped_storage()], [0], [part.nbytes], 2**20, parts={0: [part]}
     )
-    (view,) = payload.chunk(0, part.nbytes)
+    (view,) = payload.chunk_views(0, part.nbytes)
     assert not payload.borrows
     matrix.fill_(1)
     assert not any(view)
@@ -163,7 +163,7 @@ def test_dense_parts_are_sent_without_a_copy() -> None:
     payload = OutgoingPayload(
         [matrix.untyped_storage()], [0], [part.nbytes], 2**20, parts={0: [part]}
     )
-    (view,) = payload.chunk(0, part.nbytes)
+    (view,) = payload.chunk_views(0, part.nbytes)
     assert payload.borrows
     matrix[2, 0] = 77
     assert view[0] == 77
@@ -176,7 +176,7 @@ def test_a_storage_that_is_resized(dense: bool) -> None:
     payload = OutgoingPayload(
         [matrix.untyped_storage()], [0], [part.nbytes], 4096, parts={0: [part]}
     )
-    payload.chunk(0, 4096)
+    payload.chunk_views(0, 4096)
     matrix.untyped_storage().resize_(100)
     with pytest.raises(RuntimeError, match="of 200000 bytes was resized to 100"):
-        payload.chunk(4096, 4096)
+        payload.chunk_views(4096, 4096)

@@ -57,15 +57,15 @@ def test_memory_comes_with_the_first_byte(monkeypatch: pytest.MonkeyPatch) -> No
     made = storages_made(monkeypatch)
     incoming = incoming_for([SMALL, 2**50, SMALL], CHUNK)
     assert made == []
-    incoming.chunk(0, CHUNK)
-    incoming.chunk(CHUNK, CHUNK)
+    incoming.buffers_for(0, CHUNK)
+    incoming.buffers_for(CHUNK, CHUNK)
     assert [storage.nbytes() for storage in made] == [SMALL]
 
 
 def test_no_memory_is_a_memory_error() -> None:
     incoming = incoming_for([2**62], CHUNK)
     with pytest.raises(MemoryError, match=str(2**62)):
-        incoming.chunk(0, CHUNK)
+        incoming.buffers_for(0, CHUNK)
 
 
 def test_small_storages_share_an_arena_and_large_ones_do_not() -> None:
@@ -100,7 +100,7 @@ def test_a_chunk_of_many_small_storages_has_few_buffers() -> None:
     storages = filled(sizes)
     incoming = incoming_for(sizes, 2**20, devices=devices)
     assert incoming.steps(0, 2**20) > 1000
-    views, _ = incoming.chunk(0, layout(sizes)[1])
+    views, _ = incoming.buffers_for(0, layout(sizes)[1])
     # The large storage, and one staging buffer before and after it.
     assert [len(view) for view in views] == [64_000, 2 * SMALL, 64_000]
     incoming = incoming_for(sizes, 2**20, devices=devices)
@@ -121,7 +121,7 @@ def test_huge_pages_are_asked_for_when_one_has_arrived(monkeypatch: pytest.Monke
     sizes = [2**23, 2**22]
     incoming = incoming_for(sizes, 2**20)
     for start in range(0, sum(sizes), 2**20):
-        incoming.chunk(start, 2**20)
+        incoming.buffers_for(start, 2**20)
         assert asked == [2**23] * (start >= 2**21) + [2**22] * (start >= 2**23)
 
 
@@ -179,7 +179,7 @@ def test_storages_are_taken_and_let_go_while_others_arrive() -> None:
     waiting = list(range(len(sizes)))
     for start in range(0, len(data), CHUNK):
         part = data[start : start + CHUNK]
-        views, move = incoming.chunk(start, len(part))
+        views, move = incoming.buffers_for(start, len(part))
         assert move is None
         for view in views:
             view[:], part = part[: len(view)], part[len(view) :]
@@ -196,7 +196,7 @@ def test_padding_takes_no_memory() -> None:
     incoming = incoming_for(sizes, 2**26)
     tracemalloc.start()
     try:
-        views, _ = incoming.chunk(0, layout(sizes)[1])
+        views, _ = incoming.buffers_for(0, layout(sizes)[1])
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -311,7 +311,7 @@ def test_large_tensors_are_received_where_they_are() -> None:
     incoming = incoming_for(sizes, SMALL, devices=[CPU, None], routes=routes, copier=copier)
     found = []
     for position in range(0, end, SMALL):
-        views, move = incoming.chunk(position, min(SMALL, end - position))
+        views, move = incoming.buffers_for(position, min(SMALL, end - position))
         assert move is None
         found += [(address_of(view), len(view)) for view in views]
     # One storage, padding, and then the tensor, cut at the ends of chunks.
@@ -368,7 +368,7 @@ def test_large_tensors_side_by_side_are_received_where_they_are() -> None:
     tensors = [torch.zeros(SMALL, dtype=torch.uint8) for _ in range(2)]
     routes = [route_to(tensor, line(SMALL, n * SMALL)) for n, tensor in enumerate(tensors)]
     incoming = incoming_for([2 * SMALL], 2 * SMALL, devices=[None], routes=routes)
-    views, move = incoming.chunk(0, 2 * SMALL)
+    views, move = incoming.buffers_for(0, 2 * SMALL)
     assert move is None
     assert [address_of(view) for view in views] == [tensor.data_ptr() for tensor in tensors]
 
@@ -377,7 +377,7 @@ def test_tied_at_both_ends_is_received_once() -> None:
     tensor = torch.zeros(SMALL, dtype=torch.uint8)
     routes = [route_to(each, line(SMALL)) for each in (tensor, tensor, tensor.view(-1))]
     incoming = incoming_for([SMALL], CHUNK, devices=[None], routes=routes)
-    views, move = incoming.chunk(0, CHUNK)
+    views, move = incoming.buffers_for(0, CHUNK)
     assert move is None
     assert [address_of(view) for view in views] == [tensor.data_ptr()]
     copier = CopierOnCpu()
@@ -394,7 +394,7 @@ def test_a_chunk_that_waits_to_be_moved_is_not_overwritten() -> None:
     incoming = incoming_for([5 * CHUNK], CHUNK, devices=[None], routes=routes, **staging(None))
     waiting: Callable[[], None] | None = None
     for start in range(0, len(data), CHUNK):
-        (view,), move = incoming.chunk(start, CHUNK)
+        (view,), move = incoming.buffers_for(start, CHUNK)
         view[:] = data[start : start + CHUNK]
         if waiting:
             waiting()
@@ -423,7 +423,7 @@ def test_a_tensor_that_changes_its_memory_is_noticed(count: int) -> None:
 def test_a_tensor_that_changes_its_memory_before_it_is_moved_is_noticed() -> None:
     tensor = torch.zeros(100, dtype=torch.uint8)
     incoming = incoming_for([100], CHUNK, devices=[None], routes=[route_to(tensor, line(100))])
-    (view,), move = incoming.chunk(0, 100)
+    (view,), move = incoming.buffers_for(0, 100)
     view[:] = b"\1" * 100
     tensor.resize_(50)
     assert move is not None

@@ -27,7 +27,7 @@ from tests.support.tiers import examples
 def sent(outgoing: OutgoingPayload, end: int, chunk: int) -> bytes:
     pieces = []
     for start in range(0, end, chunk):
-        views = outgoing.chunk(start, min(chunk, end - start))
+        views = outgoing.chunk_views(start, min(chunk, end - start))
         pieces.append(b"".join(views))
         assert len(pieces[-1]) == min(chunk, end - start)
     return b"".join(pieces)
@@ -67,7 +67,7 @@ def test_any_storages_arrive_as_they_were(sizes: list[int], chunk: int, on_devic
 def test_large_storages_are_sent_without_a_copy() -> None:
     storage = torch.UntypedStorage(SMALL)
     outgoing = OutgoingPayload([storage], [0], [SMALL], SMALL)
-    (view,) = outgoing.chunk(0, SMALL)
+    (view,) = outgoing.chunk_views(0, SMALL)
     view[5] = 77
     assert storage[5] == 77
 
@@ -75,7 +75,7 @@ def test_large_storages_are_sent_without_a_copy() -> None:
 def test_small_storages_are_sent_as_one_buffer() -> None:
     sizes = [100] * 30
     outgoing = OutgoingPayload(filled(sizes), layout(sizes)[0], sizes, 2**20)
-    assert len(outgoing.chunk(0, layout(sizes)[1])) == 1
+    assert len(outgoing.chunk_views(0, layout(sizes)[1])) == 1
 
 
 def test_what_is_sent_holds_when_later_chunks_are_taken() -> None:
@@ -84,7 +84,7 @@ def test_what_is_sent_holds_when_later_chunks_are_taken() -> None:
     offsets, end = layout(sizes)
     outgoing = OutgoingPayload(storages, offsets, sizes, CHUNK)
     views = [view for start in range(0, end, CHUNK) for view in
-             outgoing.chunk(start, min(CHUNK, end - start))]  # fmt: skip
+             outgoing.chunk_views(start, min(CHUNK, end - start))]  # fmt: skip
     assert b"".join(views) == joined(sizes, storages)
 
 
@@ -94,4 +94,4 @@ def test_a_storage_that_is_resized_while_it_is_sent_is_noticed(size: int) -> Non
     outgoing = OutgoingPayload([storage], [0], [size], CHUNK)
     storage.resize_(0)
     with pytest.raises(RuntimeError, match=f"of {size} bytes was resized to 0"):
-        outgoing.chunk(0, min(size, CHUNK))
+        outgoing.chunk_views(0, min(size, CHUNK))

@@ -86,7 +86,7 @@ def test_what_was_there_is_sent(chunk: int, on_device: bool, maps: Maps) -> None
         if storage.nbytes():
             view_of(storage)[:] = b"\xee" * storage.nbytes()
     storages[2].resize_(0)
-    data = b"".join(b"".join(snapshot.chunk(*place)) for place in chunks)
+    data = b"".join(b"".join(snapshot.chunk_views(*place)) for place in chunks)
     assert data == expected
     assert not snapshot.borrows and snapshot.has_device_copies == on_device
     if copier is not None:
@@ -100,7 +100,7 @@ def test_each_chunk_is_free_when_it_was_sent(maps: Maps) -> None:
     snapshot = SnapshotPayload(payload, chunks, CHUNK, Here)
     assert len(maps.alive) == maps.made == 10
     for left, place in zip(reversed(range(10)), chunks, strict=True):
-        views = snapshot.chunk(*place)
+        views = snapshot.chunk_views(*place)
         assert len(maps.alive) == left + 1
         del views
         assert len(maps.alive) == left
@@ -112,9 +112,9 @@ def test_a_view_that_is_kept_keeps_its_chunk_alone(maps: Maps) -> None:
     payload = OutgoingPayload(storages, [0], sizes, CHUNK)
     chunks = chunks_of(sizes[0], CHUNK)
     snapshot = SnapshotPayload(payload, chunks, CHUNK, Here)
-    kept = snapshot.chunk(*chunks[0])[0][5:10].toreadonly()
+    kept = snapshot.chunk_views(*chunks[0])[0][5:10].toreadonly()
     for place in chunks[1:]:
-        snapshot.chunk(*place)
+        snapshot.chunk_views(*place)
     assert len(maps.alive) == 1
     del snapshot
     assert bytes(kept) == bytes(view_of(storages[0])[5:10])
@@ -126,7 +126,7 @@ def test_one_that_is_dropped_frees_all(maps: Maps) -> None:
     sizes = [10 * CHUNK, 77]
     payload = OutgoingPayload(filled(sizes), layout(sizes)[0], sizes, CHUNK)
     snapshot = SnapshotPayload(payload, chunks_of(layout(sizes)[1], CHUNK), CHUNK, Here)
-    snapshot.chunk(0, CHUNK)
+    snapshot.chunk_views(0, CHUNK)
     del snapshot
     assert not maps.alive
 
@@ -151,7 +151,7 @@ def test_of_parts() -> None:
     snapshot = SnapshotPayload(payload, chunks, CHUNK, Here)
     expected = matrix[:, 10:60].contiguous().view(-1).clone()
     matrix.zero_()
-    data = b"".join(b"".join(snapshot.chunk(*place)) for place in chunks)
+    data = b"".join(b"".join(snapshot.chunk_views(*place)) for place in chunks)
     assert torch.equal(torch.frombuffer(bytearray(data), dtype=torch.int16), expected)
 
 
@@ -219,5 +219,5 @@ def test_memory_of_a_device_is_free_when_it_was_sent(monkeypatch: pytest.MonkeyP
     snapshot = SnapshotPayload(payload, chunks_of(sizes[0], CHUNK), CHUNK, lambda: copier)
     assert len(alive) == 8
     for left, place in zip(reversed(range(8)), chunks_of(sizes[0], CHUNK), strict=True):
-        snapshot.chunk(*place)
+        snapshot.chunk_views(*place)
         assert len(alive) == left

@@ -45,7 +45,7 @@ class Producer:
 def chunk_of(
     payload: StreamedPayload, make: Callable[[], torch.Tensor], start: int, length: int
 ) -> list[memoryview]:
-    steps = payload.chunk(start, length)
+    steps = payload.collect_views(start, length)
     try:
         next(steps)
         while True:

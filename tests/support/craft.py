@@ -128,7 +128,7 @@ def compose(parts: Flattened) -> bytes:
     payload = OutgoingPayload(parts.storages, layout.offsets, layout.nbytes, layout.chunk_size)
     buffers = composer.opening(parts.skeleton)
     for index in range(layout.chunks):
-        buffers += composer.chunk(payload.chunk(*layout.chunk(index)))
+        buffers += composer.chunk_frame(payload.chunk_views(*layout.chunk_range(index)))
     return b"".join([*buffers, *composer.end()])
 
 

@@ -60,7 +60,7 @@ def received(incoming: IncomingPayload, data: bytes, chunk: int) -> IncomingPayl
     """Give a payload all of its chunks, as a driver does."""
     for start in range(0, len(data), chunk):
         part = data[start : start + chunk]
-        views, move = incoming.chunk(start, len(part))
+        views, move = incoming.buffers_for(start, len(part))
         position = 0
         for view in views:
             view[:] = part[position : position + len(view)]

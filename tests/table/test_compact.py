@@ -472,7 +472,8 @@ def _composed(parts: Flattened) -> bytes:
     )
     frames = [composer.opening(parts.skeleton)]
     frames += [
-        composer.chunk(payload.chunk(*layout.chunk(index))) for index in range(layout.chunks)
+        composer.chunk_frame(payload.chunk_views(*layout.chunk_range(index)))
+        for index in range(layout.chunks)
     ]
     return b"".join(b"".join(frame) for frame in [*frames, composer.end()])
 

@@ -365,8 +365,8 @@ def compose(vector: Vector) -> bytes:
     buffers = composer.opening(vector.skeleton)
     chunks = layout.chunks if vector.abort_after is None else vector.abort_after
     for index in range(chunks):
-        start, length = layout.chunk(index)
-        buffers += composer.chunk([memoryview(payload)[start : start + length]])
+        start, length = layout.chunk_range(index)
+        buffers += composer.chunk_frame([memoryview(payload)[start : start + length]])
     if vector.abort_after is None:
         buffers += composer.end()
     else:
@@ -404,7 +404,7 @@ def describe(vector: Vector) -> dict[str, Any]:
                 offset if nbytes else None
                 for offset, nbytes in zip(layout.offsets, layout.nbytes, strict=True)
             ],
-            "chunks": [list(layout.chunk(n)) for n in range(layout.chunks)],
+            "chunks": [list(layout.chunk_range(n)) for n in range(layout.chunks)],
             "storages": [
                 {"hex": data.hex()} if len(data) <= HEX_MAX else {"rule": RULE}
                 for data in vector.storages

@@ -119,7 +119,7 @@ def test_compose(name: str) -> None:
     buffers = composer.opening(bytes.fromhex(described["skeleton"]))
     abort = described["abort"]
     for start, length in described["payload"]["chunks"][: abort and abort["after_chunks"]]:
-        buffers += composer.chunk([payload[start : start + length]])
+        buffers += composer.chunk_frame([payload[start : start + length]])
     buffers += composer.abort(abort["reason"]) if abort else composer.end()
     assert b"".join(buffers) == message(name)
 

@@ -29,7 +29,7 @@ def test_frames(make: type[Message], checksum: bool) -> None:
     payload = memoryview(message.payload)
     for number, start in enumerate(range(0, len(payload), message.chunk_size)):
         body = payload[start : start + message.chunk_size]
-        assert b"".join(composer.chunk([body])) == message.frames[2 + number]
+        assert b"".join(composer.chunk_frame([body])) == message.frames[2 + number]
     assert b"".join(composer.end()) == message.frames[-1]
 
 
@@ -46,7 +46,7 @@ def test_the_payload_passes_through_untouched() -> None:
     composer = composer_of(message)
     composer.opening(EMPTY_DICT)
     views = [memoryview(message.payload)[:5], memoryview(message.payload)[5:]]
-    head, *body = composer.chunk(views)
+    head, *body = composer.chunk_frame(views)
     assert len(head) == 32
     assert [id(view) for view in body] == [id(view) for view in views]
 
@@ -60,7 +60,7 @@ def test_abort(chunks: int, reason: str) -> None:
     for number in range(chunks):
         start = number * message.chunk_size
         body = memoryview(message.payload)[start : start + message.chunk_size]
-        data += b"".join(composer.chunk([body]))
+        data += b"".join(composer.chunk_frame([body]))
     start = len(data) + 32
     data += b"".join(composer.abort(reason))
     error = refused(RemoteAbort, data, entry="ABRT frame", offset=start)

@@ -535,7 +535,7 @@ def test_layout(sizes: tuple[int, ...], offsets: list[int], total: int) -> None:
 def test_chunks(total: int, chunks: list[tuple[int, int]]) -> None:
     layout = layout_of(total)
     assert layout.chunks == len(chunks)
-    assert [layout.chunk(n) for n in range(layout.chunks)] == chunks
+    assert [layout.chunk_range(n) for n in range(layout.chunks)] == chunks
 
 
 def test_entry_at() -> None:
