@@ -25,7 +25,7 @@ from aiotorchio.errors import InvalidObjectError
 from aiotorchio.graph.composites import Composites
 from aiotorchio.graph.devices import DeviceMap
 from aiotorchio.graph.modules import has_memory
-from aiotorchio.graph.targets import TargetMatch, match
+from aiotorchio.graph.targets import MatchedTargets, match_targets
 from aiotorchio.memory.device_copy import Copier, DeviceCopier
 from aiotorchio.memory.routes import memory_state
 from aiotorchio.overlap.extents import Extents
@@ -181,10 +181,10 @@ def _match(context: LoadContext, number_of: dict[str, int], composites: Composit
     composites.choose([name for name in others if name in selection])
     if into is not None and not selection.all:
         selection.add(into.parts(number_of, selection))
-    found = TargetMatch({}, [], {}, set())
+    found = MatchedTargets({}, [], {}, set())
     fit = None
     if into is not None:
-        found = match(
+        found = match_targets(
             header,
             into.tensors,
             into.modules,

@@ -3,7 +3,7 @@
 In: a header and the targets for its rows. Out: the ties, the misfits and the memory of the targets.
 Ties are several tensors of the message for one target: their numbers are compared as they arrive.
 All other targets may share memory only as the message's tensors do; the rest are misfits.
-``targets.match`` calls it.
+``targets.match_targets`` calls it.
 """
 
 from __future__ import annotations

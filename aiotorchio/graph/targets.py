@@ -26,7 +26,7 @@ from aiotorchio.table.names import count_unnamed, rows_by_name, walk
 from aiotorchio.table.torch_dtypes import torch_dtype
 from aiotorchio.wire.header import CONJUGATE, META_LOCATION, NEGATIVE, Header, shortened
 
-__all__ = ["Known", "TargetMatch", "examined", "match", "target_tensors"]
+__all__ = ["Known", "MatchedTargets", "examined", "match_targets", "target_tensors"]
 
 # The number of lines that an error has for each kind of difference.
 _SHOWN = 20
@@ -70,7 +70,7 @@ def examined(into: Any) -> tuple[dict[str, torch.Tensor], list[ModuleDestination
     return found, modules
 
 
-class TargetMatch(NamedTuple):
+class MatchedTargets(NamedTuple):
     """The targets for which a message has tensors.
 
     Attributes:
@@ -87,7 +87,7 @@ class TargetMatch(NamedTuple):
     filled: set[str]
 
 
-def match(
+def match_targets(
     header: Header,
     destinations: Mapping[str, torch.Tensor],
     modules: Sequence[ModuleDestination] = (),
@@ -96,7 +96,7 @@ def match(
     all_selected: bool,
     strict: bool,
     cast: bool,
-) -> TargetMatch:
+) -> MatchedTargets:
     """Match the tensors of a message with targets, by name.
 
     Args:
@@ -138,7 +138,7 @@ def match(
     nameless = sides.unnamed if all_selected and not sides.compared_later else 0
     if misfits or sides.missing or sides.unexpected or nameless:
         raise _mismatch(misfits, sides, nameless)
-    return TargetMatch(found, sharing.ties, sharing.extents, sides.filled)
+    return MatchedTargets(found, sharing.ties, sharing.extents, sides.filled)
 
 
 class _OneSided(NamedTuple):
@@ -172,7 +172,7 @@ def _one_sided(
     """Find the names that one side lacks.
 
     ``names`` has the row of each name of the message, and ``fitting`` the targets that fit theirs;
-    see ``match`` for the other arguments.
+    see ``match_targets`` for the other arguments.
     """
     filled: set[str] = set()
     missing = [name for name in destinations if name in selection and name not in names]

@@ -32,7 +32,7 @@ from aiotorchio.engine import threads
 from aiotorchio.engine.threads import run_in_thread
 from aiotorchio.graph.rebuild import build_tensors, check_tree
 from aiotorchio.graph.select import revise, selected
-from aiotorchio.graph.targets import match
+from aiotorchio.graph.targets import match_targets
 from aiotorchio.memory.byteorder import swap_bytes
 from aiotorchio.memory.device_copy import Here
 from aiotorchio.memory.routes import copy_elements
@@ -143,7 +143,7 @@ def load_tree(skeleton: bytes) -> Callable[[], Any]:
 
 def match_nothing() -> None:
     with contextlib.suppress(MismatchError):
-        match(HEADER, {}, selection=NAMES_SET, all_selected=False, strict=True, cast=False)
+        match_targets(HEADER, {}, selection=NAMES_SET, all_selected=False, strict=True, cast=False)
 
 
 NAMES_SET = set(NAMES)

@@ -17,7 +17,7 @@ from torch import nn
 
 from aiotorchio import MismatchError, ProtocolError
 from aiotorchio.graph.modules import has_memory
-from aiotorchio.graph.targets import match, target_tensors
+from aiotorchio.graph.targets import match_targets, target_tensors
 from aiotorchio.wire.header import Header
 from tests.support import corpus, craft
 
@@ -37,7 +37,7 @@ def matched(
     destinations = target_tensors(into)
     header = obj if isinstance(obj, Header) else header_of(obj)
     names = destinations.keys() | {name for row in header.tensors for name in row.names}
-    return match(
+    return match_targets(
         header,
         destinations,
         selection=names if wanted is None else wanted,
