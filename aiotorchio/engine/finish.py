@@ -178,7 +178,7 @@ class Finish:
         return pickled or not match.selection.all or more
 
     def _names(self) -> Collection[str]:
-        names: Collection[str] = self.match.number_of.keys()
+        names: Collection[str] = self.match.row_of_name.keys()
         if self.match.fit is not None:
             names = self.match.fit.names_with(names)
         others = self.match.composites.names.keys()
@@ -263,7 +263,7 @@ def _routes(
     deferred: list[DeferredCopy] = []
     names_of_row: dict[int, list[str]] = {}
     for name in filled:
-        names_of_row.setdefault(match.number_of[name], []).append(name)
+        names_of_row.setdefault(match.row_of_name[name], []).append(name)
     for index, rows in interruptible(enumerate(placement.storages if filled else ())):
         start = context.layout.offsets[index]
         is_made = placement.devices[index] is not None

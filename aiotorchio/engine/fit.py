@@ -38,7 +38,7 @@ class ObjectFit:
         header: Of the message.
         into: The targets.
         selection: The names that count.
-        names: The names of the header, with their rows.
+        row_of_name: The row of each name of the header.
         filled: Names of targets whose bytes other targets fill.
 
     Attributes:
@@ -51,17 +51,18 @@ class ObjectFit:
         header: Header,
         into: Into,
         selection: Selection,
-        names: Mapping[str, int],
+        row_of_name: Mapping[str, int],
         filled: Iterable[str],
     ) -> None:
-        self._into, self._selection, self._names, self._filled = into, selection, names, filled
+        self._into, self._selection = into, selection
+        self._row_of_name, self._filled = row_of_name, filled
         self._pickled = header.codec == "pickle"
         self.whole: dict[str, torch.Tensor] = {}
         if self._pickled:
             self.whole = {
                 name: tensor
                 for name, tensor in interruptible(into.tensors.items())
-                if name in selection and name not in names and is_copied_whole(tensor)
+                if name in selection and name not in row_of_name and is_copied_whole(tensor)
             }
         self._received: dict[str, torch.Tensor] = {}
         self.rehearses = bool(self.whole) or any(module.others for module in into.modules)
@@ -132,7 +133,7 @@ class ObjectFit:
         return named
 
     def _takes(self, name: str, known: Known) -> bool:
-        return name in self._names or name in self.whole or known.takes(name)
+        return name in self._row_of_name or name in self.whole or known.takes(name)
 
     def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """Note a tensor of the object, and return its target if that is one of ``whole``."""
@@ -174,5 +175,5 @@ class ObjectFit:
     ) -> Exchange | BufferSwap | WithModules | None:
         strict = self._into.strict
         whole = TensorLoad(self.whole, received, strict=strict, staged=kept, rehearsal=rehearsal)
-        names = [*self._names, *self._filled]
+        names = [*self._row_of_name, *self._filled]
         return with_modules(tensors, self._into, obj, names, self._selection, whole, staged=kept)

@@ -110,8 +110,8 @@ class Match:
     """The names of a message, compared with the selection and with the targets.
 
     Attributes:
-        by_name: Whether names matter; if not, ``number_of`` is empty.
-        number_of: The row of each name.
+        by_name: Whether names matter; if not, ``row_of_name`` is empty.
+        row_of_name: The row of each name.
         selection: The names that count.
         composites: Tensors of several rows that have names.
         targets: By name, those that have a tensor in the message.
@@ -122,7 +122,7 @@ class Match:
     """
 
     by_name: bool
-    number_of: dict[str, int]
+    row_of_name: dict[str, int]
     selection: Selection
     composites: Composites
     targets: dict[str, torch.Tensor]
@@ -134,7 +134,7 @@ class Match:
     @property
     def tables(self) -> list[list[Any] | dict[Any, Any]]:
         """Tables that may be as long as those of the header."""
-        return [self.number_of, *self.composites.tables]
+        return [self.row_of_name, *self.composites.tables]
 
 
 def match_names(context: LoadContext, composites: Composites | None = None) -> Match:
@@ -149,15 +149,15 @@ def match_names(context: LoadContext, composites: Composites | None = None) -> M
         MismatchError: The message does not fit ``into`` or ``select``.
     """
     _check_byteorder(context)
-    number_of: dict[str, int] = {}
+    row_of_name: dict[str, int] = {}
     if context.options.select is not None or context.into is not None or context.named_only:
-        number_of = rows_by_name(context.header.tensors)
+        row_of_name = rows_by_name(context.header.tensors)
     composites = composites or Composites.none()
     try:
-        return _match(context, number_of, composites)
+        return _match(context, row_of_name, composites)
     except Exception:
         # The caller's thread may be an event loop, and the error would free them there.
-        release(number_of, *composites.tables)
+        release(row_of_name, *composites.tables)
         raise
 
 
@@ -172,15 +172,15 @@ def _check_byteorder(context: LoadContext) -> None:
         )
 
 
-def _match(context: LoadContext, number_of: dict[str, int], composites: Composites) -> Match:
+def _match(context: LoadContext, row_of_name: dict[str, int], composites: Composites) -> Match:
     header, into = context.header, context.into
-    names = [*number_of, *(into.names if into else ()), *composites.names]
+    names = [*row_of_name, *(into.names if into else ()), *composites.names]
     selection = Selection(context.options.select, names, composites.refused)
     # A load makes all of them, and leaves out of the object those that are not selected.
     others = interruptible(composites.names) if context.named_only else ()
     composites.choose([name for name in others if name in selection])
     if into is not None and not selection.all:
-        selection.add(into.parts(number_of, selection))
+        selection.add(into.parts(row_of_name, selection))
     found = MatchedTargets({}, [], {}, set())
     fit = None
     if into is not None:
@@ -193,15 +193,15 @@ def _match(context: LoadContext, number_of: dict[str, int], composites: Composit
             strict=into.strict,
             cast=into.cast,
         )
-        fit = ObjectFit(header, into, selection, number_of, found.filled)
+        fit = ObjectFit(header, into, selection, row_of_name, found.filled)
     return Match(
         by_name=context.named_only or into is not None or not selection.all,
-        number_of=number_of,
+        row_of_name=row_of_name,
         selection=selection,
         composites=composites,
         targets=found.tensors,
         memory_states={name: memory_state(tensor) for name, tensor in found.tensors.items()},
         extents=found.extents,
-        ties=Ties(header, context.layout, found.ties, number_of),
+        ties=Ties(header, context.layout, found.ties, row_of_name),
         fit=fit,
     )

@@ -74,7 +74,7 @@ def place(context: LoadContext, match: Match) -> Placement:
     """
     prebuilt: dict[int, torch.Tensor] = {}
     for name, tensor in match.targets.items():
-        prebuilt.setdefault(match.number_of[name], tensor)
+        prebuilt.setdefault(match.row_of_name[name], tensor)
     if match.by_name:
         storages = _storage_rows(context, match, prebuilt)
     else:

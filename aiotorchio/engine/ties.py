@@ -28,7 +28,7 @@ class Ties:
         header: Of the message.
         layout: Of the header.
         ties: The names of each target for which the message has several tensors.
-        number_of: The row of each name.
+        row_of_name: The row of each name.
 
     Attributes:
         mixed: Storages in which tensors of one target lie among each other.
@@ -39,10 +39,10 @@ class Ties:
         header: Header,
         layout: Layout,
         ties: Sequence[Sequence[str]],
-        number_of: Mapping[str, int],
+        row_of_name: Mapping[str, int],
     ) -> None:
         self._header, self._layout = header, layout
-        self._ties, self._number_of = ties, number_of
+        self._ties, self._row_of_name = ties, row_of_name
         self.mixed: set[int] = set()
         for names in interruptible(ties, 100):
             views = {view_of_row(self._row(name)): name for name in names}
@@ -75,7 +75,7 @@ class Ties:
         return devices[self._row(name).storage] is not None, self._span(name)
 
     def _row(self, name: str) -> TensorRow:
-        return self._header.tensors[self._number_of[name]]
+        return self._header.tensors[self._row_of_name[name]]
 
     def _span(self, name: str) -> tuple[int, int]:
         """The first byte of a tensor in the payload, and the first one after it."""

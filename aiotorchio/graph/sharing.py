@@ -42,13 +42,13 @@ class Sharing(NamedTuple):
 
 
 def shared(
-    header: Header, numbers: Mapping[str, int], tensors: Mapping[str, torch.Tensor]
+    header: Header, row_of_name: Mapping[str, int], tensors: Mapping[str, torch.Tensor]
 ) -> Sharing:
     """Compare the memory that targets share with the storages that the message's tensors share.
 
     Args:
         header: The header of the message.
-        numbers: The row of each name.
+        row_of_name: The row of each name.
         tensors: The targets; each fits its row.
     """
     found = Sharing([], {}, extents_of(tensors))
@@ -60,13 +60,13 @@ def shared(
         origins: dict[str, Origin] = {}
         for names in _grouped_by_memory(tensors, sorted(keys, key=order.__getitem__)):
             first = names[0]
-            views = {view_of_row(header.tensors[numbers[name]]) for name in names}
+            views = {view_of_row(header.tensors[row_of_name[name]]) for name in names}
             if len(views) > 1:
                 found.ties.append(names)
                 # The tensors of a tie are compared with each other only.
                 origins[first] = Origin(kinds.setdefault(("tie", first), len(kinds)))
             else:
-                row = header.tensors[numbers[first]]
+                row = header.tensors[row_of_name[first]]
                 kind = kinds.setdefault(_kind(row, tensors[first].dtype), len(kinds))
                 origins[first] = Origin(kind, row.offset, row.stride)
         if len(origins) > 1:

@@ -114,23 +114,23 @@ def match_targets(
     Raises:
         MismatchError: The message does not fit the targets; lists all differences.
     """
-    names = rows_by_name(header.tensors)
+    row_of_name = rows_by_name(header.tensors)
     found = {
         name: tensor
         for name, tensor in interruptible(destinations.items())
-        if name in names and name in selection
+        if name in row_of_name and name in selection
     }
     reasons = {
-        name: _misfit(header, names[name], tensor, cast=cast)
+        name: _misfit(header, row_of_name[name], tensor, cast=cast)
         for name, tensor in interruptible(found.items(), 100)
     }
     misfits = {name: reason for name, reason in reasons.items() if reason is not None}
-    misfits |= _refusals(header, names, modules, selection)
+    misfits |= _refusals(header, row_of_name, modules, selection)
     fitting = {name: each for name, each in found.items() if name not in misfits}
-    sharing = shared(header, names, fitting)
+    sharing = shared(header, row_of_name, fitting)
     misfits |= sharing.misfits
     sides = (
-        _one_sided(header, names, destinations, modules, selection, fitting)
+        _one_sided(header, row_of_name, destinations, modules, selection, fitting)
         if strict
         else _OneSided([], [], set(), {}, 0, False)
     )
@@ -163,7 +163,7 @@ class _OneSided(NamedTuple):
 
 def _one_sided(
     header: Header,
-    names: Mapping[str, int],
+    row_of_name: Mapping[str, int],
     destinations: Mapping[str, torch.Tensor],
     modules: Sequence[ModuleDestination],
     selection: Container[str],
@@ -171,11 +171,11 @@ def _one_sided(
 ) -> _OneSided:
     """Find the names that one side lacks.
 
-    ``names`` has the row of each name of the message, and ``fitting`` the targets that fit theirs;
-    see ``match_targets`` for the other arguments.
+    ``row_of_name`` has the row of each name of the message, and ``fitting`` the targets that fit
+    theirs; see ``match_targets`` for the other arguments.
     """
     filled: set[str] = set()
-    missing = [name for name in destinations if name in selection and name not in names]
+    missing = [name for name in destinations if name in selection and name not in row_of_name]
     if missing:
         others = {
             name: destinations[name] for name in missing if _can_be_filled(destinations[name])
@@ -192,12 +192,12 @@ def _one_sided(
     ]
     unexpected = [
         name
-        for name in interruptible(names)
+        for name in interruptible(row_of_name)
         if name in selection and name not in destinations and not known.takes(name)
     ]
     unnamed = count_unnamed(header)
     compared_later = any(module.others for module in modules) or any(
-        name not in names and is_copied_whole(tensor) for name, tensor in destinations.items()
+        name not in row_of_name and is_copied_whole(tensor) for name, tensor in destinations.items()
     )
     return _OneSided(missing, unexpected, filled, known.refused, unnamed, compared_later)
 
@@ -284,7 +284,7 @@ class Known:
 
 def _refusals(
     header: Header,
-    names: Mapping[str, int],
+    row_of_name: Mapping[str, int],
     modules: Iterable[ModuleDestination],
     selection: Container[str],
 ) -> dict[str, str]:
@@ -293,11 +293,11 @@ def _refusals(
     for module in modules:
         for entry in module.others:
             name = module.prefix + entry
-            if name not in selection or name not in names:
+            if name not in selection or name not in row_of_name:
                 continue
             reason = module.refusal(entry)
             if reason is None:
-                reason = _unloadable(header, names[name], module.loaded_by_torch(entry))
+                reason = _unloadable(header, row_of_name[name], module.loaded_by_torch(entry))
             if reason is not None:
                 refused[name] = reason
     return refused

@@ -205,14 +205,14 @@ def specs_of(header: Header) -> dict[str, TensorSpec]:
     return found
 
 
-def _in_order(names: Mapping[str, int], header: Header) -> Iterable[tuple[str, int]]:
+def _in_order(row_of_name: Mapping[str, int], header: Header) -> Iterable[tuple[str, int]]:
     """Names with their rows, in the order of the storages of the rows."""
     storages = [row.storage for row in interruptible(header.tensors)]
     if all(one <= other for one, other in interruptible(pairwise(storages))):
-        return names.items()
+        return row_of_name.items()
     # Sorting half a million names in one call would hold up all other threads.
     of_storage: list[list[tuple[str, int]] | None] = [None] * len(header.storages)
-    for item in interruptible(names.items()):
+    for item in interruptible(row_of_name.items()):
         listed = of_storage[storages[item[1]]] = of_storage[storages[item[1]]] or []
         listed.append(item)
     return chain.from_iterable(filter(None, of_storage))

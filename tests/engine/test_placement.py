@@ -51,7 +51,7 @@ def foreign(header: Header) -> Header:
 
 def test_without_options_names_do_not_matter() -> None:
     match, placement = placed(context_of())
-    assert not match.by_name and not match.number_of and not match.targets
+    assert not match.by_name and not match.row_of_name and not match.targets
     assert match.selection.all and match.fit is None
     assert placement.devices == [CPU] * 3 and not placement.prebuilt
 
