@@ -172,8 +172,8 @@ class Finish:
         """Whether the object needs more than the right tensor in the place of each row."""
         match = self.match
         # In a pickle, a tensor can be made of that of its row: with attributes, for example.
-        whole = match.fit is not None and bool(match.fit.whole)
-        pickled = (bool(match.targets) or whole) and self.context.header.codec == "pickle"
+        composites = match.fit is not None and bool(match.fit.composite_targets)
+        pickled = (bool(match.targets) or composites) and self.context.header.codec == "pickle"
         more = len(match.targets) > len(self.placement.prebuilt)
         return pickled or not match.selection.all or more
 

@@ -24,7 +24,7 @@ from aiotorchio.graph.strays import (
     refused_extra_states,
 )
 from aiotorchio.graph.targets import Known
-from aiotorchio.graph.tensor_load import TensorLoad, is_copied_whole
+from aiotorchio.graph.tensor_load import TensorLoad, is_composite_target
 from aiotorchio.memory.atomic import BufferSwap, Exchange
 from aiotorchio.wire.header import Header, shortened
 
@@ -42,7 +42,7 @@ class ObjectFit:
         filled: Names of targets whose bytes other targets fill.
 
     Attributes:
-        whole: Targets that are copied from a whole tensor of the object, by name.
+        composite_targets: Targets that are copied from a whole tensor of the object, by name.
         rehearses: Whether the object must be compared, too, and not only the header.
     """
 
@@ -57,15 +57,17 @@ class ObjectFit:
         self._into, self._selection = into, selection
         self._row_of_name, self._filled = row_of_name, filled
         self._pickled = header.codec == "pickle"
-        self.whole: dict[str, torch.Tensor] = {}
+        self.composite_targets: dict[str, torch.Tensor] = {}
         if self._pickled:
-            self.whole = {
+            self.composite_targets = {
                 name: tensor
                 for name, tensor in interruptible(into.tensors.items())
-                if name in selection and name not in row_of_name and is_copied_whole(tensor)
+                if name in selection and name not in row_of_name and is_composite_target(tensor)
             }
         self._received: dict[str, torch.Tensor] = {}
-        self.rehearses = bool(self.whole) or any(module.others for module in into.modules)
+        self.rehearses = bool(self.composite_targets) or any(
+            module.others for module in into.modules
+        )
         self._rehearsed = False
 
     def note_skeleton(self, skeleton: bytes) -> None:
@@ -84,7 +86,9 @@ class ObjectFit:
         """
         self.look(obj)
         named = self._check(obj, kept=True)
-        received = {name: tensor for name, tensor in named.items() if name in self.whole}
+        received = {
+            name: tensor for name, tensor in named.items() if name in self.composite_targets
+        }
         self._loads(None, obj, received, kept=True, rehearsal=True)
         self._rehearsed = True
 
@@ -133,11 +137,11 @@ class ObjectFit:
         return named
 
     def _takes(self, name: str, known: Known) -> bool:
-        return name in self._row_of_name or name in self.whole or known.takes(name)
+        return name in self._row_of_name or name in self.composite_targets or known.takes(name)
 
     def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Note a tensor of the object, and return its target if that is one of ``whole``."""
-        target = self.whole.get(name)
+        """Note a tensor of the object; return its target if ``composite_targets`` has one."""
+        target = self.composite_targets.get(name)
         if target is not None and self._received.setdefault(name, tensor) is not tensor:
             raise MismatchError(
                 "two tensors of the object have this name, and one target: load without into, or "
@@ -147,8 +151,8 @@ class ObjectFit:
         return target
 
     def names_with(self, names: Collection[str]) -> Collection[str]:
-        """Add the names of ``whole`` to these names."""
-        return {*names, *self.whole} if self.whole else names
+        """Add the names of ``composite_targets`` to these names."""
+        return {*names, *self.composite_targets} if self.composite_targets else names
 
     def loads(
         self, tensors: Exchange | BufferSwap | None, obj: Any
@@ -174,6 +178,10 @@ class ObjectFit:
         rehearsal: bool = False,
     ) -> Exchange | BufferSwap | WithModules | None:
         strict = self._into.strict
-        whole = TensorLoad(self.whole, received, strict=strict, staged=kept, rehearsal=rehearsal)
+        composite_load = TensorLoad(
+            self.composite_targets, received, strict=strict, staged=kept, rehearsal=rehearsal
+        )
         names = [*self._row_of_name, *self._filled]
-        return with_modules(tensors, self._into, obj, names, self._selection, whole, staged=kept)
+        return with_modules(
+            tensors, self._into, obj, names, self._selection, composite_load, staged=kept
+        )

@@ -84,7 +84,7 @@ def with_modules(
     received: Any,
     names: Iterable[str],
     selection: Container[str],
-    whole: TensorLoad,
+    composite_load: TensorLoad,
     *,
     staged: bool,
 ) -> Exchange | BufferSwap | WithModules | None:
@@ -97,14 +97,14 @@ def with_modules(
         names: Of tensors that have their numbers: those of the message, and targets that other
             targets fill.
         selection: The names that count.
-        whole: Targets that are copied from whole tensors.
+        composite_load: The load of the composite targets.
         staged: Whether all tensors are unchanged until the commit.
 
     Raises:
         MismatchError: The object does not fit the modules.
     """
     modules = [module for module in into.modules if not module.only_tensors]
-    loads: list[ModuleLoad | TensorLoad] = [whole]
+    loads: list[ModuleLoad | TensorLoad] = [composite_load]
     if modules:
         strict = into.strict
         names = [name for name in interruptible(names) if name in selection]

@@ -79,7 +79,7 @@ def _floats(flattened: Flattened) -> dict[int, torch.dtype]:
     """Return the dtype of each floating-point storage that only named tensors of one dtype show."""
     found: dict[int, torch.dtype] = {}
     header = flattened.header
-    others = set(flattened.whole)
+    others = set(flattened.direct_storages)
     others |= {
         index
         for index, storage in enumerate(header.storages)

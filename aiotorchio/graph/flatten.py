@@ -53,7 +53,7 @@ class Flattened:
         storages: The storage of each storage row of the header.
         parts: By number, the ranges to send of storages that are not sent as a whole.
         left_out: Bytes of storages that are not sent.
-        whole: Numbers of storages that the object refers to directly.
+        direct_storages: Numbers of storages that the object refers to directly.
         versions: The version counters of the tensors, as they are now.
     """
 
@@ -62,7 +62,7 @@ class Flattened:
     storages: list[torch.UntypedStorage]
     parts: dict[int, list[Part]] = field(default_factory=dict)
     left_out: int = 0
-    whole: frozenset[int] = frozenset()
+    direct_storages: frozenset[int] = frozenset()
     versions: Versions = field(default_factory=Versions)
 
     def for_message(
@@ -129,13 +129,13 @@ def flatten(
         tensors=table.tensors,
     )
     parts, left_out = (
-        without_gaps(table.tensors, table.storages, table.locations, table.whole)
+        without_gaps(table.tensors, table.storages, table.locations, table.direct_storages)
         if compact
         else ({}, 0)
     )
     versions = Versions([*table.kept, *table.others], table.tensors)
-    whole = frozenset(table.whole)
-    return Flattened(header, skeleton, table.sources, parts, left_out, whole, versions)
+    direct_storages = frozenset(table.direct_storages)
+    return Flattened(header, skeleton, table.sources, parts, left_out, direct_storages, versions)
 
 
 def _encode(

@@ -130,7 +130,7 @@ def revise(
         LimitExceeded: The object is nested deeper than Python's recursion limit allows.
     """
     try:
-        return _Revision(names, change).whole(obj)
+        return _Revision(names, change).apply(obj)
     except RecursionError:
         raise LimitExceeded(
             "the object is nested too deep for Python's recursion limit", entry="skeleton"
@@ -154,7 +154,7 @@ class _Revision:
         # By container: the container in the result.
         self._done: dict[int, Any] = {}
 
-    def whole(self, obj: Any) -> Any:
+    def apply(self, obj: Any) -> Any:
         """Return the replacement of the object."""
         if isinstance(obj, torch.Tensor):
             name = self._name(None)

@@ -20,7 +20,7 @@ from aiotorchio.common.strides import order_of
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.modules import UNKNOWN_MAX, ModuleDestination, has_memory
 from aiotorchio.graph.sharing import VIEW_BITS, filled_by_others, shared
-from aiotorchio.graph.tensor_load import is_copied_whole, kind_of, spread_misfit
+from aiotorchio.graph.tensor_load import is_composite_target, kind_of, spread_misfit
 from aiotorchio.overlap.extents import Extents
 from aiotorchio.table.names import count_unnamed, rows_by_name, walk
 from aiotorchio.table.torch_dtypes import torch_dtype
@@ -188,7 +188,7 @@ def _one_sided(
         if name not in filled
         and not known.judges(name)
         # It is received as a part of the object, and compared when that has been built.
-        and not (header.codec == "pickle" and is_copied_whole(destinations[name]))
+        and not (header.codec == "pickle" and is_composite_target(destinations[name]))
     ]
     unexpected = [
         name
@@ -197,7 +197,8 @@ def _one_sided(
     ]
     unnamed = count_unnamed(header)
     compared_later = any(module.others for module in modules) or any(
-        name not in row_of_name and is_copied_whole(tensor) for name, tensor in destinations.items()
+        name not in row_of_name and is_composite_target(tensor)
+        for name, tensor in destinations.items()
     )
     return _OneSided(missing, unexpected, filled, known.refused, unnamed, compared_later)
 

@@ -29,10 +29,10 @@ _WHOLE = (
 # The state of a target after an error of a load that is not staged.
 WRITTEN = " (its tensors were written to; with staged=True they would be as before)"
 
-__all__ = ["WRITTEN", "TensorLoad", "is_copied_whole", "kind_of", "spread_misfit"]
+__all__ = ["WRITTEN", "TensorLoad", "is_composite_target", "kind_of", "spread_misfit"]
 
 
-def is_copied_whole(tensor: torch.Tensor) -> bool:
+def is_composite_target(tensor: torch.Tensor) -> bool:
     """Whether a target takes a whole tensor instead of bytes."""
     if torch.nn.parameter.is_lazy(tensor):
         return False

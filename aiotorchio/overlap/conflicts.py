@@ -84,8 +84,8 @@ def filled(targets: Mapping[Key, Footprint], others: Sequence[Footprint]) -> set
 
     All tensors are on one device, and have elements.
     """
-    whole = Extents((each.start, each.end, None) for each in others if len(runs_of(each)) == 1)
-    ranges = Extents((start, end, (start, end)) for start, end in whole.ranges())
+    dense = Extents((each.start, each.end, None) for each in others if len(runs_of(each)) == 1)
+    ranges = Extents((start, end, (start, end)) for start, end in dense.ranges())
     found, waiting = set(), {}
     for key, each in interruptible(targets.items(), 100):
         if any(

@@ -48,7 +48,7 @@ def compact(
     tensors: Sequence[TensorRow],
     storages: Sequence[StorageRow],
     locations: Sequence[str],
-    whole: Iterable[int],
+    direct_storages: Iterable[int],
 ) -> tuple[dict[int, list[Part]], int]:
     """Change the rows to rows of smaller storages.
 
@@ -56,7 +56,7 @@ def compact(
         tensors: Tensor rows; their offsets and strides are changed in place.
         storages: Storage rows; their sizes are changed in place.
         locations: The location tags of the header.
-        whole: Storages that the object refers to directly; they stay as they are.
+        direct_storages: Storages that the object refers to directly; they stay as they are.
 
     Returns:
         The ranges to send of each smaller storage, by number, and the number of bytes left out.
@@ -70,7 +70,7 @@ def compact(
         views.setdefault(row.storage, []).append(_View(row, itemsize, order, start, end))
     parts: dict[int, list[Part]] = {}
     left_out = 0
-    for index in views.keys() - set(whole):
+    for index in views.keys() - set(direct_storages):
         storage = storages[index]
         if locations[storage.location] == META_LOCATION or storage.nbytes == _shown(views[index]):
             continue

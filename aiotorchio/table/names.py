@@ -237,7 +237,7 @@ def check_names(obj: Any, rows: Sequence[TensorRow]) -> None:
     Raises:
         ProtocolError: The names of a row are not all paths of its tensor.
     """
-    _Check(rows).whole(obj)
+    _Check(rows).check(obj)
 
 
 class _Check:
@@ -251,7 +251,7 @@ class _Check:
         self._parts: list[str] = []
         self._length = 0
 
-    def whole(self, obj: Any) -> None:
+    def check(self, obj: Any) -> None:
         self._visit(obj)
         for index, names in interruptible(enumerate(self._names)):
             if names:

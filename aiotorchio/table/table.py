@@ -48,7 +48,7 @@ class Table:
         storages: One row for each distinct storage.
         sources: The storages themselves, in the order of their rows.
         locations: Location tags that the storages refer to.
-        whole: Storages that the object refers to directly, not only through tensors.
+        direct_storages: Storages that the object refers to directly, not only through tensors.
         kept: The tensors themselves, in the order of their rows.
         others: Tensors that have no row, and are in the pickle.
     """
@@ -60,7 +60,7 @@ class Table:
         self.storages: list[StorageRow] = []
         self.sources: list[torch.UntypedStorage] = []
         self.locations: list[str] = []
-        self.whole: set[int] = set()
+        self.direct_storages: set[int] = set()
         # Rows are found by id(), so every tensor must live as long as the table.
         self.kept: list[torch.Tensor] = []
         self.others: list[torch.Tensor] = []
@@ -126,7 +126,7 @@ class Table:
             The number of its row.
         """
         index = self._storage_row(storage, unit)
-        self.whole.add(index)
+        self.direct_storages.add(index)
         return index
 
     def _storage_row(self, storage: torch.UntypedStorage, unit: int) -> int:
