@@ -181,8 +181,8 @@ class Finish:
         names: Collection[str] = self.match.row_of_name.keys()
         if self.match.fit is not None:
             names = self.match.fit.names_with(names)
-        others = self.match.composites.names.keys()
-        return {*names, *others} if others else names
+        composites = self.match.composites.names.keys()
+        return {*names, *composites} if composites else names
 
     def _revision(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """The tensor that takes the place of one of the object; None: it is left out."""

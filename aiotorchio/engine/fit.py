@@ -66,7 +66,7 @@ class ObjectFit:
             }
         self._received: dict[str, torch.Tensor] = {}
         self.rehearses = bool(self.composite_targets) or any(
-            module.others for module in into.modules
+            module.other_entries for module in into.modules
         )
         self._rehearsed = False
 

@@ -177,8 +177,8 @@ def _match(context: LoadContext, row_of_name: dict[str, int], composites: Compos
     names = [*row_of_name, *(into.names if into else ()), *composites.names]
     selection = Selection(context.options.select, names, composites.refused)
     # A load makes all of them, and leaves out of the object those that are not selected.
-    others = interruptible(composites.names) if context.named_only else ()
-    composites.choose([name for name in others if name in selection])
+    candidates = interruptible(composites.names) if context.named_only else ()
+    composites.choose([name for name in candidates if name in selection])
     if into is not None and not selection.all:
         selection.add(into.parts(row_of_name, selection))
     found = MatchedTargets({}, [], {}, set())

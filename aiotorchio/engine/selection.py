@@ -98,12 +98,12 @@ class Into:
         """The names of all tensors and other entries that can be received."""
         yield from self.tensors
         for module in self.modules:
-            for name in module.others:
+            for name in module.other_entries:
                 yield module.prefix + name
 
     def parts(self, names: Iterable[str], selection: Container[str]) -> Iterator[str]:
         """The names inside of selected entries of modules: extra state is loaded as a whole."""
-        modules = [module for module in self.modules if module.others]
+        modules = [module for module in self.modules if module.other_entries]
         for name in interruptible(names) if modules else ():
             for module in modules:
                 if name.startswith(module.prefix):
@@ -118,15 +118,17 @@ class Selection:
     Args:
         select: The option; None: all names.
         names: All names that are known.
-        others: The reason why there may be more names; "" if there are none.
+        unknown_reason: The reason why there may be more names; "" if there are none.
 
     Attributes:
         all: Whether all names are selected.
     """
 
-    def __init__(self, select: Select | None, names: Iterable[str], others: str = "") -> None:
+    def __init__(
+        self, select: Select | None, names: Iterable[str], unknown_reason: str = ""
+    ) -> None:
         self.all = select is None
-        self._names = set() if select is None else selected(select, names, others)
+        self._names = set() if select is None else selected(select, names, unknown_reason)
 
     def add(self, names: Iterable[str]) -> None:
         """Select more names."""

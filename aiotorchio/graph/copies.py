@@ -79,8 +79,8 @@ def _floats(flattened: Flattened) -> dict[int, torch.dtype]:
     """Return the dtype of each floating-point storage that only named tensors of one dtype show."""
     found: dict[int, torch.dtype] = {}
     header = flattened.header
-    others = set(flattened.direct_storages)
-    others |= {
+    kept = set(flattened.direct_storages)
+    kept |= {
         index
         for index, storage in enumerate(header.storages)
         if header.locations[storage.location] == META_LOCATION
@@ -88,11 +88,11 @@ def _floats(flattened: Flattened) -> dict[int, torch.dtype]:
     for row in header.tensors:
         dtype = torch_dtype(row.dtype)
         if found.setdefault(row.storage, dtype) != dtype or not row.names:
-            others.add(row.storage)
+            kept.add(row.storage)
     return {
         index: dtype
         for index, dtype in found.items()
-        if dtype.is_floating_point and index not in others and _converts(dtype)
+        if dtype.is_floating_point and index not in kept and _converts(dtype)
     }
 
 

@@ -133,7 +133,7 @@ def flatten(
         if compact
         else ({}, 0)
     )
-    versions = Versions([*table.kept, *table.others], table.tensors)
+    versions = Versions([*table.kept, *table.without_row], table.tensors)
     direct_storages = frozenset(table.direct_storages)
     return Flattened(header, skeleton, table.sources, parts, left_out, direct_storages, versions)
 

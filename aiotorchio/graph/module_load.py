@@ -66,7 +66,7 @@ class ModuleLoad:
         entries = self._collected(received, root, names, lengths)
         missing = [
             key
-            for key in (*tensors, *destination.others)
+            for key in (*tensors, *destination.other_entries)
             if key not in entries and prefix + key in wanted
         ]
         self._check(entries, missing)
@@ -75,7 +75,7 @@ class ModuleLoad:
         self._entries = Entries(entries, owner)
         # The submodules to load: of a selection, those with a part of it.
         reached = destination.with_those_above({owner(key) for key in interruptible(entries)})
-        everything = all(prefix + key in wanted for key in (*tensors, *destination.others))
+        everything = all(prefix + key in wanted for key in (*tensors, *destination.other_entries))
         self._paths = destination.active if everything else destination.active & reached
         self._paths = self._paths | {owner(key) for key in entries if key not in tensors}
         if strict:
@@ -109,7 +109,7 @@ class ModuleLoad:
         ][:UNKNOWN_MAX]
         # Extra state is included that no submodule takes, so that it is found and reported.
         shown = root if isinstance(root, Mapping) else ()
-        others = [*destination.others, *filter(is_extra_state, interruptible(shown))]
+        others = [*destination.other_entries, *filter(is_extra_state, interruptible(shown))]
         others = [key for key in others if prefix + key in wanted]
         for key in interruptible([*unknown, *others], 1):
             value = find(root, key, lengths)
@@ -124,7 +124,7 @@ class ModuleLoad:
         """Refuse entries that would be refused later, and shards of another rank."""
         destination, prefix = self._destination, self._destination.prefix
         misfits: dict[str, str] = {}
-        for key in destination.others:
+        for key in destination.other_entries:
             received, tensor = entries.get(key), destination.loaded_by_torch(key)
             if tensor is not None and isinstance(received, torch.Tensor):
                 reason = spread_misfit(received, tensor)
@@ -132,8 +132,10 @@ class ModuleLoad:
                     misfits[prefix + key] = reason
         missing, unexpected = list[str](), list[str]()
         if self._strict:
-            others = destination.others
-            missing = [prefix + key for key in absent if key in others and destination.needs(key)]
+            other_entries = destination.other_entries
+            missing = [
+                prefix + key for key in absent if key in other_entries and destination.needs(key)
+            ]
             unexpected = [prefix + key for key in entries if destination.refuses(key)]
         if misfits or missing or unexpected:
             lines = [f"{shortened(name)}: {why}" for name, why in misfits.items()]
@@ -165,10 +167,11 @@ class ModuleLoad:
         """
         missing, unexpected, errors = list(self._missing), list[str](), list[str]()
         yield from self._load("", missing, unexpected, errors)
-        prefix, others = self._destination.prefix, self._destination.others
+        prefix = self._destination.prefix
+        other_entries = self._destination.other_entries
         missing = [prefix + key for key in missing if prefix + key in self._wanted]
         missing = missing if self._strict else []
-        unexpected = [prefix + key for key in unexpected if self._strict or key in others]
+        unexpected = [prefix + key for key in unexpected if self._strict or key in other_entries]
         if missing or unexpected or errors:
             lines = [
                 *errors,

@@ -62,7 +62,7 @@ class ModuleDestination:
         prefix: The path with a dot after it; empty if the path is.
         tensors: Parameters and persistent buffers by their name in ``state_dict()``, which are
             received into.
-        others: The names of all other entries of ``state_dict()``, with the path of their
+        other_entries: The names of all other entries of ``state_dict()``, with the path of their
             submodule.
         active: Paths of the submodules that have more to load than ``tensors``.
         only_tensors: Whether every load is done when ``tensors`` are filled.
@@ -101,9 +101,9 @@ class ModuleDestination:
                 others.append(name)
         # A peer chooses the names to look up: of any length, with any number of dots.
         self._lengths = sorted(set(map(len, self._submodules)), reverse=True)
-        self.others = {name: self.owner(name) for name in others}
-        self._lengths_of_others = sorted(set(map(len, self.others)))
-        self.active = set(self.others.values()) | found.active
+        self.other_entries = {name: self.owner(name) for name in others}
+        self._entry_lengths = sorted(set(map(len, self.other_entries)))
+        self.active = set(self.other_entries.values()) | found.active
         self._excuses, self._renames = found.excuses, found.renames
         self.only_tensors = not self.active and not found.norms
         if self.active:
@@ -152,22 +152,24 @@ class ModuleDestination:
         return found
 
     def entry(self, name: str) -> str | None:
-        """Return the entry of ``others`` that a tensor of the message is, or is a part of."""
-        found = (each for each in beginnings(name, self._lengths_of_others) if each in self.others)
+        """Return the one of ``other_entries`` that a tensor of the message is, or belongs to."""
+        found = (
+            each for each in beginnings(name, self._entry_lengths) if each in self.other_entries
+        )
         return next(found, None)
 
     def loaded_by_torch(self, name: str) -> torch.Tensor | None:
-        """Return the parameter or buffer of an entry of ``others`` that torch's code loads."""
-        path = self.others[name]
+        """Return the parameter or buffer of one of ``other_entries`` that torch's code loads."""
+        path = self.other_entries[name]
         submodule = self._submodules[path]
         own = torch_private_modules.persistent_tensors(submodule)
         return None if self.judges(name) else own.get(name.removeprefix(path + "." if path else ""))
 
     def needs(self, name: str) -> bool:
-        """Whether torch's own code reports a missing entry of ``others``."""
+        """Whether torch's own code reports a missing entry of ``other_entries``."""
         if self._excuses or self.judges(name):
             return False
-        path = self.others[name]
+        path = self.other_entries[name]
         if name.removeprefix(path + "." if path else "") == EXTRA_STATE:
             # As torch: what a class shows and does not take back is not missed.
             return torch_private_modules.takes_extra_state(self.submodule(path))
@@ -177,7 +179,7 @@ class ModuleDestination:
         """Whether torch's own code reports extra state that no submodule takes."""
         return (
             name.rpartition(".")[2] == EXTRA_STATE
-            and name not in self.others
+            and name not in self.other_entries
             and not self._excuses
             and not self.judges(name)
         )
@@ -201,8 +203,8 @@ class ModuleDestination:
         return True
 
     def refusal(self, name: str) -> str | None:
-        """Return the reason why an entry of ``others`` cannot be loaded; None if it can."""
-        path = self.others[name]
+        """Return the reason why an entry of ``other_entries`` cannot be loaded; None if it can."""
+        path = self.other_entries[name]
         submodule = self._submodules[path]
         key = name.removeprefix(path + "." if path else "")
         if key in torch_private_modules.persistent_tensors(submodule) or self.judges(name):

@@ -35,14 +35,14 @@ _SORTED_AT_ONCE = 10_000
 _COMPARED_MAX = 2**16
 
 
-def selected(select: Select, names: Iterable[str], others: str = "") -> set[str]:
+def selected(select: Select, names: Iterable[str], unknown_reason: str = "") -> set[str]:
     """Return the selected names.
 
     Args:
         select: A name or a pattern (``*``, ``?`` and ``[...]`` as in ``fnmatch``; ``*`` matches
             dots as well), several of them, or a function of a name.
         names: The names of the message.
-        others: The reason why the names of composite tensors are unknown, for errors.
+        unknown_reason: The reason why the names of composite tensors are unknown, for errors.
 
     Raises:
         MismatchError: A name or a pattern has no match.
@@ -63,7 +63,11 @@ def selected(select: Select, names: Iterable[str], others: str = "") -> set[str]
         if not matches:
             unmatched.append(pattern)
     if unmatched:
-        unknown = f" (the names of composite tensors are unknown: {others})" if others else ""
+        unknown = (
+            f" (the names of composite tensors are unknown: {unknown_reason})"
+            if unknown_reason
+            else ""
+        )
         listed = ", ".join(map(repr, unmatched))
         raise MismatchError(f"selected, but not in the message{unknown}: {listed}")
     return found

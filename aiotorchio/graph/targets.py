@@ -177,10 +177,10 @@ def _one_sided(
     filled: set[str] = set()
     missing = [name for name in destinations if name in selection and name not in row_of_name]
     if missing:
-        others = {
+        fillable = {
             name: destinations[name] for name in missing if _can_be_filled(destinations[name])
         }
-        filled = set(filled_by_others(others, fitting))
+        filled = set(filled_by_others(fillable, fitting))
     known = Known(modules)
     missing = [
         name
@@ -196,7 +196,7 @@ def _one_sided(
         if name in selection and name not in destinations and not known.takes(name)
     ]
     unnamed = count_unnamed(header)
-    compared_later = any(module.others for module in modules) or any(
+    compared_later = any(module.other_entries for module in modules) or any(
         name not in row_of_name and is_composite_target(tensor)
         for name, tensor in destinations.items()
     )
@@ -292,7 +292,7 @@ def _refusals(
     """Return the entries of state dicts that both sides have and no code loads, with reasons."""
     refused = {}
     for module in modules:
-        for entry in module.others:
+        for entry in module.other_entries:
             name = module.prefix + entry
             if name not in selection or name not in row_of_name:
                 continue

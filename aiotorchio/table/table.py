@@ -50,7 +50,7 @@ class Table:
         locations: Location tags that the storages refer to.
         direct_storages: Storages that the object refers to directly, not only through tensors.
         kept: The tensors themselves, in the order of their rows.
-        others: Tensors that have no row, and are in the pickle.
+        without_row: Tensors that have no row, and are in the pickle.
     """
 
     def __init__(self, skip: torch.serialization.skip_data | None = None) -> None:
@@ -63,7 +63,7 @@ class Table:
         self.direct_storages: set[int] = set()
         # Rows are found by id(), so every tensor must live as long as the table.
         self.kept: list[torch.Tensor] = []
-        self.others: list[torch.Tensor] = []
+        self.without_row: list[torch.Tensor] = []
         self._row_of: dict[int, int] = {}
         # By the id of a tensor with attributes, or of another class: the tensor it is made of.
         self._origin_of: dict[int, torch.Tensor] = {}
@@ -90,7 +90,7 @@ class Table:
             plain = tensor if type(tensor) is torch.Tensor else plain_of(tensor)
             described = self._describe(plain)
             if described is None:
-                self.others.append(tensor)
+                self.without_row.append(tensor)
                 return None
             row = len(self.tensors)
             self._row_of[id(tensor)] = row
