@@ -12,20 +12,20 @@ from typing import Any
 import torch
 
 __all__ = [
-    "excuses",
+    "edits_missing",
     "has_load_post_hooks",
     "has_load_pre_hooks",
     "is_fsdp1",
     "is_norm",
     "load_from_state_dict",
     "loads_by_code",
+    "loads_extra_state",
     "parameters_of",
     "passing_buffers",
     "persistent_tensors",
     "reads_copies",
-    "renames",
+    "reads_state",
     "run_load_post_hooks",
-    "takes_extra_state",
 ]
 
 
@@ -55,7 +55,7 @@ def passing_buffers(module: torch.nn.Module) -> list[torch.Tensor | None]:
     return [module._buffers[name] for name in module._non_persistent_buffers_set]
 
 
-def renames(module: torch.nn.Module) -> bool:
+def reads_state(module: torch.nn.Module) -> bool:
     """Whether code other than torch's reads the state before a module loads it."""
     hooks = module._load_state_dict_pre_hooks
     return loads_by_code(module) or not all(map(_only_shards, hooks.values()))
@@ -74,17 +74,17 @@ def _only_shards(hook: Any) -> bool:
     )
 
 
-def excuses(module: torch.nn.Module) -> bool:
+def edits_missing(module: torch.nn.Module) -> bool:
     """Whether code other than torch's gets the missing names after a load and may remove some."""
     return not all(map(_only_shards, module._load_state_dict_post_hooks.values()))
 
 
 def reads_copies(module: torch.nn.Module) -> bool:
     """Whether a module may do more with a loaded tensor than copy it into its tensor."""
-    return renames(module) or torch.__future__.get_swap_module_params_on_conversion()
+    return reads_state(module) or torch.__future__.get_swap_module_params_on_conversion()
 
 
-def takes_extra_state(module: torch.nn.Module) -> bool:
+def loads_extra_state(module: torch.nn.Module) -> bool:
     """Whether a module has extra state in addition to tensors."""
     return type(module).set_extra_state is not torch.nn.Module.set_extra_state
 

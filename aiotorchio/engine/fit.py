@@ -133,11 +133,11 @@ class ObjectFit:
         named = named_tensors(obj)
         if self._into.strict and self._selection.all:
             known = Known(self._into.modules)
-            check_strays(obj, named, lambda name: self._takes(name, known), kept=kept)
+            check_strays(obj, named, lambda name: self._has_target(name, known), kept=kept)
         return named
 
-    def _takes(self, name: str, known: Known) -> bool:
-        return name in self._row_of_name or name in self.composite_targets or known.takes(name)
+    def _has_target(self, name: str, known: Known) -> bool:
+        return name in self._row_of_name or name in self.composite_targets or known.may_load(name)
 
     def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """Note a tensor of the object; return its target if ``composite_targets`` has one."""

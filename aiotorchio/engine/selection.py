@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from aiotorchio.common.interrupt import interruptible
-from aiotorchio.graph.modules import ModuleDestination
+from aiotorchio.graph.modules import ModuleTarget
 from aiotorchio.graph.select import Select, selected
 from aiotorchio.graph.targets import examined, target_tensors
 from aiotorchio.memory.atomic import BackMemory
@@ -75,7 +75,7 @@ class Into:
     """
 
     tensors: dict[str, torch.Tensor]
-    modules: list[ModuleDestination]
+    modules: list[ModuleTarget]
     strict: bool
     cast: bool
     staged: bool
@@ -107,7 +107,7 @@ class Into:
         for name in interruptible(names) if modules else ():
             for module in modules:
                 if name.startswith(module.prefix):
-                    entry = module.entry(name.removeprefix(module.prefix))
+                    entry = module.entry_of(name.removeprefix(module.prefix))
                     if entry is not None and module.prefix + entry in selection:
                         yield name
 

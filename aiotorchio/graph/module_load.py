@@ -1,6 +1,6 @@
 """The load of a module's other entries, after its tensors: the last part of a commit.
 
-In: a ``ModuleDestination`` whose tensors have their new numbers, and the received object. Out: its
+In: a ``ModuleTarget`` whose tensors have their new numbers, and the received object. Out: its
 submodules have loaded their entries, or ``restore`` has loaded the earlier ones again.
 ``engine.module_commit`` makes it a part of the commit. A ``MismatchError`` means that a submodule
 refused an entry or raised an error; its text has the class and the error.
@@ -20,7 +20,7 @@ from aiotorchio.common import torch_private_modules
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.module_state import IN_PLACE, NOTHING, Entries, StateDict, find
-from aiotorchio.graph.modules import EXTRA_STATE, UNKNOWN_MAX, ModuleDestination
+from aiotorchio.graph.modules import EXTRA_STATE, UNKNOWN_MAX, ModuleTarget
 from aiotorchio.graph.tensor_load import WRITTEN, spread_misfit
 from aiotorchio.table.state_metadata import without_mark
 from aiotorchio.wire.header import shortened
@@ -42,7 +42,7 @@ class ModuleLoad:
 
     def __init__(
         self,
-        destination: ModuleDestination,
+        destination: ModuleTarget,
         received: Any,
         names: Iterable[str],
         wanted: Container[str],
@@ -105,7 +105,7 @@ class ModuleLoad:
         unknown = [
             key
             for key in interruptible(keys)
-            if key not in tensors and destination.entry(key) is None
+            if key not in tensors and destination.entry_of(key) is None
         ][:UNKNOWN_MAX]
         # Extra state is included that no submodule takes, so that it is found and reported.
         shown = root if isinstance(root, Mapping) else ()
@@ -134,9 +134,11 @@ class ModuleLoad:
         if self._strict:
             other_entries = destination.other_entries
             missing = [
-                prefix + key for key in absent if key in other_entries and destination.needs(key)
+                prefix + key
+                for key in absent
+                if key in other_entries and destination.is_required(key)
             ]
-            unexpected = [prefix + key for key in entries if destination.refuses(key)]
+            unexpected = [prefix + key for key in entries if destination.refuses_extra_state(key)]
         if misfits or missing or unexpected:
             lines = [f"{shortened(name)}: {why}" for name, why in misfits.items()]
             raise self._refused(

@@ -23,7 +23,7 @@ class _Kind(NamedTuple):
     sharded: bool
     norm: bool
     extra: bool
-    renames: bool
+    reads_state: bool
 
 
 class Survey(NamedTuple):
@@ -34,8 +34,8 @@ class Survey(NamedTuple):
             itself has the path "".
         own: The tensors of the state dict, by id.
         active: Paths of submodules with more to load than tensors.
-        renames: Whether a submodule has code that reads the entries before they are loaded.
-        excuses: Whether a submodule has code that gets the list of missing names.
+        reads_state: Whether a submodule has code that reads the entries before they are loaded.
+        edits_missing: Whether a submodule has code that gets the list of missing names.
         norms: Whether a submodule may count batches.
         sharded: The path of an FSDP1 module; None if there is none.
     """
@@ -43,8 +43,8 @@ class Survey(NamedTuple):
     submodules: dict[str, torch.nn.Module]
     own: dict[int, torch.Tensor]
     active: set[str]
-    renames: bool
-    excuses: bool
+    reads_state: bool
+    edits_missing: bool
     norms: bool
     sharded: str | None
 
@@ -55,7 +55,7 @@ def survey(module: torch.nn.Module) -> Survey:
     own: dict[int, torch.Tensor] = {}
     active: set[str] = set()
     kinds: dict[type, _Kind] = {}
-    renames = excuses = norms = False
+    reads_state = edits_missing = norms = False
     sharded: str | None = None
     waiting: list[tuple[str, torch.nn.Module]] = [("", module)]
     while waiting:
@@ -66,20 +66,21 @@ def survey(module: torch.nn.Module) -> Survey:
             kind = kinds[type(each)] = _Kind(
                 torch_private_modules.is_fsdp1(each),
                 torch_private_modules.is_norm(each),
-                torch_private_modules.takes_extra_state(each),
+                torch_private_modules.loads_extra_state(each),
                 torch_private_modules.loads_by_code(each),
             )
         if kind.sharded and sharded is None:
             sharded = path
         norms = norms or kind.norm
-        renaming = kind.renames or (
-            torch_private_modules.has_load_pre_hooks(each) and torch_private_modules.renames(each)
+        reads = kind.reads_state or (
+            torch_private_modules.has_load_pre_hooks(each)
+            and torch_private_modules.reads_state(each)
         )
-        renames = renames or renaming
+        reads_state = reads_state or reads
         if torch_private_modules.has_load_post_hooks(each):
             active.add(path)
-            excuses = excuses or torch_private_modules.excuses(each)
-        if renaming or kind.extra:
+            edits_missing = edits_missing or torch_private_modules.edits_missing(each)
+        if reads or kind.extra:
             active.add(path)
         for parameter in torch_private_modules.parameters_of(each):
             if parameter is not None:
@@ -95,4 +96,4 @@ def survey(module: torch.nn.Module) -> Survey:
                 for name, child in reversed(list(each._modules.items()))
                 if child is not None
             ]
-    return Survey(submodules, own, active, renames, excuses, norms, sharded)
+    return Survey(submodules, own, active, reads_state, edits_missing, norms, sharded)

@@ -1,6 +1,6 @@
 """Modules as targets: the tensors of a module that a message can be received into.
 
-In: a module of the caller. Out: a ``ModuleDestination``. Parameters and persistent buffers that
+In: a module of the caller. Out: a ``ModuleTarget``. Parameters and persistent buffers that
 ``state_dict()`` shows are received into their memory. All its other entries (copies, gathered or
 packed tensors, extra state) are received as part of the object, and loaded by the submodule that
 owns them (see ``module_load``). A ``ValueError`` means that the module cannot be a target, and says
@@ -21,7 +21,7 @@ from aiotorchio.graph.module_survey import survey
 __all__ = [
     "EXTRA_STATE",
     "UNKNOWN_MAX",
-    "ModuleDestination",
+    "ModuleTarget",
     "beginnings",
     "has_memory",
     "other_views",
@@ -50,7 +50,7 @@ def has_memory(tensor: torch.Tensor) -> bool:
     )
 
 
-class ModuleDestination:
+class ModuleTarget:
     """A module that is a target, or is in one.
 
     Args:
@@ -104,7 +104,7 @@ class ModuleDestination:
         self.other_entries = {name: self.owner(name) for name in others}
         self._entry_lengths = sorted(set(map(len, self.other_entries)))
         self.active = set(self.other_entries.values()) | found.active
-        self._excuses, self._renames = found.excuses, found.renames
+        self._edits_missing, self._reads_state = found.edits_missing, found.reads_state
         self.only_tensors = not self.active and not found.norms
         if self.active:
             self._check_names()
@@ -115,7 +115,7 @@ class ModuleDestination:
             path = self.owner(name)
             key = name.removeprefix(path + "." if path else "")
             own = torch_private_modules.persistent_tensors(self._submodules[path])
-            if key not in own and not self.judges(name):
+            if key not in own and not self.code_decides(name):
                 raise ValueError(
                     f"state_dict() of {type(self.module).__name__} shows {self.prefix + name!r}, "
                     "which is no path of a submodule, and a submodule has more to load than "
@@ -151,7 +151,7 @@ class ModuleDestination:
                 path = self.owner(path) if path else ""
         return found
 
-    def entry(self, name: str) -> str | None:
+    def entry_of(self, name: str) -> str | None:
         """Return the one of ``other_entries`` that a tensor of the message is, or belongs to."""
         found = (
             each for each in beginnings(name, self._entry_lengths) if each in self.other_entries
@@ -162,41 +162,43 @@ class ModuleDestination:
         """Return the parameter or buffer of one of ``other_entries`` that torch's code loads."""
         path = self.other_entries[name]
         submodule = self._submodules[path]
+        if self.code_decides(name):
+            return None
         own = torch_private_modules.persistent_tensors(submodule)
-        return None if self.judges(name) else own.get(name.removeprefix(path + "." if path else ""))
+        return own.get(name.removeprefix(path + "." if path else ""))
 
-    def needs(self, name: str) -> bool:
+    def is_required(self, name: str) -> bool:
         """Whether torch's own code reports a missing entry of ``other_entries``."""
-        if self._excuses or self.judges(name):
+        if self._edits_missing or self.code_decides(name):
             return False
         path = self.other_entries[name]
         if name.removeprefix(path + "." if path else "") == EXTRA_STATE:
             # As torch: what a class shows and does not take back is not missed.
-            return torch_private_modules.takes_extra_state(self.submodule(path))
+            return torch_private_modules.loads_extra_state(self.submodule(path))
         return self.loaded_by_torch(name) is not None
 
-    def refuses(self, name: str) -> bool:
+    def refuses_extra_state(self, name: str) -> bool:
         """Whether torch's own code reports extra state that no submodule takes."""
         return (
             name.rpartition(".")[2] == EXTRA_STATE
             and name not in self.other_entries
-            and not self._excuses
-            and not self.judges(name)
+            and not self._edits_missing
+            and not self.code_decides(name)
         )
 
-    def judges(self, name: str) -> bool:
+    def code_decides(self, name: str) -> bool:
         """Whether code of a submodule decides about an entry that one side lacks.
 
         A hook renames an entry with an old name, for example.
         """
         # Early versions of torch did not count the batches of a BatchNorm.
         counts = name.endswith("num_batches_tracked")
-        if not counts and not self._renames:
+        if not counts and not self._reads_state:
             return False
         path = self.owner(name)
         if counts and torch_private_modules.is_norm(self._submodules[path]):
             return True
-        while not torch_private_modules.renames(self._submodules[path]):
+        while not torch_private_modules.reads_state(self._submodules[path]):
             if not path:
                 return False
             path = self.owner(path)
@@ -207,9 +209,9 @@ class ModuleDestination:
         path = self.other_entries[name]
         submodule = self._submodules[path]
         key = name.removeprefix(path + "." if path else "")
-        if key in torch_private_modules.persistent_tensors(submodule) or self.judges(name):
+        if key in torch_private_modules.persistent_tensors(submodule) or self.code_decides(name):
             return None
-        if key == EXTRA_STATE and torch_private_modules.takes_extra_state(submodule):
+        if key == EXTRA_STATE and torch_private_modules.loads_extra_state(submodule):
             return None
         return (
             f"state_dict() of {type(submodule).__name__} makes this entry, but nothing loads it: "
@@ -218,7 +220,7 @@ class ModuleDestination:
 
 
 def other_views(
-    tensors: Iterable[torch.Tensor], modules: Iterable[ModuleDestination]
+    tensors: Iterable[torch.Tensor], modules: Iterable[ModuleTarget]
 ) -> list[torch.Tensor]:
     """Return other views of the memory of these tensors, in attributes of them or their modules.
 

@@ -17,7 +17,7 @@ import torch
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.errors import LimitExceeded, MismatchError
 from aiotorchio.graph.module_load import is_extra_state
-from aiotorchio.graph.modules import ModuleDestination
+from aiotorchio.graph.modules import ModuleTarget
 from aiotorchio.graph.tensor_load import WRITTEN
 from aiotorchio.table.containers import TEXT_MAX, Path, items_of, key_text, leaves_of, utf8
 from aiotorchio.wire.header import shortened
@@ -40,21 +40,21 @@ def named_tensors(obj: Any) -> dict[str, torch.Tensor]:
 
 
 def check_strays(
-    obj: Any, named: Mapping[str, torch.Tensor], takes: Callable[[str], bool], *, kept: bool
+    obj: Any, named: Mapping[str, torch.Tensor], has_target: Callable[[str], bool], *, kept: bool
 ) -> None:
     """Refuse an object that has tensors without a target.
 
     Args:
         obj: The object as it was built.
         named: Its tensors by name.
-        takes: Whether a target receives the tensor of a name, or everything at a path.
+        has_target: Whether a target receives the tensor of a name, or everything at a path.
         kept: Whether the targets are as before the load.
 
     Raises:
         MismatchError: The object has such tensors; lists all of them.
         LimitExceeded: The paths to tensors without a name are too long, all in all.
     """
-    unexpected = [name for name in named if not takes(name)]
+    unexpected = [name for name in named if not has_target(name)]
     known = {id(tensor) for tensor in named.values()}
     hidden, length = [], 0
     for path, tensor in _hidden(obj):
@@ -66,7 +66,7 @@ def check_strays(
                 entry="skeleton",
             )
         name = path.joined() if path else ""
-        if id(tensor) not in known and not takes(name):
+        if id(tensor) not in known and not has_target(name):
             hidden.append(name)
     if not unexpected and not hidden:
         return
@@ -80,7 +80,7 @@ def check_strays(
     raise does_not_fit(unexpected, lines, kept=kept)
 
 
-def refused_extra_states(destinations: Sequence[ModuleDestination], received: Any) -> Iterator[str]:
+def refused_extra_states(destinations: Sequence[ModuleTarget], received: Any) -> Iterator[str]:
     """Yield the names of extra state in an object that no module takes.
 
     Args:
@@ -97,7 +97,7 @@ def refused_extra_states(destinations: Sequence[ModuleDestination], received: An
     lengths = sorted(set(map(len, modules)), reverse=True)
     for name in _extra_states(received):
         nearest = next((modules[name[:n]] for n in lengths if name[:n] in modules), None)
-        if nearest is not None and nearest.refuses(name.removeprefix(nearest.prefix)):
+        if nearest is not None and nearest.refuses_extra_state(name.removeprefix(nearest.prefix)):
             yield name
 
 

@@ -18,7 +18,7 @@ import torch
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.strides import order_of
 from aiotorchio.errors import MismatchError
-from aiotorchio.graph.modules import UNKNOWN_MAX, ModuleDestination, has_memory
+from aiotorchio.graph.modules import UNKNOWN_MAX, ModuleTarget, has_memory
 from aiotorchio.graph.sharing import VIEW_BITS, filled_by_others, shared
 from aiotorchio.graph.tensor_load import is_composite_target, kind_of, spread_misfit
 from aiotorchio.overlap.extents import Extents
@@ -37,7 +37,7 @@ def target_tensors(into: Any) -> dict[str, torch.Tensor]:
     return examined(into)[0]
 
 
-def examined(into: Any) -> tuple[dict[str, torch.Tensor], list[ModuleDestination]]:
+def examined(into: Any) -> tuple[dict[str, torch.Tensor], list[ModuleTarget]]:
     """Return the tensors and modules of ``into``; a tied tensor is under each of its names.
 
     Args:
@@ -46,7 +46,7 @@ def examined(into: Any) -> tuple[dict[str, torch.Tensor], list[ModuleDestination
 
     Returns:
         The tensors that are received into, by name, with those of the modules (see
-        ``ModuleDestination.tensors``); and the modules.
+        ``ModuleTarget.tensors``); and the modules.
 
     Raises:
         TypeError: ``into`` is neither a module nor a mapping.
@@ -57,10 +57,10 @@ def examined(into: Any) -> tuple[dict[str, torch.Tensor], list[ModuleDestination
             "into must be a mapping from names to tensors, a torch.nn.Module or a DoubleBuffer, "
             f"not {type(into).__name__}"
         )
-    modules: list[ModuleDestination] = []
+    modules: list[ModuleTarget] = []
 
     def opened(path: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-        modules.append(ModuleDestination(path, module))
+        modules.append(ModuleTarget(path, module))
         return modules[-1].tensors
 
     found: dict[str, torch.Tensor] = {}
@@ -90,7 +90,7 @@ class MatchedTargets(NamedTuple):
 def match_targets(
     header: Header,
     destinations: Mapping[str, torch.Tensor],
-    modules: Sequence[ModuleDestination] = (),
+    modules: Sequence[ModuleTarget] = (),
     *,
     selection: Container[str],
     all_selected: bool,
@@ -165,7 +165,7 @@ def _one_sided(
     header: Header,
     row_of_name: Mapping[str, int],
     destinations: Mapping[str, torch.Tensor],
-    modules: Sequence[ModuleDestination],
+    modules: Sequence[ModuleTarget],
     selection: Container[str],
     fitting: Mapping[str, torch.Tensor],
 ) -> _OneSided:
@@ -186,14 +186,14 @@ def _one_sided(
         name
         for name in missing
         if name not in filled
-        and not known.judges(name)
+        and not known.code_decides(name)
         # It is received as a part of the object, and compared when that has been built.
         and not (header.codec == "pickle" and is_composite_target(destinations[name]))
     ]
     unexpected = [
         name
         for name in interruptible(row_of_name)
-        if name in selection and name not in destinations and not known.takes(name)
+        if name in selection and name not in destinations and not known.may_load(name)
     ]
     unnamed = count_unnamed(header)
     compared_later = any(module.other_entries for module in modules) or any(
@@ -251,32 +251,32 @@ class Known:
         refused: Entries that the message has parts of and no code loads, with reasons.
     """
 
-    def __init__(self, modules: Sequence[ModuleDestination]) -> None:
+    def __init__(self, modules: Sequence[ModuleTarget]) -> None:
         self._modules = {module.prefix: module for module in modules}
         # Modules are found by prefix: there can be thousands, and half a million names.
         self._lengths = sorted({len(prefix) for prefix in self._modules}, reverse=True)
         self._unknown_left = UNKNOWN_MAX
         self.refused: dict[str, str] = {}
 
-    def judges(self, name: str) -> bool:
+    def code_decides(self, name: str) -> bool:
         """Whether code of a module decides about a missing tensor of this name."""
-        return any(module.judges(key) for module, key in self._of(name))
+        return any(module.code_decides(key) for module, key in self._of(name))
 
-    def takes(self, name: str) -> bool:
+    def may_load(self, name: str) -> bool:
         """Whether a module loads a tensor of this name, although it has no such tensor."""
         for module, key in self._of(name):
-            entry = module.entry(key)
+            entry = module.entry_of(key)
             if entry is not None:
                 reason = module.refusal(entry)
                 if reason is not None:
                     self.refused[module.prefix + entry] = reason
                 return True
-            if self._unknown_left and module.judges(key):
+            if self._unknown_left and module.code_decides(key):
                 self._unknown_left -= 1
                 return True
         return False
 
-    def _of(self, name: str) -> Iterator[tuple[ModuleDestination, str]]:
+    def _of(self, name: str) -> Iterator[tuple[ModuleTarget, str]]:
         for length in self._lengths:
             module = self._modules.get(name[:length])
             if module is not None:
@@ -286,7 +286,7 @@ class Known:
 def _refusals(
     header: Header,
     row_of_name: Mapping[str, int],
-    modules: Iterable[ModuleDestination],
+    modules: Iterable[ModuleTarget],
     selection: Container[str],
 ) -> dict[str, str]:
     """Return the entries of state dicts that both sides have and no code loads, with reasons."""

@@ -479,7 +479,7 @@ def test_a_module_is_looked_through_in_one_pass() -> None:
     shown = module.state_dict(keep_vars=True).values()
     assert found.own.keys() == {id(each) for each in shown if isinstance(each, torch.Tensor)}
     assert found.active == {"a.2", "b", "c.0"}
-    assert found.norms and found.renames and not found.excuses and found.sharded is None
+    assert found.norms and found.reads_state and not found.edits_missing and found.sharded is None
 
 
 def test_an_empty_key_for_a_module_with_a_hook() -> None:
