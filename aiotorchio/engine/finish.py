@@ -165,7 +165,7 @@ class Finish:
         """
         fit = self.match.fit
         if fit is not None:
-            fit.check(obj, kept=self.change is not None)
+            fit.check_built(obj, unchanged=self.change is not None)
         return revise(obj, self._names(), self._revision) if self._revises() else obj
 
     def _revises(self) -> bool:
@@ -187,7 +187,7 @@ class Finish:
     def _revision(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """The tensor that takes the place of one of the object; None: it is left out."""
         match = self.match
-        target = None if match.fit is None else match.fit.take(name, tensor)
+        target = None if match.fit is None else match.fit.target_of(name, tensor)
         if target is not None:
             return target
         return match.targets.get(name, tensor) if name in match.selection else None
@@ -198,7 +198,8 @@ class Finish:
         Raises:
             MismatchError: The object does not fit the modules.
         """
-        return self.change if self.match.fit is None else self.match.fit.loads(self.change, obj)
+        fit = self.match.fit
+        return self.change if fit is None else fit.make_commit(self.change, obj)
 
 
 def prepare(
@@ -210,10 +211,10 @@ def prepare(
         MismatchError: A target was resized or moved since it was compared.
     """
     change = _change(context, match)
-    filled = match.targets
+    receivers = match.targets
     if change is not None:
-        filled = dict(zip(match.targets, change.shadows, strict=True))
-    routes, deferred = _routes(context, match, placement, filled, staged=change is not None)
+        receivers = dict(zip(match.targets, change.shadows, strict=True))
+    routes, deferred = _routes(context, match, placement, receivers, staged=change is not None)
     payload = IncomingPayload(
         context.layout.offsets,
         context.layout.nbytes,
@@ -245,7 +246,7 @@ def _routes(
     context: LoadContext,
     match: Match,
     placement: Placement,
-    filled: dict[str, torch.Tensor],
+    receivers: dict[str, torch.Tensor],
     *,
     staged: bool,
 ) -> tuple[list[Route], list[DeferredCopy]]:
@@ -255,22 +256,22 @@ def _routes(
         context: Of the load.
         match: The targets.
         placement: Whether each storage is made.
-        filled: The targets, or the shadows that wait for them, by name.
+        receivers: The targets, or the shadows that wait for them, by name.
         staged: Whether they are shadows.
     """
     header, compared_with = context.header, placement.compared_with
     routes: list[Route] = []
     deferred: list[DeferredCopy] = []
     names_of_row: dict[int, list[str]] = {}
-    for name in filled:
+    for name in receivers:
         names_of_row.setdefault(match.row_of_name[name], []).append(name)
-    for index, rows in interruptible(enumerate(placement.storages if filled else ())):
+    for index, rows in interruptible(enumerate(placement.storages if receivers else ())):
         start = context.layout.offsets[index]
         is_made = placement.devices[index] is not None
         for row, name in ((n, name) for n in rows.into for name in names_of_row[n]):
-            tensor, error = filled[name], None
+            tensor, error = receivers[name], None
             copied = compared_with.get(name)
-            if copied is not None and memory_of(filled[copied]) == memory_of(tensor):
+            if copied is not None and memory_of(receivers[copied]) == memory_of(tensor):
                 error = partial(differ, name, copied, staged=staged)
             if is_made:
                 deferred.append(DeferredCopy(row, tensor, memory_state(tensor), error))

@@ -23,7 +23,7 @@ from aiotorchio.graph.strays import (
     named_tensors,
     refused_extra_states,
 )
-from aiotorchio.graph.targets import Known
+from aiotorchio.graph.targets import ModuleRules
 from aiotorchio.graph.tensor_load import TensorLoad, is_composite_target
 from aiotorchio.memory.atomic import BufferSwap, Exchange
 from aiotorchio.wire.header import Header, shortened
@@ -39,11 +39,11 @@ class ObjectFit:
         into: The targets.
         selection: The names that count.
         row_of_name: The row of each name of the header.
-        filled: Names of targets whose bytes other targets fill.
+        filled_by_others: Names of targets whose bytes other targets fill.
 
     Attributes:
         composite_targets: Targets that are copied from a whole tensor of the object, by name.
-        rehearses: Whether the object must be compared, too, and not only the header.
+        compares_object: Whether the object must be compared, too, and not only the header.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class ObjectFit:
         into: Into,
         selection: Selection,
         row_of_name: Mapping[str, int],
-        filled: Iterable[str],
+        filled_by_others: Iterable[str],
     ) -> None:
         self._into, self._selection = into, selection
-        self._row_of_name, self._filled = row_of_name, filled
+        self._row_of_name, self._filled_by_others = row_of_name, filled_by_others
         self._pickled = header.codec == "pickle"
         self.composite_targets: dict[str, torch.Tensor] = {}
         if self._pickled:
@@ -65,17 +65,17 @@ class ObjectFit:
                 if name in selection and name not in row_of_name and is_composite_target(tensor)
             }
         self._received: dict[str, torch.Tensor] = {}
-        self.rehearses = bool(self.composite_targets) or any(
+        self.compares_object = bool(self.composite_targets) or any(
             module.other_entries for module in into.modules
         )
-        self._rehearsed = False
+        self._checked_on_meta = False
 
     def note_skeleton(self, skeleton: bytes) -> None:
         """Note whether the object can have tensors, or storages, without a row."""
         if self._pickled and self._into.strict and self._selection.all:
-            self.rehearses = self.rehearses or STORAGE.encode() in skeleton
+            self.compares_object = self.compares_object or STORAGE.encode() in skeleton
 
-    def rehearse(self, obj: Any) -> None:
+    def check_on_meta(self, obj: Any) -> None:
         """Compare the object before the first byte.
 
         Args:
@@ -84,20 +84,20 @@ class ObjectFit:
         Raises:
             MismatchError: The object does not fit the targets.
         """
-        self.look(obj)
-        named = self._check(obj, kept=True)
+        self.refuse_extra_state(obj)
+        named = self._check(obj, unchanged=True)
         received = {
             name: tensor for name, tensor in named.items() if name in self.composite_targets
         }
-        self._loads(None, obj, received, kept=True, rehearsal=True)
-        self._rehearsed = True
+        self._make_commit(None, obj, received, unchanged=True, on_meta=True)
+        self._checked_on_meta = True
 
-    def look(self, obj: Any, *, kept: bool = True) -> None:
+    def refuse_extra_state(self, obj: Any, *, unchanged: bool = True) -> None:
         """Refuse extra state that no module loads.
 
         Args:
             obj: With anything in the place of its tensors.
-            kept: Whether the targets are unchanged.
+            unchanged: Whether the targets are unchanged.
 
         Raises:
             MismatchError: The object has such extra state.
@@ -107,39 +107,41 @@ class ObjectFit:
         found = refused_extra_states(self._into.modules, obj)
         unexpected = [name for name in found if name in self._selection]
         if unexpected:
-            raise does_not_fit(unexpected, kept=kept)
+            raise does_not_fit(unexpected, unchanged=unchanged)
 
-    def check(self, obj: Any, *, kept: bool) -> None:
-        """Compare the object that was built, if ``rehearse`` has not done that.
+    def check_built(self, obj: Any, *, unchanged: bool) -> None:
+        """Compare the object that was built, if ``check_on_meta`` has not done that.
 
         Args:
             obj: With its own tensors, before targets replace them.
-            kept: Whether the targets are unchanged.
+            unchanged: Whether the targets are unchanged.
 
         Raises:
             MismatchError: The object has tensors without a target.
         """
-        if self._rehearsed:
+        if self._checked_on_meta:
             return
-        if self.rehearses:
-            self._check(obj, kept=kept)
+        if self.compares_object:
+            self._check(obj, unchanged=unchanged)
         if self._pickled:
-            self.look(obj, kept=kept)
+            self.refuse_extra_state(obj, unchanged=unchanged)
 
-    def _check(self, obj: Any, *, kept: bool) -> Mapping[str, torch.Tensor]:
+    def _check(self, obj: Any, *, unchanged: bool) -> Mapping[str, torch.Tensor]:
         if not self._pickled:
             # The header knows all tensors, under their names.
             return {}
         named = named_tensors(obj)
         if self._into.strict and self._selection.all:
-            known = Known(self._into.modules)
-            check_strays(obj, named, lambda name: self._has_target(name, known), kept=kept)
+            rules = ModuleRules(self._into.modules)
+            check_strays(
+                obj, named, lambda name: self._has_target(name, rules), unchanged=unchanged
+            )
         return named
 
-    def _has_target(self, name: str, known: Known) -> bool:
-        return name in self._row_of_name or name in self.composite_targets or known.may_load(name)
+    def _has_target(self, name: str, rules: ModuleRules) -> bool:
+        return name in self._row_of_name or name in self.composite_targets or rules.may_load(name)
 
-    def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+    def target_of(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """Note a tensor of the object; return its target if ``composite_targets`` has one."""
         target = self.composite_targets.get(name)
         if target is not None and self._received.setdefault(name, tensor) is not tensor:
@@ -154,7 +156,7 @@ class ObjectFit:
         """Add the names of ``composite_targets`` to these names."""
         return {*names, *self.composite_targets} if self.composite_targets else names
 
-    def loads(
+    def make_commit(
         self, tensors: Exchange | BufferSwap | None, obj: Any
     ) -> Exchange | BufferSwap | WithModules | None:
         """Make the commit of the message.
@@ -166,22 +168,22 @@ class ObjectFit:
         Raises:
             MismatchError: The object does not fit.
         """
-        return self._loads(tensors, obj, self._received, kept=tensors is not None)
+        return self._make_commit(tensors, obj, self._received, unchanged=tensors is not None)
 
-    def _loads(
+    def _make_commit(
         self,
         tensors: Exchange | BufferSwap | None,
         obj: Any,
         received: Mapping[str, torch.Tensor],
         *,
-        kept: bool,
-        rehearsal: bool = False,
+        unchanged: bool,
+        on_meta: bool = False,
     ) -> Exchange | BufferSwap | WithModules | None:
         strict = self._into.strict
         composite_load = TensorLoad(
-            self.composite_targets, received, strict=strict, staged=kept, rehearsal=rehearsal
+            self.composite_targets, received, strict=strict, staged=unchanged, on_meta=on_meta
         )
-        names = [*self._row_of_name, *self._filled]
+        names = [*self._row_of_name, *self._filled_by_others]
         return with_modules(
-            tensors, self._into, obj, names, self._selection, composite_load, staged=kept
+            tensors, self._into, obj, names, self._selection, composite_load, staged=unchanged
         )

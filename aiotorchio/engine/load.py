@@ -163,20 +163,20 @@ class _Load:
             )
 
             def check() -> None:
-                look = None if fit is None else fit.look
-                rebuilder.check(message.header.tensors, names=match.by_name, look=look)
+                inspect = None if fit is None else fit.refuse_extra_state
+                rebuilder.check(message.header.tensors, names=match.by_name, inspect=inspect)
                 if fit is not None:
                     fit.note_skeleton(received.skeleton)
 
             yield from work(check, inline=self._is_small(rebuilder))
-            if fit is not None and options.data_free is None and fit.rehearses:
+            if fit is not None and options.data_free is None and fit.compares_object:
 
-                def rehearse() -> None:
-                    for obj in rebuilder.rehearse(message.header):
-                        fit.rehearse(obj)
+                def check_on_meta() -> None:
+                    for obj in rebuilder.build_on_meta(message.header):
+                        fit.check_on_meta(obj)
 
                 # The first tensor on meta imports what takes half a second.
-                yield Work(rehearse)
+                yield Work(check_on_meta)
         except (MismatchError, UnsafeObjectError):
             message.keep(received)
             raise

@@ -193,7 +193,7 @@ def _match(context: LoadContext, row_of_name: dict[str, int], composites: Compos
             strict=into.strict,
             cast=into.cast,
         )
-        fit = ObjectFit(header, into, selection, row_of_name, found.filled)
+        fit = ObjectFit(header, into, selection, row_of_name, found.filled_by_others)
     return Match(
         by_name=context.named_only or into is not None or not selection.all,
         row_of_name=row_of_name,

@@ -240,9 +240,9 @@ class ModuleLoad:
     ) -> MismatchError:
         where = shortened(self._destination.prefix + path).removesuffix(".")
         kind = type(self._destination.submodule(path)).__name__
-        kept = "" if self._staged else WRITTEN
+        written = "" if self._staged else WRITTEN
         self._first_error = f"{where or 'the module'} ({kind}) {verb}"
-        self._first_error += kept + why
+        self._first_error += written + why
         return MismatchError(
             self._first_error,
             entry=where or None,

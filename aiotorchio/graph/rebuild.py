@@ -123,7 +123,7 @@ def check_tree(
     names: bool,
     limits: Limits,
     offset: int,
-    look: Callable[[Any], None] | None = None,
+    inspect: Callable[[Any], None] | None = None,
 ) -> None:
     """Refuse a bad skeleton of the tree codec.
 
@@ -137,8 +137,8 @@ def check_tree(
         try:
             if names:
                 check_names(obj, rows)
-            if look is not None:
-                look(obj)
+            if inspect is not None:
+                inspect(obj)
         except RecursionError:
             raise LimitExceeded(
                 "the object is nested too deep for Python's recursion limit",
@@ -209,7 +209,7 @@ class Rebuilder:
         rows: Sequence[TensorRow],
         *,
         names: bool,
-        look: Callable[[Any], None] | None = None,
+        inspect: Callable[[Any], None] | None = None,
     ) -> None:
         """Refuse a bad skeleton before its payload is received; raises the errors of ``build``.
 
@@ -217,8 +217,8 @@ class Rebuilder:
             rows: The table of tensors.
             names: Whether the caller uses names, so that those of a tree are compared with its
                 paths. Whether the names of a pickle are true is unknown before it is built.
-            look: For the tree codec: called with the object, in which a ``Placeholder`` stands for
-                each tensor.
+            inspect: For the tree codec: called with the object, in which a ``Placeholder`` stands
+                for each tensor.
         """
         if self._codec == "tree":
             check_tree(
@@ -227,7 +227,7 @@ class Rebuilder:
                 names=names,
                 limits=self._limits,
                 offset=self._offset,
-                look=look,
+                inspect=inspect,
             )
         elif self._weights_only:
             self._given_state = scan_pickle(
@@ -240,7 +240,7 @@ class Rebuilder:
             )
             self._allowlist.guard_state(self._given_state)
 
-    def rehearse(self, header: Header) -> list[Any]:
+    def build_on_meta(self, header: Header) -> list[Any]:
         """Build the object over tensors on ``meta``, after ``check`` and before its payload.
 
         Returns:
@@ -250,17 +250,17 @@ class Rebuilder:
         """
         if self._codec == "pickle" and not (self._weights_only and self._is_of_torch()):
             return []
-        rehearsal = copy.copy(self)
+        other = copy.copy(self)
         if self._codec == "pickle":
-            rehearsal._allowlist = Allowlist(self._safe_globals, self._limits, META_LOCATION)
-            rehearsal._allowlist.guard_state(self._given_state)
+            other._allowlist = Allowlist(self._safe_globals, self._limits, META_LOCATION)
+            other._allowlist.guard_state(self._given_state)
         try:
             with torch.inference_mode(False), real_tensors():
                 storages = [
                     torch.UntypedStorage(row.nbytes, device=META_LOCATION)
                     for row in interruptible(header.storages)
                 ]
-                return [rehearsal.build(build_tensors(header, storages), storages)]
+                return [other.build(build_tensors(header, storages), storages)]
         except MemoryError:
             raise
         except Exception:

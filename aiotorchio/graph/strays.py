@@ -40,7 +40,11 @@ def named_tensors(obj: Any) -> dict[str, torch.Tensor]:
 
 
 def check_strays(
-    obj: Any, named: Mapping[str, torch.Tensor], has_target: Callable[[str], bool], *, kept: bool
+    obj: Any,
+    named: Mapping[str, torch.Tensor],
+    has_target: Callable[[str], bool],
+    *,
+    unchanged: bool,
 ) -> None:
     """Refuse an object that has tensors without a target.
 
@@ -48,7 +52,7 @@ def check_strays(
         obj: The object as it was built.
         named: Its tensors by name.
         has_target: Whether a target receives the tensor of a name, or everything at a path.
-        kept: Whether the targets are as before the load.
+        unchanged: Whether the targets are as before the load.
 
     Raises:
         MismatchError: The object has such tensors; lists all of them.
@@ -77,7 +81,7 @@ def check_strays(
             f"{len(hidden)} tensors or storages of the message have no name (they are inside of "
             f"{nearest}): load the object without into, or select the names that you need"
         )
-    raise does_not_fit(unexpected, lines, kept=kept)
+    raise does_not_fit(unexpected, lines, unchanged=unchanged)
 
 
 def refused_extra_states(destinations: Sequence[ModuleTarget], received: Any) -> Iterator[str]:
@@ -126,19 +130,19 @@ def _extra_states(received: Any) -> Iterator[str]:
 
 
 def does_not_fit(
-    unexpected: Sequence[str], lines: Iterable[str] = (), *, kept: bool
+    unexpected: Sequence[str], lines: Iterable[str] = (), *, unchanged: bool
 ) -> MismatchError:
     """Return the error for an object that has more than the targets.
 
     Args:
         unexpected: Names without a target.
         lines: Further lines for the text of the error.
-        kept: Whether the targets are as before the load.
+        unchanged: Whether the targets are as before the load.
     """
     named = [f"not in the target: {shortened(name)}" for name in unexpected[:_SHOWN]]
     if len(unexpected) > _SHOWN:
         named.append(f"not in the target: {len(unexpected) - _SHOWN} more")
-    written = "" if kept else WRITTEN
+    written = "" if unchanged else WRITTEN
     return MismatchError(
         "\n    ".join(["the object does not fit the target" + written, *named, *lines]),
         unexpected=unexpected,

@@ -26,7 +26,7 @@ from aiotorchio.table.names import count_unnamed, rows_by_name, walk
 from aiotorchio.table.torch_dtypes import torch_dtype
 from aiotorchio.wire.header import CONJUGATE, META_LOCATION, NEGATIVE, Header, shortened
 
-__all__ = ["Known", "MatchedTargets", "examined", "match_targets", "target_tensors"]
+__all__ = ["MatchedTargets", "ModuleRules", "examined", "match_targets", "target_tensors"]
 
 # The number of lines that an error has for each kind of difference.
 _SHOWN = 20
@@ -78,13 +78,13 @@ class MatchedTargets(NamedTuple):
         ties: Names of one target for which the message has several tensors, whose numbers must be
             the same.
         extents: The memory of the targets, by device.
-        filled: Names of targets that the message lacks, all of whose bytes others fill.
+        filled_by_others: Names of targets that the message lacks, all of whose bytes others fill.
     """
 
     tensors: dict[str, torch.Tensor]
     ties: list[list[str]]
     extents: Mapping[torch.device, Extents[str]]
-    filled: set[str]
+    filled_by_others: set[str]
 
 
 def match_targets(
@@ -138,7 +138,7 @@ def match_targets(
     nameless = sides.unnamed if all_selected and not sides.compared_later else 0
     if misfits or sides.missing or sides.unexpected or nameless:
         raise _mismatch(misfits, sides, nameless)
-    return MatchedTargets(found, sharing.ties, sharing.extents, sides.filled)
+    return MatchedTargets(found, sharing.ties, sharing.extents, sides.filled_by_others)
 
 
 class _OneSided(NamedTuple):
@@ -147,7 +147,7 @@ class _OneSided(NamedTuple):
     Attributes:
         missing: Names of targets that the message lacks.
         unexpected: Names of the message without a target.
-        filled: Names of targets that the message lacks, all of whose bytes others fill.
+        filled_by_others: Names of targets that the message lacks, all of whose bytes others fill.
         refused: Entries of modules that the message has parts of and no code loads, with reasons.
         unnamed: The number of tensors of the message without a name.
         compared_later: Whether these are compared with targets when the object has been built.
@@ -155,7 +155,7 @@ class _OneSided(NamedTuple):
 
     missing: list[str]
     unexpected: list[str]
-    filled: set[str]
+    filled_by_others: set[str]
     refused: dict[str, str]
     unnamed: int
     compared_later: bool
@@ -181,26 +181,26 @@ def _one_sided(
             name: destinations[name] for name in missing if _can_be_filled(destinations[name])
         }
         filled = set(filled_by_others(fillable, fitting))
-    known = Known(modules)
+    rules = ModuleRules(modules)
     missing = [
         name
         for name in missing
         if name not in filled
-        and not known.code_decides(name)
+        and not rules.code_decides(name)
         # It is received as a part of the object, and compared when that has been built.
         and not (header.codec == "pickle" and is_composite_target(destinations[name]))
     ]
     unexpected = [
         name
         for name in interruptible(row_of_name)
-        if name in selection and name not in destinations and not known.may_load(name)
+        if name in selection and name not in destinations and not rules.may_load(name)
     ]
     unnamed = count_unnamed(header)
     compared_later = any(module.other_entries for module in modules) or any(
         name not in row_of_name and is_composite_target(tensor)
         for name, tensor in destinations.items()
     )
-    return _OneSided(missing, unexpected, filled, known.refused, unnamed, compared_later)
+    return _OneSided(missing, unexpected, filled, rules.refused, unnamed, compared_later)
 
 
 def _mismatch(misfits: Mapping[str, str], sides: _OneSided, nameless: int) -> MismatchError:
@@ -241,7 +241,7 @@ def _can_be_filled(tensor: torch.Tensor) -> bool:
     return has_memory(tensor) and not tensor.is_meta and _memory_misfit(tensor) is None
 
 
-class Known:
+class ModuleRules:
     """The names that modules load or excuse although one side lacks them.
 
     Args:

@@ -82,7 +82,7 @@ class TensorLoad:
         received: The received tensors by name; targets without one are left alone.
         strict: Whether each target needs a received tensor.
         staged: Whether the load is staged, so that the other tensors are restored after an error.
-        rehearsal: Whether all received tensors are on ``meta``, before the payload.
+        on_meta: Whether all received tensors are on ``meta``, before the payload.
 
     Raises:
         MismatchError: A tensor is missing, or cannot be copied; nothing was changed.
@@ -95,15 +95,17 @@ class TensorLoad:
         *,
         strict: bool,
         staged: bool,
-        rehearsal: bool = False,
+        on_meta: bool = False,
     ) -> None:
         self._pairs = [(name, destinations[name], each) for name, each in received.items()]
         self._staged = staged
         self._before: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         reasons = {name: _misfit(each, destination) for name, destination, each in self._pairs}
-        if not rehearsal:
-            on_meta = (name for name, _, each in self._pairs if each.device.type == META_LOCATION)
-            reasons |= dict.fromkeys(on_meta, "the sender had it on meta, without bytes")
+        if not on_meta:
+            without_bytes = (
+                name for name, _, each in self._pairs if each.device.type == META_LOCATION
+            )
+            reasons |= dict.fromkeys(without_bytes, "the sender had it on meta, without bytes")
         misfits = {name: reason for name, reason in reasons.items() if reason is not None}
         missing = [name for name in destinations if strict and name not in received]
         if misfits or missing:
@@ -111,7 +113,7 @@ class TensorLoad:
             lines += [f"not in the message: {shortened(name)}" for name in missing]
             raise MismatchError(
                 "the object does not fit the target"
-                + self._kept
+                + self._written
                 + "".join(f"\n    {line}" for line in lines),
                 missing=missing,
                 misfits=misfits,
@@ -123,7 +125,7 @@ class TensorLoad:
         return bool(self._pairs)
 
     @property
-    def _kept(self) -> str:
+    def _written(self) -> str:
         return "" if self._staged else WRITTEN
 
     def steps(self) -> Iterator[None]:
@@ -139,7 +141,7 @@ class TensorLoad:
                     destination.copy_(received)
             except _REFUSALS as error:
                 raise MismatchError(
-                    f"{kind_of(received)} could not be copied into the target{self._kept}: "
+                    f"{kind_of(received)} could not be copied into the target{self._written}: "
                     f"{type(error).__name__}: {error}",
                     entry=shortened(name),
                 ) from error

@@ -253,7 +253,7 @@ class IncomingPayload:
 
     def _mover(
         self,
-        filled: torch.Tensor,
+        received: torch.Tensor,
         start: int,
         moves: list[tuple[torch.Tensor, torch.Tensor]],
         scattered: list[_Region],
@@ -266,12 +266,12 @@ class IncomingPayload:
             for destination, source in moves:
                 self._copier.copy(destination, source)
             for region in interruptible(scattered):
-                self._scatter(region, filled, start)
+                self._scatter(region, received, start)
             for route in routes:
                 check_interrupt()
                 route.check()
                 on_host = not self._needs_device_copy(route.device)
-                route.take(filled, start, None if on_host else self._copier)
+                route.take(received, start, None if on_host else self._copier)
 
         return move
 
