@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import torch
 
 from aiotorchio.engine.commit import apply_commit_blocking
-from aiotorchio.engine.drivers import drive_blocking, load_deadline, save_deadline
+from aiotorchio.engine.drivers import drive_blocking, load_time_budget, save_time_budget
 from aiotorchio.engine.load import Loaded, receive_message
 from aiotorchio.engine.load_options import LoadKeywords, LoadOptions, trusted
 from aiotorchio.engine.receive import IncomingMessage
@@ -115,7 +115,7 @@ def _replaced(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 def _save(message: Generator[Request, Any, Summary], file: Any, limits: Limits) -> Summary:
     with exclusive(file, "save", open_blocking_sink) as stream:
-        stream.deadline = save_deadline(limits, time.monotonic)
+        stream.time_budget = save_time_budget(limits, time.monotonic)
         return drive_blocking(message, stream)
 
 
@@ -213,7 +213,7 @@ def _load(file: Any, message: Generator[Request, Any, Loaded], limits: Limits, l
             open(file, "rb") if is_path else contextlib.nullcontext(file) as opened,
             exclusive(opened, "load", open_blocking_source) as stream,
         ):
-            stream.deadline = load_deadline(limits, time.monotonic)
+            stream.time_budget = load_time_budget(limits, time.monotonic)
             loaded = drive_blocking(message, stream)
             unfinished.callback(loaded.close)
         # After all that can fail, such as closing the file, since an error must leave the targets

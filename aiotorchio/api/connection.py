@@ -11,7 +11,7 @@ import torch
 
 from aiotorchio.api.message import Message, Unread
 from aiotorchio.api.streams import load_from_stream, save_to_stream
-from aiotorchio.engine.drivers import drive, load_deadline
+from aiotorchio.engine.drivers import drive, load_time_budget
 from aiotorchio.engine.load_options import LoadKeywords
 from aiotorchio.engine.receive import IncomingMessage
 from aiotorchio.engine.requests import Progress
@@ -133,7 +133,7 @@ class StreamReader:
         checked = checked_limits(limits)
         incoming = IncomingMessage(checked)
         with exclusive(self._stream, "load", open_source) as source:
-            source.deadline = load_deadline(checked)
+            source.time_budget = load_time_budget(checked)
             async with contextlib.aclosing(source):
                 await drive(incoming.open(), source)
                 await drive(incoming.describe(), source)

@@ -76,7 +76,7 @@ class Message:
         self._running: anyio.CancelScope | None = None
         self._idle = anyio.Event()
         self._idle.set()
-        self._closed = self._broken = False
+        self._closed = self._poisoned = False
         header = incoming.opened.header
         self.metadata: Mapping[str, str] = MappingProxyType(dict(header.metadata))
         self.nbytes = incoming.opened.layout.total
@@ -291,7 +291,7 @@ class Message:
             )
         if self._running is not None:
             raise StreamBusy("another call is reading this message: wait until it ends")
-        if self._broken:
+        if self._poisoned:
             raise StreamPoisoned(
                 "an earlier call stopped inside this message, so the rest of it cannot be read"
             )
@@ -301,15 +301,15 @@ class Message:
     async def drive(self, message: Generator[Request, Any, T]) -> T:
         """Drive a part of the message; ``check`` comes before."""
         self._idle = anyio.Event()
-        self._broken = True
+        self._poisoned = True
         try:
             with anyio.CancelScope() as self._running:
                 result = await drive(message, self._source)
-                self._broken = False
+                self._poisoned = False
                 return result
         except BaseException:
             # A call that was refused, or cancelled early, has read nothing.
-            self._broken = not self._incoming.untouched
+            self._poisoned = not self._incoming.untouched
             raise
         finally:
             self._running = None
@@ -333,7 +333,7 @@ class Message:
             return
         if unread == "abort":
             self._source.abort()
-        elif not failed and not self._broken:
+        elif not failed and not self._poisoned:
             await drive(self._incoming.skip(), self._source)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from aiotorchio.engine.commit import apply_commit
-from aiotorchio.engine.drivers import drive, load_deadline, save_deadline
+from aiotorchio.engine.drivers import drive, load_time_budget, save_time_budget
 from aiotorchio.engine.load import Loaded, receive_message
 from aiotorchio.engine.load_options import LoadOptions
 from aiotorchio.engine.requests import Progress, Request
@@ -155,7 +155,7 @@ async def _save_to_stream(
     message: Generator[Request, Any, Summary], stream: Any, limits: Limits
 ) -> Summary:
     with exclusive(stream, "save", open_sink) as sink:
-        sink.deadline = save_deadline(limits)
+        sink.time_budget = save_time_budget(limits)
         return await drive(message, sink)
 
 
@@ -301,7 +301,7 @@ async def _load_from_stream(
 ) -> Any:
     with contextlib.ExitStack() as unfinished:
         with exclusive(stream, "load", open_source) as source:
-            source.deadline = load_deadline(limits)
+            source.time_budget = load_time_budget(limits)
             async with contextlib.aclosing(source):
                 loaded = await drive(message, source)
                 unfinished.callback(loaded.close)

@@ -2,8 +2,8 @@
 
 ``drive`` answers on an async stream, ``drive_blocking`` on a blocking one, and both return the
 result of the message. ``drive_to_pieces`` yields the bytes of a save. All of them raise the error
-of the message. The deadlines of loads and saves are here, too: a driver begins the deadline of its
-stream for each request to read or to send.
+of the message. The time budgets of loads and saves are made here, too: a driver begins a wait of
+its stream's budget for each request to read or to send.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from aiotorchio.engine.threads import Task, run_in_thread
 from aiotorchio.limits import Limits
 from aiotorchio.streams.base import Endpoint, Sink, Source, asyncio_loop, coalesce
 from aiotorchio.streams.blocking import BlockingStream
-from aiotorchio.streams.deadlines import CallAt, Deadline
+from aiotorchio.streams.deadlines import CallAt, TimeBudget
 from aiotorchio.wire.parser import HeaderReceived, MessageEnded, ReadBytes, Work
 
 __all__ = [
@@ -36,8 +36,8 @@ __all__ = [
     "drive",
     "drive_blocking",
     "drive_to_pieces",
-    "load_deadline",
-    "save_deadline",
+    "load_time_budget",
+    "save_time_budget",
 ]
 
 T = TypeVar("T")
@@ -53,10 +53,10 @@ _TURN_NBYTES, _ITEM_NBYTES = 2**22, 2**16
 Clock = Callable[[], float]
 
 
-def load_deadline(limits: Limits, clock: Clock | None = None) -> Deadline:
+def load_time_budget(limits: Limits, clock: Clock | None = None) -> TimeBudget:
     """The time budget of the sender in a load; by default on the clock of the event loop."""
     clock, call_at = _clock_of_the_loop() if clock is None else (clock, None)
-    return Deadline(
+    return TimeBudget(
         clock,
         limits.idle_timeout,
         limits.least_rate,
@@ -67,10 +67,10 @@ def load_deadline(limits: Limits, clock: Clock | None = None) -> Deadline:
     )
 
 
-def save_deadline(limits: Limits, clock: Clock | None = None) -> Deadline:
+def save_time_budget(limits: Limits, clock: Clock | None = None) -> TimeBudget:
     """The time budget of the receiver in a save; by default on the clock of the event loop."""
     clock, call_at = _clock_of_the_loop() if clock is None else (clock, None)
-    return Deadline(
+    return TimeBudget(
         clock,
         limits.write_timeout,
         limits.least_rate,
@@ -146,13 +146,13 @@ def _uncancellable(request: Request) -> bool:
 async def _perform(request: Request, stream: Any) -> Any:
     match request:
         case ReadBytes(size):
-            return await _with_deadline(stream, stream.read, size)
+            return await _within_time_budget(stream, stream.read, size)
         case Fill(buffers, background):
-            fill = functools.partial(_with_deadline, stream, stream.fill, buffers)
+            fill = functools.partial(_within_time_budget, stream, stream.fill, buffers)
             filled, _ = await _with(background, fill)
             return filled
         case Send(buffers, background):
-            send = functools.partial(_with_deadline, stream, stream.send, buffers)
+            send = functools.partial(_within_time_budget, stream, stream.send, buffers)
             _, result = await _with(background, send)
             return result
         case Work(task, to_its_end):
@@ -167,27 +167,27 @@ async def _perform(request: Request, stream: Any) -> Any:
             stream.in_message = False
 
 
-async def _with_deadline(
+async def _within_time_budget(
     stream: Endpoint, transfer: Callable[[Any], Awaitable[T]], argument: Any
 ) -> T:
     """Wait for the peer until its deadline."""
-    deadline = stream.deadline
-    if deadline is None:
+    time_budget = stream.time_budget
+    if time_budget is None:
         return await transfer(argument)
     with anyio.CancelScope() as scope:
-        deadline.begin(scope)
+        time_budget.begin(scope)
         try:
             return await transfer(argument)
         finally:
-            deadline.end()
+            time_budget.end()
     # A frame may be half sent, so that no other may follow it, not even an abort frame.
-    stream.failure = deadline.error()
+    stream.failure = time_budget.error()
     raise stream.failure
 
 
 def _header_received(stream: Endpoint) -> None:
-    if stream.deadline is not None:
-        stream.deadline.handshake_over()
+    if stream.time_budget is not None:
+        stream.time_budget.handshake_over()
 
 
 async def _next_item(iterator: Iterator[Any] | AsyncIterator[Any]) -> Any:
@@ -249,14 +249,14 @@ def drive_blocking(message: Generator[Request, Any, T], stream: BlockingStream) 
 def _perform_blocking(request: Request, stream: BlockingStream) -> Any:
     match request:
         case ReadBytes(size):
-            return _with_deadline_blocking(stream, stream.read, size)
+            return _within_time_budget_blocking(stream, stream.read, size)
         case Fill(buffers, background):
-            filled = _with_deadline_blocking(stream, stream.fill, buffers)
+            filled = _within_time_budget_blocking(stream, stream.fill, buffers)
             if background:
                 background()
             return filled
         case Send(buffers, background):
-            _with_deadline_blocking(stream, stream.send, buffers)
+            _within_time_budget_blocking(stream, stream.send, buffers)
             return background() if background else None
         case Work(task):
             return task()
@@ -271,14 +271,16 @@ def _perform_blocking(request: Request, stream: BlockingStream) -> Any:
             stream.in_message = False
 
 
-def _with_deadline_blocking(stream: Endpoint, transfer: Callable[[Any], T], argument: Any) -> T:
-    if stream.deadline is None:
+def _within_time_budget_blocking(
+    stream: Endpoint, transfer: Callable[[Any], T], argument: Any
+) -> T:
+    if stream.time_budget is None:
         return transfer(argument)
-    stream.deadline.begin()
+    stream.time_budget.begin()
     try:
         return transfer(argument)
     finally:
-        stream.deadline.end()
+        stream.time_budget.end()
 
 
 async def drive_to_pieces(

@@ -125,7 +125,7 @@ class AsyncioSource(Source):
             cursor.write(buffered)
             self._buffered = self._buffered[len(buffered) :]
         if cursor:
-            self._direct.deadline = self.deadline
+            self._direct.time_budget = self.time_budget
             await self._direct.fill_on(cursor)
         return cursor.done
 
@@ -219,7 +219,7 @@ class AsyncioSink(Sink):
             self._duplicate = _duplicate(transport, socket.SHUT_WR) if empty else None
             self._direct = SocketSink(self._duplicate.socket) if self._duplicate else None
         if self._direct:
-            self._direct.deadline = self.deadline
+            self._direct.time_budget = self.time_budget
             try:
                 await self._direct.send(buffers)
             finally:

@@ -20,7 +20,7 @@ import anyio
 
 from aiotorchio.common.buffer import Buffer
 from aiotorchio.errors import TransferTimeout, TruncatedError
-from aiotorchio.streams.deadlines import Deadline
+from aiotorchio.streams.deadlines import TimeBudget
 
 __all__ = [
     "Cursor",
@@ -46,19 +46,20 @@ class Endpoint:
     Attributes:
         in_message: Whether the stream is inside a message: a call that stops now poisons it. The
             adapter sets it when it moves bytes, its driver clears it at the end of a message.
-        deadline: The deadline for the peer; None if it has all time. Set by the driver.
+        time_budget: The time budget of the peer; None if it has all time. Set by the driver.
         failure: The error of a failed send. The position of the stream in the frame is unknown
             since then, so nothing more can be sent.
     """
 
     in_message = False
     failure: Exception | None = None
-    deadline: Deadline | None = None
+    time_budget: TimeBudget | None = None
 
     @property
     def piece_size(self) -> int:
         """Bytes to pass on at a time: few enough that a peer at the least rate is seen to move."""
-        most = PIECE_SIZE if self.deadline is None else min(self.deadline.least_nbytes, PIECE_SIZE)
+        budget = self.time_budget
+        most = PIECE_SIZE if budget is None else min(budget.least_nbytes, PIECE_SIZE)
         return max(int(most), _PIECE_SIZE_MIN)
 
     def moved(self, count: int) -> None:
@@ -66,8 +67,8 @@ class Endpoint:
         if not count:
             return
         self.in_message = True
-        if self.deadline is not None:
-            self.deadline.moved(count)
+        if self.time_budget is not None:
+            self.time_budget.moved(count)
 
 
 class Source(Endpoint, ABC):

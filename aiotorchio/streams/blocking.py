@@ -86,8 +86,8 @@ class BlockingStream(Endpoint):
         if self._seekable:
             return
         super().moved(count)
-        if self.deadline is not None and self.deadline.left() <= 0:
-            raise self.deadline.error()
+        if self.time_budget is not None and self.time_budget.left() <= 0:
+            raise self.time_budget.error()
 
     def abort(self) -> None:
         """Break a connection, so that the peer does not wait for remaining bytes."""

@@ -82,9 +82,9 @@ class _BlockingSocket(BlockingStream):
         """Call with the seconds that it may wait, until it returns a result."""
         end = math.inf if self._timeout is None else time.monotonic() + self._timeout
         while True:
-            left = math.inf if self.deadline is None else self.deadline.left()
-            if self.deadline is not None and left <= 0:
-                raise self.deadline.error()
+            left = math.inf if self.time_budget is None else self.time_budget.left()
+            if self.time_budget is not None and left <= 0:
+                raise self.time_budget.error()
             left = min(left, end - time.monotonic())
             if left <= 0:
                 raise TimeoutError("timed out")

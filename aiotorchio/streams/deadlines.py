@@ -14,7 +14,7 @@ from anyio import CancelScope
 
 from aiotorchio.errors import TransferTimeout
 
-__all__ = ["CallAt", "Deadline"]
+__all__ = ["CallAt", "TimeBudget"]
 
 CallAt = Callable[[float, Callable[[], None]], Any]
 
@@ -23,7 +23,7 @@ CallAt = Callable[[float, Callable[[], None]], Any]
 _FOREVER = 10**9
 
 
-class Deadline:
+class TimeBudget:
     """The time budget for the peer of one message, as ``Limits`` defines it.
 
     Only the time between ``begin`` and ``end`` counts, since the peer waits at other times.
@@ -164,9 +164,9 @@ class Deadline:
         self._timer_at = at
         self._timer = None
         if self._call_at is not None and at < math.inf:
-            self._timer = self._call_at(at, self._look)
+            self._timer = self._call_at(at, self._on_timer)
 
-    def _look(self) -> None:
+    def _on_timer(self) -> None:
         """Cancel the scope if no time is left; otherwise set the timer again."""
         self._set_timer(math.inf)
         if self._scope is None:

@@ -100,8 +100,8 @@ def exclusive(
                     other = _state(stream, "load" if direction == "save" else "save")
                     other.poison = other.poison or state.poison
             finally:
-                if adapter.deadline is not None:
-                    adapter.deadline.close()
+                if adapter.time_budget is not None:
+                    adapter.time_budget.close()
                 adapter.release()
     finally:
         state.calls.remove(claim)

@@ -30,7 +30,7 @@ PACKAGE = str(Path(aiotorchio.__file__).parent) + os.sep
 # The pause of the garbage collector is not proof against this: see docs/security.md. Nor are the
 # scopes and groups of anyio, if the error comes between the end of their block and their own code.
 COLLECTION = os.path.join(PACKAGE, "common", "gc_pause.py")
-SCOPES = {"_with_deadline", "_with", "run_in_thread"}
+SCOPES = {"_within_time_budget", "_with", "run_in_thread"}
 STATE = {"w": torch.arange(3000.0), "b": torch.ones(3), "meta": {"step": 7, "lr": [1e-3, (1, 2)]}}
 PICKLED = {"set": frozenset({1}), "w": torch.arange(3000.0), "sparse": torch.eye(3).to_sparse()}
 # Interrupts come at every seventh line; each test begins with another line.

@@ -83,12 +83,12 @@ async def test_behind_the_header_the_handshake_is_over(kind: str) -> None:
         limits = Limits(handshake_timeout=PATIENCE)
         await near.send(MESSAGE[:2000])
         async with StreamReader(far.source).open(limits=limits) as message:
-            deadline = message._source.deadline
-            assert deadline is not None
+            time_budget = message._source.time_budget
+            assert time_budget is not None
             group.start_soon(near.send, MESSAGE[2000:])
             torch.testing.assert_close(await message.load(), STATE)
-            assert deadline._handshake_end == float("inf")
-            assert deadline.count == len(MESSAGE)
+            assert time_budget._handshake_end == float("inf")
+            assert time_budget.count == len(MESSAGE)
 
 
 @in_one_loop
