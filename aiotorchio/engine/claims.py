@@ -52,13 +52,13 @@ class Claim:
     @classmethod
     def of_storages(cls, states: Mapping[str, Sequence[Any]]) -> Claim:
         """Claim the whole storages of tensors, from their ``memory_state``."""
-        spans: dict[torch.device, list[tuple[int, int, str]]] = {}
+        by_device: dict[torch.device, list[tuple[int, int, str]]] = {}
         names = {state[:2]: name for name, state in states.items()}
         for name in names.values():
             address, nbytes, _, device = states[name][:4]
             if nbytes:
-                spans.setdefault(device, []).append((address, address + nbytes, name))
-        extents = {device: Extents(found) for device, found in spans.items()}
+                by_device.setdefault(device, []).append((address, address + nbytes, name))
+        extents = {device: Extents(found) for device, found in by_device.items()}
         return cls(extents, lambda name: _storage_at(states[name]))
 
     def make(self) -> None:
@@ -164,8 +164,8 @@ class HeldClaims:
         self._held.append(claim)
         claim.make()
         # Before the claim, the swap of another load may have moved tensors to other memory.
-        spans = (span for each in extents.values() for span in each)
-        for start, _, name in interruptible(spans):
+        claimed = (extent for each in extents.values() for extent in each)
+        for start, _, name in interruptible(claimed):
             address, _, offset, _, dtype = memory_states[name][:5]
             if not (start == address + offset * dtype.itemsize == tensors[name].data_ptr()):
                 raise _busy(name)

@@ -22,7 +22,7 @@ from aiotorchio.wire.header import META_LOCATION, Header
 __all__ = ["Placement", "StorageRows", "on_meta", "place"]
 
 _CPU = torch.device("cpu")
-# How much longer the span of a tensor may be than its elements. Each chunk of the span costs
+# How much longer the extent of a tensor may be than its elements. Each chunk of the extent costs
 # microseconds, which a sender would let the receiver pay a million times.
 _SPREAD_MAX = 16
 
@@ -132,14 +132,14 @@ def _can_be_routed(context: LoadContext, index: int, rows: StorageRows) -> bool:
     header = context.header
     tensors = [header.tensors[row] for row in rows.into]
     orders = [order_of(row.shape, row.stride) for row in tensors]
-    spans = sum(
+    total = sum(
         order.extent * DTYPES[row.dtype].itemsize
         for order, row in zip(orders, tensors, strict=True)
     )
-    # A few elements in a long span would be looked for in many chunks, and so would many tensors in
-    # the same span.
+    # A few elements in a long extent would be looked for in many chunks, and so would many tensors
+    # in the same extent.
     return (
         not context.foreign_byteorder
-        and spans <= _SPREAD_MAX * header.storages[index].nbytes
+        and total <= _SPREAD_MAX * header.storages[index].nbytes
         and all(o.distinct and o.extent <= _SPREAD_MAX * o.count for o in orders)
     )

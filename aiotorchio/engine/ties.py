@@ -46,9 +46,9 @@ class Ties:
         self.mixed: set[int] = set()
         for names in interruptible(ties, 100):
             views = {view_of_row(self._row(name)): name for name in names}
-            spans = Extents((*self._span(name), name) for name in views.values())
+            extents = Extents((*self._extent(name), name) for name in views.values())
             self.mixed |= {
-                self._row(name).storage for together in spans.together() for name in together
+                self._row(name).storage for together in extents.together() for name in together
             }
 
     def choose(self, devices: Sequence[object]) -> dict[str, str]:
@@ -72,12 +72,12 @@ class Ties:
 
     def _arrival(self, name: str, devices: Sequence[object]) -> tuple[bool, tuple[int, int]]:
         """The order in which tensors can be copied."""
-        return devices[self._row(name).storage] is not None, self._span(name)
+        return devices[self._row(name).storage] is not None, self._extent(name)
 
     def _row(self, name: str) -> TensorRow:
         return self._header.tensors[self._row_of_name[name]]
 
-    def _span(self, name: str) -> tuple[int, int]:
+    def _extent(self, name: str) -> tuple[int, int]:
         """The first byte of a tensor in the payload, and the first one after it."""
         row = self._row(name)
         itemsize = DTYPES[row.dtype].itemsize

@@ -138,7 +138,7 @@ class _Member(NamedTuple):
     number: int
 
     @property
-    def span(self) -> tuple[int, int, _Member]:
+    def extent(self) -> tuple[int, int, _Member]:
         """The first address, the one after the last, and the member."""
         end = self.start + 1 + sum((count - 1) * step for count, step in self.runs)
         return self.start, end, self
@@ -146,7 +146,7 @@ class _Member(NamedTuple):
 
 def _meeting(members: Iterable[_Member]) -> Iterator[list[_Member]]:
     """Yield members of several groups whose extents meet."""
-    for found in Extents(member.span for member in members).together():
+    for found in Extents(member.extent for member in members).together():
         if len({member.group for member in found}) > 1:
             yield found
 
@@ -195,7 +195,7 @@ def _without_widest(members: Sequence[_Member]) -> list[tuple[int, int, _Member]
         cut = len(member.runs) > 1 and member.runs[0][1] == width
         count, runs = (member.runs[0][0], member.runs[1:]) if cut else (1, member.runs)
         inner = member._replace(start=member.start % width, runs=runs)
-        start, end, _ = inner.span
+        start, end, _ = inner.extent
         if end - start > width:
             return None
         rows.append((start, end, count, member._replace(runs=runs)))

@@ -90,8 +90,8 @@ class _Strip:
 
     def positions(self) -> Iterator[int]:
         """Yield the first address of each range with anything to draw; the strip is blank then."""
-        spans = Extents((each.start, each.end, None) for each in self._footprints)
-        for start, end in spans.ranges():
+        extents = Extents((each.start, each.end, None) for each in self._footprints)
+        for start, end in extents.ranges():
             for position in interruptible(range(start, end, self.length), 1):
                 yield position
                 self._units.zero_()

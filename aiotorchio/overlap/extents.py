@@ -73,11 +73,11 @@ class Extents(Generic[T]):
     """Ranges of memory on one device, in the order of their addresses.
 
     Args:
-        spans: First address, the one after the last, and the key of each range.
+        ranges: First address, the one after the last, and the key of each range.
     """
 
-    def __init__(self, spans: Iterable[tuple[int, int, T]]) -> None:
-        ordered = sorted(spans, key=_ends)
+    def __init__(self, ranges: Iterable[tuple[int, int, T]]) -> None:
+        ordered = sorted(ranges, key=_ends)
         self._starts = [start for start, _, _ in ordered]
         self._ends = [end for _, end, _ in ordered]
         self._keys = [key for _, _, key in ordered]
@@ -117,19 +117,19 @@ class Extents(Generic[T]):
                 yield self._keys[n]
 
 
-def _ends(span: tuple[int, int, object]) -> tuple[int, int]:
-    return span[:2]
+def _ends(extent: tuple[int, int, object]) -> tuple[int, int]:
+    return extent[:2]
 
 
 def extents_of(tensors: Mapping[str, torch.Tensor]) -> dict[torch.device, Extents[str]]:
     """Return the extents of plain strided tensors, by device, but none without elements."""
-    spans: dict[torch.device, list[tuple[int, int, str]]] = {}
+    by_device: dict[torch.device, list[tuple[int, int, str]]] = {}
     for name, tensor in interruptible(tensors.items()):
         nbytes = extent_of(tensor)
         if nbytes:
             start = tensor.data_ptr()
-            spans.setdefault(tensor.device, []).append((start, start + nbytes, name))
-    return {device: Extents(found) for device, found in spans.items()}
+            by_device.setdefault(tensor.device, []).append((start, start + nbytes, name))
+    return {device: Extents(found) for device, found in by_device.items()}
 
 
 def runs_of(each: Footprint) -> tuple[tuple[int, int], ...]:

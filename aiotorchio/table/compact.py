@@ -174,8 +174,8 @@ class _Component:
         """Return the smallest box around all boxes, packed; None if the storage lacks a part."""
         if self.lattice is None:
             return None
-        spans = zip(*self.boxes, strict=True)
-        box = [range(min(r.start for r in span), max(r.stop for r in span)) for span in spans]
+        sides = zip(*self.boxes, strict=True)
+        box = [range(min(r.start for r in side), max(r.stop for r in side)) for side in sides]
         if not self.lattice.is_distinct(box):
             return None
         packed = _Packed(self.lattice, box)
@@ -281,12 +281,12 @@ class _Packed:
         self._box = box
         self._steps: list[int] = []
         count = 1
-        for span in reversed(box):
+        for side in reversed(box):
             self._steps.insert(0, count)
-            count *= len(span)
+            count *= len(side)
         self.nbytes = count * lattice.itemsize
-        self.start = self._address([span.start for span in box])
-        self.end = self._address([span[-1] for span in box]) + lattice.itemsize
+        self.start = self._address([side.start for side in box])
+        self.end = self._address([side[-1] for side in box]) + lattice.itemsize
 
     def _address(self, index: Sequence[int]) -> int:
         steps = zip(index, self._lattice.steps, strict=True)
@@ -294,15 +294,15 @@ class _Packed:
 
     def part(self, at: int) -> Part:
         """Return the range to send, for byte ``at`` of the smaller storage."""
-        shape = tuple(len(span) for span in self._box)
+        shape = tuple(len(side) for side in self._box)
         return Part(at, self.start, self._lattice.itemsize, shape, tuple(self._lattice.steps))
 
     def place(self, view: _View) -> tuple[int, tuple[int, ...]]:
         """Return the offset and stride of a view among the packed elements."""
         corner = self._lattice.index((view.start - self._lattice.start) // view.itemsize)
         offset = sum(
-            (n - span.start) * step
-            for n, span, step in zip(corner, self._box, self._steps, strict=True)
+            (n - side.start) * step
+            for n, side, step in zip(corner, self._box, self._steps, strict=True)
         )
         stride = list(view.row.stride)
         for dim in view.order.dims:

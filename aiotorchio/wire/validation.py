@@ -126,7 +126,7 @@ class _Reach(NamedTuple):
 
     unit: int
     itemsize: int
-    # Span from its first element to its last, in elements.
+    # Extent: from its first element to its last, in elements.
     elements: int
     # Bytes of the tensor if it were contiguous.
     dense: int

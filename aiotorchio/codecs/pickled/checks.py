@@ -88,7 +88,9 @@ class Checks:
                 "(Limits.dims)"
             )
 
-    def span(self, dtype: torch.dtype, size: Any, stride: Any, *, limit: int | None = None) -> int:
+    def extent(
+        self, dtype: torch.dtype, size: Any, stride: Any, *, limit: int | None = None
+    ) -> int:
         """Return the number of elements from the first to the last of a view, both included."""
         limit = self.limits.dense_nbytes if limit is None else limit
         self.check_shape(size)
@@ -105,20 +107,20 @@ class Checks:
                 f"a tensor has {count * dtype.itemsize} bytes when contiguous, but at most {limit} "
                 "are allowed"
             )
-        span: int = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if span * dtype.itemsize > _INT64_MAX:
+        extent: int = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if extent * dtype.itemsize > _INT64_MAX:
             raise InvalidObjectError(
-                f"a tensor has {span * dtype.itemsize} bytes from end to end, but at most "
+                f"a tensor has {extent * dtype.itemsize} bytes from end to end, but at most "
                 f"{_INT64_MAX} are possible"
             )
-        return span
+        return extent
 
     def packed(
         self, storage: Any, dtype: torch.dtype, offset: Any, size: Any, stride: Any
     ) -> torch.UntypedStorage:
         """Return the storage of a tensor within it whose elements are smaller than a byte."""
         untyped = untyped_storage(storage)
-        self.span(dtype, size, stride)
+        self.extent(dtype, size, stride)
         # In a view, torch would count strides and offset as if each element had a byte.
         if expect(offset, int) or tuple(stride) != torch.empty(size, device="meta").stride():
             raise InvalidObjectError(
@@ -138,10 +140,10 @@ class Checks:
         untyped = untyped_storage(storage)
         if expect(offset, int) < 0:
             raise InvalidObjectError(f"a tensor begins at offset {offset} of its storage")
-        span = self.span(dtype, size, stride)
-        if span and (offset + span) * dtype.itemsize > untyped.nbytes():
+        extent = self.extent(dtype, size, stride)
+        if extent and (offset + extent) * dtype.itemsize > untyped.nbytes():
             raise InvalidObjectError(
-                f"a tensor reaches byte {(offset + span) * dtype.itemsize} "
+                f"a tensor reaches byte {(offset + extent) * dtype.itemsize} "
                 f"of a storage of {untyped.nbytes()}"
             )
         return untyped

@@ -75,7 +75,7 @@ class NestedMaker:
 
     def _part(self, most: int, offset: int, size: list[int], stride: list[int]) -> int:
         """Return the elements of a part, which must lie within the first ``most`` of the buffer."""
-        # The same check as ``Checks.span``, which takes much longer.
+        # The same check as ``Checks.extent``, which takes much longer.
         count = end = 1
         for length, step in zip(size, stride, strict=True):
             if length < 0 or step < 0:

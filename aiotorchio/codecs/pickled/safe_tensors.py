@@ -87,7 +87,7 @@ class TensorMaker:
     def meta(self, dtype: Any, size: Any, stride: Any, requires_grad: Any) -> torch.Tensor:
         """Make a tensor on ``meta``, which has a shape and no bytes."""
         expect(dtype, torch.dtype)
-        self._checks.span(dtype, size, stride, limit=_INT64_MAX)
+        self._checks.extent(dtype, size, stride, limit=_INT64_MAX)
         return torch.empty_strided(
             size, stride, dtype=dtype, device="meta", requires_grad=boolean(requires_grad)
         )
@@ -203,7 +203,7 @@ class TensorMaker:
                 "allowed"
             )
         expect(dtype, torch.dtype)
-        self._checks.span(dtype, size, stride, limit=_INT64_MAX)
+        self._checks.extent(dtype, size, stride, limit=_INT64_MAX)
         return torch_private.make_wrapper_subclass(
             kind,
             size,
