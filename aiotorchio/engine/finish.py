@@ -133,7 +133,7 @@ class Finish:
     ) -> torch.UntypedStorage | None:
         """Move a storage to where ``map_location``, or a restorer of the caller, puts it."""
         rows = self.placement.storages[index]
-        if storage is None or (rows.into and not rows.owned):
+        if storage is None or (rows.targeted and not rows.owned):
             return storage
         devices, data_free = self.context.devices, self.context.options.data_free
         if data_free is not None:
@@ -229,17 +229,17 @@ def prepare(
 
 def _change(context: LoadContext, match: Match) -> Exchange | BufferSwap | None:
     """Make the change of targets that wait for the whole message."""
-    into = context.into
-    if into is None:
+    targets = context.targets
+    if targets is None:
         return None
     tensors = list(match.targets.values())
     if [memory_state(tensor) for tensor in tensors] != list(match.memory_states.values()):
         raise moved()
-    if into.back is not None:
-        everything = [each for each in into.tensors.values() if has_memory(each)]
-        everything += other_views(everything, into.modules)
-        return into.back.swap(everything, tensors, context.copier)
-    return Exchange(tensors, context.copier) if into.staged else None
+    if targets.back is not None:
+        everything = [each for each in targets.tensors.values() if has_memory(each)]
+        everything += other_views(everything, targets.modules)
+        return targets.back.swap(everything, tensors, context.copier)
+    return Exchange(tensors, context.copier) if targets.staged else None
 
 
 def _routes(
@@ -268,7 +268,7 @@ def _routes(
     for index, rows in interruptible(enumerate(placement.storages if receivers else ())):
         start = context.layout.offsets[index]
         is_made = placement.devices[index] is not None
-        for row, name in ((n, name) for n in rows.into for name in names_of_row[n]):
+        for row, name in ((n, name) for n in rows.targeted for name in names_of_row[n]):
             tensor, error = receivers[name], None
             copied = compared_with.get(name)
             if copied is not None and memory_of(receivers[copied]) == memory_of(tensor):

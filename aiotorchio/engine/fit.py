@@ -15,7 +15,7 @@ import torch
 from aiotorchio.codecs.pickled.codec import STORAGE
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.engine.module_commit import WithModules, with_modules
-from aiotorchio.engine.selection import Into, Selection
+from aiotorchio.engine.selection import Selection, Targets
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.strays import (
     check_strays,
@@ -36,7 +36,7 @@ class ObjectFit:
 
     Args:
         header: Of the message.
-        into: The targets.
+        targets: The targets.
         selection: The names that count.
         row_of_name: The row of each name of the header.
         filled_by_others: Names of targets whose bytes other targets fill.
@@ -49,30 +49,30 @@ class ObjectFit:
     def __init__(
         self,
         header: Header,
-        into: Into,
+        targets: Targets,
         selection: Selection,
         row_of_name: Mapping[str, int],
         filled_by_others: Iterable[str],
     ) -> None:
-        self._into, self._selection = into, selection
+        self._targets, self._selection = targets, selection
         self._row_of_name, self._filled_by_others = row_of_name, filled_by_others
         self._pickled = header.codec == "pickle"
         self.composite_targets: dict[str, torch.Tensor] = {}
         if self._pickled:
             self.composite_targets = {
                 name: tensor
-                for name, tensor in interruptible(into.tensors.items())
+                for name, tensor in interruptible(targets.tensors.items())
                 if name in selection and name not in row_of_name and is_composite_target(tensor)
             }
         self._received: dict[str, torch.Tensor] = {}
         self.compares_object = bool(self.composite_targets) or any(
-            module.other_entries for module in into.modules
+            module.other_entries for module in targets.modules
         )
         self._checked_on_meta = False
 
     def note_skeleton(self, skeleton: bytes) -> None:
         """Note whether the object can have tensors, or storages, without a row."""
-        if self._pickled and self._into.strict and self._selection.all:
+        if self._pickled and self._targets.strict and self._selection.all:
             self.compares_object = self.compares_object or STORAGE.encode() in skeleton
 
     def check_on_meta(self, obj: Any) -> None:
@@ -102,9 +102,9 @@ class ObjectFit:
         Raises:
             MismatchError: The object has such extra state.
         """
-        if not self._into.strict:
+        if not self._targets.strict:
             return
-        found = refused_extra_states(self._into.modules, obj)
+        found = refused_extra_states(self._targets.modules, obj)
         unexpected = [name for name in found if name in self._selection]
         if unexpected:
             raise does_not_fit(unexpected, unchanged=unchanged)
@@ -131,8 +131,8 @@ class ObjectFit:
             # The header knows all tensors, under their names.
             return {}
         named = named_tensors(obj)
-        if self._into.strict and self._selection.all:
-            rules = ModuleRules(self._into.modules)
+        if self._targets.strict and self._selection.all:
+            rules = ModuleRules(self._targets.modules)
             check_strays(
                 obj, named, lambda name: self._has_target(name, rules), unchanged=unchanged
             )
@@ -179,11 +179,11 @@ class ObjectFit:
         unchanged: bool,
         on_meta: bool = False,
     ) -> Exchange | BufferSwap | WithModules | None:
-        strict = self._into.strict
+        strict = self._targets.strict
         composite_load = TensorLoad(
             self.composite_targets, received, strict=strict, staged=unchanged, on_meta=on_meta
         )
         names = [*self._row_of_name, *self._filled_by_others]
         return with_modules(
-            tensors, self._into, obj, names, self._selection, composite_load, staged=unchanged
+            tensors, self._targets, obj, names, self._selection, composite_load, staged=unchanged
         )

@@ -89,7 +89,7 @@ class _Load:
 
     def __init__(self, message: IncomingMessage, options: LoadOptions) -> None:
         self._message, self._options = message, options
-        self._context = LoadContext.of(message.header, message.layout, options, options.target)
+        self._context = LoadContext.of(message.header, message.layout, options, options.targets)
         self._inline = message.decides_inline(self._context)
         self.claims = HeldClaims()
         self._long: list[Match | Placement | IncomingPayload] = []
@@ -134,8 +134,10 @@ class _Load:
         self._long.append(match)
         placement = place(context, match)
         self._long.append(placement)
-        if context.into is not None:
-            self.claims.claim(context.into.back, match.targets, match.memory_states, match.extents)
+        if context.targets is not None:
+            self.claims.claim(
+                context.targets.back, match.targets, match.memory_states, match.extents
+            )
         return match, placement
 
     def _prepare(self, match: Match, placement: Placement) -> tuple[IncomingPayload, Finish]:

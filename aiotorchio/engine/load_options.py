@@ -23,7 +23,7 @@ import torch
 
 from aiotorchio.codecs.pickled.allowlist import paths_of
 from aiotorchio.engine.requests import Progress
-from aiotorchio.engine.selection import DoubleBuffer, Into, LoadTarget
+from aiotorchio.engine.selection import DoubleBuffer, LoadTarget, Targets
 from aiotorchio.graph.data_free import DataFree, data_free
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.select import Select
@@ -96,7 +96,7 @@ class LoadOptions(IterateOptions):
     Attributes:
         weights_only: None is the default of ``torch.load``, and becomes True.
         pickle_module: None becomes ``pickle``.
-        target: The tensors and modules of ``into``.
+        targets: The tensors and modules of ``into``.
 
     Raises:
         TypeError: An option of another type.
@@ -112,7 +112,7 @@ class LoadOptions(IterateOptions):
     lock: Any = None
     pickle_module: Any = None
     encoding: str = "utf-8"
-    target: Into | None = field(init=False)
+    targets: Targets | None = field(init=False)
 
     def __post_init__(self) -> None:
         weights_only: bool | None = self.weights_only
@@ -143,10 +143,10 @@ class LoadOptions(IterateOptions):
                 "into cannot be used inside of skip_data or FakeTensorMode, where tensors get no "
                 "numbers"
             )
-        target = None
+        targets = None
         if self.into is not None:
-            target = Into.of(self.into, strict=self.strict, cast=self.cast, staged=self.staged)
-        _set(self, "target", target)
+            targets = Targets.of(self.into, strict=self.strict, cast=self.cast, staged=self.staged)
+        _set(self, "targets", targets)
 
     @classmethod
     def of_call(

@@ -19,7 +19,7 @@ from aiotorchio.common.interrupt import interruptible
 from aiotorchio.engine.claims import has_neighbours
 from aiotorchio.engine.fit import ObjectFit
 from aiotorchio.engine.load_options import IterateOptions
-from aiotorchio.engine.selection import Into, Selection
+from aiotorchio.engine.selection import Selection, Targets
 from aiotorchio.engine.ties import Ties
 from aiotorchio.errors import InvalidObjectError
 from aiotorchio.graph.composites import Composites
@@ -44,7 +44,7 @@ class LoadContext:
         header: Valid.
         layout: Of the payload.
         options: Of the call.
-        into: The targets; None: every tensor gets new memory.
+        targets: The targets of the load; None: every tensor gets new memory.
         named_only: Drop tensors without a name, and storages that no tensor shows.
         devices: The device of each storage.
         copier: Moves bytes between a device and the host.
@@ -54,7 +54,7 @@ class LoadContext:
     header: Header
     layout: Layout
     options: IterateOptions
-    into: Into | None
+    targets: Targets | None
     named_only: bool
     devices: DeviceMap
     copier: Copier
@@ -66,7 +66,7 @@ class LoadContext:
         header: Header,
         layout: Layout,
         options: IterateOptions,
-        into: Into | None = None,
+        targets: Targets | None = None,
         *,
         named_only: bool = False,
     ) -> LoadContext:
@@ -79,17 +79,17 @@ class LoadContext:
         fake = options.data_free is not None and options.data_free.fake_mode is not None
         devices = DeviceMap(header, options.map_location, fake=fake)
         foreign = header.byteorder != sys.byteorder
-        return cls(header, layout, options, into, named_only, devices, DeviceCopier(), foreign)
+        return cls(header, layout, options, targets, named_only, devices, DeviceCopier(), foreign)
 
     @property
     def steps(self) -> int:
         """Rows, names, targets, and comparisons of names: the length of the work to come."""
         header, names = self.header, 0
         rows = max(len(header.tensors), len(header.storages))
-        select, into = self.options.select, self.into
-        if select is not None or into is not None:
+        select, targets = self.options.select, self.targets
+        if select is not None or targets is not None:
             names = sum(len(row.names) for row in header.tensors)
-            names += len(into.tensors) if into else 0
+            names += len(targets.tensors) if targets else 0
         patterns = len(select) if isinstance(select, tuple) else 1
         return max(rows, names * patterns)
 
@@ -99,9 +99,9 @@ class LoadContext:
 
         An exact answer can take long.
         """
-        if self.into is None:
+        if self.targets is None:
             return False
-        tensors = self.into.tensors.items()
+        tensors = self.targets.tensors.items()
         return has_neighbours({name: each for name, each in tensors if has_memory(each)})
 
 
@@ -150,7 +150,7 @@ def match_names(context: LoadContext, composites: Composites | None = None) -> M
     """
     _check_byteorder(context)
     row_of_name: dict[str, int] = {}
-    if context.options.select is not None or context.into is not None or context.named_only:
+    if context.options.select is not None or context.targets is not None or context.named_only:
         row_of_name = rows_by_name(context.header.tensors)
     composites = composites or Composites.none()
     try:
@@ -173,29 +173,29 @@ def _check_byteorder(context: LoadContext) -> None:
 
 
 def _match(context: LoadContext, row_of_name: dict[str, int], composites: Composites) -> Match:
-    header, into = context.header, context.into
-    names = [*row_of_name, *(into.names if into else ()), *composites.names]
+    header, targets = context.header, context.targets
+    names = [*row_of_name, *(targets.names if targets else ()), *composites.names]
     selection = Selection(context.options.select, names, composites.refused)
     # A load makes all of them, and leaves out of the object those that are not selected.
     candidates = interruptible(composites.names) if context.named_only else ()
     composites.choose([name for name in candidates if name in selection])
-    if into is not None and not selection.all:
-        selection.add(into.parts(row_of_name, selection))
+    if targets is not None and not selection.all:
+        selection.add(targets.parts(row_of_name, selection))
     found = MatchedTargets({}, [], {}, set())
     fit = None
-    if into is not None:
+    if targets is not None:
         found = match_targets(
             header,
-            into.tensors,
-            into.modules,
+            targets.tensors,
+            targets.modules,
             selection=selection,
             all_selected=selection.all,
-            strict=into.strict,
-            cast=into.cast,
+            strict=targets.strict,
+            cast=targets.cast,
         )
-        fit = ObjectFit(header, into, selection, row_of_name, found.filled_by_others)
+        fit = ObjectFit(header, targets, selection, row_of_name, found.filled_by_others)
     return Match(
-        by_name=context.named_only or into is not None or not selection.all,
+        by_name=context.named_only or targets is not None or not selection.all,
         row_of_name=row_of_name,
         selection=selection,
         composites=composites,

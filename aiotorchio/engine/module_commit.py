@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from aiotorchio.common.interrupt import interruptible
-from aiotorchio.engine.selection import Into
+from aiotorchio.engine.selection import Targets
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.module_load import ModuleLoad
 from aiotorchio.graph.tensor_load import TensorLoad
@@ -80,7 +80,7 @@ class WithModules:
 
 def with_modules(
     tensors: Exchange | BufferSwap | None,
-    into: Into,
+    targets: Targets,
     received: Any,
     names: Iterable[str],
     selection: Container[str],
@@ -92,7 +92,7 @@ def with_modules(
 
     Args:
         tensors: The change, if the tensors wait for one.
-        into: The targets.
+        targets: The targets.
         received: The object.
         names: Of tensors that have their numbers: those of the message, and targets that other
             targets fill.
@@ -103,10 +103,10 @@ def with_modules(
     Raises:
         MismatchError: The object does not fit the modules.
     """
-    modules = [module for module in into.modules if not module.only_tensors]
+    modules = [module for module in targets.modules if not module.only_tensors]
     loads: list[ModuleLoad | TensorLoad] = [composite_load]
     if modules:
-        strict = into.strict
+        strict = targets.strict
         names = [name for name in interruptible(names) if name in selection]
         loads += [
             ModuleLoad(module, received, names, selection, strict=strict, staged=staged)

@@ -32,12 +32,12 @@ class StorageRows:
     """The tensors that show one storage, by what becomes of them.
 
     Attributes:
-        into: Rows that have a target.
+        targeted: Rows that have a target.
         owned: Whether any tensor shows memory of the message.
         left_out: Whether any tensor is not selected.
     """
 
-    into: list[int] = field(default_factory=list)
+    targeted: list[int] = field(default_factory=list)
     owned: bool = False
     left_out: bool = False
 
@@ -101,7 +101,7 @@ def _storage_rows(
     for index, row in interruptible(enumerate(header.tensors)):
         storage = storages[row.storage]
         if index in prebuilt:
-            storage.into.append(index)
+            storage.targeted.append(index)
         elif (row.names or named_only) and not any(name in selection for name in row.names):
             storage.left_out = True
             if not named_only:
@@ -117,20 +117,20 @@ def _device(
     context: LoadContext, mixed: set[int], index: int, rows: StorageRows
 ) -> torch.device | None:
     """The device where a storage is made; None: it is not made."""
-    if not rows.owned and (rows.into or rows.left_out):
-        routed = not rows.into or (index not in mixed and _can_be_routed(context, index, rows))
+    if not rows.owned and (rows.targeted or rows.left_out):
+        routed = not rows.targeted or (index not in mixed and _can_be_routed(context, index, rows))
         return None if routed else _CPU
     device = context.devices.device(index)
     if context.options.data_free is not None:
         return torch.device(META_LOCATION)
     # Targets are copied from it, so it needs memory.
-    return _CPU if rows.into and device.type == META_LOCATION else device
+    return _CPU if rows.targeted and device.type == META_LOCATION else device
 
 
 def _can_be_routed(context: LoadContext, index: int, rows: StorageRows) -> bool:
     """Whether bytes can go into the targets while they arrive, in the order of the wire."""
     header = context.header
-    tensors = [header.tensors[row] for row in rows.into]
+    tensors = [header.tensors[row] for row in rows.targeted]
     orders = [order_of(row.shape, row.stride) for row in tensors]
     total = sum(
         order.extent * DTYPES[row.dtype].itemsize

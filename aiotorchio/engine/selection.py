@@ -14,7 +14,7 @@ from aiotorchio.graph.select import Select, selected
 from aiotorchio.graph.targets import examined, target_tensors
 from aiotorchio.memory.atomic import BackMemory
 
-__all__ = ["DoubleBuffer", "Into", "LoadTarget", "Selection"]
+__all__ = ["DoubleBuffer", "LoadTarget", "Selection", "Targets"]
 
 
 class DoubleBuffer:
@@ -62,7 +62,7 @@ LoadTarget = Mapping[str, Any] | torch.nn.Module | DoubleBuffer
 
 
 @dataclass(frozen=True, slots=True)
-class Into:
+class Targets:
     """Tensors to receive into, by name.
 
     Attributes:
@@ -82,7 +82,7 @@ class Into:
     back: BackMemory | None
 
     @classmethod
-    def of(cls, into: LoadTarget, *, strict: bool, cast: bool, staged: bool) -> Into:
+    def of(cls, into: LoadTarget, *, strict: bool, cast: bool, staged: bool) -> Targets:
         """Look through the value of the option ``into``.
 
         Raises:
@@ -90,8 +90,8 @@ class Into:
             ValueError: Two tensors of one name, or a module that cannot be received into.
         """
         back = into.memory if isinstance(into, DoubleBuffer) else None
-        destination = into.destination if isinstance(into, DoubleBuffer) else into
-        return cls(*examined(destination), strict, cast, staged, back)
+        value = into.destination if isinstance(into, DoubleBuffer) else into
+        return cls(*examined(value), strict, cast, staged, back)
 
     @property
     def names(self) -> Iterator[str]:

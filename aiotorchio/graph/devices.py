@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class _Destination:
+class _Location:
     """The device of all storages with one location.
 
     Attributes:
@@ -77,7 +77,7 @@ class DeviceMap:
                 f"the header has {len(tags)} different locations, {_LOCATIONS_MAX} allowed",
                 entry="header",
             )
-        of_tag = {tag: _destination(tag, map_location, known) for tag in tags}
+        of_tag = {tag: _location_of(tag, map_location, known) for tag in tags}
         self._rows = header.storages
         self._of_location = [of_tag[tag] for tag in header.locations]
         self.relocates = any(each.restore is not None for each in self._of_location)
@@ -104,15 +104,15 @@ class DeviceMap:
         return storage if restore is None else restore(storage)
 
 
-def _destination(
+def _location_of(
     tag: str, map_location: MapLocation, known: Callable[[str], torch.device | None]
-) -> _Destination:
+) -> _Location:
     if tag == META_LOCATION:
         # As in torch: storages on meta have no bytes, so they stay on meta.
-        return _Destination(torch.device(META_LOCATION))
+        return _Location(torch.device(META_LOCATION))
     if callable(map_location):
         relocate = map_location
-        return _Destination(_CPU, lambda storage: _placed(storage, tag, relocate(storage, tag)))
+        return _Location(_CPU, lambda storage: _placed(storage, tag, relocate(storage, tag)))
     if map_location is None:
         location = tag
     elif isinstance(map_location, str | torch.device):
@@ -128,10 +128,10 @@ def _destination(
         device = _in_torchs_words(location, lambda: known(location))
     except InvalidObjectError as error:
         # It is raised when a storage is needed there.
-        return _Destination(error)
+        return _Location(error)
     if device is not None:
-        return _Destination(device)
-    return _Destination(_CPU, lambda storage: _restored(storage, location))
+        return _Location(device)
+    return _Location(_CPU, lambda storage: _restored(storage, location))
 
 
 def _placed(

@@ -32,7 +32,7 @@ class ModuleLoad:
     """The load of one module from a received object.
 
     Args:
-        destination: The module; its ``tensors`` have their new numbers when ``steps`` is called.
+        target: The module; its ``tensors`` have their new numbers when ``steps`` is called.
         received: The object that was received.
         names: The names of its tensors in the selection.
         wanted: The selection: contains the names that count.
@@ -42,7 +42,7 @@ class ModuleLoad:
 
     def __init__(
         self,
-        destination: ModuleTarget,
+        target: ModuleTarget,
         received: Any,
         names: Iterable[str],
         wanted: Container[str],
@@ -50,9 +50,9 @@ class ModuleLoad:
         strict: bool,
         staged: bool,
     ) -> None:
-        self._destination = destination
+        self._target = target
         self._wanted, self._strict, self._staged = wanted, strict, staged
-        prefix, tensors = destination.prefix, destination.tensors
+        prefix, tensors = target.prefix, target.tensors
         lengths: dict[int, list[int]] = {}
         root = find(received, prefix[:-1], lengths)
         # A pickle that was loaded with weights_only=False can have the mark.
@@ -66,23 +66,23 @@ class ModuleLoad:
         entries = self._collected(received, root, names, lengths)
         missing = [
             key
-            for key in (*tensors, *destination.other_entries)
+            for key in (*tensors, *target.other_entries)
             if key not in entries and prefix + key in wanted
         ]
         self._check(entries, missing)
 
-        owner = destination.owner
+        owner = target.owner
         self._entries = Entries(entries, owner)
         # The submodules to load: of a selection, those with a part of it.
-        reached = destination.with_those_above({owner(key) for key in interruptible(entries)})
-        everything = all(prefix + key in wanted for key in (*tensors, *destination.other_entries))
-        self._paths = destination.active if everything else destination.active & reached
+        reached = target.with_those_above({owner(key) for key in interruptible(entries)})
+        everything = all(prefix + key in wanted for key in (*tensors, *target.other_entries))
+        self._paths = target.active if everything else target.active & reached
         self._paths = self._paths | {owner(key) for key in entries if key not in tensors}
         if strict:
             self._paths |= {owner(key) for key in missing}
         # Submodules that are loaded report their missing entries themselves.
         self._missing = [key for key in missing if owner(key) not in self._paths]
-        self._visited = destination.with_those_above(self._paths)
+        self._visited = target.with_those_above(self._paths)
 
     def _collected(
         self, received: Any, root: Any, names: Iterable[str], lengths: dict[int, list[int]]
@@ -95,8 +95,8 @@ class ModuleLoad:
             names: The names of its tensors in the selection.
             lengths: See ``find``.
         """
-        destination, wanted = self._destination, self._wanted
-        prefix, tensors = destination.prefix, destination.tensors
+        target, wanted = self._target, self._wanted
+        prefix, tensors = target.prefix, target.tensors
         keys = [
             name.removeprefix(prefix) for name in interruptible(names) if name.startswith(prefix)
         ]
@@ -105,11 +105,11 @@ class ModuleLoad:
         unknown = [
             key
             for key in interruptible(keys)
-            if key not in tensors and destination.entry_of(key) is None
+            if key not in tensors and target.entry_of(key) is None
         ][:UNKNOWN_MAX]
         # Extra state is included that no submodule takes, so that it is found and reported.
         shown = root if isinstance(root, Mapping) else ()
-        others = [*destination.other_entries, *filter(is_extra_state, interruptible(shown))]
+        others = [*target.other_entries, *filter(is_extra_state, interruptible(shown))]
         others = [key for key in others if prefix + key in wanted]
         for key in interruptible([*unknown, *others], 1):
             value = find(root, key, lengths)
@@ -122,23 +122,21 @@ class ModuleLoad:
 
     def _check(self, entries: Mapping[str, Any], absent: Iterable[str]) -> None:
         """Refuse entries that would be refused later, and shards of another rank."""
-        destination, prefix = self._destination, self._destination.prefix
+        target, prefix = self._target, self._target.prefix
         misfits: dict[str, str] = {}
-        for key in destination.other_entries:
-            received, tensor = entries.get(key), destination.loaded_by_torch(key)
+        for key in target.other_entries:
+            received, tensor = entries.get(key), target.loaded_by_torch(key)
             if tensor is not None and isinstance(received, torch.Tensor):
                 reason = spread_misfit(received, tensor)
                 if reason is not None:
                     misfits[prefix + key] = reason
         missing, unexpected = list[str](), list[str]()
         if self._strict:
-            other_entries = destination.other_entries
+            other_entries = target.other_entries
             missing = [
-                prefix + key
-                for key in absent
-                if key in other_entries and destination.is_required(key)
+                prefix + key for key in absent if key in other_entries and target.is_required(key)
             ]
-            unexpected = [prefix + key for key in entries if destination.refuses_extra_state(key)]
+            unexpected = [prefix + key for key in entries if target.refuses_extra_state(key)]
         if misfits or missing or unexpected:
             lines = [f"{shortened(name)}: {why}" for name, why in misfits.items()]
             raise self._refused(
@@ -169,8 +167,8 @@ class ModuleLoad:
         """
         missing, unexpected, errors = list(self._missing), list[str](), list[str]()
         yield from self._load("", missing, unexpected, errors)
-        prefix = self._destination.prefix
-        other_entries = self._destination.other_entries
+        prefix = self._target.prefix
+        other_entries = self._target.other_entries
         missing = [prefix + key for key in missing if prefix + key in self._wanted]
         missing = missing if self._strict else []
         unexpected = [prefix + key for key in unexpected if self._strict or key in other_entries]
@@ -185,8 +183,8 @@ class ModuleLoad:
         self, path: str, missing: list[str], unexpected: list[str], errors: list[str]
     ) -> Iterator[None]:
         """Load a submodule and those in it, as ``load`` in torch's ``load_state_dict`` does."""
-        destination = self._destination
-        submodule, called = destination.submodule(path), path in self._paths
+        target = self._target
+        submodule, called = target.submodule(path), path in self._paths
         if called:
             self._called.append(path)
             state = self._state_of(path, self._entries)
@@ -195,7 +193,7 @@ class ModuleLoad:
             if state.touched:
                 owners = self._entries.take_over(path, state) - {path}
                 self._paths = self._paths | owners
-                self._visited |= destination.with_those_above(owners)
+                self._visited |= target.with_those_above(owners)
             yield
         for name, child in submodule._modules.items():
             below = f"{path}.{name}" if path else name
@@ -206,13 +204,13 @@ class ModuleLoad:
                 torch_private_modules.run_load_post_hooks(submodule, missing, unexpected)
 
     def _state_of(self, path: str, entries: Entries) -> StateDict:
-        copies = torch_private_modules.reads_copies(self._destination.submodule(path))
-        return StateDict(entries.below(path), self._destination.tensors, copies=copies)
+        copies = torch_private_modules.reads_copies(self._target.submodule(path))
+        return StateDict(entries.below(path), self._target.tensors, copies=copies)
 
     def _call(
         self, path: str, state: StateDict, versions: Mapping[str, Any], *found: list[str]
     ) -> None:
-        submodule = self._destination.submodule(path)
+        submodule = self._target.submodule(path)
         tensors = torch_private_modules.persistent_tensors(submodule).values()
         inference = any(not _is_lazy(each) and each.is_inference() for each in tensors)
         with torch.inference_mode() if inference else contextlib.nullcontext():
@@ -238,8 +236,8 @@ class ModuleLoad:
         *,
         verb: str = "did not load the received entries",
     ) -> MismatchError:
-        where = shortened(self._destination.prefix + path).removesuffix(".")
-        kind = type(self._destination.submodule(path)).__name__
+        where = shortened(self._target.prefix + path).removesuffix(".")
+        kind = type(self._target.submodule(path)).__name__
         written = "" if self._staged else WRITTEN
         self._first_error = f"{where or 'the module'} ({kind}) {verb}"
         self._first_error += written + why
@@ -253,23 +251,23 @@ class ModuleLoad:
 
     def _current(self) -> tuple[dict[str, Any], Mapping[str, Any]]:
         """Return the entries of the module, and the versions of its submodules."""
-        destination = self._destination
-        shown: Any = destination.module.state_dict(keep_vars=True)
+        target = self._target
+        shown: Any = target.module.state_dict(keep_vars=True)
         state: dict[str, Any] = {}
         for key, value in shown.items():
-            if key in destination.tensors:
+            if key in target.tensors:
                 state[key] = IN_PLACE
             elif not _is_lazy(value):
                 state[key] = _copied(value)
         return state, without_mark(getattr(shown, "_metadata", None)) or {}
 
     def _lazy_ones(self) -> list[str]:
-        destination = self._destination
+        target = self._target
         return [
             f"{path}.{name}".lstrip(".")
             for path in self._paths
             for name, tensor in torch_private_modules.persistent_tensors(
-                destination.submodule(path)
+                target.submodule(path)
             ).items()
             if _is_lazy(tensor)
         ]
@@ -286,14 +284,14 @@ class ModuleLoad:
         called = list(dict.fromkeys(self._called))
         if not called:
             return
-        destination = self._destination
-        before = Entries(self._before, destination.owner)
+        target = self._target
+        before = Entries(self._before, target.owner)
         failed: dict[str, str] = {}
         for path in called:
             state, errors = self._state_of(path, before), list[str]()
             try:
                 self._call(path, state, self._versions, [], [], errors)
-                torch_private_modules.run_load_post_hooks(destination.submodule(path), [], [])
+                torch_private_modules.run_load_post_hooks(target.submodule(path), [], [])
             except Exception as error:
                 # The caller's code can raise anything. The other submodules are restored all the
                 # same, and the error is reported if an entry is not as before.
@@ -312,7 +310,7 @@ class ModuleLoad:
 
     def _not_as_before(self, failed: Mapping[str, str]) -> list[str]:
         """Return lines for the entries that are not as before, with the errors of their owners."""
-        destination, prefix = self._destination, self._destination.prefix
+        target, prefix = self._target, self._target.prefix
         try:
             now, _ = self._current()
         except Exception as error:
@@ -321,7 +319,7 @@ class ModuleLoad:
         still = set(self._lazy_ones())
         lines = [f"{prefix}{key}: it has memory now" for key in self._lazy if key not in still]
         for key, value in self._before.items():
-            why = failed.get(destination.owner(key), "")
+            why = failed.get(target.owner(key), "")
             same = value is IN_PLACE or _same(value, now.get(key, NOTHING))
             # A value that cannot be compared counts as restored, unless its owner failed.
             if same is False or (same is None and why):

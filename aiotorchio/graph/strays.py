@@ -84,19 +84,19 @@ def check_strays(
     raise does_not_fit(unexpected, lines, unchanged=unchanged)
 
 
-def refused_extra_states(destinations: Sequence[ModuleTarget], received: Any) -> Iterator[str]:
+def refused_extra_states(targets: Sequence[ModuleTarget], received: Any) -> Iterator[str]:
     """Yield the names of extra state in an object that no module takes.
 
     Args:
-        destinations: The modules.
+        targets: The modules.
         received: A mapping, which may contain others, with keys that may have dots.
 
     Raises:
         LimitExceeded: The names of extra state are far too long, all in all.
     """
-    if not destinations:
+    if not targets:
         return
-    modules = {module.prefix: module for module in destinations}
+    modules = {module.prefix: module for module in targets}
     # Only the prefixes of these modules are tried, for any names that a peer chose.
     lengths = sorted(set(map(len, modules)), reverse=True)
     for name in _extra_states(received):

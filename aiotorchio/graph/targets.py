@@ -89,7 +89,7 @@ class MatchedTargets(NamedTuple):
 
 def match_targets(
     header: Header,
-    destinations: Mapping[str, torch.Tensor],
+    targets: Mapping[str, torch.Tensor],
     modules: Sequence[ModuleTarget] = (),
     *,
     selection: Container[str],
@@ -101,7 +101,7 @@ def match_targets(
 
     Args:
         header: The header of the message.
-        destinations: The targets by name.
+        targets: The targets by name.
         modules: Modules whose tensors are among the targets, and that can load other entries.
         selection: Contains the names that count, on either side.
         all_selected: Whether tensors without a name count as well.
@@ -117,7 +117,7 @@ def match_targets(
     row_of_name = rows_by_name(header.tensors)
     found = {
         name: tensor
-        for name, tensor in interruptible(destinations.items())
+        for name, tensor in interruptible(targets.items())
         if name in row_of_name and name in selection
     }
     reasons = {
@@ -130,7 +130,7 @@ def match_targets(
     sharing = shared(header, row_of_name, fitting)
     misfits |= sharing.misfits
     sides = (
-        _one_sided(header, row_of_name, destinations, modules, selection, fitting)
+        _one_sided(header, row_of_name, targets, modules, selection, fitting)
         if strict
         else _OneSided([], [], set(), {}, 0, False)
     )
@@ -164,7 +164,7 @@ class _OneSided(NamedTuple):
 def _one_sided(
     header: Header,
     row_of_name: Mapping[str, int],
-    destinations: Mapping[str, torch.Tensor],
+    targets: Mapping[str, torch.Tensor],
     modules: Sequence[ModuleTarget],
     selection: Container[str],
     fitting: Mapping[str, torch.Tensor],
@@ -175,11 +175,9 @@ def _one_sided(
     theirs; see ``match_targets`` for the other arguments.
     """
     filled: set[str] = set()
-    missing = [name for name in destinations if name in selection and name not in row_of_name]
+    missing = [name for name in targets if name in selection and name not in row_of_name]
     if missing:
-        fillable = {
-            name: destinations[name] for name in missing if _can_be_filled(destinations[name])
-        }
+        fillable = {name: targets[name] for name in missing if _can_be_filled(targets[name])}
         filled = set(filled_by_others(fillable, fitting))
     rules = ModuleRules(modules)
     missing = [
@@ -188,17 +186,16 @@ def _one_sided(
         if name not in filled
         and not rules.code_decides(name)
         # It is received as a part of the object, and compared when that has been built.
-        and not (header.codec == "pickle" and is_composite_target(destinations[name]))
+        and not (header.codec == "pickle" and is_composite_target(targets[name]))
     ]
     unexpected = [
         name
         for name in interruptible(row_of_name)
-        if name in selection and name not in destinations and not rules.may_load(name)
+        if name in selection and name not in targets and not rules.may_load(name)
     ]
     unnamed = count_unnamed(header)
     compared_later = any(module.other_entries for module in modules) or any(
-        name not in row_of_name and is_composite_target(tensor)
-        for name, tensor in destinations.items()
+        name not in row_of_name and is_composite_target(tensor) for name, tensor in targets.items()
     )
     return _OneSided(missing, unexpected, filled, rules.refused, unnamed, compared_later)
 
@@ -359,14 +356,14 @@ def _memory_misfit(tensor: torch.Tensor) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _converts(dtype: torch.dtype, flags: int, into: torch.dtype) -> bool:
+def _converts(dtype: torch.dtype, flags: int, target_dtype: torch.dtype) -> bool:
     """Whether torch has a conversion between dtypes; a copy of one element shows it."""
     try:
         source = torch.empty((0,), dtype=dtype).set_(torch.UntypedStorage(16), 0, (1,), (1,))
         source = source.conj() if flags & CONJUGATE else source
         source = source.neg() if flags & NEGATIVE else source
-        destination = torch.empty((0,), dtype=into).set_(torch.UntypedStorage(16), 0, (1,), (1,))
-        destination.copy_(source)
+        target = torch.empty((0,), dtype=target_dtype).set_(torch.UntypedStorage(16), 0, (1,), (1,))
+        target.copy_(source)
     except RuntimeError:
         return False
     return True

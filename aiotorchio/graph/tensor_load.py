@@ -55,7 +55,7 @@ def kind_of(tensor: torch.Tensor) -> str:
     return f"a {name}"
 
 
-def spread_misfit(received: torch.Tensor | None, destination: torch.Tensor) -> str | None:
+def spread_misfit(received: torch.Tensor | None, target: torch.Tensor) -> str | None:
     """Return the reason why shards do not match; None if they do, or if neither is a DTensor.
 
     torch would redistribute a shard with other placements, in which every rank has to take part,
@@ -63,22 +63,22 @@ def spread_misfit(received: torch.Tensor | None, destination: torch.Tensor) -> s
 
     Args:
         received: The received tensor; None for a dense tensor of which only the row is known.
-        destination: A target of any kind.
+        target: A target of any kind.
     """
     one = (None, None, ()) if received is None else _spread(received)
-    other = _spread(destination)
+    other = _spread(target)
     if one == other:
         return None
     kind = "a dense Tensor" if received is None else kind_of(received)
     hint = _WHOLE if one[0] is None or other[0] is None else ""
-    return f"{kind} in the message, {kind_of(destination)} in the target{hint}"
+    return f"{kind} in the message, {kind_of(target)} in the target{hint}"
 
 
 class TensorLoad:
     """Copies of received tensors into such targets.
 
     Args:
-        destinations: The targets by name.
+        targets: The targets by name.
         received: The received tensors by name; targets without one are left alone.
         strict: Whether each target needs a received tensor.
         staged: Whether the load is staged, so that the other tensors are restored after an error.
@@ -90,24 +90,24 @@ class TensorLoad:
 
     def __init__(
         self,
-        destinations: Mapping[str, torch.Tensor],
+        targets: Mapping[str, torch.Tensor],
         received: Mapping[str, torch.Tensor],
         *,
         strict: bool,
         staged: bool,
         on_meta: bool = False,
     ) -> None:
-        self._pairs = [(name, destinations[name], each) for name, each in received.items()]
+        self._pairs = [(name, targets[name], each) for name, each in received.items()]
         self._staged = staged
         self._before: list[tuple[str, torch.Tensor, torch.Tensor]] = []
-        reasons = {name: _misfit(each, destination) for name, destination, each in self._pairs}
+        reasons = {name: _misfit(each, target) for name, target, each in self._pairs}
         if not on_meta:
             without_bytes = (
                 name for name, _, each in self._pairs if each.device.type == META_LOCATION
             )
             reasons |= dict.fromkeys(without_bytes, "the sender had it on meta, without bytes")
         misfits = {name: reason for name, reason in reasons.items() if reason is not None}
-        missing = [name for name in destinations if strict and name not in received]
+        missing = [name for name in targets if strict and name not in received]
         if misfits or missing:
             lines = [f"does not fit: {shortened(name)}: {why}" for name, why in misfits.items()]
             lines += [f"not in the message: {shortened(name)}" for name in missing]
@@ -134,11 +134,11 @@ class TensorLoad:
         Raises:
             MismatchError: torch cannot copy a tensor.
         """
-        for name, destination, received in self._pairs:
+        for name, target, received in self._pairs:
             try:
                 with torch.no_grad():
-                    self._before.append((name, destination, destination.detach().clone()))
-                    destination.copy_(received)
+                    self._before.append((name, target, target.detach().clone()))
+                    target.copy_(received)
             except _REFUSALS as error:
                 raise MismatchError(
                     f"{kind_of(received)} could not be copied into the target{self._written}: "
@@ -158,10 +158,10 @@ class TensorLoad:
                 earlier numbers nor those of the message.
         """
         failed = []
-        for name, destination, value in reversed(self._before):
+        for name, target, value in reversed(self._before):
             try:
                 with torch.no_grad():
-                    destination.copy_(value)
+                    target.copy_(value)
             except _REFUSALS as error:
                 failed.append(f"{shortened(name)}: {type(error).__name__}: {error}")
         # Cleared last, so that all of it is repeated after an interrupt.
@@ -173,19 +173,17 @@ class TensorLoad:
             )
 
 
-def _misfit(received: torch.Tensor, destination: torch.Tensor) -> str | None:
+def _misfit(received: torch.Tensor, target: torch.Tensor) -> str | None:
     """Return the reason why a tensor cannot be copied into a target; None if it can."""
-    one, other = kind_of(received), kind_of(destination)
-    reason = spread_misfit(received, destination)
+    one, other = kind_of(received), kind_of(target)
+    reason = spread_misfit(received, target)
     if reason is not None or one != other:
         return reason or f"{one} in the message, {other} in the target"
-    if received.shape != destination.shape:
+    if received.shape != target.shape:
+        return f"shape {list(received.shape)} in the message, {list(target.shape)} in the target"
+    if received.dtype != target.dtype:
         return (
-            f"shape {list(received.shape)} in the message, {list(destination.shape)} in the target"
-        )
-    if received.dtype != destination.dtype:
-        return (
-            f"{received.dtype} in the message, {destination.dtype} in the target (cast=True is for "
+            f"{received.dtype} in the message, {target.dtype} in the target (cast=True is for "
             "dense tensors only)"
         )
     return None

@@ -46,7 +46,7 @@ def test_iterating_has_each_of_its_options() -> None:
 def test_the_defaults() -> None:
     options = LoadOptions()
     assert options.weights_only is True and options.pickle_module is pickle
-    assert options.target is None and options.data_free is None
+    assert options.targets is None and options.data_free is None
     assert options.allowed_globals == tuple(torch.serialization.get_safe_globals())
 
 
@@ -94,8 +94,8 @@ def test_the_environment_can_force_weights_only(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_targets_are_looked_through_once() -> None:
     tensor = torch.ones(1)
-    target = LoadOptions(into={"a": {"b": tensor}}, staged=True).target
-    assert target is not None and target.staged and target.tensors["a.b"] is tensor
+    targets = LoadOptions(into={"a": {"b": tensor}}, staged=True).targets
+    assert targets is not None and targets.staged and targets.tensors["a.b"] is tensor
 
 
 def test_a_lock_is_of_the_kind_of_the_call() -> None:
@@ -110,5 +110,5 @@ def test_a_lock_is_of_the_kind_of_the_call() -> None:
 
 
 def test_an_option_that_does_not_exist_is_refused_in_the_name_of_the_call() -> None:
-    with pytest.raises(TypeError, match=r"^load\(\) got an unexpected keyword argument 'target'$"):
-        LoadOptions.of_call("load", "blocking", target=None)
+    with pytest.raises(TypeError, match=r"^load\(\) got an unexpected keyword argument 'targets'$"):
+        LoadOptions.of_call("load", "blocking", targets=None)

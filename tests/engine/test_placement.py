@@ -32,7 +32,7 @@ def header_of(state: Any) -> Header:
 
 def context_of(state: Any = None, **options: Any) -> LoadContext:
     header, checked = header_of(STATE if state is None else state), LoadOptions(**options)
-    return LoadContext.of(header, Layout(header), checked, checked.target)
+    return LoadContext.of(header, Layout(header), checked, checked.targets)
 
 
 def placed(context: LoadContext) -> tuple[Match, Placement]:
