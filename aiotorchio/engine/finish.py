@@ -133,7 +133,7 @@ class Finish:
     ) -> torch.UntypedStorage | None:
         """Move a storage to where ``map_location``, or a restorer of the caller, puts it."""
         rows = self.placement.storages[index]
-        if storage is None or (rows.targeted and not rows.owned):
+        if storage is None or (rows.targeted and not rows.has_new_memory):
             return storage
         devices, data_free = self.context.devices, self.context.options.data_free
         if data_free is not None:

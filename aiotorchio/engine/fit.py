@@ -18,9 +18,9 @@ from aiotorchio.engine.module_commit import WithModules, with_modules
 from aiotorchio.engine.selection import Selection, Targets
 from aiotorchio.errors import MismatchError
 from aiotorchio.graph.strays import (
-    check_strays,
     does_not_fit,
     named_tensors,
+    refuse_untargeted,
     refused_extra_states,
 )
 from aiotorchio.graph.targets import ModuleRules
@@ -133,7 +133,7 @@ class ObjectFit:
         named = named_tensors(obj)
         if self._targets.strict and self._selection.all:
             rules = ModuleRules(self._targets.modules)
-            check_strays(
+            refuse_untargeted(
                 obj, named, lambda name: self._has_target(name, rules), unchanged=unchanged
             )
         return named

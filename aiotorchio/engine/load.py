@@ -121,7 +121,7 @@ class _Load:
         decide = functools.partial(self._decide, composites)
         inline = self._inline and composites is None
         match, placement = yield from work(decide, inline=inline)
-        rebuilder = yield from self._rebuilder(match)
+        rebuilder = yield from self._receive_skeleton(match)
         ready = functools.partial(self._prepare, match, placement)
         payload, finish = yield from work(ready, inline=self._inline)
         inline = self._inline and self._is_small(rebuilder)
@@ -146,7 +146,7 @@ class _Load:
         self._change = finish.change
         return payload, finish
 
-    def _rebuilder(self, match: Match) -> Generator[Request, Any, Rebuilder]:
+    def _receive_skeleton(self, match: Match) -> Generator[Request, Any, Rebuilder]:
         """Receive the skeleton, and check it before the first byte of the payload."""
         message, options, fit = self._message, self._options, match.fit
         received = yield from message.skeleton()
@@ -166,7 +166,7 @@ class _Load:
 
             def check() -> None:
                 inspect = None if fit is None else fit.refuse_extra_state
-                rebuilder.check(message.header.tensors, names=match.by_name, inspect=inspect)
+                rebuilder.check(message.header.tensors, names=match.uses_names, inspect=inspect)
                 if fit is not None:
                     fit.note_skeleton(received.skeleton)
 

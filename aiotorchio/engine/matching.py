@@ -110,7 +110,7 @@ class Match:
     """The names of a message, compared with the selection and with the targets.
 
     Attributes:
-        by_name: Whether names matter; if not, ``row_of_name`` is empty.
+        uses_names: Whether names matter; if not, ``row_of_name`` is empty.
         row_of_name: The row of each name.
         selection: The names that count.
         composites: Tensors of several rows that have names.
@@ -121,7 +121,7 @@ class Match:
         fit: Compares the object with the targets; None without targets.
     """
 
-    by_name: bool
+    uses_names: bool
     row_of_name: dict[str, int]
     selection: Selection
     composites: Composites
@@ -195,7 +195,7 @@ def _match(context: LoadContext, row_of_name: dict[str, int], composites: Compos
         )
         fit = ObjectFit(header, targets, selection, row_of_name, found.filled_by_others)
     return Match(
-        by_name=context.named_only or targets is not None or not selection.all,
+        uses_names=context.named_only or targets is not None or not selection.all,
         row_of_name=row_of_name,
         selection=selection,
         composites=composites,

@@ -33,12 +33,12 @@ class StorageRows:
 
     Attributes:
         targeted: Rows that have a target.
-        owned: Whether any tensor shows memory of the message.
+        has_new_memory: Whether any tensor shows memory of the message.
         left_out: Whether any tensor is not selected.
     """
 
     targeted: list[int] = field(default_factory=list)
-    owned: bool = False
+    has_new_memory: bool = False
     left_out: bool = False
 
 
@@ -75,10 +75,10 @@ def place(context: LoadContext, match: Match) -> Placement:
     prebuilt: dict[int, torch.Tensor] = {}
     for name, tensor in match.targets.items():
         prebuilt.setdefault(match.row_of_name[name], tensor)
-    if match.by_name:
+    if match.uses_names:
         storages = _storage_rows(context, match, prebuilt)
     else:
-        storages = [StorageRows(owned=True)] * len(context.header.storages)
+        storages = [StorageRows(has_new_memory=True)] * len(context.header.storages)
     devices = [
         _device(context, match.ties.mixed, index, rows)
         for index, rows in interruptible(enumerate(storages))
@@ -107,9 +107,9 @@ def _storage_rows(
             if not named_only:
                 prebuilt[index] = on_meta(header, index)
         else:
-            storage.owned = True
+            storage.has_new_memory = True
     for number in interruptible(match.composites.storages):
-        storages[number].owned = True
+        storages[number].has_new_memory = True
     return storages
 
 
@@ -117,7 +117,7 @@ def _device(
     context: LoadContext, mixed: set[int], index: int, rows: StorageRows
 ) -> torch.device | None:
     """The device where a storage is made; None: it is not made."""
-    if not rows.owned and (rows.targeted or rows.left_out):
+    if not rows.has_new_memory and (rows.targeted or rows.left_out):
         routed = not rows.targeted or (index not in mixed and _can_be_routed(context, index, rows))
         return None if routed else _CPU
     device = context.devices.device(index)

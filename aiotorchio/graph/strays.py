@@ -22,7 +22,7 @@ from aiotorchio.graph.tensor_load import WRITTEN
 from aiotorchio.table.containers import TEXT_MAX, Path, items_of, key_text, leaves_of, utf8
 from aiotorchio.wire.header import shortened
 
-__all__ = ["check_strays", "does_not_fit", "named_tensors", "refused_extra_states"]
+__all__ = ["does_not_fit", "named_tensors", "refuse_untargeted", "refused_extra_states"]
 
 _SHOWN = 20
 # Objects whose attributes are not parts of the received object.
@@ -39,7 +39,7 @@ def named_tensors(obj: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def check_strays(
+def refuse_untargeted(
     obj: Any,
     named: Mapping[str, torch.Tensor],
     has_target: Callable[[str], bool],

@@ -51,14 +51,14 @@ def foreign(header: Header) -> Header:
 
 def test_without_options_names_do_not_matter() -> None:
     match, placement = placed(context_of())
-    assert not match.by_name and not match.row_of_name and not match.targets
+    assert not match.uses_names and not match.row_of_name and not match.targets
     assert match.selection.all and match.fit is None
     assert placement.devices == [CPU] * 3 and not placement.prebuilt
 
 
 def test_a_selection_leaves_out_storages() -> None:
     match, placement = placed(context_of(select="b.*"))
-    assert match.by_name and "b.c" in match.selection and "a" not in match.selection
+    assert match.uses_names and "b.c" in match.selection and "a" not in match.selection
     assert placement.devices == [None, CPU, None]
     assert {row: tensor.device.type for row, tensor in placement.prebuilt.items()} == {
         0: "meta",
