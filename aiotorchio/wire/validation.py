@@ -36,6 +36,11 @@ CHUNKS_MAX = 2**32 - 1
 # More than any model has; a peer may send a million.
 _REACHES_MAX = 1000
 
+# The flags that only floating-point and complex dtypes may have; and, by kind of dtype, those of
+# them that it may not have.
+_NUMBER_FLAGS = REQUIRES_GRAD | NEGATIVE | CONJUGATE
+_WRONG_FLAGS = {"complex": 0, "float": CONJUGATE}
+
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -133,6 +138,7 @@ class _Reach(NamedTuple):
 
 
 def _validate_row(row: TensorRow, index: int, header: Header, limits: Limits) -> _Reach:
+    """Check a row whose layout is not known, and return the requirements of that layout."""
     if row.storage >= len(header.storages):
         raise ProtocolError(
             f"the tensor refers to storage {row.storage}, but the message has "
@@ -162,15 +168,8 @@ def _validate_row(row: TensorRow, index: int, header: Header, limits: Limits) ->
             f"the tensor has {len(row.shape)} dimensions, but Limits.dims is {limits.dims}",
             entry=describe(row, index),
         )
-    if row.flags & (REQUIRES_GRAD | NEGATIVE) and dtype.kind not in ("float", "complex"):
-        raise InvalidObjectError(
-            f"a tensor of dtype {row.dtype} can neither require gradients nor be a negative view",
-            entry=describe(row, index),
-        )
-    if row.flags & CONJUGATE and dtype.kind != "complex":
-        raise InvalidObjectError(
-            f"a tensor of dtype {row.dtype} cannot be a conjugate view", entry=describe(row, index)
-        )
+    if row.flags & _WRONG_FLAGS.get(dtype.kind, _NUMBER_FLAGS):
+        raise _flags_misfit(row, index)
     count = math.prod(row.shape)
     dense = count * dtype.itemsize
     if header.locations[storage.location] == META_LOCATION:
@@ -196,3 +195,12 @@ def _validate_row(row: TensorRow, index: int, header: Header, limits: Limits) ->
                 entry=describe(row, index),
             )
     return _Reach(dtype.unit, dtype.itemsize, elements, dense)
+
+
+def _flags_misfit(row: TensorRow, index: int) -> InvalidObjectError:
+    """Make the error for a row with a flag that its dtype does not allow."""
+    if DTYPES[row.dtype].kind != "float" and row.flags & (REQUIRES_GRAD | NEGATIVE):
+        text = f"a tensor of dtype {row.dtype} can neither require gradients nor be a negative view"
+    else:
+        text = f"a tensor of dtype {row.dtype} cannot be a conjugate view"
+    return InvalidObjectError(text, entry=describe(row, index))
