@@ -106,24 +106,36 @@ def streaming_load(
         raise RuntimeError("Can not safely load weights when explicit pickle_module is specified")
     if not hasattr(f, "read") and not hasattr(f, "readinto"):
         raise AttributeError(f"{type(f).__name__!r} object has no attribute 'read'")
-    others = pickle_load_args.keys() - {"encoding"}
-    if weights_only and others:
-        raise TypeError(
-            f"{', '.join(sorted(others))}: only possible with weights_only=False (to allow classes "
-            "that you trust, use torch.serialization.safe_globals)"
-        )
-    if not weights_only:
-        taking = _taking(pickle_load_args, pickle if pickle_module is None else pickle_module)
-        # None if no argument needs it: TORCH_FORCE_WEIGHTS_ONLY_LOAD would refuse it.
-        pickle_module = taking if pickle_module is not None or others else None
+    unpickler = _unpickler_module(pickle_load_args, pickle_module, weights_only=weights_only)
     with _errors_of_both():
         return load(
             f,
             map_location=map_location,
-            pickle_module=pickle_module,
+            pickle_module=unpickler,
             weights_only=weights_only,
             encoding=pickle_load_args.get("encoding", "utf-8"),
         )
+
+
+def _unpickler_module(
+    pickle_load_args: dict[str, Any], pickle_module: Any, *, weights_only: bool
+) -> Any:
+    """Return the pickle module for a load; None if no argument of ``streaming_load`` needs one.
+
+    Raises:
+        TypeError: ``weights_only=True`` or the ``Unpickler`` excludes an argument.
+    """
+    others = pickle_load_args.keys() - {"encoding"}
+    if weights_only:
+        if others:
+            raise TypeError(
+                f"{', '.join(sorted(others))}: only possible with weights_only=False (to allow "
+                "classes that you trust, use torch.serialization.safe_globals)"
+            )
+        return None
+    taking = _taking(pickle_load_args, pickle if pickle_module is None else pickle_module)
+    # None if no argument needs it: TORCH_FORCE_WEIGHTS_ONLY_LOAD would refuse it.
+    return taking if pickle_module is not None or others else None
 
 
 def _taking(arguments: dict[str, Any], pickle_module: Any) -> Any:
