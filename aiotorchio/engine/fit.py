@@ -24,8 +24,9 @@ from aiotorchio.graph.strays import (
     refused_extra_states,
 )
 from aiotorchio.graph.targets import ModuleRules
-from aiotorchio.graph.tensor_load import TensorLoad, is_composite_target
+from aiotorchio.graph.tensor_load import TensorLoad, composite_misfit, is_composite_target
 from aiotorchio.memory.atomic import BufferSwap, Exchange
+from aiotorchio.table.names import count_unnamed
 from aiotorchio.wire.header import Header, shortened
 
 __all__ = ["ObjectFit"]
@@ -54,16 +55,16 @@ class ObjectFit:
         row_of_name: Mapping[str, int],
         filled_by_others: Iterable[str],
     ) -> None:
-        self._targets, self._selection = targets, selection
+        self._header, self._targets, self._selection = header, targets, selection
         self._row_of_name, self._filled_by_others = row_of_name, filled_by_others
         self._pickled = header.codec == "pickle"
         self.composite_targets: dict[str, torch.Tensor] = {}
-        if self._pickled:
-            self.composite_targets = {
-                name: tensor
-                for name, tensor in interruptible(targets.tensors.items())
-                if name in selection and name not in row_of_name and is_composite_target(tensor)
-            }
+        # Targets without a row that receive bytes only.
+        self._rowless: dict[str, torch.Tensor] = {}
+        for name, tensor in interruptible(targets.tensors.items()) if self._pickled else ():
+            if name in selection and name not in row_of_name:
+                composite = is_composite_target(tensor)
+                (self.composite_targets if composite else self._rowless)[name] = tensor
         self._received: dict[str, torch.Tensor] = {}
         self.compares_object = bool(self.composite_targets) or any(
             module.other_entries for module in targets.modules
@@ -72,8 +73,13 @@ class ObjectFit:
 
     def note_skeleton(self, skeleton: bytes) -> None:
         """Note whether the object can have tensors, or storages, without a row."""
-        if self._pickled and self._targets.strict and self._selection.all:
-            self.compares_object = self.compares_object or STORAGE.encode() in skeleton
+        if not self._pickled or self.compares_object:
+            return
+        refers = STORAGE.encode() in skeleton
+        if self._targets.strict:
+            self.compares_object = self._selection.all and refers
+        elif self._rowless:
+            self.compares_object = refers or count_unnamed(self._header) > 0
 
     def check_on_meta(self, obj: Any) -> None:
         """Compare the object before the first byte.
@@ -117,7 +123,7 @@ class ObjectFit:
             unchanged: Whether the targets are unchanged.
 
         Raises:
-            MismatchError: The object has tensors without a target.
+            MismatchError: The object has tensors without a target, or that do not fit theirs.
         """
         if self._checked_on_meta:
             return
@@ -131,6 +137,13 @@ class ObjectFit:
             # The header knows all tensors, under their names.
             return {}
         named = named_tensors(obj)
+        misfits = {
+            name: composite_misfit(named[name], target)
+            for name, target in interruptible(self._rowless.items())
+            if name in named
+        }
+        if misfits:
+            raise does_not_fit((), misfits=misfits, unchanged=unchanged)
         if self._targets.strict and self._selection.all:
             rules = ModuleRules(self._targets.modules)
             refuse_untargeted(

@@ -109,14 +109,8 @@ class _Load:
         """Receive everything, and rebuild the object."""
         message, options = self._message, self._options
         composites: Composites | None = None
-        # With ``into``, composite tensors are found in the object (``ObjectFit``). A pickle that
-        # weights_only refuses is refused by the load itself, in its own words.
-        if (
-            options.select is not None
-            and options.into is None
-            and options.allow_pickle
-            and options.weights_only
-        ):
+        # A pickle that weights_only refuses is refused by the load itself, in its own words.
+        if options.select is not None and options.allow_pickle and options.weights_only:
             composites = yield from find_composites(message, options, encoding=options.encoding)
         decide = functools.partial(self._decide, composites)
         inline = self._inline and composites is None

@@ -180,7 +180,7 @@ def _match(context: LoadContext, row_of_name: dict[str, int], composites: Compos
     candidates = interruptible(composites.names) if context.named_only else ()
     composites.choose([name for name in candidates if name in selection])
     if targets is not None and not selection.all:
-        selection.add(targets.parts(row_of_name, selection))
+        selection.add(targets.parts([*row_of_name, *composites.names], selection))
     found = MatchedTargets({}, [], {}, set())
     fit = None
     if targets is not None:
@@ -188,6 +188,7 @@ def _match(context: LoadContext, row_of_name: dict[str, int], composites: Compos
             header,
             targets.tensors,
             targets.modules,
+            composites=composites.names,
             selection=selection,
             all_selected=selection.all,
             strict=targets.strict,

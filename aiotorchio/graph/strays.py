@@ -8,8 +8,10 @@ and others have rows for their parts only. ``engine.fit`` compares the object wi
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -130,22 +132,34 @@ def _extra_states(received: Any) -> Iterator[str]:
 
 
 def does_not_fit(
-    unexpected: Sequence[str], lines: Iterable[str] = (), *, unchanged: bool
+    unexpected: Sequence[str],
+    lines: Iterable[str] = (),
+    *,
+    misfits: Mapping[str, str] = MappingProxyType({}),
+    unchanged: bool,
 ) -> MismatchError:
-    """Return the error for an object that has more than the targets.
+    """Return the error for an object that has more than the targets, or other tensors.
 
     Args:
         unexpected: Names without a target.
         lines: Further lines for the text of the error.
+        misfits: The reasons why targets do not fit, by name.
         unchanged: Whether the targets are as before the load.
     """
     named = [f"not in the target: {shortened(name)}" for name in unexpected[:_SHOWN]]
     if len(unexpected) > _SHOWN:
         named.append(f"not in the target: {len(unexpected) - _SHOWN} more")
+    named += [
+        f"does not fit: {shortened(name)}: {why}"
+        for name, why in itertools.islice(misfits.items(), _SHOWN)
+    ]
+    if len(misfits) > _SHOWN:
+        named.append(f"does not fit: {len(misfits) - _SHOWN} more")
     written = "" if unchanged else WRITTEN
     return MismatchError(
         "\n    ".join(["the object does not fit the target" + written, *named, *lines]),
         unexpected=unexpected,
+        misfits=misfits,
     )
 
 

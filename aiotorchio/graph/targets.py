@@ -8,9 +8,9 @@ before the payload is received. ``engine.selection`` and ``engine.placement`` ca
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +92,7 @@ def match_targets(
     targets: Mapping[str, torch.Tensor],
     modules: Sequence[ModuleTarget] = (),
     *,
+    composites: Collection[str] = (),
     selection: Container[str],
     all_selected: bool,
     strict: bool,
@@ -103,6 +104,7 @@ def match_targets(
         header: The header of the message.
         targets: The targets by name.
         modules: Modules whose tensors are among the targets, and that can load other entries.
+        composites: Names of composite tensors of the message; all of them, if not all names count.
         selection: Contains the names that count, on either side.
         all_selected: Whether tensors without a name count as well.
         strict: Whether both sides must have the same names.
@@ -126,11 +128,16 @@ def match_targets(
     }
     misfits = {name: reason for name, reason in reasons.items() if reason is not None}
     misfits |= _refusals(header, row_of_name, modules, selection)
+    misfits |= {
+        name: "it is composite in the message, and the target receives the bytes of one row"
+        for name in interruptible(composites)
+        if name in selection and name in targets and not is_composite_target(targets[name])
+    }
     fitting = {name: each for name, each in found.items() if name not in misfits}
     sharing = shared(header, row_of_name, fitting)
     misfits |= sharing.misfits
     sides = (
-        _one_sided(header, row_of_name, targets, modules, selection, fitting)
+        _one_sided(header, row_of_name, composites, targets, modules, selection, fitting)
         if strict
         else _OneSided([], [], set(), {}, 0, False)
     )
@@ -164,6 +171,7 @@ class _OneSided(NamedTuple):
 def _one_sided(
     header: Header,
     row_of_name: Mapping[str, int],
+    composites: Collection[str],
     targets: Mapping[str, torch.Tensor],
     modules: Sequence[ModuleTarget],
     selection: Container[str],
@@ -175,7 +183,11 @@ def _one_sided(
     theirs; see ``match_targets`` for the other arguments.
     """
     filled: set[str] = set()
-    missing = [name for name in targets if name in selection and name not in row_of_name]
+    missing = [
+        name
+        for name in targets
+        if name in selection and name not in row_of_name and name not in composites
+    ]
     if missing:
         fillable = {name: targets[name] for name in missing if _can_be_filled(targets[name])}
         filled = set(filled_by_others(fillable, fitting))
@@ -190,7 +202,7 @@ def _one_sided(
     ]
     unexpected = [
         name
-        for name in interruptible(row_of_name)
+        for name in interruptible(itertools.chain(row_of_name, composites))
         if name in selection and name not in targets and not rules.may_load(name)
     ]
     unnamed = count_unnamed(header)
@@ -372,5 +384,5 @@ def _converts(dtype: torch.dtype, flags: int, target_dtype: torch.dtype) -> bool
 def _lines(what: str, count: int, texts: Iterable[str]) -> list[str]:
     """Return a line for each of the first texts, and one for the number of the others."""
     more = count - _SHOWN
-    lines = [f"{what}: {text}" for text in islice(texts, _SHOWN)]
+    lines = [f"{what}: {text}" for text in itertools.islice(texts, _SHOWN)]
     return lines + [f"{what}: {more} more"] * (more > 0)

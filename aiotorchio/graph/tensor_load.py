@@ -29,7 +29,14 @@ _WHOLE = (
 # The state of a target after an error of a load that is not staged.
 WRITTEN = " (its tensors were written to; with staged=True they would be as before)"
 
-__all__ = ["WRITTEN", "TensorLoad", "is_composite_target", "kind_of", "spread_misfit"]
+__all__ = [
+    "WRITTEN",
+    "TensorLoad",
+    "composite_misfit",
+    "is_composite_target",
+    "kind_of",
+    "spread_misfit",
+]
 
 
 def is_composite_target(tensor: torch.Tensor) -> bool:
@@ -72,6 +79,14 @@ def spread_misfit(received: torch.Tensor | None, target: torch.Tensor) -> str | 
     kind = "a dense Tensor" if received is None else kind_of(received)
     hint = _WHOLE if one[0] is None or other[0] is None else ""
     return f"{kind} in the message, {kind_of(target)} in the target{hint}"
+
+
+def composite_misfit(received: torch.Tensor, target: torch.Tensor) -> str:
+    """Return the reason why a target that receives bytes has no use for a composite tensor."""
+    one, other = kind_of(received), kind_of(target)
+    if one != other:
+        return f"{one} in the message, {other} in the target"
+    return "it is composite in the message, and the target receives the bytes of one row"
 
 
 class TensorLoad:

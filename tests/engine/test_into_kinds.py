@@ -193,6 +193,51 @@ def test_what_no_destination_takes_is_refused(mode: Mode) -> None:
     assert numbers(into) == numbers(sparse(3.0))
 
 
+@all_modes
+@pytest.mark.parametrize("select", [["dense", "other.0"], ["dense", "other.*"]])
+def test_a_selected_one_without_a_target(select: list[str], mode: Mode) -> None:
+    sent = sparse(3.0) | {"other": {"0": torch.eye(2).to_sparse()}}
+    into = sparse(1.0)
+    error = is_refused_before_the_payload(
+        sent, into, lambda into: {**mode(into), "select": select}, r"not in the target: other\.0"
+    )
+    assert error.unexpected == ("other.0",)
+    loaded = load(sent, strict=False, select=select, **mode(into))
+    assert torch.equal(loaded["other"]["0"].to_dense(), torch.eye(2))
+    assert loaded["dense"] is into["dense"] and "coo" not in loaded
+    assert numbers(into) == numbers(sparse(1.0) | {"dense": torch.full((2,), 3.0)})
+
+
+@all_modes
+def test_one_that_is_not_selected_is_left_out(mode: Mode) -> None:
+    into = sparse(1.0)
+    loaded = load(sparse(3.0), select=["d*"], **mode(into))
+    assert loaded == {"dense": into["dense"]}
+    assert numbers(into) == numbers(sparse(1.0) | {"dense": torch.full((2,), 3.0)})
+
+
+@all_modes
+@pytest.mark.parametrize("select", [None, ["coo"], "*"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_dense_target_is_never_left_as_it_was(
+    strict: bool, select: list[str] | str | None, mode: Mode
+) -> None:
+    into = {"coo": torch.zeros(3, 3), "dense": torch.zeros(2)}
+    options = {"strict": strict, "select": select}
+    reason = "no tensor of this name: coo" if strict and select is None else "does not fit: coo: "
+    error = is_refused_before_the_payload(
+        sparse(3.0), into, lambda into: {**mode(into), **options}, reason
+    )
+    assert list(error.misfits) == ([] if strict and select is None else ["coo"])
+
+
+def test_an_absent_dense_target_of_a_message_with_others_stays() -> None:
+    into = {"old": torch.zeros(2), "dense": torch.zeros(2)}
+    loaded = load(sparse(3.0), strict=False, into=into)
+    assert into["old"].eq(0).all() and into["dense"].eq(3).all()
+    assert torch.equal(loaded["coo"].to_dense(), 3 * torch.eye(3))
+
+
 def test_what_no_destination_takes_is_shown_up_to_a_number() -> None:
     sent = sparse(3.0) | {"other": [torch.eye(2).to_sparse() for _ in range(22)]}
     error = is_refused_before_the_payload(sent, sparse(1.0), plain, "target: 2 more")

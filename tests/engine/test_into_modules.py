@@ -914,6 +914,13 @@ def test_a_selected_extra_state_comes_whole() -> None:
     assert state(module)["linear.weight"] != state(sent)["linear.weight"]
 
 
+def test_a_selected_extra_state_comes_with_its_sparse_tensors() -> None:
+    sent, module = Extra(lambda: {"mask": torch.eye(2).to_sparse()}), Extra(lambda: None)
+    load(encoded(sent.state_dict()), into=module, select=["_extra_state"])
+    assert torch.equal(module.state["mask"].to_dense(), torch.eye(2))
+    assert not torch.equal(module.linear.weight, sent.linear.weight)
+
+
 def test_a_lazy_module_that_cannot_be_lazy_again() -> None:
     module: Any = nn.Sequential(nn.LazyLinear(3), Refuses(b"old"))
     module[1].refused = b"new"
