@@ -4,7 +4,8 @@ In: a header and the caller's ``map_location``, before the payload. Out: for eac
 device that its bytes are received on, and after them the storage at its final location. An
 ``InvalidObjectError`` means that this machine lacks a location, and has torch's text; a
 ``TypeError`` or ``ValueError`` means that the caller's code returned something else than a storage
-of the same size. ``engine.placement`` calls it before and after the payload.
+of the same size. ``engine.matching`` makes the map, and ``engine.placement`` and ``engine.finish``
+use it.
 """
 
 from __future__ import annotations

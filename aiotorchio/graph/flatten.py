@@ -2,7 +2,7 @@
 
 In: any object, or the specs of tensors that do not exist yet. Out: a ``Flattened``, which shares
 its storages with the object. A ``ValueError`` means that the options do not allow to send the
-object. ``engine.send`` and ``engine.snapshot`` call it.
+object. ``engine.prepared_save`` and ``engine.snapshot`` call it.
 """
 
 from __future__ import annotations

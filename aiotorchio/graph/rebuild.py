@@ -4,7 +4,7 @@ In: a valid header, its storages, and the skeleton as received. Out: the tensor 
 object with these tensors. ``Rebuilder.check`` runs before the payload is received, and ``build``
 after it. An ``UnsafeObjectError`` or ``LimitExceeded`` means that the options of the load do not
 accept the skeleton; an ``InvalidObjectError`` means that it describes no possible object.
-``engine.receive`` calls it for loads, ``engine.iterate`` for iteration.
+``engine.load`` calls it for loads, ``engine.iterate`` for iteration.
 """
 
 from __future__ import annotations

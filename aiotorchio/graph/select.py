@@ -2,7 +2,7 @@
 
 In: ``select`` and the names of a message; or an object that was just built. Out: the selected
 names; or the object, with tensors replaced or left out. A ``MismatchError`` means that a name or
-pattern has no match in the message. ``engine.selection`` and ``engine.receive`` call it.
+pattern has no match in the message. ``engine.selection`` and ``engine.finish`` call it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 In: ``into`` of the caller, and the header of a message. Out: the target of each tensor by name, and
 the memory that targets share. A ``TypeError`` or ``ValueError`` means that ``into`` cannot be
 received into; a ``MismatchError`` lists every difference between the message and the targets,
-before the payload is received. ``engine.selection`` and ``engine.placement`` call it.
+before the payload is received. ``engine.selection`` and ``engine.matching`` call it.
 """
 
 from __future__ import annotations

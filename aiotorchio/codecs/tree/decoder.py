@@ -1,7 +1,8 @@
 """Decoder of the tree codec: a skeleton becomes an object that holds the tensors of its rows.
 
-``graph.rebuild`` calls it. A skeleton comes from a peer: an error means that the skeleton breaks
-SPEC.md section 6.1, or takes more than the limits allow, and has the offset of the skeleton.
+``graph.rebuild`` calls it through ``codecs.tree.codec``. A skeleton comes from a peer: an error
+means that the skeleton breaks SPEC.md section 6.1, or takes more than the limits allow, and has the
+offset of the skeleton.
 """
 
 from __future__ import annotations
