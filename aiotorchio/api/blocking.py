@@ -9,20 +9,22 @@ import secrets
 import shutil
 import time
 from collections.abc import AsyncIterable, Generator, Iterable, Iterator, Mapping
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 
 from aiotorchio.engine.commit import apply_commit_blocking
 from aiotorchio.engine.drivers import drive_blocking, load_time_budget, save_time_budget
 from aiotorchio.engine.load import Loaded, receive_message
-from aiotorchio.engine.load_options import LoadKeywords, LoadOptions, trusted
+from aiotorchio.engine.load_options import LoadOptions, check_lock, trusted
 from aiotorchio.engine.receive import IncomingMessage
 from aiotorchio.engine.requests import Progress, Request
 from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE, SaveOptions
+from aiotorchio.engine.selection import LoadTarget
 from aiotorchio.engine.send import outgoing_message
 from aiotorchio.engine.summary import Summary
 from aiotorchio.graph.devices import MapLocation
+from aiotorchio.graph.select import Select
 from aiotorchio.limits import Limits, checked_limits
 from aiotorchio.streams.detect import open_blocking_sink, open_blocking_source
 from aiotorchio.streams.guard import exclusive
@@ -119,13 +121,23 @@ def _save(message: Generator[Request, Any, Summary], file: Any, limits: Limits) 
         return drive_blocking(message, stream)
 
 
-def load(
+def load(  # noqa: D417 - load_from_stream documents the options
     file: Any,
     map_location: MapLocation = None,
     pickle_module: Any = None,
     *,
+    weights_only: bool | None = True,
+    allow_pickle: bool = True,
+    safe_globals: Iterable[Any] = (),
     limits: Limits | None = None,
-    **options: Unpack[LoadKeywords],
+    into: LoadTarget | None = None,
+    strict: bool = True,
+    cast: bool = False,
+    staged: bool = False,
+    lock: Any = None,
+    select: Select | None = None,
+    progress: Progress | None = None,
+    encoding: str = "utf-8",
 ) -> Any:
     """Load as ``load_from_stream`` does, but blocking.
 
@@ -136,8 +148,9 @@ def load(
         map_location: As in ``load_from_stream``.
         pickle_module: As in ``load_from_stream``.
         limits: Upper bounds for the message; the default is ``Limits()``.
-        options: The other keyword arguments of ``load_from_stream``; ``lock`` is a plain context
-            manager, such as ``threading.Lock``.
+        lock: As in ``load_from_stream``, but a plain context manager, such as ``threading.Lock``.
+
+    All other arguments are those of ``load_from_stream``.
 
     Returns:
         The object.
@@ -148,11 +161,10 @@ def load(
     Example:
         See ``save``.
     """
-    checked = LoadOptions.of_call(
-        "load", "blocking", map_location=map_location, pickle_module=pickle_module, **options
-    )
-    accepted = checked_limits(limits)
-    return _load(file, receive_message(accepted, checked), accepted, checked.lock)
+    options = LoadOptions.of_call(locals())
+    check_lock(lock, "blocking")
+    checked = checked_limits(limits)
+    return _load(file, receive_message(checked, options), checked, lock)
 
 
 def get_unsafe_globals(

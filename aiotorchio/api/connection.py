@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Mapping
-from typing import Any, Unpack, get_args
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Mapping
+from typing import Any, get_args
 
 import torch
 
 from aiotorchio.api.message import Message, Unread
 from aiotorchio.api.streams import load_from_stream, save_to_stream
 from aiotorchio.engine.drivers import drive, load_time_budget
-from aiotorchio.engine.load_options import LoadKeywords
 from aiotorchio.engine.receive import IncomingMessage
 from aiotorchio.engine.requests import Progress
 from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE
+from aiotorchio.engine.selection import LoadTarget
 from aiotorchio.engine.summary import Summary
 from aiotorchio.graph.devices import MapLocation
+from aiotorchio.graph.select import Select
 from aiotorchio.limits import Limits, checked_limits
 from aiotorchio.streams.detect import open_source
 from aiotorchio.streams.guard import exclusive
@@ -87,18 +88,23 @@ class StreamReader:
         self,
         *,
         map_location: MapLocation = None,
+        weights_only: bool | None = True,
+        allow_pickle: bool = True,
+        safe_globals: Iterable[Any] = (),
         limits: Limits | None = None,
+        into: LoadTarget | None = None,
+        strict: bool = True,
+        cast: bool = False,
+        staged: bool = False,
+        lock: Any = None,
+        select: Select | None = None,
+        progress: Progress | None = None,
         pickle_module: Any = None,
-        **options: Unpack[LoadKeywords],
+        encoding: str = "utf-8",
     ) -> Coroutine[Any, Any, Any]:
         """Receive the next object; arguments and errors as in ``load_from_stream``."""
-        return load_from_stream(
-            self._stream,
-            map_location=map_location,
-            limits=limits,
-            pickle_module=pickle_module,
-            **options,
-        )
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        return load_from_stream(self._stream, **arguments)
 
     @contextlib.asynccontextmanager
     async def open(

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, Unpack
+from typing import Any, Literal, TypeVar
 
 import anyio
 import anyio.from_thread
@@ -19,12 +19,13 @@ from aiotorchio.engine.iterate import TensorStream
 from aiotorchio.engine.load import load_message
 from aiotorchio.engine.load_options import (
     IterateOptions,
-    LoadKeywords,
     LoadOptions,
+    check_lock,
     trusted,
 )
 from aiotorchio.engine.receive import IncomingMessage
 from aiotorchio.engine.requests import Progress, Request
+from aiotorchio.engine.selection import LoadTarget
 from aiotorchio.errors import StreamBusy, StreamPoisoned
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.select import Select
@@ -115,18 +116,25 @@ class Message:
         self,
         *,
         map_location: MapLocation = None,
+        weights_only: bool | None = True,
+        allow_pickle: bool = True,
+        safe_globals: Iterable[Any] = (),
+        into: LoadTarget | None = None,
+        strict: bool = True,
+        cast: bool = False,
+        staged: bool = False,
+        lock: Any = None,
+        select: Select | None = None,
+        progress: Progress | None = None,
         pickle_module: Any = None,
-        **options: Unpack[LoadKeywords],
+        encoding: str = "utf-8",
     ) -> Any:
         """Receive everything, and return the object.
 
         A ``MismatchError`` about names, shapes or dtypes comes before anything is read: the message
         can still be loaded, iterated over, or skipped.
 
-        Args:
-            map_location: As in ``load_from_stream``.
-            pickle_module: As in ``load_from_stream``.
-            options: The other options of ``load_from_stream``, but not ``limits``.
+        All arguments are those of ``load_from_stream``; ``limits`` are those of ``open``.
 
         Returns:
             The object, as from ``load_from_stream``.
@@ -135,14 +143,13 @@ class Message:
             RuntimeError: The message was read already, or its ``async with`` was left.
             Exception: As ``load_from_stream``.
         """
-        checked = LoadOptions.of_call(
-            "load", "async", map_location=map_location, pickle_module=pickle_module, **options
-        )
+        options = LoadOptions.of_call(locals())
+        check_lock(lock, "async")
         self.check(untouched=True)
-        loaded = await self.drive(load_message(self._incoming, checked))
+        loaded = await self.drive(load_message(self._incoming, options))
         try:
             if loaded.commit is not None:
-                await apply_commit(loaded.commit, checked.lock)
+                await apply_commit(loaded.commit, lock)
         finally:
             loaded.close()
         return loaded.obj
@@ -217,10 +224,7 @@ class Message:
             Exception: As ``load_from_stream``. Tensors that were yielded before are intact, if the
                 message has checksums.
         """
-        options = IterateOptions(
-            map_location=map_location, select=select, progress=progress, safe_globals=safe_globals
-        )
-        return _Tensors(self, self._incoming, options)
+        return _Tensors(self, self._incoming, IterateOptions.of_call(locals()))
 
     def tensors_sync(
         self,

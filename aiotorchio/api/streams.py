@@ -21,7 +21,7 @@ import torch
 from aiotorchio.engine.commit import apply_commit
 from aiotorchio.engine.drivers import drive, load_time_budget, save_time_budget
 from aiotorchio.engine.load import Loaded, receive_message
-from aiotorchio.engine.load_options import LoadOptions
+from aiotorchio.engine.load_options import LoadOptions, check_lock
 from aiotorchio.engine.requests import Progress, Request
 from aiotorchio.engine.save_options import DEFAULT_CHUNK_SIZE, SaveOptions
 from aiotorchio.engine.selection import LoadTarget
@@ -274,23 +274,8 @@ def load_from_stream(
     Example:
         See ``save_to_stream``.
     """
-    options = LoadOptions.of_call(
-        "load_from_stream",
-        "async",
-        map_location=map_location,
-        weights_only=weights_only,
-        allow_pickle=allow_pickle,
-        safe_globals=safe_globals,
-        into=into,
-        strict=strict,
-        cast=cast,
-        staged=staged,
-        lock=lock,
-        select=select,
-        progress=progress,
-        pickle_module=pickle_module,
-        encoding=encoding,
-    )
+    options = LoadOptions.of_call(locals())
+    check_lock(lock, "async")
     checked = checked_limits(limits)
     message = receive_message(checked, options)
     return _load_from_stream(message, stream, checked, lock)

@@ -110,7 +110,7 @@ class _Load:
         message, options = self._message, self._options
         composites: Composites | None = None
         # A pickle that weights_only refuses is refused by the load itself, in its own words.
-        if options.select is not None and options.allow_pickle and options.weights_only:
+        if options.select is not None and options.allow_pickle and options.restricted:
             composites = yield from find_composites(message, options, encoding=options.encoding)
         decide = functools.partial(self._decide, composites)
         inline = self._inline and composites is None
@@ -149,7 +149,7 @@ class _Load:
                 received.skeleton,
                 message.header.codec,
                 allow_pickle=options.allow_pickle,
-                weights_only=options.weights_only,
+                weights_only=options.restricted,
                 pickle_module=options.pickle_module,
                 encoding=options.encoding,
                 safe_globals=options.allowed_globals,

@@ -1,23 +1,22 @@
 """The options of a load, checked in one place and handed down whole.
 
-Public functions make a ``LoadOptions`` or ``IterateOptions`` in the caller's thread, when the call
-is made (``Message.load`` and ``tensors_sync``: when it first runs): then ``skip_data``, a
-``FakeTensorMode`` and torch's own list of safe globals count. After that, every part of the engine
-reads the fields. A ``TypeError`` or ``ValueError`` from here is a mistake of the caller, and
-nothing was received yet.
+Each public function that loads makes a ``LoadOptions`` or ``IterateOptions`` from its arguments, in
+the caller's thread, before anything is received: then ``skip_data``, a ``FakeTensorMode`` and
+torch's list of safe globals count. After that, the engine reads the fields. A ``TypeError`` or
+``ValueError`` from here is a mistake of the caller. ``limits`` is no field: a message is opened
+with them, before its load has options.
 
-A new option is one field here, one line in ``LoadKeywords``, and one parameter of
-``load_from_stream``, which documents it and hands it on in its last lines. A switch also joins the
-list in ``__post_init__``.
+A new option is one field here, and one parameter of each public function: ``load_from_stream``,
+which documents it, ``load``, ``Message.load`` and ``StreamReader.load``.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self
 
 import torch
 
@@ -28,27 +27,7 @@ from aiotorchio.graph.data_free import DataFree, data_free
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.select import Select
 
-__all__ = ["IterateOptions", "LoadKeywords", "LoadOptions", "trusted"]
-
-
-class LoadKeywords(TypedDict, total=False):
-    """Types of the options that ``load``, ``Message.load`` and ``StreamReader.load`` pass on.
-
-    ``map_location`` and ``pickle_module`` are parameters of these functions.
-    """
-
-    select: Select | None
-    progress: Progress | None
-    weights_only: bool | None
-    allow_pickle: bool
-    safe_globals: Iterable[Any]
-    into: LoadTarget | None
-    strict: bool
-    cast: bool
-    staged: bool
-    lock: Any
-    encoding: str
-
+__all__ = ["IterateOptions", "LoadOptions", "check_lock", "trusted"]
 
 # Sets a field of a frozen dataclass while it is made.
 _set = object.__setattr__
@@ -76,6 +55,16 @@ class IterateOptions:
     allowed_globals: tuple[Any, ...] = field(init=False)
     data_free: DataFree | None = field(init=False)
 
+    @classmethod
+    def of_call(cls, arguments: Mapping[str, Any]) -> Self:
+        """Check the options among the arguments of a public function.
+
+        Args:
+            arguments: The function's ``locals()`` at its first line, so that a new option needs no
+                further line there.
+        """
+        return cls(**{each.name: arguments[each.name] for each in fields(cls) if each.init})
+
     def __post_init__(self) -> None:
         _set(self, "select", _reusable(self.select))
         _set(self, "allowed_globals", trusted(self.safe_globals))
@@ -91,11 +80,12 @@ class IterateOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions(IterateOptions):
-    """The options of a load, but ``limits``, which belongs to the message.
+    """The options of a load, which ``load_from_stream`` documents.
 
     Attributes:
-        weights_only: None is the default of ``torch.load``, and becomes True.
         pickle_module: None becomes ``pickle``.
+        restricted: Whether pickles are rebuilt from the allowlist only: ``weights_only``, unless
+            the environment forces it.
         targets: The tensors and modules of ``into``.
 
     Raises:
@@ -103,7 +93,7 @@ class LoadOptions(IterateOptions):
         ValueError: An option that would have no effect, or ``into`` with two tensors of one name.
     """
 
-    weights_only: bool = True
+    weights_only: bool | None = True
     allow_pickle: bool = True
     into: LoadTarget | None = None
     strict: bool = True
@@ -112,19 +102,18 @@ class LoadOptions(IterateOptions):
     lock: Any = None
     pickle_module: Any = None
     encoding: str = "utf-8"
+    restricted: bool = field(init=False)
     targets: Targets | None = field(init=False)
 
     def __post_init__(self) -> None:
-        weights_only: bool | None = self.weights_only
-        if weights_only is None:
-            _set(self, "weights_only", True)
-        for option in ("weights_only", "allow_pickle", "strict", "cast", "staged"):
-            value = getattr(self, option)
+        # None is the default of torch.load, and means True.
+        weights_only = True if self.weights_only is None else self.weights_only
+        switches = [(name, getattr(self, name)) for name in _SWITCHES]
+        for option, value in [("weights_only", weights_only), *switches]:
             if not isinstance(value, bool):
                 raise TypeError(f"{option} must be True or False, not {value!r}")
-        if not self.weights_only and _weights_only_is_forced():
-            _set(self, "weights_only", True)
-        if self.weights_only and self.pickle_module is not None:
+        _set(self, "restricted", weights_only or _weights_only_is_forced())
+        if self.restricted and self.pickle_module is not None:
             raise ValueError(
                 "Can not safely load weights when explicit pickle_module is specified: "
                 "weights_only=True would not use it"
@@ -148,41 +137,22 @@ class LoadOptions(IterateOptions):
             targets = Targets.of(self.into, strict=self.strict, cast=self.cast, staged=self.staged)
         _set(self, "targets", targets)
 
-    @classmethod
-    def of_call(
-        cls, function: str, kind: Literal["async", "blocking"], /, **options: Any
-    ) -> LoadOptions:
-        """Check the options of a call of a public function.
 
-        Args:
-            function: Its name, for the error.
-            kind: Whether it is a coroutine, which decides what ``lock`` must be.
-            options: As the caller gave them.
-
-        Raises:
-            TypeError: An option that does not exist, or of another type.
-            ValueError: As ``LoadOptions``.
-        """
-        for name in options:
-            if name not in _NAMES:
-                raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-        checked = cls(**options)
-        _check_lock(checked.lock, kind)
-        return checked
+_SWITCHES = tuple(each.name for each in fields(LoadOptions) if each.init and each.type == "bool")
 
 
-_NAMES = {name for name, each in LoadOptions.__dataclass_fields__.items() if each.init}
+def check_lock(lock: Any, kind: Literal["async", "blocking"]) -> None:
+    """Check that a call can hold a lock.
 
-
-def _check_lock(lock: Any, kind: Literal["async", "blocking"]) -> None:
-    if lock is None:
-        return
-    if kind == "blocking" and not hasattr(lock, "__enter__"):
+    Raises:
+        TypeError: A lock of the other kind of call.
+    """
+    if kind == "blocking" and lock is not None and not hasattr(lock, "__enter__"):
         raise TypeError(
             "lock of a blocking load must be a context manager, such as threading.Lock(), not "
             f"{type(lock).__name__}"
         )
-    if kind == "async" and not hasattr(lock, "__aenter__"):
+    if kind == "async" and lock is not None and not hasattr(lock, "__aenter__"):
         raise TypeError(
             "lock of an async load must be an async context manager, such as asyncio.Lock(), not "
             f"{type(lock).__name__}"

@@ -84,10 +84,7 @@ class SaveOptions:
             arguments: The function's ``locals()`` at its first line, so that a new option needs no
                 further line there.
         """
-        return cls(**{name: arguments[name] for name in _NAMES})
-
-
-_NAMES = tuple(each.name for each in fields(SaveOptions) if each.init)
+        return cls(**{each.name: arguments[each.name] for each in fields(cls) if each.init})
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:

@@ -15,26 +15,33 @@ import torch
 from torch.serialization import skip_data
 
 import aiotorchio
-from aiotorchio.engine.load_options import IterateOptions, LoadKeywords, LoadOptions
+from aiotorchio.engine.load_options import IterateOptions, LoadOptions, check_lock
 
-OPTIONS = {each.name for each in dataclasses.fields(LoadOptions) if each.init}
-BY_POSITION = {"map_location", "pickle_module"}
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "load_from_stream": aiotorchio.load_from_stream,
+    "load": aiotorchio.load,
+    "StreamReader.load": aiotorchio.StreamReader.load,
+    "Message.load": aiotorchio.Message.load,
+}
+# Parameters that are no options of the load.
+OTHERS = {"self", "stream", "file", "limits"}
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(function).parameters)
 
 
-def test_load_from_stream_has_each_option_with_its_default() -> None:
-    found = parameters(aiotorchio.load_from_stream)
-    assert found.keys() - {"stream", "limits"} == OPTIONS
-    for each in dataclasses.fields(LoadOptions):
-        if each.init:
-            assert found[each.name].default == each.default, each.name
-
-
-def test_the_typed_keywords_are_the_other_options() -> None:
-    assert LoadKeywords.__annotations__.keys() == OPTIONS - BY_POSITION
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_public_function_has_every_option(name: str) -> None:
+    found = {
+        each.name: (each.default, each.annotation) for each in parameters(FUNCTIONS[name]).values()
+    }
+    options = {
+        each.name: (each.default, each.type)
+        for each in dataclasses.fields(LoadOptions)
+        if each.init
+    }
+    assert {name: each for name, each in found.items() if name not in OTHERS} == options
 
 
 def test_iterating_has_each_of_its_options() -> None:
@@ -45,7 +52,7 @@ def test_iterating_has_each_of_its_options() -> None:
 
 def test_the_defaults() -> None:
     options = LoadOptions()
-    assert options.weights_only is True and options.pickle_module is pickle
+    assert options.restricted is True and options.pickle_module is pickle
     assert options.targets is None and options.data_free is None
     assert options.allowed_globals == tuple(torch.serialization.get_safe_globals())
 
@@ -58,7 +65,7 @@ def test_options_do_not_change() -> None:
 @pytest.mark.parametrize("option", ["weights_only", "allow_pickle", "strict", "cast", "staged"])
 def test_a_switch_is_a_bool(option: str) -> None:
     with pytest.raises(TypeError, match=f"^{option} must be True or False, not 1$"):
-        LoadOptions.of_call("load", "blocking", **{option: 1})
+        LoadOptions(**{option: 1})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +96,7 @@ def test_an_iterator_of_names_is_read_once() -> None:
 
 def test_the_environment_can_force_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
-    assert LoadOptions(weights_only=False).weights_only is True
+    assert LoadOptions(weights_only=False).restricted is True
 
 
 def test_the_targets_are_looked_through_once() -> None:
@@ -99,16 +106,17 @@ def test_the_targets_are_looked_through_once() -> None:
 
 
 def test_a_lock_is_of_the_kind_of_the_call() -> None:
-    into, lock = {"a": torch.ones(1)}, threading.Lock()
-    options = {"into": into, "staged": True}
-    LoadOptions.of_call("load", "blocking", lock=lock, **options)
-    LoadOptions.of_call("load_from_stream", "async", lock=asyncio.Lock(), **options)
+    check_lock(threading.Lock(), "blocking")
+    check_lock(asyncio.Lock(), "async")
     with pytest.raises(TypeError, match="async context manager"):
-        LoadOptions.of_call("load_from_stream", "async", lock=lock, **options)
+        check_lock(threading.Lock(), "async")
     with pytest.raises(TypeError, match=r"threading\.Lock"):
-        LoadOptions.of_call("load", "blocking", lock=asyncio.Lock(), **options)
+        check_lock(asyncio.Lock(), "blocking")
 
 
-def test_an_option_that_does_not_exist_is_refused_in_the_name_of_the_call() -> None:
-    with pytest.raises(TypeError, match=r"^load\(\) got an unexpected keyword argument 'targets'$"):
-        LoadOptions.of_call("load", "blocking", targets=None)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_option_that_does_not_exist_is_refused_in_the_name_of_the_call(name: str) -> None:
+    with pytest.raises(
+        TypeError, match=rf"{name}\(\) got an unexpected keyword argument 'targets'"
+    ):
+        FUNCTIONS[name](targets=None)
