@@ -18,8 +18,8 @@ from typing import Any
 
 import msgspec
 
-from aiotorchio.codecs.tree.precheck import SHORT_VALUE, check_size
-from aiotorchio.codecs.tree.size_estimate import ARRAYS, TEXTS
+from aiotorchio.codecs.tree.precheck import check_size
+from aiotorchio.codecs.tree.tokens import ARRAY, SHORT_VALUE, token
 from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.errors import ProtocolError
 
@@ -106,44 +106,22 @@ def _unpack(skeleton: bytes, lists: list[list[Any]]) -> None:
             taken += count
         elif position >= size:
             raise ProtocolError("the skeleton ends inside an array")
-        elif _begins_array(skeleton, position):
-            nested: list[Any] = []
-            items.append(nested)
-            lists.append(nested)
-            outer.append((items, missing - 1))
-            items = nested
-            missing, position = _length(skeleton, position)
-        else:
-            values, position = _values(skeleton, position)
+        elif (run := _VALUES.match(skeleton, position)) is not None:
+            # Among them are the arrays of tensors.
+            count = len(_VALUE.findall(skeleton, position, run.end()))
+            values, position = _decode(b"\xdd" + count.to_bytes(4, "big") + run[0]), run.end()
             taken = 0
+        else:
+            kind, length, after = token(skeleton, position)
+            if kind == ARRAY:
+                nested: list[Any] = []
+                items.append(nested)
+                lists.append(nested)
+                outer.append((items, missing - 1))
+                items, missing, position = nested, length, after
+            else:
+                # A long str, a bin, or a value that msgspec refuses.
+                values, position = [_decode(skeleton[position : after + length])], after + length
+                taken = 0
     if position < size or taken < len(values):
         raise ProtocolError("the skeleton has bytes left over after its value")
-
-
-def _begins_array(skeleton: bytes, position: int) -> bool:
-    head = skeleton[position]
-    nests = 0x90 <= head < 0xA0 or head in ARRAYS
-    # The array of a tensor counts as a short value.
-    return nests and _VALUE.match(skeleton, position) is None
-
-
-def _length(skeleton: bytes, position: int) -> tuple[int, int]:
-    """Return the number of values of an array, and the position of the first."""
-    head = skeleton[position]
-    if head not in ARRAYS:
-        return head - 0x90, position + 1
-    end = position + 1 + ARRAYS[head]
-    return int.from_bytes(skeleton[position + 1 : end], "big"), end
-
-
-def _values(skeleton: bytes, position: int) -> tuple[list[Any], int]:
-    """Decode values that are not arrays, and return them with the position of their end."""
-    run = _VALUES.match(skeleton, position)
-    if run is not None:
-        count = len(_VALUE.findall(skeleton, position, run.end()))
-        return _decode(b"\xdd" + count.to_bytes(4, "big") + run[0]), run.end()
-    # A long str, a bin, or a value of an unknown type, which msgspec refuses.
-    width = TEXTS.get(skeleton[position], 0)
-    start = position + 1 + width
-    end = start + int.from_bytes(skeleton[position + 1 : start], "big")
-    return [_decode(skeleton[position:end])], end

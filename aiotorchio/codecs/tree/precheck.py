@@ -11,43 +11,19 @@ limit, which programs raise; and threads may have small stacks.
 
 from __future__ import annotations
 
-import re
-
-from aiotorchio.codecs.tree.size_estimate import (
-    ARRAYS,
-    EXTENSIONS,
-    MAPS,
-    TEXTS,
-    container_nbytes,
-    estimate_size,
-)
+from aiotorchio.codecs.tree.size_estimate import container_nbytes, estimate_size
+from aiotorchio.codecs.tree.tokens import ARRAY, TEXT, skip_short_values, token
 from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.errors import LimitExceeded, ProtocolError
 from aiotorchio.wire import bounds
 
-__all__ = ["SHORT_VALUE", "check_size"]
+__all__ = ["check_size"]
 
 # Memory that each byte of a skeleton may take once the object is built, in addition to the
 # memory_floor of every skeleton. Only arrays can take more for each of their bytes.
 _MEMORY_PER_BYTE = 48
 
 _TENSOR = b"\x92\x05"
-_ONE_BYTE = rb"[\x00-\x7f\xc0\xc2\xc3\xe0-\xff]"
-_BYTES = (
-    rb"\x92\x05(?:[\x00-\x7f]|\xcc.|\xcd.{2}|\xce.{4})"
-    rb"|[\xcc\xd0].|[\xcd\xd1].{2}|[\xca\xce\xd2].{4}|[\xcb\xcf\xd3].{8}|"
-    + b"|".join(b"%c.{%d}" % (0xA0 + length, length) for length in range(32))
-    + rb"|\xd9(?:"
-    + b"|".join(b"%s.{%d}" % (re.escape(bytes([length])), length) for length in range(32, 128))
-    + rb")"
-)
-SHORT_VALUE = rb"(?s:" + _ONE_BYTE + rb"|" + _BYTES + rb")"
-"""Matches a number, a constant, a str of at most 127 bytes, or the array of a tensor, which holds a
-tag and a row."""
-
-# A loop over these values takes 0.3 us for each, which was a tenth of the time of a load of 10,000
-# tensors. The count is bounded since no other thread runs during a match.
-_COMMON = re.compile(rb"(?s:" + _ONE_BYTE + rb"{1,100000}+|" + _BYTES + rb"){0,100000}+")
 
 
 def check_size(skeleton: bytes, depth_limit: int) -> int:
@@ -95,36 +71,18 @@ def _containers(skeleton: bytes, allowed: int) -> tuple[int, int]:
         check_interrupt()
         if nbytes > allowed:
             raise _too_large()
-        end = _end_of_common(skeleton, position)
+        end = skip_short_values(skeleton, position)
         if end > position:
             position = end
             continue
-        head = skeleton[position]
-        position += 1
-        if 0x90 <= head < 0xA0:
+        kind, length, position = token(skeleton, position)
+        if kind == ARRAY:
             arrays += 1
-            nbytes += container_nbytes(skeleton, position, head - 0x90)
-        elif head in TEXTS:
-            width = TEXTS[head]
-            length = int.from_bytes(skeleton[position : position + width], "big")
-            position += width + length
-        elif head in ARRAYS:
-            arrays += 1
-            start, position = position, position + ARRAYS[head]
-            items = int.from_bytes(skeleton[start:position], "big")
-            nbytes += container_nbytes(skeleton, position, items)
-        elif head in MAPS or head in EXTENSIONS:
-            raise ProtocolError(
-                "the skeleton has a map or an extension, which the format does not allow"
-            )
+            nbytes += container_nbytes(skeleton, position, length)
+        elif kind == TEXT:
+            position += length
         else:
             raise ProtocolError("the skeleton has a value that is not whole, or of no known type")
     if position > size:
         raise ProtocolError("the skeleton ends inside a value")
     return arrays, nbytes
-
-
-def _end_of_common(skeleton: bytes, position: int) -> int:
-    common = _COMMON.match(skeleton, position)
-    # The pattern matches the empty string, too, so this is never None.
-    return common.end() if common else position

@@ -8,10 +8,11 @@ each value is slow.
 from __future__ import annotations
 
 from aiotorchio.codecs.tree.tags import Tag
+from aiotorchio.codecs.tree.tokens import ARRAY, NUMBER, TEXT, token
 from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.errors import ProtocolError
 
-__all__ = ["ARRAYS", "EXTENSIONS", "MAPS", "TEXTS", "container_nbytes", "estimate_size"]
+__all__ = ["container_nbytes", "estimate_size"]
 
 # Memory of a value, with its slots in the decoded list and in the object. A str can take four times
 # the bytes of its UTF-8.
@@ -20,14 +21,6 @@ _TEXT_NBYTES, _LETTER_NBYTES, _NUMBER_NBYTES, _CONSTANT_NBYTES = 80, 4, 48, 16
 # container takes in addition, and memory that each of its items takes in addition.
 _NESTED_NBYTES = 160
 _BY_TAG = {Tag.DICT: (160, 32), Tag.ORDERED_DICT: (500, 64), Tag.SET: (160, 150)}
-
-MAPS = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
-EXTENSIONS = frozenset([*range(0xC7, 0xCA), *range(0xD4, 0xD9)])
-# First byte of a number -> bytes after it. First byte of a str, bin or array -> bytes of its
-# length.
-_NUMBERS = dict(zip(range(0xCA, 0xD4), (4, 8, 1, 2, 4, 8, 1, 2, 4, 8), strict=True))
-TEXTS = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
-ARRAYS = {0xDC: 2, 0xDD: 4}
 
 
 def container_nbytes(data: bytes, position: int, items: int) -> int:
@@ -59,35 +52,17 @@ def estimate_size(data: bytes) -> tuple[int, int]:
         steps += 1
         if not steps % 4096:
             check_interrupt()
-        head = data[position]
-        position += 1
+        kind, length, position = token(data, position)
         items = 0
-        if head < 0x80 or head >= 0xE0:
-            # Python has the integers from -5 on already.
-            memory += _NUMBER_NBYTES if 0xE0 <= head < 0xFB else _CONSTANT_NBYTES
-        elif 0x90 <= head < 0xA0:
-            items = head - 0x90
+        if kind == ARRAY:
+            items = length
             memory += container_nbytes(data, position, items)
-        elif 0xA0 <= head < 0xC0:
-            memory += _TEXT_NBYTES + _LETTER_NBYTES * (head - 0xA0)
-            position += head - 0xA0
-        elif head in TEXTS:
-            width = TEXTS[head]
-            length = int.from_bytes(data[position : position + width], "big")
+        elif kind == TEXT:
             memory += _TEXT_NBYTES + _LETTER_NBYTES * length
-            position += width + length
-        elif head in _NUMBERS:
+            position += length
+        elif kind == NUMBER:
             memory += _NUMBER_NBYTES
-            position += _NUMBERS[head]
-        elif head in ARRAYS:
-            width = ARRAYS[head]
-            items = int.from_bytes(data[position : position + width], "big")
-            position += width
-            memory += container_nbytes(data, position, items)
-        elif head in MAPS or head in EXTENSIONS:
-            raise ProtocolError(
-                "the skeleton has a map or an extension, which the format does not allow"
-            )
+            position += length
         else:
             memory += _CONSTANT_NBYTES
         if items:
