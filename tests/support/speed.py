@@ -8,6 +8,7 @@ it may be long. Bounds that a test measures against are multiplied by ``slowdown
 
 from __future__ import annotations
 
+import math
 import time
 
 __all__ = ["patience", "slowdown"]
@@ -48,8 +49,9 @@ def patience(seconds: float) -> float:
     Args:
         seconds: The number of seconds on an idle reference.
     """
-    # To the millisecond: sockets return the same number as their timeout.
-    return round(seconds * _MARGIN * slowdown(), 3)
+    # Whole eighths have no rounding error in binary: sockets, which round their timeout up to
+    # nanoseconds, return the same number.
+    return math.ceil(seconds * _MARGIN * slowdown() * 8) / 8
 
 
 def _work() -> None:
