@@ -15,22 +15,22 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
                 FloatTensor_new FloatStorage UntypedStorage UntypedStorage_new TypedStorage
             """,
             "a global whose name has": "long_name",
-            "may be named, not called": "Tensor Parameter",
+            "only name it": "Tensor Parameter",
             "which is not a class here": """
                 Tensor_new Parameter_new new_of_function new_of_checked new_of_int
             """,
-            "anything but a str in latin-1": """
+            "from a str, in latin-1": """
                 bytearray bytearray_of_list set_of_bytearray hex punycode idna utf-16
                 encode_errors codec_of_no_str
             """,
-            r"bytes\(\) with arguments": "bytes",
-            "makes a set from": "set_of_bytes set_of_str set_of_tuple set_of_dict set_of_set",
-            "names a layout by tuple": "doubled_text_as_layout",
-            "anything but its type and index": "device_of_tuple",
-            "a Size from": "size_of_list size_of_tensor",
-            r"OrderedDict\(\) with arguments": "ordered_dict_of_items",
-            "a Counter from": "counter_of_list counter_of_counter",
-            "a device tensor of torch.float64 from": "cast",
+            r"arguments of bytes\(\)": "bytes",
+            "make a set from a list": "set_of_bytes set_of_str set_of_tuple set_of_dict set_of_set",
+            "name a layout by a str, not by tuple": "doubled_text_as_layout",
+            "a device from its type and index": "device_of_tuple",
+            "a Size from a tuple": "size_of_list size_of_tensor",
+            r"OrderedDict\(\) without arguments": "ordered_dict_of_items",
+            "a Counter from a dict": "counter_of_list counter_of_counter",
+            "a device tensor from a tensor of torch.float64": "cast",
             "Trying to call reduce for unrecognized function": """
                 call_of_int call_of_made call_of_tensor
             """,
@@ -42,7 +42,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "rebuilds a tensor with": """
                 doubled_function from_type_of_call from_type_args_list
             """,
-            "as the class of a tensor": """
+            "must be a tensor class": """
                 doubled_class from_type_of_none from_type_of_dtype wrapper_of_tensor
             """,
             "that is no dict": """
@@ -105,16 +105,16 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
         },
         "InvalidObjectError": {
             "reaches byte": "size stride offset other_dtype untyped_v3 quantized_size",
-            "no tuple of natural numbers": """
+            "a tuple of integers that are not negative": """
                 negative_size negative_stride bool_size float_size size_of_str coo_negative
                 coo_shape doubled_size
             """,
-            "begins at offset -1": "negative_offset",
+            "offset of a tensor .* not -1": "negative_offset",
             "bytes from end to end": "huge_stride meta_span",
             "argument 'stride'": "huge_stride_of_one",
             "dimensions and 1 strides": "dims",
             "storage 8 of 7 bytes": "odd_storage storage_of_odd_size",
-            "an argument is a .* must be": """
+            "an argument must be": """
                 tensor_as_storage requires_grad_int meta_dtype quantized_scale coo_coalesced
                 doubled_device doubled_offset doubled_cast sparse_list parameter_of_none
             """,
@@ -125,23 +125,23 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "missing 5 required": "arguments",
             "a quantized tensor of": "quantized_dtype quantized_params",
             "beyond 64 bits": "size_of_70_bits",
-            "is cuda:44 to torch": "device_wrapped",
+            "torch reads device .* as cuda:44": "device_wrapped",
             "zero point": "quantized_zero_point quantized_channels",
             "without its scales": """
                 quantized_scheme quantized_short doubled_params doubled_scheme
             """,
             "channel axis": "quantized_axis quantized_axis_negative",
             "QuantizedMeta": "quantized_meta",
-            "a part of layout": "quantized_sparse",
-            "that is expanded": "quantized_expanded coo_expanded",
-            "a tensor is made from a": "quantized_none nested_not_tensors",
+            "not of layout": "quantized_sparse",
+            "must not be expanded": "quantized_expanded coo_expanded",
+            "a part of a tensor must be a torch.Tensor": "quantized_none nested_not_tensors",
             "a sparse tensor has index .*, whose size is": "coo_index coo_size",
             "too many elements": "coo_overflow",
             "same nnz": "coo_values",
             "not sorted and distinct": "coo_uncoalesced",
             "backend of indices": "coo_meta",
             "sparse_dim x nnz": "coo_floats",
-            "other parts than its layout has": """
+            "other parts than its layout needs": """
                 coo_parts csr_parts sparse_layout doubled_layout
             """,
             "has plain index 4, but each must be at least 0 and less than 4": """
@@ -156,7 +156,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "named by int": "hidden_number",
             "unhashable type": "unhashable_set unhashable_key",
             "latin-1": "encode_wide",
-            "anything but its two parts": "complex",
+            "a complex number from its two parts": "complex",
             r"torch\.Size\(\)": "size_of_letters",
             "Expected one of cpu": "device",
         },
@@ -169,7 +169,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             """,
             r"torch \S+ has no dtype": "storage_dtype",
             "neither to a tensor nor to a storage": "storage_parts empty_reference",
-            "the name of a dtype is a text": "doubled_dtype",
+            "the name of a dtype must be a str": "doubled_dtype",
             "was never set": "memo",
             "objects left over": "left_over left_mark",
             "without its operand": """
@@ -197,8 +197,8 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             """,
             "a key without a value": "key_without_value",
             "duplicate key": "duplicate_key duplicate_ordered",
-            "neither str nor int": "bool_key float_key bytes_key node_key",
-            "without its place for metadata": """
+            "must be str or int": "bool_key float_key bytes_key node_key",
+            "an array for its metadata": """
                 ordered_without_metadata ordered_none ordered_two
             """,
             "duplicate item": "duplicate_item equal_items",
@@ -213,7 +213,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
             "unhashable type": "unhashable",
             "nowhere": "device",
             "Could not parse device index": "device_index",
-            "is cuda:44 to torch": "device_wrapped",
+            "torch reads device .* as cuda:44": "device_wrapped",
             "must not be empty": "device_empty",
             "Invalid device string": "device_null",
         },

@@ -127,7 +127,7 @@ class Allowlist:
     def guard_state(self, given: Mapping[str, bool]) -> None:
         """Make trusted functions check that their results may be given the state in the pickle.
 
-        Arrays of numpy are made so. The state of a tensor could give it any memory.
+        Such a function makes the arrays of numpy. The state of a tensor could give it any memory.
 
         Args:
             given: Path of a function -> whether the states of its results are attributes; the
@@ -139,7 +139,7 @@ class Allowlist:
                 self.globals[path] = _guarded(value, attributes)
 
     def check_result(self) -> None:
-        """Refuse objects that can be checked only once the whole object is built."""
+        """Refuse attributes of ordered dicts; called once the whole object is built."""
         self._dicts.check()
 
     def _subclass(self, function: Any, kind: Any, args: Any, state: Any) -> Any:
@@ -175,7 +175,7 @@ class Allowlist:
 
 
 def _takes_state(trusted: Any) -> bool:
-    """Whether objects that it makes may be given a state: a tensor's could give it any memory."""
+    """Whether a trusted global makes objects that may have a state, which tensors may not."""
     return (
         not isinstance(trusted, type)
         or not issubclass(trusted, torch.Tensor)

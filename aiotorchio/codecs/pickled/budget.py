@@ -40,7 +40,7 @@ class AbstractValue:
     unknown: int = 0  # of a dict: keys whose hash the scan does not know
     number: bool = False  # whether it is an int or float, whose hash the sender knows
     count: int = 0  # of a list or dict: number of its items so far
-    wide: int = 0  # of these: numbers, or made of numbers, that do not count from 0 on
+    wide: int = 0  # of a list or dict: items made of numbers that do not count from 0 on
     charged: bool = False  # whether the memory of this abstract value itself is charged
 
     @property
@@ -53,8 +53,8 @@ class AbstractValue:
 def too_many_colliders(wide_keys: int) -> LimitExceeded:
     """Make the error for keys or members that may all collide."""
     return LimitExceeded(
-        f"the object has more than {wide_keys} numbers as keys or members that do not count from 0 "
-        "on (Limits.wide_keys)"
+        f"the dicts and sets of the object have more than {wide_keys} numbers as keys or members "
+        "that are not 0, 1, 2 and so on (Limits.wide_keys)"
     )
 
 
@@ -93,7 +93,7 @@ class Budget:
             raise LimitExceeded(f"hashing the keys takes more than {self._bounds.hash_steps} steps")
 
     def find_places(self, wide: int, found: int = 0) -> None:
-        """Charge the time to add keys that may collide to a table that has ``found`` of them."""
+        """Charge the time to add keys that may collide: a table had ``found``, and has ``wide``."""
         self._probes_left -= wide**2 - found**2
         if self._probes_left < 0:
             raise too_many_colliders(self._wide_keys)

@@ -47,15 +47,18 @@ class Checks:
         part(tensor)
         if tensor.layout is not torch.strided or tensor.is_nested:
             raise InvalidObjectError(
-                f"a tensor is made from a part of layout {tensor.layout}, which must be strided"
+                f"a part of a tensor must be strided, not of layout {tensor.layout}"
             )
         nbytes = tensor.numel() * tensor.element_size()
         if nbytes > tensor.untyped_storage().nbytes():
-            raise InvalidObjectError("a tensor is made from a part that is expanded")
+            raise InvalidObjectError(
+                f"a part of a tensor must not be expanded: it has {nbytes} bytes, but its storage "
+                f"has {tensor.untyped_storage().nbytes()}"
+            )
         if nbytes and tensor.untyped_storage().data_ptr() in self._distrusted:
             raise InvalidObjectError(
-                "a tensor is made from a part whose numbers are not received, or may change: those "
-                "of a target, or under torch.serialization.skip_data"
+                "a part of a tensor, such as its indices, must have the numbers of the message, "
+                "but is a target of into, or torch.serialization.skip_data left out its numbers"
             )
         self.charge_work(nbytes)
 
@@ -81,7 +84,9 @@ class Checks:
     def check_shape(self, shape: Any) -> None:
         """Refuse a value that is neither a shape nor a stride."""
         if not isinstance(shape, tuple | list) or any(type(n) is not int or n < 0 for n in shape):
-            raise InvalidObjectError("a shape or stride of a tensor is no tuple of natural numbers")
+            raise InvalidObjectError(
+                "a shape or stride of a tensor must be a tuple of integers that are not negative"
+            )
         if len(shape) > self.limits.dims:
             raise LimitExceeded(
                 f"a tensor has {len(shape)} dimensions, but at most {self.limits.dims} are allowed "
@@ -124,12 +129,12 @@ class Checks:
         # In a view, torch would count strides and offset as if each element had a byte.
         if expect(offset, int) or tuple(stride) != torch.empty(size, device="meta").stride():
             raise InvalidObjectError(
-                f"a tensor of {dtype} is a view, but must be contiguous at offset 0"
+                f"a tensor of {dtype} must be contiguous and at offset 0 of its storage, not a view"
             )
         nbytes = math.prod(size[:-1]) * -(-size[-1] // PER_BYTE[dtype]) if size else 1
         if nbytes > untyped.nbytes():
             raise InvalidObjectError(
-                f"a tensor takes {nbytes} bytes of a storage of {untyped.nbytes()}"
+                f"a tensor takes {nbytes} bytes of a storage of {untyped.nbytes()} bytes"
             )
         return untyped
 
@@ -139,12 +144,14 @@ class Checks:
         """Return the storage of a view, which must lie within it."""
         untyped = untyped_storage(storage)
         if expect(offset, int) < 0:
-            raise InvalidObjectError(f"a tensor begins at offset {offset} of its storage")
+            raise InvalidObjectError(
+                f"the offset of a tensor in its storage must be 0 or more, not {offset}"
+            )
         extent = self.extent(dtype, size, stride)
         if extent and (offset + extent) * dtype.itemsize > untyped.nbytes():
             raise InvalidObjectError(
                 f"a tensor reaches byte {(offset + extent) * dtype.itemsize} "
-                f"of a storage of {untyped.nbytes()}"
+                f"of a storage of {untyped.nbytes()} bytes"
             )
         return untyped
 
@@ -153,8 +160,8 @@ def expect(value: Any, *kinds: type) -> Any:
     """Return the value, which must be of one of these types."""
     if not isinstance(value, kinds):
         raise InvalidObjectError(
-            f"an argument is a {type(value).__name__}, but must be "
-            f"{' or '.join(k.__name__ for k in kinds)}"
+            f"an argument must be {' or '.join(k.__name__ for k in kinds)}, not "
+            f"{type(value).__name__}"
         )
     return value
 
@@ -163,7 +170,7 @@ def part(value: Any) -> torch.Tensor:
     """Return a part of a tensor, which must not be of a subclass: its methods could do anything."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter) and not torch_private.is_fake(value):
         raise InvalidObjectError(
-            f"a tensor is made from a {type(value).__name__}, which must be a torch.Tensor"
+            f"a part of a tensor must be a torch.Tensor, not a {type(value).__name__}"
         )
     return cast(torch.Tensor, value)
 

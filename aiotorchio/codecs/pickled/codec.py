@@ -185,13 +185,13 @@ def load_with(
     """Rebuild an object like ``load``, with other functions for its ids and its globals.
 
     Args:
-        skeleton: As of ``load``.
+        skeleton: As in ``load``.
         resolve: Returns the object for a persistent id.
         allowed: Path of a global -> the object that the pickle gets for it.
-        allowlist: As of ``load``, and so are the other arguments.
-        encoding: As of ``load``.
-        depth_limit: As of ``load``.
-        offset: As of ``load``.
+        allowlist: As in ``load``.
+        encoding: As in ``load``.
+        depth_limit: As in ``load``.
+        offset: As in ``load``.
     """
 
     def read() -> Any:
@@ -227,9 +227,9 @@ def replay(
         args: The arguments of the call.
         state: The state of the result, or an empty sequence.
         new: Whether to make an instance with ``__new__`` alone, as NEWOBJ does.
-        allowlist: As of ``load``.
-        encoding: As of ``load``.
-        offset: As of ``load``.
+        allowlist: As in ``load``.
+        encoding: As in ``load``.
+        offset: As in ``load``.
 
     Returns:
         The result of the call, with its state.
@@ -297,7 +297,8 @@ def load_trusted(
 # Pickles up to this size take some 50 ms, and are loaded without checks for an interrupt, which
 # would take a tenth of the time.
 _AT_ONCE_NBYTES = 64 * 2**10
-# Unless they may have more calls than this: a call of five bytes can take up to a millisecond.
+# A pickle that may have more calls is checked at any size: a call of five bytes can take up to a
+# millisecond.
 _CALLS_AT_ONCE = 32
 
 
@@ -315,10 +316,10 @@ def _file_of(skeleton: bytes) -> io.BytesIO:
 
 
 def _check_shape(loaded: Any, limit: int) -> None:
-    """Refuse an object that is nested too deep, or has too many values in all places together.
+    """Refuse an object that is nested too deep, or has too many values, counted at each place.
 
     The scan cannot see this if containers are filled after the tuples around them were made. A list
-    in itself is accepted.
+    that contains itself is accepted.
     """
     # Container by id() -> number of values in it, each counted as often as it occurs.
     sizes: dict[int, int] = {}

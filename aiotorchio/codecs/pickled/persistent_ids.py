@@ -36,7 +36,7 @@ def resolver(
         if storage is None:
             raise MismatchError(
                 f"the object has storage {row} itself, not only tensors over it, so that its bytes "
-                "can't be left out or received into other tensors"
+                "cannot be left out or received into other tensors"
             )
         if name is None:
             return storage

@@ -81,7 +81,7 @@ def over_origin(reduced: Any, origin: torch.Tensor) -> Any:
 
 
 def without_class(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor if its class is torch's; else one over its memory: classes refuse much."""
+    """Return the tensor, or a plain one over its memory if its class may refuse operations."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter) or is_fake(tensor):
         return tensor
     offset, storage = int(tensor.storage_offset()), tensor.untyped_storage()

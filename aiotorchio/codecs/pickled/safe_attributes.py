@@ -33,8 +33,8 @@ class TypeName:
         self.kind = kind
 
     def __call__(self, *_: object) -> Any:
-        """Refuse: a message may hold no uninitialised memory."""
-        raise UnsafeObjectError(f"{self.kind.__name__} may be named, not called, by a pickle")
+        """Refuse the call, which would show uninitialised memory."""
+        raise UnsafeObjectError(f"a pickle must not call {self.kind.__name__}, only name it")
 
 
 def set_attributes(tensor: torch.Tensor, state: Any) -> None:
@@ -80,7 +80,7 @@ def tensor_class(kind: Any) -> type[torch.Tensor]:
     named = kind.kind if isinstance(kind, TypeName) else kind
     if not isinstance(named, type) or not issubclass(named, torch.Tensor):
         raise UnsafeObjectError(
-            f"the pickle names a {type(named).__name__} as the class of a tensor, but must name a "
-            "tensor class"
+            f"the class of a tensor in the pickle must be a tensor class, not a "
+            f"{type(named).__name__}"
         )
     return named

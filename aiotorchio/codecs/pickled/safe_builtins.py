@@ -44,7 +44,7 @@ class OrderedDicts:
         """Make an empty OrderedDict; the unpickler adds the items later."""
         if args:
             raise UnsafeObjectError(
-                "the pickle calls OrderedDict() with arguments, but must add its items later"
+                "the pickle must call OrderedDict() without arguments, and add its items later"
             )
         made: OrderedDict[Any, Any] = OrderedDict()
         self._made.append(made)
@@ -70,7 +70,7 @@ def make_counter(items: Any = None) -> Counter[Any]:
     """Make a ``Counter`` from a dict, as pickle writes it."""
     if items is not None and type(items) is not dict:
         raise UnsafeObjectError(
-            f"the pickle makes a Counter from {type(items).__name__}, but must use a dict"
+            f"the pickle must make a Counter from a dict, not from {type(items).__name__}"
         )
     return Counter(items)
 
@@ -95,7 +95,7 @@ def make_set(items: Any = ()) -> set[Any]:
     is_empty_tuple = type(items) is tuple and not items
     if type(items) is not list and not is_empty_tuple:
         raise UnsafeObjectError(
-            f"the pickle makes a set from {type(items).__name__}, but must use a list"
+            f"the pickle must make a set from a list, not from {type(items).__name__}"
         )
     check_hashes(items)
     return set(items)
@@ -110,7 +110,7 @@ def make_size(items: Any = ()) -> torch.Size:
     """Make a ``torch.Size`` from a tuple."""
     if type(items) is not tuple:
         raise UnsafeObjectError(
-            f"the pickle makes a Size from {type(items).__name__}, but must use a tuple"
+            f"the pickle must make a Size from a tuple, not from {type(items).__name__}"
         )
     if any(type(item) is int and not -(2**63) <= item < 2**63 for item in items):
         raise InvalidObjectError("a torch.Size has a dimension beyond 64 bits")
@@ -120,9 +120,7 @@ def make_size(items: Any = ()) -> torch.Size:
 def make_complex(*args: Any) -> complex:
     """Make a complex number from its two parts."""
     if len(args) != 2 or any(type(part) not in (int, float) for part in args):
-        raise InvalidObjectError(
-            "the pickle makes a complex number from anything but its two parts"
-        )
+        raise InvalidObjectError("the pickle must make a complex number from its two parts")
     return complex(*args)
 
 
@@ -130,11 +128,11 @@ def make_device(*args: Any) -> torch.device:
     """Make a ``torch.device`` from its type, and its index if it has one."""
     kind, index = (*args, None)[:2] if args else (None, None)
     if type(kind) is not str or len(args) > 2 or (index is not None and type(index) is not int):
-        raise UnsafeObjectError("the pickle makes a device from anything but its type and index")
+        raise UnsafeObjectError("the pickle must make a device from its type and index")
     device = torch.device(*args)
     # torch keeps eight bits of an index: 300 would become 44.
     if str(device) != (kind if index is None else f"{kind}:{index}"):
-        raise InvalidObjectError(f"device {(shortened(kind), index)} is {device} to torch")
+        raise InvalidObjectError(f"torch reads device {shortened(kind)}:{index} as {device}")
     return device
 
 
@@ -142,7 +140,7 @@ def make_layout(name: Any) -> torch.layout:
     """Return a ``torch.layout`` by its name."""
     if type(name) is not str:
         raise UnsafeObjectError(
-            f"the pickle names a layout by {type(name).__name__}, but must use a str"
+            f"the pickle must name a layout by a str, not by {type(name).__name__}"
         )
     return get_layout(name)
 
@@ -151,7 +149,7 @@ def make_bytes(*args: Any) -> bytes:
     """Return empty bytes; a pickle makes other bytes with ``encode``."""
     if args:
         raise UnsafeObjectError(
-            "the pickle calls bytes() with arguments, but must use _codecs.encode"
+            "the pickle must make bytes with _codecs.encode, not with arguments of bytes()"
         )
     return b""
 
@@ -159,7 +157,7 @@ def make_bytes(*args: Any) -> bytes:
 def encode(*args: Any) -> bytes:
     """Make bytes from the characters of a str, as protocol 2 writes them."""
     if [type(each) for each in args] != [str, str] or args[1] not in ("latin1", "latin-1"):
-        raise UnsafeObjectError("the pickle makes bytes from anything but a str in latin-1")
+        raise UnsafeObjectError("the pickle must make bytes from a str, in latin-1")
     text: str = args[0]
     return text.encode("latin-1")
 

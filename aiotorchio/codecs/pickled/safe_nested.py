@@ -61,7 +61,7 @@ class NestedMaker:
                 f"{self._checks.limits.dims} are allowed (Limits.dims)"
             )
         most, elements = len(buffer), 0
-        # Smaller steps than for numbers that are not checked in Python.
+        # The steps are smaller than for numbers that torch checks.
         for each in steps(len(offsets), width=64 * max(sizes.shape[1], 1)):
             for offset, size, stride in zip(
                 *(numbers[each].tolist() for numbers in (offsets, sizes, strides)), strict=True

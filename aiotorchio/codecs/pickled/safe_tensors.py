@@ -1,6 +1,6 @@
 """Checked replacements of torch's functions that rebuild tensors from a pickle.
 
-In: the arguments of a call in a pickle, the same as of torch's function. Out: the tensor.
+In: the arguments of a call in a pickle, those of torch's function. Out: the tensor.
 ``allowlist`` names these functions. torch does not check the arguments: it resizes storages, reads
 beyond indices, and sets any attribute. An ``InvalidObjectError`` means that the arguments
 contradict each other, a ``LimitExceeded`` that the tensor takes too much, and an
@@ -97,8 +97,8 @@ class TensorMaker:
         tensor = part(data)
         if tensor.dtype is not expect(dtype, torch.dtype):
             raise UnsafeObjectError(
-                f"the pickle makes a device tensor of {dtype} from {tensor.dtype}, but must keep "
-                "the dtype"
+                f"the pickle must make a device tensor from a tensor of {dtype}, not of "
+                f"{tensor.dtype}"
             )
         self._checks.charge(tensor)
         # A copy or view: requires_grad_ must not change the tensor, which may be an existing one.
@@ -126,7 +126,7 @@ class TensorMaker:
         # Made empty with its scales; set_ below gives it the storage and the size.
         if len(params) == 3 and params[0] is torch.per_tensor_affine:
             expect(params[1], float, int)
-            # With a zero point beyond 32 bits, torch makes a tensor that can't be used.
+            # With a zero point beyond 32 bits, torch makes a tensor that cannot be used.
             if not -(2**31) <= expect(params[2], int) < 2**31:
                 raise InvalidObjectError(
                     f"a quantized tensor has zero point {params[2]}, which is beyond 32 bits"
@@ -181,7 +181,7 @@ class TensorMaker:
             part(values)
             return torch_private.make_compressed(compressed, plain, values, size, layout)
         raise InvalidObjectError(
-            f"a sparse tensor has {len(data)} parts, which are other parts than its layout has"
+            f"a sparse tensor of {len(data)} parts has other parts than its layout needs"
         )
 
     def wrapper(

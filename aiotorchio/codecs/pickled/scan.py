@@ -145,7 +145,7 @@ class _Scan(AbstractStack):
         self.push(AbstractValue(32, hash=hash(struct.unpack(">d", argument)[0]), number=True))
 
     def text(self, argument: bytes) -> None:
-        # Not the hash of the str, but also a secret to the sender, and equal for equal texts.
+        # This is not the hash of the str, but also secret to the sender and equal for equal texts.
         self.push(AbstractValue(64 + 4 * len(argument), hash=hash(argument)))
 
     def long(self, argument: bytes) -> None:

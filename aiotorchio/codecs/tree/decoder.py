@@ -160,8 +160,7 @@ class _Decoder:
                     if type(key) is not str:
                         if type(key) is not int:
                             raise ProtocolError(
-                                f"a dict has a {type(key).__name__} as key, which is neither str "
-                                "nor int"
+                                f"a key of a dict must be str or int, not {type(key).__name__}"
                             )
                         if not 0 <= key < count:
                             wide += 1
@@ -178,7 +177,7 @@ class _Decoder:
     def ordered(self, node: list[Any], depth: int) -> Any:
         if len(node) < 2 or type(node[1]) is not list or len(node[1]) > 1:
             raise ProtocolError(
-                "an OrderedDict is without its place for metadata: an array of at most one value"
+                "an OrderedDict must begin with an array for its metadata, of at most one value"
             )
         ordered = self.pairs(node, 2, OrderedDict(), depth)
         if node[1]:
@@ -228,7 +227,8 @@ class _Decoder:
         value = int.from_bytes(data, "little", signed=True)
         if INTEGER_MIN <= value <= INTEGER_MAX or value.bit_length() // 8 + 1 != len(data):
             raise ProtocolError(
-                "an integer with tag 7 lies within 64 bits, or is not in its shortest form"
+                "an integer with tag 7 must lie outside -2**63 to 2**64 - 1, and be in its "
+                "shortest form"
             )
         return value
 
@@ -250,7 +250,7 @@ class _Decoder:
             ) from error
         # torch keeps eight bits of the index: 300 would become 44.
         if str(device) != name:
-            raise InvalidObjectError(f"device {shortened(name)!r} is {device} to torch")
+            raise InvalidObjectError(f"torch reads device {shortened(name)!r} as {device}")
         return device
 
 
@@ -262,7 +262,7 @@ def _payload(node: list[Any], *kinds: type) -> list[Any]:
 
 
 def _other_contents(node: list[Any]) -> ProtocolError:
-    return ProtocolError(f"an array with tag {node[0]} has other contents than this tag requires")
+    return ProtocolError(f"an array with tag {node[0]} has other contents than this tag needs")
 
 
 _READERS: dict[int, Callable[[_Decoder, list[Any], int], Any]] = {

@@ -103,7 +103,7 @@ def test_python_s_own_limit_is_not_what_refuses_deep_nesting(recursion: int, sta
     )
     tree, header = run.stdout.splitlines()
     assert re.match("LimitExceeded: .*nested deeper than 256 levels", tree), run.stderr
-    assert header.startswith("ProtocolError: malformed header: Expected"), run.stderr
+    assert header.startswith("ProtocolError: the header is malformed: Expected"), run.stderr
 
 
 def nodes(*items: Any) -> bytes:
