@@ -185,7 +185,7 @@ def get_unsafe_globals(
         they are in ``safe_globals``; none of an object that was saved without pickle.
 
     Raises:
-        ValueError: The file can't seek, and is no path.
+        ValueError: The file cannot seek, and is no path.
         UnsafeObjectError: A pickle that only ``weights_only=False`` can load, since it was
             written with another protocol than 2.
         Exception: As ``load``.
@@ -205,7 +205,7 @@ def get_unsafe_globals(
             return get_unsafe_globals(opened, safe_globals=checked, limits=limits)
     if not (hasattr(file, "seekable") and file.seekable()):
         raise ValueError(
-            "the file can't seek, which this needs: use StreamReader.open and "
+            "the file cannot seek, which this needs: use StreamReader.open and "
             "Message.get_unsafe_globals instead"
         )
     incoming = IncomingMessage(checked_limits(limits))

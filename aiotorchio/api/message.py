@@ -105,7 +105,7 @@ class Message:
 
     @property
     def unnamed(self) -> int:
-        """The number of tensors in the header that have no name.
+        """The number of rows of the header that have no name.
 
         They are parts of composite tensors, such as sparse ones, which iteration yields as one
         tensor each, or they are in attributes of objects, which only ``load`` rebuilds.
@@ -271,7 +271,7 @@ class Message:
         while True:
             if _has_event_loop():
                 raise RuntimeError(
-                    "tensors_sync waits for the event loop, so it can't be used in its thread: "
+                    "tensors_sync waits for the event loop, so it cannot be used in its thread: "
                     "iterate over the message with async for"
                 )
             try:

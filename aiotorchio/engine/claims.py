@@ -1,4 +1,4 @@
-"""Memory that loads of this process receive into: by one load at a time.
+"""Claims on the memory that loads of this process receive into: one load at a time has a byte.
 
 A load claims the memory of its targets before its first payload byte, and releases it when the
 message and its commit are over. Claims are compared by address, byte by byte, and not by object:
@@ -23,9 +23,9 @@ from aiotorchio.wire.header import shortened
 
 __all__ = ["Claim", "HeldClaims", "claims", "has_neighbours"]
 
-# In the order in which they were made. A dict is changed atomically, so no lock is needed, which a
-# forked process could find held for ever. A claim that an interrupt keeps from being released goes
-# with the last reference to its load.
+# All claims, in the order in which they were made. A dict is changed atomically, so no lock is
+# needed, which a forked process could find held for ever. A claim whose release an interrupt
+# prevents ends with the last reference to its load.
 claims: dict[object, weakref.ref[Claim]] = {}
 
 # The most pairs of a target and another load that are compared for a hint; each takes 1 us.
@@ -36,7 +36,7 @@ class Claim:
     """The memory of one load.
 
     Args:
-        extents: Of its targets, by device.
+        extents: The extents of its targets, by device.
         footprint: Returns the memory of a target, by name, as it was when the load began.
     """
 
@@ -82,7 +82,7 @@ class Claim:
         claims.pop(self._key, None)
 
     def _others(self, *, earlier: bool = False) -> Iterator[Claim]:
-        """Other claims; or only earlier ones, so that of two at once, one sees the other."""
+        """Yield other claims, or only earlier ones: of two loads that begin at once, one fails."""
         for key, reference in list(claims.items()):
             other = reference()
             if key is self._key:
@@ -179,7 +179,7 @@ class HeldClaims:
 def has_neighbours(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether tensors may share memory, with each other or with those of another load.
 
-    An exact answer can take long. So can a comparison with many other loads, which counts as yes.
+    An exact answer can take long. With many other loads to compare with, the answer is yes.
     """
     if len(claims) * len(tensors) > _COMPARED_MAX:
         return True
@@ -191,7 +191,7 @@ def has_neighbours(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _memory_at(state: Sequence[Any]) -> Footprint:
-    """The memory of a tensor, from its ``memory_state``."""
+    """Return the memory of a tensor, from its ``memory_state``."""
     address, _, offset, _, dtype, shape, stride = state
     start = address + offset * dtype.itemsize
     end = start + order_of(shape, stride).extent * dtype.itemsize
@@ -199,7 +199,7 @@ def _memory_at(state: Sequence[Any]) -> Footprint:
 
 
 def _storage_at(state: Sequence[Any]) -> Footprint:
-    """The memory of the whole storage of a tensor."""
+    """Return the memory of the whole storage of a tensor."""
     address, nbytes = state[:2]
     return Footprint(address, address + nbytes, 1, (nbytes,), (1,))
 

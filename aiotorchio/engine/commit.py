@@ -44,7 +44,7 @@ class Commit(Protocol):
         """Lists that have no more use once the change is made, or undone."""
 
     def note(self) -> None:
-        """Keep the state that ``restore`` needs: first of all, in the caller's thread."""
+        """Keep the state that ``restore`` needs; called first, in the caller's thread."""
 
     def prepare(self) -> None:
         """Do the part that takes long and changes no target."""
@@ -53,13 +53,13 @@ class Commit(Protocol):
         """Change the targets."""
 
     def finish(self) -> Iterator[None]:
-        """Run code of the caller that completes the change: in its thread, step by step."""
+        """Complete the change with code of the caller, step by step, in the caller's thread."""
 
     def undo(self) -> None:
-        """Take the change back, as far as it was made; at any time, and again if that fails."""
+        """Undo the change, as far as it was made; called at any time, and again if it fails."""
 
     def restore(self) -> None:
-        """Take back the effects of ``finish``: in the caller's thread, after ``undo``."""
+        """Undo the effects of ``finish``; called after ``undo``, in the caller's thread."""
 
 
 async def apply_commit(commit: Commit, lock: AbstractAsyncContextManager[Any] | None) -> None:
@@ -77,7 +77,7 @@ async def apply_commit(commit: Commit, lock: AbstractAsyncContextManager[Any] | 
         async with contextlib.nullcontext() if lock is None else _Lock(lock):
             try:
                 commit.note()
-                # If they are interrupted, the changes made by then are undone.
+                # If a step is interrupted, the changes made by then are undone.
                 if commit.needs_prepare:
                     await run_in_thread(commit.prepare)
                 await run_in_thread(commit.apply) if not commit.is_instant else commit.apply()
@@ -88,14 +88,14 @@ async def apply_commit(commit: Commit, lock: AbstractAsyncContextManager[Any] | 
                 await _undo(commit)
                 raise
         if failure is not None:
-            # The lock swallowed it.
+            # The lock swallowed the error.
             raise failure
     except BaseException:
         await _undo(commit)
         _free(commit)
         raise
     finally:
-        # Its traceback holds this frame, and with it the staged tensors.
+        # The traceback of the error holds this frame, and with it the staged tensors.
         failure = None
     _free(commit)
 
@@ -149,7 +149,7 @@ async def _undo(commit: Commit) -> None:
     try:
         await run_in_thread(commit.undo, to_its_end=True)
     finally:
-        # It has an effect only if no thread could be started.
+        # This has an effect only if no thread could be started.
         commit.undo()
         commit.restore()
 
@@ -171,13 +171,13 @@ def apply_commit_blocking(commit: Commit, lock: AbstractContextManager[Any] | No
                 _undo_blocking(commit)
                 raise
         if failure is not None:
-            # The lock swallowed it.
+            # The lock swallowed the error.
             raise failure
     except BaseException:
         _undo_blocking(commit)
         raise
     finally:
-        # Its traceback holds this frame, and with it the staged tensors.
+        # The traceback of the error holds this frame, and with it the staged tensors.
         failure = None
 
 

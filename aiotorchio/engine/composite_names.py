@@ -1,4 +1,4 @@
-"""The names of a message's tensors that are made of several rows, before its payload."""
+"""The composite tensors of a message, found in its skeleton before the payload."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def find_composites(
     The message keeps the skeleton, so that it can still be loaded.
 
     Returns:
-        None if the message cannot have any. A skeleton that cannot be searched in this way is no
-        error, since it may be loaded in another: then no composite tensor is known by name, and
-        ``Composites.refused`` has the reason.
+        The composite tensors; None if the message cannot have any. A skeleton that cannot be
+        searched is no error, since a load with other options may accept it: then no composite
+        tensor has a known name, and ``Composites.refused`` has the reason.
     """
     if message.header.codec != "pickle":
         return None
@@ -39,7 +39,7 @@ def find_composites(
     skeleton = received.skeleton
 
     def may_have_some() -> bool:
-        # Their rows have no names, or the skeleton refers to storages.
+        # The rows of composite tensors have no names, or the skeleton refers to storages.
         return STORAGE.encode() in skeleton or message.unnamed > 0
 
     small = message.opened.nbytes <= INLINE_HEADER and len(skeleton) <= INLINE_SKELETON

@@ -45,8 +45,8 @@ T = TypeVar("T")
 # How long a task works on the event loop before other tasks run: short compared with the 50 ms
 # that a loop may be held, long compared with the 20 us that a checkpoint costs.
 _TURN_SECONDS = 0.005
-# How much it yields to its consumer until then, without a look at the clock: bytes, and the bytes
-# that each item counts for.
+# How much a task yields to its consumer before other tasks run, without a look at the clock: bytes,
+# and the bytes that each item counts for.
 _TURN_NBYTES, _ITEM_NBYTES = 2**22, 2**16
 
 
@@ -54,7 +54,7 @@ Clock = Callable[[], float]
 
 
 def load_time_budget(limits: Limits, clock: Clock | None = None) -> TimeBudget:
-    """The time budget of the sender in a load; by default on the clock of the event loop."""
+    """Make the time budget of the sender in a load; by default on the event loop's clock."""
     clock, call_at = _clock_of_the_loop() if clock is None else (clock, None)
     return TimeBudget(
         clock,
@@ -68,7 +68,7 @@ def load_time_budget(limits: Limits, clock: Clock | None = None) -> TimeBudget:
 
 
 def save_time_budget(limits: Limits, clock: Clock | None = None) -> TimeBudget:
-    """The time budget of the receiver in a save; by default on the clock of the event loop."""
+    """Make the time budget of the receiver in a save; by default on the event loop's clock."""
     clock, call_at = _clock_of_the_loop() if clock is None else (clock, None)
     return TimeBudget(
         clock,
@@ -81,7 +81,7 @@ def save_time_budget(limits: Limits, clock: Clock | None = None) -> TimeBudget:
 
 
 def _clock_of_the_loop() -> tuple[Clock, CallAt | None]:
-    """The clock of the event loop, and on asyncio the function that schedules a call."""
+    """Return the clock of the event loop, and on asyncio the function that schedules a call."""
     loop = asyncio_loop()
     # anyio looks for its backend at each call.
     return (anyio.current_time, None) if loop is None else (loop.time, loop.call_at)
@@ -191,10 +191,10 @@ def _header_received(stream: Endpoint) -> None:
 
 
 async def _next_item(iterator: Iterator[Any] | AsyncIterator[Any]) -> Any:
-    """The next item of an iterator of the caller, or ``END`` at its end."""
+    """Return the next item of an iterator of the caller, or ``END`` at its end."""
     if isinstance(iterator, AsyncIterator):
         return await anext(iterator, END)
-    # Here, not in a thread: settings of a thread that it changes (no_grad) must stay in this one.
+    # Not in a worker thread: settings that the iterator changes (no_grad) hold in its thread only.
     return next(iterator, END)
 
 

@@ -48,7 +48,7 @@ class DeferredCopy(NamedTuple):
         row: The tensor of the message.
         target: The tensor that it is copied to.
         memory_state: The ``memory_state`` of the target, which must not change.
-        error: If the two are compared, and not copied: makes the error for other numbers.
+        error: Makes the error for different numbers, if the two are compared; None: a copy.
     """
 
     row: int
@@ -62,11 +62,11 @@ class Finish:
     """The steps between the last byte of a payload and the object.
 
     Attributes:
-        context: Of the load.
+        context: The context of the load.
         match: The names that count, and the targets.
         placement: The place of each storage.
         deferred: Copies, with comparisons at the end.
-        change: The change of the targets, if they wait for the whole message.
+        change: The change of the targets, if they are staged; otherwise None.
     """
 
     context: LoadContext
@@ -102,7 +102,7 @@ class Finish:
             swap_bytes(storage, self.context.header.storages[index].unit)
 
     def copy_deferred(self, storages: Sequence[torch.UntypedStorage | None]) -> None:
-        """Carry out the deferred copies.
+        """Make the deferred copies.
 
         Raises:
             MismatchError: A target was resized or moved meanwhile, or tied tensors differ.
@@ -151,7 +151,7 @@ class Finish:
     def unreliable(
         self, storages: Iterable[torch.UntypedStorage | None]
     ) -> Iterable[torch.UntypedStorage | None]:
-        """Those of the storages of the object whose numbers no check may rely on."""
+        """Return the storages of the object whose numbers no check may rely on."""
         data_free = self.context.options.data_free
         if data_free is not None and data_free.fake_mode is None:
             return storages
@@ -185,7 +185,7 @@ class Finish:
         return {*names, *composites} if composites else names
 
     def _revision(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The tensor that takes the place of one of the object; None: it is left out."""
+        """Return the tensor that replaces one of the object; None: it is left out."""
         match = self.match
         target = None if match.fit is None else match.fit.target_of(name, tensor)
         if target is not None:
@@ -228,7 +228,7 @@ def prepare(
 
 
 def _change(context: LoadContext, match: Match) -> Exchange | BufferSwap | None:
-    """Make the change of targets that wait for the whole message."""
+    """Make the change of staged targets; None if there are none."""
     targets = context.targets
     if targets is None:
         return None
@@ -253,11 +253,11 @@ def _routes(
     """Divide the targets by when they are filled: while bytes arrive, or afterwards.
 
     Args:
-        context: Of the load.
+        context: The context of the load.
         match: The targets.
         placement: Whether each storage is made.
-        receivers: The targets, or the shadows that wait for them, by name.
-        staged: Whether they are shadows.
+        receivers: The targets, or their shadows, by name.
+        staged: Whether ``receivers`` has shadows.
     """
     header, compared_with = context.header, placement.compared_with
     routes: list[Route] = []
@@ -279,6 +279,6 @@ def _routes(
                 routes.append(Route(start, on_meta(header, row), tensor))
             elif tensor.numel() and error is not None:
                 routes.append(Comparison(start, on_meta(header, row), tensor, error))
-    # A comparison needs the copy before it.
+    # The copies come first, since comparisons compare with their results.
     deferred.sort(key=lambda each: each.error is not None)
     return routes, deferred

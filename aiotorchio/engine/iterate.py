@@ -53,7 +53,7 @@ class TensorStream:
     It keeps no tensor that it has returned.
 
     Args:
-        message: Untouched.
+        message: A message of which only the header was received.
         options: The selection, and the devices.
     """
 
@@ -96,7 +96,7 @@ class TensorStream:
                 tensors = yield from self._take(begun)
                 if tensors:
                     return tensors
-                # Only parts of composite tensors, whose other parts have not arrived.
+                # Only parts of composite tensors have arrived, and not yet all of any.
             if not message.ended:
                 yield from message.end()
                 finish = begun.finish
@@ -112,7 +112,7 @@ class TensorStream:
         match, placement, waiting = yield from work(decide, inline=inline)
         received = yield from message.skeleton()
         if message.header.codec == "tree":
-            # Of a pickle, only composite tensors are used: they were searched for.
+            # The names in a pickle cannot be checked; ``find_composites`` has read the rest of it.
             def check() -> None:
                 check_tree(
                     received.skeleton,
@@ -145,8 +145,8 @@ class TensorStream:
         if unnamed:
             reason = f" ({composites.refused})" if composites.refused else ""
             raise MismatchError(
-                f"{unnamed} tensors of this message have no name{reason}: load the whole object "
-                "with load, or select the names that you want",
+                f"{unnamed} tensors or parts of tensors in this message have no name{reason}: load "
+                "the whole object with load, or select the names that you want",
                 entry="header",
             )
         rows_of: dict[int, list[int]] = {}

@@ -45,7 +45,7 @@ class IterateOptions:
 
     Raises:
         TypeError: An option of another type.
-        ValueError: A callable ``map_location`` inside of a ``FakeTensorMode``.
+        ValueError: A callable ``map_location`` inside a ``FakeTensorMode``.
     """
 
     map_location: MapLocation = None
@@ -73,7 +73,7 @@ class IterateOptions:
         is_fake = without_numbers is not None and without_numbers.fake_mode is not None
         if is_fake and callable(self.map_location):
             raise ValueError(
-                "map_location cannot be a callable inside of FakeTensorMode, whose storages have "
+                "map_location cannot be a callable inside FakeTensorMode, whose storages have "
                 "no memory: pass a device or a dict"
             )
 
@@ -129,7 +129,7 @@ class LoadOptions(IterateOptions):
         IterateOptions.__post_init__(self)
         if self.data_free is not None and self.into is not None:
             raise ValueError(
-                "into cannot be used inside of skip_data or FakeTensorMode, where tensors get no "
+                "into cannot be used inside skip_data or FakeTensorMode, where tensors get no "
                 "numbers"
             )
         targets = None

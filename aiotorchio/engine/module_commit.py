@@ -16,7 +16,7 @@ __all__ = ["WithModules", "with_modules"]
 
 
 class WithModules:
-    """A change of tensors, if they wait for one, and the loads of their modules after it.
+    """The change of staged tensors, if there is one, and the loads of modules after it.
 
     Args:
         tensors: Changes the tensors that were not received in place.
@@ -66,7 +66,7 @@ class WithModules:
         """Let the modules load the state that ``note`` has kept, after ``undo``.
 
         Raises:
-            MismatchError: Some modules refuse it; the text names them all.
+            MismatchError: Modules refuse their earlier state; the text names them all.
         """
         errors: list[MismatchError] = []
         for load in reversed(self._loads):
@@ -91,11 +91,11 @@ def with_modules(
     """Add the loads of modules and whole tensors to a change of tensors, if there are any.
 
     Args:
-        tensors: The change, if the tensors wait for one.
+        tensors: The change, if the tensors are staged.
         targets: The targets.
         received: The object.
-        names: Of tensors that have their numbers: those of the message, and targets that other
-            targets fill.
+        names: Names of tensors that have their numbers: those of the message, and targets that
+            other targets fill.
         selection: The names that count.
         composite_load: The load of the composite targets.
         staged: Whether all tensors are unchanged until the commit.

@@ -22,14 +22,14 @@ from aiotorchio.wire.header import META_LOCATION, Header
 __all__ = ["Placement", "StorageRows", "on_meta", "place"]
 
 _CPU = torch.device("cpu")
-# How much longer the extent of a tensor may be than its elements. Each chunk of the extent costs
-# microseconds, which a sender would let the receiver pay a million times.
+# How much longer the extent of a tensor may be than its elements. Each chunk of an extent costs
+# the receiver microseconds, and a sender could cause a million of them.
 _SPREAD_MAX = 16
 
 
 @dataclass(slots=True)
 class StorageRows:
-    """The tensors that show one storage, by what becomes of them.
+    """The tensors that show one storage, divided into those with a target and others.
 
     Attributes:
         targeted: Rows that have a target.
@@ -51,8 +51,8 @@ class Placement:
             while they arrive, or are dropped.
         storages: The tensors of each storage.
         prebuilt: Rows whose tensor needs no storage: targets, and tensors that are not selected.
-        compared_with: Names of tensors that are compared with another one of the same target,
-            and the name of that one.
+        compared_with: Name of a tensor that is compared -> name of the tensor of the same target
+            that is copied.
     """
 
     devices: list[torch.device | None]
@@ -116,7 +116,7 @@ def _storage_rows(
 def _device(
     context: LoadContext, mixed: set[int], index: int, rows: StorageRows
 ) -> torch.device | None:
-    """The device where a storage is made; None: it is not made."""
+    """Return the device where a storage is made; None: it is not made."""
     if not rows.has_new_memory and (rows.targeted or rows.left_out):
         routed = not rows.targeted or (index not in mixed and _can_be_routed(context, index, rows))
         return None if routed else _CPU

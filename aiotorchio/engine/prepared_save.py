@@ -120,7 +120,7 @@ class PreparedSave:
             _check_snapshot(obj, options)
             self.is_small = obj.is_small
         elif isinstance(obj, GeneratorType | AsyncGeneratorType):
-            raise TypeError("a generator of tensors needs specs, with the names and shapes of them")
+            raise TypeError("a generator of tensors needs specs, with their names and shapes")
         elif options.snapshot:
             with real_tensors():
                 self._copies = ReadyMessage.of_copies(self._flatten(), _copier_until_now)

@@ -51,10 +51,10 @@ class IncomingMessage:
     """One message; ``open`` comes first, then a load, an iteration, or ``skip``.
 
     Args:
-        limits: Of the receiver.
+        limits: The limits of the receiver.
 
     Attributes:
-        limits: Of the receiver.
+        limits: The limits of the receiver.
         opened: The header, once ``open`` has returned.
         untouched: Nothing after the header was received, or only the skeleton, which is kept.
         chunks_left: The number of chunks to come.
@@ -127,7 +127,7 @@ class IncomingMessage:
 
     @property
     def unnamed(self) -> int:
-        """The number of tensors without a name."""
+        """The number of rows without a name, as ``count_unnamed`` counts them."""
         if self._specs is None:
             self._describe()
         return self._unnamed
@@ -199,7 +199,8 @@ class IncomingMessage:
             background: Runs in a worker thread while the chunk arrives.
 
         Returns:
-            A function that copies the verified chunk on from its staging buffer; None without one.
+            A function that copies the verified chunk from its staging buffer into its place; None
+            if the chunk was received in place.
         """
         started = yield from self._until(ChunkStarted)
         find = functools.partial(payload.buffers_for, started.offset, started.length)

@@ -91,24 +91,25 @@ def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     if metadata is None:
         return {}
     if not isinstance(metadata, Mapping):
-        raise TypeError(f"metadata must map str to str, and is {metadata!r}")
+        raise TypeError(f"metadata must be a mapping of str to str, not {metadata!r}")
     checked = dict(metadata)
     for pair in checked.items():
         if not all(isinstance(text, str) for text in pair):
-            raise TypeError(f"metadata must map str to str, and has the entry {pair!r}")
+            raise TypeError(f"an entry of metadata must be a str and a str, not {pair!r}")
     return checked
 
 
 def _checked_specs(specs: Mapping[str, TensorSpec | torch.Tensor]) -> dict[str, TensorSpec]:
     if not isinstance(specs, Mapping):
         raise TypeError(
-            f"specs must map names to TensorSpec or tensors, and is a {type(specs).__name__}"
+            f"specs must be a mapping of names to TensorSpec or tensors, not {type(specs).__name__}"
         )
     checked = {}
     for name, spec in specs.items():
         if not isinstance(name, str) or not isinstance(spec, TensorSpec | torch.Tensor):
             raise TypeError(
-                f"specs must map names to TensorSpec or tensors, and maps {name!r} to {spec!r}"
+                "an entry of specs must be a name and a TensorSpec or tensor, not "
+                f"{name!r} and {spec!r}"
             )
         if any("\ud800" <= letter <= "\udfff" for letter in name):
             raise ValueError(

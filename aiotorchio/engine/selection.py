@@ -66,7 +66,7 @@ class Targets:
     """Tensors to receive into, by name.
 
     Attributes:
-        tensors: By name.
+        tensors: The tensors, by name.
         modules: The modules that have some of the tensors.
         strict: Whether the message must have the same names.
         cast: Whether dtypes may differ.
@@ -102,7 +102,7 @@ class Targets:
                 yield module.prefix + name
 
     def parts(self, names: Iterable[str], selection: Container[str]) -> Iterator[str]:
-        """The names inside of selected entries of modules: extra state is loaded as a whole."""
+        """Yield names inside selected entries of modules: extra state is loaded as a whole."""
         modules = [module for module in self.modules if module.other_entries]
         for name in interruptible(names) if modules else ():
             for module in modules:

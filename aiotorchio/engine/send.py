@@ -66,7 +66,7 @@ def send_message(save: PreparedSave) -> Generator[Request, Any, Summary]:
 
 
 class _State(enum.Enum):
-    """The part of a message that its stream got, which decides what an error means for it."""
+    """How much of a message was sent, which decides whether an abort frame can follow."""
 
     UNSENT = enum.auto()  # No byte: the stream is untouched.
     OPEN = enum.auto()  # Whole frames, but no end frame: an abort frame can follow.

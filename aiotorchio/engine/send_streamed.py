@@ -70,12 +70,12 @@ def send_streamed(pairs: NamedTensors, options: SaveOptions) -> Generator[Reques
     layout = Layout(header)
     composer = Composer(header, layout, checksum=options.checksum)
     payload = StreamedPayload(layout.offsets, layout.nbytes, layout.chunk_size, copier=copier)
-    # Half a millisecond for a hundred tensors.
+    # This takes half a millisecond for a hundred tensors.
     tensors: _StreamedTensors = yield from work(
         functools.partial(_StreamedTensors, pairs, header),
         inline=len(header.tensors) <= INLINE_ROWS,
     )
-    # At once: the receiver can prepare while the first tensor is made.
+    # Sent at once, so that the receiver can prepare while the first tensor is made.
     opening = composer.opening(flattened.skeleton)
     yield Send(opening)
     nbytes = sum(map(len, opening))
@@ -127,7 +127,7 @@ class _StreamedTensors:
     def fill(
         self, chunk: Generator[None, torch.Tensor, list[memoryview]]
     ) -> Generator[Request, Any, list[memoryview]]:
-        """Send a chunk of the payload its tensors, and return its buffers."""
+        """Pass the tensors of a chunk to its generator, and return the buffers of the chunk."""
 
         def advance(tensor: torch.Tensor | None) -> list[memoryview] | None:
             try:

@@ -96,7 +96,7 @@ def snapshot(
 
     Raises:
         TypeError: Not a dtype, or not a device.
-        ValueError: Not a floating-point dtype; or a call inside of ``skip_data``.
+        ValueError: Not a floating-point dtype; or a call inside ``skip_data``.
         RuntimeError: A tensor was changed while it was copied; or the device does not exist.
         Exception: The error of ``pickle_module`` for an object that it cannot pickle.
 
@@ -118,7 +118,7 @@ def snapshot(
     if device is not None and not isinstance(device, torch.device | str):
         raise TypeError(f"device must be a torch.device or its name, not {device!r}")
     if skipped_data() is not None:
-        raise ValueError("snapshot cannot copy tensors inside of skip_data, which skips numbers")
+        raise ValueError("snapshot cannot copy tensors inside skip_data, which skips numbers")
     with real_tensors():
         flattened = flatten(
             state,

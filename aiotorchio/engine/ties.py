@@ -25,8 +25,8 @@ class Ties:
     """Divides tied tensors into those that are copied and those that are compared.
 
     Args:
-        header: Of the message.
-        layout: Of the header.
+        header: The header of the message.
+        layout: The layout of the payload.
         ties: The names of each target for which the message has several tensors.
         row_of_name: The row of each name.
 
@@ -55,8 +55,8 @@ class Ties:
         """Choose the tensors that are copied: the first that arrive.
 
         Args:
-            devices: Of each storage; None: its bytes go into targets while they arrive. Of the
-                others, tensors are copied afterwards.
+            devices: The device of each storage, whose tensors are copied after the payload; None:
+                its bytes go into targets while they arrive.
 
         Returns:
             The names of the tensors that are compared, each with that of the one that is copied.
@@ -71,14 +71,14 @@ class Ties:
         return compared_with
 
     def _arrival(self, name: str, devices: Sequence[object]) -> tuple[bool, tuple[int, int]]:
-        """The order in which tensors can be copied."""
+        """Return a key that sorts tensors by the moment when they can be copied."""
         return devices[self._row(name).storage] is not None, self._extent(name)
 
     def _row(self, name: str) -> TensorRow:
         return self._header.tensors[self._row_of_name[name]]
 
     def _extent(self, name: str) -> tuple[int, int]:
-        """The first byte of a tensor in the payload, and the first one after it."""
+        """Return the first byte of a tensor in the payload, and the first one after it."""
         row = self._row(name)
         itemsize = DTYPES[row.dtype].itemsize
         start = self._layout.offsets[row.storage] + row.offset * itemsize

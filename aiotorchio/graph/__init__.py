@@ -1,1 +1,1 @@
-"""The way from an object to its rows, storages and skeleton, and back, without I/O."""
+"""Conversion of objects to rows, storages and skeletons, and back, without I/O."""

@@ -1,4 +1,4 @@
-"""Composite tensors, made before the rest of their object.
+"""The composite tensors of a pickle, made one by one, without the rest of its object.
 
 In: the skeleton of a pickle, before the payload. Out: the names of its composite tensors, the
 storages that each needs, and each tensor itself as soon as its storages have arrived. A
@@ -9,7 +9,7 @@ The weights-only unpickler runs over the skeleton once, as in a load. A proxy re
 function that makes a tensor, and everything in ``safe_globals``: it only records the call. When all
 storages that a recorded call needs have arrived, the same unpickler with the same allowlist carries
 it out (``codecs.pickled.codec.replay``). So nothing runs here that a load would not run, and
-tensors outside of the selection are not built.
+tensors outside the selection are not built.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Composites:
         storages: Numbers of the storages that the chosen tensors need.
 
     Raises:
-        UnsafeObjectError: The pickle names a global outside of the allowlist. Other errors of
+        UnsafeObjectError: The pickle names a global outside the allowlist. Other errors of
             ``codecs.pickled.codec.load`` are raised as well.
         MismatchError: Two tensors have the same name, because keys contain dots.
     """
@@ -103,7 +103,7 @@ class Composites:
                 offset=offset,
             )
             if seals.broken():
-                self.refused = "a container is changed after a call has used it"
+                self.refused = "the pickle changes a container after a call has used it"
             else:
                 self._name(obj, rows)
 
@@ -143,8 +143,8 @@ class Composites:
                 continue
             if row is not None or self.names.setdefault(name, call) is not call:
                 raise MismatchError(
-                    f"two tensors have the same name {shortened(name)!r}, so they can't be used by "
-                    "name: load the whole object, without names",
+                    f"two tensors have the same name {shortened(name)!r}, so they cannot be used "
+                    "by name: load the whole object, without select",
                     entry="skeleton",
                 )
 
@@ -178,8 +178,8 @@ class Composites:
                 ) from None
             except _MadeOfItselfError:
                 raise MismatchError(
-                    f"the tensor {shortened(called[0])!r} is made of itself, so it can't be "
-                    "received by name: load the whole object, without names",
+                    f"the tensor {shortened(called[0])!r} is made of itself, so it cannot be "
+                    "received by name: load the whole object, without select",
                     entry="skeleton",
                 ) from None
             self._uses[id(call)] += 1
@@ -265,7 +265,7 @@ class Composites:
                 ) from None
             if not isinstance(tensor, torch.Tensor):
                 raise InvalidObjectError(
-                    f"the skeleton makes a {type(tensor).__name__} here, not a tensor",
+                    f"the skeleton must make a tensor here, not a {type(tensor).__name__}",
                     entry=shortened(names[0]),
                 )
             for name in names:
@@ -306,7 +306,7 @@ class Composites:
         def fill() -> Any:
             if not isinstance(value, DICTS):
                 if isinstance(value, set | frozenset):
-                    # The members have other hashes than the values that replaced them.
+                    # The placeholders had other hashes than these members.
                     check_hashes(ready)
                 return type(value)(ready)
             made, attributes = type(value)(), ready[0]

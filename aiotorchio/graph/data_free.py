@@ -1,8 +1,8 @@
 """Data-free loads: tensors with shapes and dtypes, without numbers.
 
-In: the modes of the calling thread. Inside of ``torch.serialization.skip_data``, ``torch.load``
-makes tensors whose memory is never written; inside of a ``FakeTensorMode``, it makes tensors with a
-shape and a device, and without memory. Out: a ``DataFree``, which makes such storages for a load.
+In: the modes of the calling thread. Inside ``torch.serialization.skip_data``, ``torch.load`` makes
+tensors whose memory is never written; inside a ``FakeTensorMode``, it makes tensors with a shape
+and a device, and without memory. Out: a ``DataFree``, which makes such storages for a load.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ class DeviceMap:
         tags = set(header.locations)
         if len(tags) > _LOCATIONS_MAX:
             raise LimitExceeded(
-                f"the header has {len(tags)} different locations, {_LOCATIONS_MAX} allowed",
+                f"the header has {len(tags)} different locations, but at most {_LOCATIONS_MAX} "
+                "are allowed",
                 entry="header",
             )
         of_tag = {tag: _location_of(tag, map_location, known) for tag in tags}
@@ -87,7 +88,7 @@ class DeviceMap:
         """Return the device that the bytes of a storage are received on.
 
         Raises:
-            InvalidObjectError: This machine lacks the location; with torch's text.
+            InvalidObjectError: This machine lacks the location; the error has torch's text.
         """
         device = self._of_location[self._rows[index].location].device
         if isinstance(device, InvalidObjectError):
@@ -98,7 +99,7 @@ class DeviceMap:
         """Move a received storage to its final location; this can run code of the caller.
 
         Raises:
-            InvalidObjectError: This machine lacks the location; with torch's text.
+            InvalidObjectError: This machine lacks the location; the error has torch's text.
             ValueError: The caller's code returned a storage of another size.
         """
         restore = self._of_location[self._rows[index].location].restore
@@ -128,7 +129,7 @@ def _location_of(
     try:
         device = _in_torchs_words(location, lambda: known(location))
     except InvalidObjectError as error:
-        # It is raised when a storage is needed there.
+        # Raised when the device of a storage is needed.
         return _Location(error)
     if device is not None:
         return _Location(device)

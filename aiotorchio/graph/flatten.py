@@ -2,7 +2,7 @@
 
 In: any object, or the specs of tensors that do not exist yet. Out: a ``Flattened``, which shares
 its storages with the object. A ``ValueError`` means that the options do not allow to send the
-object. ``engine.prepared_save`` and ``engine.snapshot`` call it.
+object. ``engine.prepared_save``, ``send_streamed`` and ``snapshot`` call it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from aiotorchio.wire.header import META_LOCATION, Codec, Header
 
 __all__ = ["Flattened", "flatten", "flatten_specs", "is_small"]
 
-# The object up to which ``is_small`` is true: about 4 us for each item to take apart.
+# The items up to which ``is_small`` is true: each takes about 4 us to take apart.
 _SMALL_COUNT = 200
 _SMALL_TEXT = 64 * 2**10
 
@@ -51,7 +51,7 @@ class Flattened:
         header: The header of its message.
         skeleton: The object without its tensors.
         storages: The storage of each storage row of the header.
-        parts: By number, the ranges to send of storages that are not sent as a whole.
+        parts: Number of a storage that is not sent whole -> its ranges to send.
         left_out: Bytes of storages that are not sent.
         direct_storages: Numbers of storages that the object refers to directly.
         versions: The version counters of the tensors, as they are now.
@@ -98,7 +98,7 @@ def flatten(
     Args:
         obj: Any object.
         chunk_size: Bytes of a chunk of the payload.
-        metadata: For the header.
+        metadata: The texts for the header.
         producer: Name and version of the sender, for the header.
         pickle_module: The module that pickles objects beyond the tree codec.
         pickle_protocol: The pickle protocol for these objects.
@@ -173,7 +173,7 @@ def flatten_specs(
     Args:
         specs: Shape and dtype of each tensor, by name.
         chunk_size: Bytes of a chunk of the payload.
-        metadata: For the header.
+        metadata: The texts for the header.
         producer: Name and version of the sender, for the header.
 
     Returns:
@@ -185,7 +185,7 @@ def flatten_specs(
     tensors = {}
     for name, spec in specs.items():
         if spec.dtype not in DTYPE_NAMES or DTYPES[DTYPE_NAMES[spec.dtype]].kind == "quantized":
-            raise ValueError(f"specs[{name!r}] has dtype {spec.dtype}, which specs can't announce")
+            raise ValueError(f"specs[{name!r}] has dtype {spec.dtype}, which specs cannot have")
         tensors[name] = torch.empty(spec.shape, dtype=spec.dtype, device=META_LOCATION)
     parts = flatten(tensors, chunk_size=chunk_size, metadata=metadata, producer=producer)
     # Their devices are not known yet; the receiver's map_location decides where they go.

@@ -107,7 +107,7 @@ class ModuleLoad:
             for key in interruptible(keys)
             if key not in tensors and target.entry_of(key) is None
         ][:UNKNOWN_MAX]
-        # Extra state is included that no submodule takes, so that it is found and reported.
+        # Extra state that no submodule takes is included, so that it is found and reported.
         shown = root if isinstance(root, Mapping) else ()
         others = [*target.other_entries, *filter(is_extra_state, interruptible(shown))]
         others = [key for key in others if prefix + key in wanted]

@@ -173,7 +173,7 @@ class ModuleTarget:
             return False
         path = self.other_entries[name]
         if name.removeprefix(path + "." if path else "") == EXTRA_STATE:
-            # As torch: what a class shows and does not take back is not missed.
+            # As in torch: extra state that a class shows and does not load may be missing.
             return torch_private_modules.loads_extra_state(self.submodule(path))
         return self.loaded_by_torch(name) is not None
 

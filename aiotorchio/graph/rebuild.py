@@ -4,7 +4,7 @@ In: a valid header, its storages, and the skeleton as received. Out: the tensor 
 object with these tensors. ``Rebuilder.check`` runs before the payload is received, and ``build``
 after it. An ``UnsafeObjectError`` or ``LimitExceeded`` means that the options of the load do not
 accept the skeleton; an ``InvalidObjectError`` means that it describes no possible object.
-``engine.load`` calls it for loads, ``engine.iterate`` for iteration.
+``engine.load`` calls it for loads, ``iterate`` and ``composite_names`` for tensors by name.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ def build_tensors(
 def build_tensor(
     row: TensorRow, index: int, storage: torch.UntypedStorage, blanks: Blanks | None = None
 ) -> torch.Tensor:
-    """Make the tensor of one row; the number is for errors. Raises as ``build_tensors``."""
+    """Make the tensor of one row; ``index`` is for errors. Raises as ``build_tensors``."""
     try:
         return _build_tensor(row, storage, blanks)
     except (RuntimeError, AttributeError) as error:
         # AttributeError comes from devices that this torch knows by name only.
         raise InvalidObjectError(
-            f"torch can't make this tensor: {error}", entry=describe(row, index)
+            f"torch cannot make this tensor: {error}", entry=describe(row, index)
         ) from error
 
 
@@ -165,7 +165,7 @@ class Rebuilder:
         pickle_module: The module that loads a pickle if ``weights_only`` is False.
         encoding: The encoding of strings of Python 2 in a pickle.
         safe_globals: Classes and functions that the caller adds to the built-in allowlist.
-        map_location: For tensor subclasses without a storage.
+        map_location: Devices of tensor subclasses without a storage.
         limits: The limits of the receiver.
         offset: Byte of the message at which the skeleton begins, for errors.
     """
@@ -217,8 +217,8 @@ class Rebuilder:
             rows: The table of tensors.
             names: Whether the caller uses names, so that those of a tree are compared with its
                 paths. Whether the names of a pickle are true is unknown before it is built.
-            inspect: For the tree codec: called with the object, in which a ``Placeholder`` stands
-                for each tensor.
+            inspect: Called with the object of a tree, in which a ``Placeholder`` stands for each
+                tensor.
         """
         if self._codec == "tree":
             check_tree(
@@ -241,10 +241,10 @@ class Rebuilder:
             self._allowlist.guard_state(self._given_state)
 
     def build_on_meta(self, header: Header) -> list[Any]:
-        """Build the object over tensors on ``meta``, after ``check`` and before its payload.
+        """Build the object over tensors on ``meta``, after ``check`` and before the payload.
 
         Returns:
-            A list of the object. It is empty if the object cannot be built without its numbers
+            A list with the object. It is empty if the object cannot be built without its numbers
             (quantized and nested tensors), or if that would run code of the caller or of the sender
             twice.
         """
@@ -264,8 +264,8 @@ class Rebuilder:
         except MemoryError:
             raise
         except Exception:
-            # torch lacks some kinds on meta. An error of the object itself is raised again when it
-            # is built.
+            # torch lacks some kinds of tensors on meta. An error of the object itself is raised
+            # again when it is built.
             return []
 
     def _is_of_torch(self) -> bool:
@@ -294,6 +294,7 @@ class Rebuilder:
             MismatchError: Two tensors have the same name.
             AiotorchioError: The errors of ``check``, and those of ``build`` for contradictions.
         """
+        # ``names`` has no effect on a pickle.
         self.check(header.tensors, names=True)
         return Composites(
             self._skeleton,

@@ -130,7 +130,7 @@ def revise(
         The object; another one if it is a tensor or a tuple.
 
     Raises:
-        ProtocolError: The paths in the object are far longer, all in all, than the names.
+        ProtocolError: The paths in the object are far longer in total than the names.
         LimitExceeded: The object is nested deeper than Python's recursion limit allows.
     """
     try:

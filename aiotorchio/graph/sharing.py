@@ -32,7 +32,7 @@ class Sharing(NamedTuple):
 
     Attributes:
         ties: Names of one target for which the message has several tensors.
-        misfits: By name, the reason why a target cannot share memory as it does.
+        misfits: Name of a target -> the reason why it cannot share memory as it does.
         extents: The memory of the targets, by device.
     """
 
@@ -53,7 +53,7 @@ def shared(
     """
     found = Sharing([], {}, extents_of(tensors))
     together = [keys for extents in found.extents.values() for keys in extents.together()]
-    # In the order of the targets: of two that cannot share memory, the later one is the misfit.
+    # The targets are sorted: of two that cannot share memory, the later one is the misfit.
     order = {name: n for n, name in enumerate(tensors)} if together else {}
     kinds: dict[object, int] = {}
     for keys in together:

@@ -1,9 +1,9 @@
-"""Tensors of a received object that have no name, or no target.
+"""Stray tensors: those of a received object that no target takes.
 
-In: an object that was just built. Out: the path of each of its tensors, or the nearest path to a
-tensor without a name. The header does not have all of them: sparse and quantized tensors, DTensors
-and others have rows for their parts only. ``engine.fit`` compares the object with the targets. A
-``MismatchError`` lists the names and places that have no target.
+In: an object that was just built, and the names that targets take. Out: nothing, or a
+``MismatchError`` that lists the strays: by name, or by the nearest path if they have none. The
+header does not show all of them, since composite tensors have rows for their parts only.
+``engine.fit`` calls it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def refuse_untargeted(
 
     Raises:
         MismatchError: The object has such tensors; lists all of them.
-        LimitExceeded: The paths to tensors without a name are too long, all in all.
+        LimitExceeded: The paths to tensors without a name are too long in total.
     """
     unexpected = [name for name in named if not has_target(name)]
     known = {id(tensor) for tensor in named.values()}
@@ -80,7 +80,7 @@ def refuse_untargeted(
     if hidden:
         nearest = ", ".join(repr(shortened(path)) for path in list(dict.fromkeys(hidden))[:3])
         lines.append(
-            f"{len(hidden)} tensors or storages of the message have no name (they are inside of "
+            f"{len(hidden)} tensors or storages of the message have no name (they are inside "
             f"{nearest}): load the object without into, or select the names that you need"
         )
     raise does_not_fit(unexpected, lines, unchanged=unchanged)
@@ -94,7 +94,7 @@ def refused_extra_states(targets: Sequence[ModuleTarget], received: Any) -> Iter
         received: A mapping, which may contain others, with keys that may have dots.
 
     Raises:
-        LimitExceeded: The names of extra state are far too long, all in all.
+        LimitExceeded: The names of extra state are far too long in total.
     """
     if not targets:
         return

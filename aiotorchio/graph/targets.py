@@ -50,7 +50,7 @@ def examined(into: Any) -> tuple[dict[str, torch.Tensor], list[ModuleTarget]]:
 
     Raises:
         TypeError: ``into`` is neither a module nor a mapping.
-        ValueError: Two tensors have the same name, or a module can't be received into.
+        ValueError: Two tensors have the same name, or a module cannot be received into.
     """
     if not isinstance(into, Mapping | torch.nn.Module):
         raise TypeError(
@@ -233,7 +233,7 @@ def _mismatch(misfits: Mapping[str, str], sides: _OneSided, nameless: int) -> Mi
     ]
     if nameless:
         lines.append(
-            f"{nameless} tensors of the message have no name: load the object "
+            f"{nameless} tensors or parts of tensors in the message have no name: load the object "
             "without into, or select the names that you need"
         )
     return MismatchError(
@@ -334,7 +334,7 @@ def _misfit(header: Header, index: int, tensor: torch.Tensor, *, cast: bool) -> 
     if not has_memory(tensor) or tensor.is_quantized:
         lazy = torch.nn.parameter.is_lazy(tensor)
         kind = f"a {type(tensor).__name__}" if lazy else kind_of(tensor)
-        return f"it is dense in the message, but the target is no plain strided tensor but {kind}"
+        return f"it is dense in the message, but {kind} in the target"
     if tensor.device.type == META_LOCATION:
         return "the target is on meta, without memory"
     if tensor.shape != row.shape:

@@ -179,7 +179,7 @@ class _Component:
         if not self.lattice.is_distinct(box):
             return None
         packed = _Packed(self.lattice, box)
-        # A corner may be outside of the storage.
+        # A corner may be outside the storage.
         return packed if packed.start >= 0 and packed.end <= available else None
 
 
@@ -207,7 +207,7 @@ class _Lattice:
             self.steps.append(narrowest)
 
     def box(self, view: _View) -> _Box | None:
-        """Return the box of a view, which may reach beyond the leading one; None if it is none."""
+        """Return the box of a view, which may reach beyond the lead; None if the view is no box."""
         if view.itemsize != self.itemsize or (view.start - self.start) % self.itemsize:
             return None
         corner = self.index((view.start - self.start) // self.itemsize)

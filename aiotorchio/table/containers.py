@@ -3,7 +3,7 @@
 In: dicts, lists, tuples and other mappings. Out: their items, and every path to the tensors of a
 container that is in several places. ``names.walk`` names tensors with it, and
 ``graph.select.revise`` finds the same paths in a received object. A ``LimitExceeded`` means that
-the paths of a received object are too long, all in all.
+the paths of a received object are too long in total.
 """
 
 from __future__ import annotations

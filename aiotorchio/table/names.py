@@ -1,11 +1,12 @@
-"""Names of tensors: the path to each through dicts, lists and tuples, joined by dots.
+"""Names of tensors: the path to each through dicts, other mappings, lists and tuples.
 
 ``{"layers": [{"weight": tensor}]}`` has a tensor ``layers.0.weight``; an object that is a tensor
 itself has the name ``""``. The header carries the names (SPEC.md section 5.4).
 
-In: an object to send or to receive into, or a header. Out: names with tensors, rows or
-``TensorSpec``. A ``MismatchError`` means that two tensors have one name; a ``ProtocolError`` means
-that the names of a header are not the paths of its skeleton.
+``walk`` names the tensors of an object to send or to receive into; ``rows_by_name`` and
+``specs_of`` read the names of a header; ``check_names`` compares them with the paths of a received
+skeleton. A ``MismatchError`` means that two tensors have one name, a ``ProtocolError`` that the
+names of a header are not the paths of its skeleton.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class TensorSpec:
         if not isinstance(self.dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype, not {self.dtype!r}")
         if any(n < 0 for n in self.shape):
-            raise ValueError(f"shape must not have negative sizes: {self.shape}")
+            raise ValueError(f"the sizes of shape must be 0 or more, not {self.shape}")
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSpec:
@@ -94,7 +95,7 @@ def walk(
     their further places would give far too many names (see ``SharedContainers``).
 
     Args:
-        obj: An object of dicts, lists, tuples and other mappings; tensors inside of other objects
+        obj: An object of dicts, lists, tuples and other mappings; tensors inside other objects
             are not found.
         opened: Called with the path of a module, and the module; returns its tensors by name.
 
@@ -143,10 +144,10 @@ def walk(
 
 
 def count_unnamed(header: Header, rows: Container[int] = (), storages: Container[int] = ()) -> int:
-    """Count the tensors of a message that have no name in its header.
+    """Count the rows of a message without a name: tensors, or parts of composite tensors.
 
-    These are the rows without a name. In a pickle, they are also the storages that no row shows,
-    since the pickle can make tensors over them.
+    In a pickle, the storages that no row shows count, too, since the pickle can make tensors over
+    them.
 
     Args:
         header: The header of the message.
@@ -178,7 +179,7 @@ def rows_by_name(rows: Sequence[TensorRow]) -> dict[str, int]:
             if found.setdefault(name, index) != index:
                 raise MismatchError(
                     f"tensors {found[name]} and {index} have the same name {shortened(name)!r}, so "
-                    "they can't be used by name: load the whole object, without names",
+                    "they cannot be used by name: load the whole object, without select or into",
                     entry=describe(row, index),
                 )
     return found
@@ -206,7 +207,7 @@ def specs_of(header: Header) -> dict[str, TensorSpec]:
 
 
 def _in_order(row_of_name: Mapping[str, int], header: Header) -> Iterable[tuple[str, int]]:
-    """Names with their rows, in the order of the storages of the rows."""
+    """Return names with their rows, in the order of the storages of the rows."""
     storages = [row.storage for row in interruptible(header.tensors)]
     if all(one <= other for one, other in interruptible(pairwise(storages))):
         return row_of_name.items()
@@ -256,7 +257,7 @@ class _Check:
         for index, names in interruptible(enumerate(self._names)):
             if names:
                 raise ProtocolError(
-                    "the object has this tensor in fewer places than it has names in the header",
+                    "the header has a name for this tensor that is no path to it in the object",
                     entry=describe(self._rows[index], index),
                 )
 
@@ -300,7 +301,7 @@ class _Check:
                     del names[path]
                 return
         raise ProtocolError(
-            "the object has this tensor in a place that is not among its names in the header",
+            "the object has this tensor at a path that is not among its names in the header",
             entry=describe(self._rows[index], index),
         )
 

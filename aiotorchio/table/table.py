@@ -184,7 +184,7 @@ class Table:
         )
         if flags & NEGATIVE and DTYPES[dtype].kind not in ("float", "complex"):
             raise TypeError(
-                f"a negative view of dtype {dtype} can't be sent: make a copy with resolve_neg()"
+                f"a negative view of dtype {dtype} cannot be sent: make a copy with resolve_neg()"
             )
         index = self._storage_row(storage, unit)
         offset, shape = int(tensor.storage_offset()), tuple(tensor.shape)

@@ -28,7 +28,7 @@ def torch_dtype(name: object) -> torch.dtype:
         ProtocolError: The name is not one of the format, or the installed torch lacks the dtype.
     """
     if not isinstance(name, str):
-        raise ProtocolError(f"the name of a dtype is a text, not {type(name).__name__}")
+        raise ProtocolError(f"the name of a dtype must be a str, not {type(name).__name__}")
     dtype = TORCH_DTYPES.get(name)
     if dtype is None:
         raise ProtocolError(f"torch {torch.__version__} has no dtype {shortened(name)!r}")

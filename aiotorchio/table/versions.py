@@ -1,7 +1,8 @@
 """A check whether tensors were changed in place while they were sent.
 
 In: the tensors of an object, when it is taken apart. Out: an error, before the end frame, if torch
-has counted a change of one of them since then. ``graph.flatten`` and ``graph.copies`` call it.
+has counted a change of one of them since then. ``engine.send`` and ``prepared_save`` call it, and
+``graph.copies``.
 """
 
 from __future__ import annotations

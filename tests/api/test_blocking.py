@@ -111,7 +111,7 @@ def file_of(obj: object, **options: Any) -> io.BytesIO:
 def test_unsafe_globals_need_a_file_that_can_seek() -> None:
     reading, writing = os.pipe()
     os.close(writing)
-    with open(reading, "rb", 0) as file, pytest.raises(ValueError, match="can't seek"):
+    with open(reading, "rb", 0) as file, pytest.raises(ValueError, match="cannot seek"):
         aiotorchio.get_unsafe_globals(file)
 
 

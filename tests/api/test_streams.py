@@ -679,7 +679,7 @@ WRONG_SAVE_OPTIONS = [
     ({"chunk_size": 4095}, ValueError, "chunk_size"),
     ({"chunk_size": 5000}, ValueError, "chunk_size"),
     ({"metadata": {"a": 1}}, TypeError, "metadata"),
-    ({"metadata": "version"}, TypeError, "metadata must map str to str"),
+    ({"metadata": "version"}, TypeError, "metadata must be a mapping of str to str"),
     ({"metadata": {1: "a"}}, TypeError, "metadata"),
 ]
 WRONG_LOAD_OPTIONS = [
@@ -750,9 +750,9 @@ async def test_an_object_that_cannot_be_pickled_leaves_the_stream_untouched() ->
 
 @pytest.mark.parametrize("stream", [None, b"", [], io.BytesIO(), "path", object()])
 async def test_what_is_no_stream(stream: Any) -> None:
-    with pytest.raises(TypeError, match=r"can't save to .*iter_bytes"):
+    with pytest.raises(TypeError, match=r"cannot save to .*iter_bytes"):
         await aiotorchio.save_to_stream(SMALL, stream)
-    with pytest.raises(TypeError, match=r"can't load from .*aiotorchio\.load"):
+    with pytest.raises(TypeError, match=r"cannot load from .*aiotorchio\.load"):
         await aiotorchio.load_from_stream(stream)
 
 

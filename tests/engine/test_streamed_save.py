@@ -499,8 +499,8 @@ async def test_a_tensor_too_many_of_an_async_generator() -> None:
 
 
 WRONG_SPECS: list[tuple[Any, Any, type[Exception], str]] = [
-    ([], {"a": (3,)}, TypeError, "TensorSpec or tensors"),
-    ([], {1: TWO["a"]}, TypeError, "TensorSpec or tensors"),
+    ([], {"a": (3,)}, TypeError, "TensorSpec or tensor"),
+    ([], {1: TWO["a"]}, TypeError, "TensorSpec or tensor"),
     ([], {"\ud800": TWO["a"]}, ValueError, "UTF-8"),
     ([], {"a": TensorSpec((2,), torch.qint8)}, ValueError, "qint8"),
     ([("a", QUANTIZED)], {"a": QUANTIZED}, ValueError, "qint8"),

@@ -202,7 +202,7 @@ def renamed(*names: list[str]) -> Callable[[list[TensorRow]], None]:
     return change
 
 
-NOT_AMONG, FEWER = "not among its names", "fewer places than it has names"
+NOT_AMONG, FEWER = "not among its names", "that is no path to it"
 HOSTILE: dict[str, tuple[list[list[str]], str]] = {
     "missing": ([["a"], []], rf"{NOT_AMONG} .*tensor 1\)"),
     "of a tensor that is nowhere": ([["a"], ["b"], ["x"]], rf"{FEWER} .*tensor 2 \('x'\)"),
