@@ -7,7 +7,7 @@ The tree::
     ├── TruncatedError     (also EOFError)       the stream ended inside a message
     ├── ChecksumError                            the bytes are not those that were sent
     ├── LimitExceeded                            the message asks for more than ``Limits`` allows
-    ├── UnsafeObjectError  (also UnpicklingError)  the object wants code that was not allowed
+    ├── UnsafeObjectError  (also UnpicklingError)  the object needs code that is not allowed
     ├── InvalidObjectError                       the object cannot be what it claims to be
     ├── MismatchError                            the message does not fit the target
     ├── TransferTimeout    (also TimeoutError)   the peer was too slow

@@ -49,9 +49,9 @@ class Limits:
     Only the time of waiting for the peer counts, not the time in which bytes are processed or not
     requested. Silence and slowness use one time budget: it begins with ``idle_timeout`` seconds,
     waiting uses it up, and n bytes restore n / ``least_rate`` seconds, up to ``idle_timeout``: with
-    1 and 100, a load from a peer that sends 10 bytes each 0.8 seconds fails after 1.1. Nothing
-    interrupts the files and pipes of blocking calls. The handshake of TLS comes before:
-    ``ssl_handshake_timeout`` of asyncio, 60 seconds, bounds it.
+    a timeout of 1 and a rate of 100, a load from a peer that sends 10 bytes each 0.8 seconds fails
+    after 1.1. Nothing interrupts the files and pipes of blocking calls. The handshake of TLS comes
+    before: ``ssl_handshake_timeout`` of asyncio, 60 seconds, bounds it.
 
     Args:
         header_nbytes: Size of the header in bytes. Reading it takes at most 16 MiB of memory and
@@ -68,10 +68,10 @@ class Limits:
         entries: Number of storages, and number of tensors.
         depth: Nesting of containers in the object.
         dims: Dimensions of one tensor.
-        wide_keys: Numbers as keys of one dict, or members of one set, that do not count from 0 on.
-            A sender can choose n keys so that inserting each takes up to n steps; for several
-            containers, the squares add up. In a pickle, a key counts if it is not below the number
-            of keys so far.
+        wide_keys: Numbers as keys of one dict, or members of one set, that are not 0, 1, 2 and so
+            on. A sender can choose n keys so that inserting each takes up to n steps; for several
+            containers, the squares add up. In a pickle, a key counts if it is above the number of
+            keys before it.
         sparse_nnz: Numbers to check one by one, in all tensors of one load together: the nnz of
             sparse COO tensors, compressed and plain indices of the layouts CSR, CSC, BSR and BSC,
             parts of nested tensors; at least 1 for each tensor. A pickle can build many tensors
@@ -139,7 +139,7 @@ _COUNTS = tuple(name for name in Limits.__annotations__ if name not in _SECONDS)
 
 def _refuse_negative(name: str, value: float) -> None:
     if value < 0 or value != value:  # nan
-        raise ValueError(f"{name} is {value}, but must be 0 or more")
+        raise ValueError(f"{name} must be 0 or more, not {value}")
 
 
 def checked_limits(limits: Limits | None) -> Limits:

@@ -33,7 +33,7 @@ def server_context(
         A context for TLS 1.3 only.
 
     Raises:
-        OSError: A file can't be read; a note names it.
+        OSError: A file cannot be read; a note names it.
         ssl.SSLError: A file is not PEM, does not have the needed entry, or the key is not that of
             the certificate. (Also an ``OSError``.)
         ValueError: The key is encrypted.
@@ -77,7 +77,7 @@ def client_context(
         A context for TLS 1.3 only.
 
     Raises:
-        OSError: A file can't be read; a note names it.
+        OSError: A file cannot be read; a note names it.
         ssl.SSLError: A file is not PEM, does not have the needed entry, or the key is not that of
             the certificate. (Also an ``OSError``.)
         ValueError: There is a key without a certificate, or the key is encrypted.

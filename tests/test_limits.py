@@ -105,5 +105,5 @@ def test_timeouts_are_numbers(value: Any) -> None:
     ],
 )
 def test_limits_are_not_negative(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name} is {value}, but must be 0 or more"):
+    with pytest.raises(ValueError, match=f"{name} must be 0 or more, not {value}"):
         Limits(**{name: value})

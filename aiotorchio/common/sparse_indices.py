@@ -63,7 +63,8 @@ def check_coo_indices(indices: torch.Tensor, size: Sequence[int], *, distinct: b
         return
     if math.prod(size[:dims]) > _INT64_MAX:
         raise RuntimeError(
-            f"a sparse tensor of shape {tuple(size)} has too many elements: 2**63 - 1 are possible"
+            f"a sparse tensor of shape {tuple(size)} has too many elements: at most 2**63 - 1 are "
+            "possible"
         )
     if dims * count <= IN_PYTHON:
         rows = indices.tolist()

@@ -39,7 +39,7 @@ class Part:
         return order_of(self.shape, self.stride).dense
 
 
-# Models repeat few layouts: 0.3 us instead of 5.
+# A model has few layouts: a cached one takes 0.3 us, a new one 5.
 @lru_cache(maxsize=4096)
 def order_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> Order:
     """Return the ``Order`` of a layout; it is shared and must not be changed."""

@@ -209,7 +209,7 @@ class BackMemory:
         back = {
             key: storage
             for key, storage in self._back.items()
-            # No storage that a tensor shows: a swap may have missed a view.
+            # A storage that a tensor shows is not used: a swap may have missed a view.
             if key in storages and _key(storage) not in storages
         }
         for key in moving - back.keys():
@@ -238,7 +238,7 @@ class BufferSwap:
     Args:
         tensors: All tensors that may be over the storages of received tensors.
         received: The tensors that the message has.
-        back: For the key of each storage, the storage that replaces it.
+        back: Key of a storage -> the storage that replaces it.
         note: Called with the pairs of storages that were exchanged.
         copier: Copies bytes on the device of a tensor.
     """
@@ -359,7 +359,7 @@ def _shown(tensor: torch.Tensor, storage: torch.UntypedStorage) -> Callable[[], 
             tensor.data = other
 
     else:
-        # Slower, but keeps properties that an alias does not have.
+        # This is slower, but keeps properties that an alias does not have.
         def show() -> None:
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 tensor.set_(storage, offset, shape, stride)

@@ -20,7 +20,7 @@ def swap_bytes(storage: torch.UntypedStorage, unit: int) -> None:
     """Reverse the bytes of every number in a storage, in place.
 
     Args:
-        storage: On any device.
+        storage: A storage on any device.
         unit: Bytes of a number; remaining bytes at the end do not change.
     """
     if unit == 1:

@@ -66,7 +66,7 @@ class IncomingPayload:
         sizes: Size of each storage.
         devices: The device of each storage. For ``meta``, the bytes are dropped. None: no storage
             is made, and the bytes go into the targets of the routes.
-        chunk_size: In bytes.
+        chunk_size: Bytes of a chunk.
         routes: The routes into existing tensors.
         copier: Copies to storages on a device; the default fits the device.
         needs_copy: Whether memory of a device needs device copies.
@@ -205,9 +205,9 @@ class IncomingPayload:
         """Return buffers for ``length`` bytes from ``start``, and a function that moves them on.
 
         Returns:
-            The buffers, and a function to call in any thread once their bytes were verified; never
-            if they are wrong. It must return before the chunk after the next is taken. None if the
-            bytes are received in place.
+            The buffers, and the function; None if the bytes are received in place. Call it, in any
+            thread, only when the bytes were verified. It must return before the chunk after the
+            next is taken.
 
         Raises:
             MemoryError: Memory is exhausted.
@@ -346,7 +346,7 @@ class IncomingPayload:
         return _slice_of(whole, slice(at, at + self._nbytes[row]))
 
     def release(self, row: int) -> None:
-        """Drop the references to the storages of a row and of the rows of its region before it."""
+        """Drop the reference to the storage of a region, if this row is the last one in it."""
         region = self._region_of[row]
         if region is not None and row == region.rows[-1]:
             region.storage = region.view = None
@@ -368,7 +368,7 @@ class IncomingPayload:
     def _view_of(self, region: _Region, arrived: int) -> memoryview:
         if region.view is None:
             region.view = view_of(self._storage_of(region))
-        # Only after the bytes of a huge page: the first byte in one takes all of its memory.
+        # Not before as many bytes have arrived: the first byte in a huge page takes all its memory.
         if arrived >= HUGE_PAGE and not region.advised:
             region.advised = True
             use_huge_pages(self._storage_of(region))

@@ -49,7 +49,7 @@ class OutgoingPayload:
         storages: The storages, in the order of the header.
         offsets: First byte of each storage in the payload.
         nbytes: Bytes of each storage in the payload; 0 on ``meta``.
-        chunk_size: In bytes.
+        chunk_size: Bytes of a chunk.
         parts: The parts to send of a storage that is not sent whole, by number of the storage.
             Between two parts are less than 16 bytes of zeros, for alignment.
         copier: Copies storages from a device; the default fits the device.

@@ -346,7 +346,7 @@ def _in_parts(one: torch.Tensor, two: torch.Tensor) -> Iterator[tuple[torch.Tens
     if one.numel() <= _PART_ELEMENTS:
         yield one, two
         return
-    # Along the widest dimension, as many indices as fill a part.
+    # The cuts go along the longest dimension, with as many indices as fill a part.
     dim = max(range(one.dim()), key=one.size)
     width = max(_PART_ELEMENTS * one.size(dim) // one.numel(), 1)
     for pair in zip(one.split(width, dim), two.split(width, dim), strict=True):

@@ -30,7 +30,7 @@ class SnapshotPayload:
         payload: The payload, which is copied at once. Copies on a device are queued on its current
             stream.
         chunks: First byte and length of each chunk.
-        chunk_size: In bytes.
+        chunk_size: Bytes of a chunk.
         copier: Makes the copier from devices to the host; called after all copies on devices were
             queued.
 

@@ -24,7 +24,7 @@ class StreamedPayload:
     Args:
         offsets: First byte of each tensor in the payload.
         nbytes: Bytes of each tensor.
-        chunk_size: In bytes.
+        chunk_size: Bytes of a chunk.
         copier: Copies tensors from a device.
         needs_copy: Whether memory of a device needs device copies.
     """

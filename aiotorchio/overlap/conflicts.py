@@ -34,8 +34,8 @@ def conflict(
     """Find two tensors of one device that share a byte and take it from different origins.
 
     Args:
-        footprints: By key. Of two tensors in conflict, the earlier one here comes first.
-        origins: By the same keys.
+        footprints: The footprints by key. Of two tensors in conflict, the earlier one comes first.
+        origins: The origins by the same keys.
 
     Returns:
         The keys of two tensors; None if there is no conflict.

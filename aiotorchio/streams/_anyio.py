@@ -61,7 +61,7 @@ class AnyioSink(Sink):
 
     def __init__(self, stream: ByteSendStream) -> None:
         self._stream = stream
-        # The socket streams of anyio accept any buffer; the interface of others says bytes.
+        # The socket streams of anyio accept any buffer; others promise to accept bytes only.
         self._takes_buffers = isinstance(stream, SocketStream)
 
     async def _send(self, buffers: Sequence[Buffer]) -> None:

@@ -1,8 +1,8 @@
 """Source and sink for ``asyncio.StreamReader`` and ``StreamWriter``, on asyncio and uvloop.
 
 asyncio's transports copy received bytes, and bytes that they cannot send at once. For large tensors
-over a plain socket (TCP, UNIX), the adapter bypasses the transport: it stops reading, or has sent
-all it had, and the bytes go through a duplicate of its socket straight from and to their memory.
+over a plain socket (TCP, UNIX), the adapter bypasses the transport: when that has stopped reading,
+or has nothing left to send, bytes go through a duplicate of its socket straight to and from memory.
 Small frames, TLS and pipes go through the transport.
 """
 

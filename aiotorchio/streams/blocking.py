@@ -140,4 +140,4 @@ class BlockingStream(Endpoint):
 
 
 def _would_block() -> OSError:
-    return BlockingIOError(errno.EAGAIN, "the file is non-blocking, but must be blocking")
+    return BlockingIOError(errno.EAGAIN, "the file must be blocking, not non-blocking")

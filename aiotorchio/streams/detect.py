@@ -42,7 +42,7 @@ def open_source(stream: Any) -> Source:
     if isinstance(stream, AsyncIterable) and not hasattr(stream, "receive_some"):
         return IterableSource(stream)
     raise TypeError(
-        f"can't load from {type(stream).__name__}: an asyncio.StreamReader, an anyio byte stream, "
+        f"cannot load from {type(stream).__name__}: an asyncio.StreamReader, an anyio byte stream, "
         "a non-blocking socket or an async iterable of bytes is needed (files: aiotorchio.load)"
     )
 
@@ -61,7 +61,7 @@ def open_sink(stream: Any) -> Sink:
     if isinstance(stream, ByteSendStream):
         return AnyioSink(stream)
     raise TypeError(
-        f"can't save to {type(stream).__name__}: an asyncio.StreamWriter, an anyio byte stream or "
+        f"cannot save to {type(stream).__name__}: an asyncio.StreamWriter, an anyio byte stream or "
         "a non-blocking socket is needed (files: aiotorchio.save; HTTP bodies: iter_bytes)"
     )
 
@@ -75,8 +75,8 @@ def open_blocking_source(file: Any) -> BlockingStream:
     """
     if not _has(file, "recv_into", "readinto", "read"):
         raise TypeError(
-            f"can't load from {type(file).__name__}: a path, a binary file or a blocking socket is "
-            f"needed (async streams: aiotorchio.load_from_stream)"
+            f"cannot load from {type(file).__name__}: a path, a binary file or a blocking socket "
+            f"is needed (async streams: aiotorchio.load_from_stream)"
         )
     return _open_blocking(file)
 
@@ -90,7 +90,7 @@ def open_blocking_sink(file: Any) -> BlockingStream:
     """
     if not _has(file, "send", "write"):
         raise TypeError(
-            f"can't save to {type(file).__name__}: a path, a binary file or a blocking socket is "
+            f"cannot save to {type(file).__name__}: a path, a binary file or a blocking socket is "
             f"needed (async streams: aiotorchio.save_to_stream)"
         )
     return _open_blocking(file)

@@ -164,7 +164,9 @@ def decode_header(data: bytes, limits: Limits, *, offset: int = 0) -> Header:
         many = _TOO_MANY.match(str(error))
         if many:
             raise LimitExceeded(_too_many(*many.groups()), entry="header", offset=offset) from error
-        raise ProtocolError(f"malformed header: {error}", entry="header", offset=offset) from error
+        raise ProtocolError(
+            f"the header is malformed: {error}", entry="header", offset=offset
+        ) from error
 
 
 # The error of msgspec for an array that is too long, with its greatest length and its path.
@@ -175,8 +177,10 @@ _TOO_MANY = re.compile(
 
 def _too_many(most: str, field: str, column: str | None) -> str:
     if column is not None:
-        return f"a tensor with more than {most} items of {TensorRow.__struct_fields__[int(column)]}"
-    return f"more than {most} {Header.__struct_fields__[int(field)]} (Limits.entries)"
+        items = TensorRow.__struct_fields__[int(column)]
+        return f"the header has a tensor with more than {most} items of {items}"
+    items = Header.__struct_fields__[int(field)]
+    return f"the header has more than {most} {items} (Limits.entries)"
 
 
 def _short_texts(data: bytes) -> int:

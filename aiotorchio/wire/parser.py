@@ -85,8 +85,8 @@ class Work:
 
     Attributes:
         task: The function to run.
-        to_its_end: Whether a cancellation waits until the task has run: for a task that cleans up
-            after an error, which the cancellation must not replace.
+        to_its_end: Whether a cancellation waits until the task has run: for a task that frees long
+            tables, which would otherwise be freed on the event loop.
     """
 
     task: Callable[[], Any]

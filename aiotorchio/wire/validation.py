@@ -131,7 +131,7 @@ class _Reach(NamedTuple):
 
     unit: int
     itemsize: int
-    # Extent: from its first element to its last, in elements.
+    # Extent of the tensor, in elements.
     elements: int
     # Bytes of the tensor if it were contiguous.
     dense: int

@@ -358,7 +358,7 @@ def skeletons() -> Iterator[Case]:
         ("pickle", "LimitExceeded", craft.message(hostile.limits()["deep_tuple_300_key"])),
         ("header", "ProtocolError", nested_header()),
     ):
-        reason = "malformed header" if name == "header" else "nested deeper than 256 levels"
+        reason = "header is malformed" if name == "header" else "nested deeper than 256 levels"
         yield Case(
             f"deep-{name}",
             wanted,

@@ -72,7 +72,7 @@ async def test_an_async_iterator() -> None:
         yield b""
 
     assert isinstance(open_source(pieces()), IterableSource)
-    with pytest.raises(TypeError, match="can't save to async_generator"):
+    with pytest.raises(TypeError, match="cannot save to async_generator"):
         open_sink(pieces())
 
 
@@ -86,7 +86,7 @@ def test_blocking_files() -> None:
 async def test_what_is_no_blocking_file() -> None:
     wrong: list[Any] = [io.StringIO(), AsyncFile(), Bytes(), None, asyncio.StreamReader()]
     for file in wrong:
-        with pytest.raises(TypeError, match=f"can't load from {type(file).__name__}"):
+        with pytest.raises(TypeError, match=f"cannot load from {type(file).__name__}"):
             open_blocking_source(file)
-        with pytest.raises(TypeError, match=f"can't save to {type(file).__name__}"):
+        with pytest.raises(TypeError, match=f"cannot save to {type(file).__name__}"):
             open_blocking_sink(file)

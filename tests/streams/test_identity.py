@@ -297,13 +297,13 @@ async def test_what_is_no_stream(make: Any) -> None:
     for _ in range(2):
         stream, other = make(), make()
         for each in (stream, other, stream):
-            with pytest.raises(TypeError, match="can't save to"):
+            with pytest.raises(TypeError, match="cannot save to"):
                 aiotorchio.save({}, each)
-            with pytest.raises(TypeError, match="can't load from"):
+            with pytest.raises(TypeError, match="cannot load from"):
                 aiotorchio.load(each)
-            with pytest.raises(TypeError, match="can't save to"):
+            with pytest.raises(TypeError, match="cannot save to"):
                 await aiotorchio.save_to_stream({}, each)
-            with pytest.raises(TypeError, match="can't load from"):
+            with pytest.raises(TypeError, match="cannot load from"):
                 await aiotorchio.load_from_stream(each)
             # The same errors as from torch.save and torch.distributed's streaming functions.
             with pytest.raises((TypeError, AttributeError)):

@@ -120,7 +120,7 @@ def test_every_width_of_an_array_head(count: int) -> None:
     items = fields(storages=[[0, 1, 0]] * count, tensors=[])
     assert len(check(items, Limits(entries=count))[0].storages) == count
     error = refuse(LimitExceeded, items, limits=Limits(entries=count - 1))
-    assert error.message == f"more than {count - 1} storages (Limits.entries)"
+    assert error.message == f"the header has more than {count - 1} storages (Limits.entries)"
 
 
 # Types and fixed bounds of every field
@@ -479,9 +479,9 @@ def test_order_of_several_faults() -> None:
         ((5,), 2**20, LimitExceeded, "chunks of"),
         ((5,), 2**20 + 1, ProtocolError, "multiple"),
         # Faults that are found in the order of the bytes.
-        ((8, 0, 1), "?", ProtocolError, "malformed header: Invalid enum value '?'"),
+        ((8, 0, 1), "?", ProtocolError, "the header is malformed: Invalid enum value '?'"),
         ((7,), [0] * 5, LimitExceeded, "more than 4 storages"),
-        ((4,), "json", ProtocolError, "malformed header: Invalid enum value 'json'"),
+        ((4,), "json", ProtocolError, "the header is malformed: Invalid enum value 'json'"),
         ((3,), [0] * 5, LimitExceeded, "more than 4 metadata"),
         ((2,), None, ProtocolError, "malformed"),
     ]
