@@ -70,7 +70,7 @@ class AiotorchioError(Exception):
     def __init__(
         self, message: str, *, entry: str | None = None, offset: int | None = None
     ) -> None:
-        # It is cut before the escaping, too: there may be megabytes.
+        # The text is cut before it is escaped, too: there may be megabytes.
         message = _cut(self._printable(_cut(message)))
         super().__init__(message)
         self.message = message

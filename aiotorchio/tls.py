@@ -92,7 +92,7 @@ def client_context(
     """
     if cert is None and key is not None:
         raise ValueError("key was given without cert: pass the certificate of the key, too")
-    # Verifies certificates and names from the start.
+    # This context verifies certificates and names from the start.
     context = _context(ssl.PROTOCOL_TLS_CLIENT)
     if ca is None:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)

@@ -79,7 +79,7 @@ def round_trip(obj: Any) -> None:
         try:
             parts = craft.flattened(obj)
         except Exception:
-            # An object that torch can't save either may fail with any error.
+            # An object that torch cannot save either may fail with any error.
             if _torch_saves(obj):
                 raise
             return
@@ -93,7 +93,7 @@ def round_trip(obj: Any) -> None:
 def _torch_saves(obj: Any) -> bool:
     try:
         torch.save(obj, io.BytesIO())
-    except Exception:  # torch raises errors of any kind for an object that it can't save
+    except Exception:  # torch raises errors of any kind for an object that it cannot save
         return False
     return True
 

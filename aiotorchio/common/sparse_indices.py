@@ -266,7 +266,7 @@ class _Rows:
         for each in steps(len(compressed), 1):
             part = compressed[each].cpu()
             low, high = self._check_starts(part)
-            # They do not decrease, so the lowest is the first and the highest is the last.
+            # The starts do not decrease: the lowest is the first, and the highest is the last.
             self._expect_ends(low == end)
             self._check_plain(part - low, plain[low:high])
             end = high
@@ -285,8 +285,8 @@ class _Rows:
         for each in steps(len(indices), 1):
             part = indices[each].cpu()
             self._expect_indices(*map(int, torch.aminmax(part)))
-            # They need not rise from the last index of a row to the first of the next. Found by
-            # scatter_, since indexing starts torch's threads however few the elements are.
+            # Indices need not rise from one row to the next. scatter_ finds the first of each row,
+            # since indexing starts torch's threads however few the elements are.
             begins = (starts.clamp(each.start, each.stop) - each.start).long()
             rising = torch.zeros(len(part) + 1, dtype=torch.bool)
             rising.scatter_(0, begins, torch.ones(len(begins), dtype=torch.bool))

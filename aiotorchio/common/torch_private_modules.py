@@ -92,7 +92,7 @@ def loads_extra_state(module: torch.nn.Module) -> bool:
 def load_from_state_dict(
     module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *found: list[str]
 ) -> None:
-    """Load as load_state_dict does; ``found`` is lists of missing, unexpected and errors."""
+    """Load as load_state_dict does; ``found`` has lists for missing, unexpected and errors."""
     module._load_from_state_dict(state, prefix, metadata, True, *found)
 
 
@@ -112,7 +112,7 @@ def has_load_post_hooks(module: torch.nn.Module) -> bool:
 
 
 def run_load_post_hooks(module: torch.nn.Module, *found: list[str]) -> None:
-    """Run the hooks after a load; ``found`` is lists of missing and unexpected names."""
+    """Run the hooks after a load; ``found`` has the lists of missing and unexpected names."""
     keys = torch.nn.modules.module._IncompatibleKeys(*found)
     for hook in module._load_state_dict_post_hooks.values():
         hook(module, keys)

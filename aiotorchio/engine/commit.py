@@ -122,7 +122,7 @@ class _Lock:
         self._lock = lock
 
     async def __aenter__(self) -> None:
-        # As ``async with`` looks it up: in the class.
+        # ``async with`` looks methods up in the class, too.
         await type(self._lock).__aenter__(self._lock)
 
     async def __aexit__(

@@ -138,7 +138,7 @@ class IncomingMessage:
         if self._specs is None:
             self._describe()
         if isinstance(self._specs, AiotorchioError):
-            # Without the frames of an earlier caller.
+            # The frames of an earlier caller are dropped.
             raise self._specs.with_traceback(None)
         assert self._specs is not None
         return self._specs

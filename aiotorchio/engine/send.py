@@ -96,7 +96,7 @@ class Sending:
         self._unsent = opening
         self._state = _State.UNSENT
         self._nbytes = 0
-        # The look at the version counters takes 0.2 us a tensor.
+        # The check of the version counters takes 0.2 us a tensor.
         self._is_small = len(ready.flattened.header.tensors) <= INLINE_ROWS
 
     @classmethod

@@ -87,7 +87,7 @@ def send_streamed(pairs: NamedTensors, options: SaveOptions) -> Generator[Reques
             )
             nbytes += sum(map(len, frame))
             yield Send(frame, transient=True)
-            # Its tensor must be free before the next one is made.
+            # The tensor of the frame must be free before the next one is made.
             del frame
             if options.progress:
                 options.progress(start + length, layout.total)
@@ -164,7 +164,7 @@ class _StreamedTensors:
         del pair
         self._taken += 1
         is_plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-        # On a device not in a worker thread: the copy must follow the work of the caller's stream.
+        # No worker thread on a device: the copy must follow the work of the caller's stream.
         inline = is_plain or tensor.device.type != "cpu"
         made: torch.Tensor = yield from work(functools.partial(_contiguous, tensor), inline=inline)
         return made

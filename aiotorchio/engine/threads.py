@@ -96,7 +96,7 @@ def _run(interrupt: Interrupt, task: Task) -> Any:
     try:
         return interrupt.run(task)
     except AiotorchioError as error:
-        # Its frames may hold large values that a peer sent, which are freed here and not in the
+        # The frames of the error may hold large values of a peer, which are freed here, not in the
         # thread that drops the error.
         _clear_frames(error)
         raise

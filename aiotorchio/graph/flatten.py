@@ -188,7 +188,7 @@ def flatten_specs(
             raise ValueError(f"specs[{name!r}] has dtype {spec.dtype}, which specs cannot have")
         tensors[name] = torch.empty(spec.shape, dtype=spec.dtype, device=META_LOCATION)
     parts = flatten(tensors, chunk_size=chunk_size, metadata=metadata, producer=producer)
-    # Their devices are not known yet; the receiver's map_location decides where they go.
+    # The devices of the tensors are not known yet; the receiver places them on the CPU by default.
     return Flattened(
         msgspec.structs.replace(parts.header, locations=["cpu"] * bool(specs)),
         parts.skeleton,

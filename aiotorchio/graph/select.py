@@ -150,12 +150,12 @@ class _Revision:
         # tensor is, and only as many characters as the names of the header allow.
         self._lengths = {len(name) for name in names}
         self._allowance = 2 * sum(map(len, names)) + 2**20
-        # By container and position: the replacement of a tensor. A selection can leave a tensor
+        # Container and position -> the replacement of a tensor. A selection can leave a tensor
         # out at one of its places and keep it at another.
         self._decided: dict[int, dict[int, torch.Tensor | None]] = {}
         # Some mappings make their items at each access: no id may be used again.
         self._seen: dict[int, Any] = {}
-        # By container: the container in the result.
+        # Container -> the container in the result.
         self._done: dict[int, Any] = {}
 
     def apply(self, obj: Any) -> Any:

@@ -68,7 +68,7 @@ class DeviceCopier:
         self._type, self._module = _accelerator_in_use()
         self._until_now = until_now
         self.pins = self._module is not None
-        # By index of the device, the events or streams that copies wait for.
+        # Index of a device -> the events or streams that copies wait for.
         self._callers: dict[int, list[Any]] = {}
         self._streams: dict[int, Any] = {}
         self.note()
@@ -88,7 +88,7 @@ class DeviceCopier:
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Copy bytes, and return when they have arrived.
 
-        It waits for one stream only, except on a device that did not look used.
+        It waits for one stream only, except on a device that seemed unused.
         """
         device = source.device if destination.device.type == "cpu" else destination.device
         module = self._module
@@ -99,7 +99,7 @@ class DeviceCopier:
         if stream is None:
             stream = self._streams[device.index] = module.Stream(device)
             if self._until_now and device.index not in self._callers:
-                # The device did not look used, so no event was recorded for the work queued there.
+                # The device seemed unused, so no event was recorded for the work queued there.
                 module.synchronize(device)
         for awaited in self._callers.get(device.index, ()):
             wait = stream.wait_event if self._until_now else stream.wait_stream

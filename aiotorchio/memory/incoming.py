@@ -321,7 +321,7 @@ class IncomingPayload:
         """Check that every tensor of a route still has its shape and its memory.
 
         Raises:
-            MismatchError: A tensor has not: bytes were received into its old memory.
+            MismatchError: A tensor changed: bytes were received into its old memory.
         """
         for route in interruptible(self._all_routes):
             route.check()
@@ -368,7 +368,7 @@ class IncomingPayload:
     def _view_of(self, region: _Region, arrived: int) -> memoryview:
         if region.view is None:
             region.view = view_of(self._storage_of(region))
-        # Not before as many bytes have arrived: the first byte in a huge page takes all its memory.
+        # Requested only when as many bytes have arrived: the first byte in a page takes all of it.
         if arrived >= HUGE_PAGE and not region.advised:
             region.advised = True
             use_huge_pages(self._storage_of(region))

@@ -199,7 +199,7 @@ class OutgoingPayload:
         gathered = torch.UntypedStorage(length)
         view, address = view_of(gathered), gathered.data_ptr()
         position = start
-        # Looked up once: a chunk of small storages takes thousands of turns.
+        # Local names are faster: a chunk of small storages takes thousands of turns.
         starts, ends, firsts = self._starts, self._ends, self._firsts
         for n in range(index, stop):
             first, last = starts[n], ends[n]

@@ -155,7 +155,7 @@ class AsyncioSource(Source):
             return
         self._duplicate, self._direct = duplicate, SocketSource(duplicate.socket)
         data = await self._reader.read(sys.maxsize)
-        # After read(), which may resume the transport.
+        # This follows read(), which may resume the transport.
         self._transport.pause_reading()
         self._buffered = memoryview(data)[:-1]
 

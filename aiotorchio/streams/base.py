@@ -172,7 +172,7 @@ def connection_errors(broken: type[OSError] = ConnectionError) -> Iterator[None]
     try:
         yield
     except TransferTimeout:
-        # It is a subclass of TimeoutError.
+        # TransferTimeout is a subclass of TimeoutError.
         raise
     except TimeoutError as error:
         raise TransferTimeout(f"the connection timed out: {error}") from error

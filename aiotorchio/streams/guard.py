@@ -82,7 +82,7 @@ def exclusive(
         if state.poison is not None:
             raise StreamPoisoned(f"{state.poison}: close this stream and open another")
         adapter = open_adapter(stream)
-        # Poisoned until the end of the call is known: an interrupt may skip the lines below.
+        # The stream is poisoned until the end of the call: an interrupt may skip the lines below.
         state.poison = _stopped(direction, "it was interrupted")
         why = "it ended before the end of the message"
         try:
@@ -94,7 +94,7 @@ def exclusive(
             try:
                 state.poison = _stopped(direction, why) if adapter.in_message else None
                 if adapter.in_message:
-                    # At once: the peer has nothing more to wait for.
+                    # Aborted at once, since the peer has nothing more to wait for.
                     adapter.abort()
                     # An abort ends both directions of a stream.
                     other = _state(stream, "load" if direction == "save" else "save")

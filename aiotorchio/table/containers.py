@@ -113,7 +113,7 @@ class SharedContainers:
     ) -> None:
         self._leaves = leaves
         self._places = list(places)
-        # By id; the lists keep their items alive.
+        # Container by id() -> position, key and value of each item; keeps the items alive.
         self._items: dict[int, list[tuple[int, str, Any]]] = {}
         # For each container, the number of paths to tensors in it, and their characters.
         self._count: dict[int, tuple[int, int]] = {}

@@ -65,7 +65,7 @@ class Table:
         self.kept: list[torch.Tensor] = []
         self.without_row: list[torch.Tensor] = []
         self._row_of: dict[int, int] = {}
-        # By the id of a tensor with attributes, or of another class: the tensor it is made of.
+        # id() of a tensor with attributes, or of another class -> the tensor it is made of.
         self._origin_of: dict[int, torch.Tensor] = {}
         self._index_of: dict[int, int] = {}
         self._tag, self._device_is_enough = location_tags()

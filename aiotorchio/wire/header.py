@@ -82,7 +82,7 @@ class TensorRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=
     """One strided view of a storage; offset, shape and stride count elements."""
 
     storage: Size
-    # As a Literal, it is not allocated again for each row.
+    # The text of a Literal is not allocated again for each row.
     dtype: Dtype
     offset: Size
     shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=_DIMS_MAX)]

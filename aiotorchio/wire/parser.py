@@ -130,7 +130,7 @@ class ChunkReceived:
 
 @dataclass(frozen=True, slots=True)
 class MessageEnded:
-    """The last byte was read. The error of an abort or of a wrong end digest is raised next."""
+    """The last byte was read. After an abort or a wrong end digest, its error is raised next."""
 
 
 # Decoding and checking takes about 70 ns a byte, 2 ms for this size: the most for an event loop.
@@ -259,7 +259,7 @@ class Parser:
                 offset=self.position,
             )
         self.position += length
-        # Otherwise they would keep their memory alive until the request for the next chunk.
+        # The buffers would stay in memory until the request for the next chunk.
         del buffers
         yield ChunkReceived(offset, length)
 
@@ -339,6 +339,6 @@ def _open_header(data: bytes, limits: Limits, offset: int) -> tuple[Header, Layo
     try:
         return header, validate(header, limits, offset=offset)
     except BaseException:
-        # The traceback references them, and would free them all at once in another thread.
+        # The traceback references the rows, and would free them all at once in another thread.
         release(header.tensors, header.storages)
         raise

@@ -360,7 +360,7 @@ def costs() -> Iterator[Case]:
                 maker=kind.make,
                 full=loader not in kind.fast,
                 play=kind.play,
-                # A stream in disguise can't be broken, and keeps the following messages.
+                # A stream in disguise cannot be broken, and keeps the following messages.
                 scenario="load_once" if kind.dress else "load",
                 after=() if kind.dress else ("ended", "clean"),
                 deadline=kind.deadline,

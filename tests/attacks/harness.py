@@ -194,10 +194,10 @@ def faults_of(case: Case, outcome: dict[str, Any]) -> list[str]:
     latest = (case.deadline + GRACE) * slowness
     received = case.nbytes * max(case.connections, 1)
     checks = {
-        f"not {case.wanted or 'an object'}": outcome["errors"].keys() == {case.wanted},
-        f"not because of {case.reason!r}": bool(re.search(case.reason, outcome["text"])),
-        "the error has no place": outcome["located"] or not case.located,
-        "something else after it": outcome["after"] in (case.after or ("",)),
+        f"other than {case.wanted or 'an object'}": outcome["errors"].keys() == {case.wanted},
+        f"the error does not match {case.reason!r}": bool(re.search(case.reason, outcome["text"])),
+        "the error has no entry, or no valid offset": outcome["located"] or not case.located,
+        "the stream is in another state afterwards": outcome["after"] in (case.after or ("",)),
         "too early or too late": case.earliest <= outcome["seconds"] <= latest,
         "too much memory": bool(case.honest) or outcome["grown"] <= received + case.memory,
         "the loop was held": outcome["held"] <= HELD_MAX,

@@ -229,7 +229,7 @@ class Supervisor:
     def _blame(self, way: str, code: int) -> None:
         """Report the case in which a process died, and go on with the next."""
         lines = self._lines(way)
-        assert len(lines) % 2, f"{way} died outside of a case"
+        assert len(lines) % 2, f"{way} died outside a case"
         how = signal.Signals(-code).name if code < 0 else str(code)
         with self._path(way).open("a") as file:
             tell(file, asdict(Outcome(json.loads(lines[-1]), {f"died of {how}": 1})))

@@ -165,7 +165,7 @@ class Visit:
     async def watched_until(self, seconds: float, call: Callable[[], Awaitable[Any]]) -> None:
         """Run a call under a probe, and cancel it after some time, if it takes that long."""
         probe = ResourceProbe(self.outcome, beats=True)
-        # A result that comes in time is freed outside of the measurement.
+        # A result that comes in time is freed outside the measurement.
         results: list[Any] = []
 
         async def run() -> None:

@@ -282,7 +282,7 @@ def _schedule(draw: random.Random, kind: Kind, sizes: Sequence[int]) -> Schedule
         # Within the messages, so that the whole fault takes effect.
         length = min(_length(draw, kind), sum(sizes) - begin)
         if kind in ENDINGS or length:
-            # Harmless kinds have a count of 0 above, which mypy can't see.
+            # Harmless kinds have a count of 0 above, which mypy cannot see.
             faults.append(Fault(kind, begin, length, draw.getrandbits(32)))  # type: ignore[arg-type]
     return Schedule(
         tuple(faults),

@@ -751,7 +751,7 @@ async def test_a_save_cancelled_anywhere(kind: str) -> None:
             await made.aclose()  # type: ignore[attr-defined]
         open_descriptors.append(len(descriptors()))
         assert len(anyio.get_running_tasks()) == tasks
-        # A save that is cancelled after its last byte can't know that it was the last.
+        # A save that is cancelled after its last byte cannot know that it was the last.
         if outcomes[-1] != "poisoned" or not isinstance(received[0], TruncatedError):
             assert_same(received[0], tensors)
         if outcomes[-1] == "done":

@@ -516,7 +516,7 @@ def test_inference_tensors_arrive_as_normal_ones() -> None:
 
 
 def test_a_load_in_inference_mode_makes_normal_tensors() -> None:
-    """torch loads inference tensors, which can't be trained afterwards."""
+    """torch loads inference tensors, which cannot be trained afterwards."""
     tensors = {"w": torch.randn(3), "p": nn.Parameter(torch.randn(3))}
     with torch.inference_mode():
         theirs, ours = by_torch(tensors), by_us(tensors)
@@ -930,7 +930,7 @@ def test_empty_storages() -> None:
 
 
 def test_storages_on_meta() -> None:
-    """torch can't save them."""
+    """torch cannot save them."""
     tensor = torch.empty(3, device="meta")
     for storage in (tensor.untyped_storage(), tensor._typed_storage()):
         with pytest.raises(NotImplementedError):

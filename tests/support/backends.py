@@ -55,11 +55,11 @@ class End(ABC):
 
     @abstractmethod
     async def send(self, data: bytes) -> None:
-        """Send bytes outside of a message."""
+        """Send bytes outside a message."""
 
     @abstractmethod
     async def receive(self, size: int) -> bytes:
-        """Receive exactly so many bytes outside of a message."""
+        """Receive exactly so many bytes outside a message."""
 
 
 class AsyncioEnd(End):

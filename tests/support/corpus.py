@@ -720,7 +720,7 @@ def process_group() -> Iterator[None]:
 
 
 def dtensor() -> object:
-    """A DTensor; only inside of ``process_group``, and so no case of ``CASES``."""
+    """A DTensor; only inside ``process_group``, and so no case of ``CASES``."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 

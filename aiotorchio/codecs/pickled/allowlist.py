@@ -144,7 +144,7 @@ class Allowlist:
 
     def _subclass(self, function: Any, kind: Any, args: Any, state: Any) -> Any:
         """Make a tensor of another class, or with attributes."""
-        # Without "in": an object that the sender put here could take forever to hash.
+        # "in" would compare: an object that the sender put here could take forever.
         known = any(function is other for other in (*self._rebuilds, *self._trusted))
         if not known or type(args) is not tuple:
             raise UnsafeObjectError(
@@ -154,7 +154,7 @@ class Allowlist:
         named = tensor_class(kind)
         tensor = as_kind(function(*args), named)
         if any(tensor is argument for argument in args):
-            # It may be an existing tensor, which must not get attributes.
+            # The tensor may be an existing one, which must not get attributes.
             tensor = tensor.detach()
         if type(tensor) is not named:
             if type(tensor) is JaggedTensor or named is JaggedTensor:
@@ -163,7 +163,7 @@ class Allowlist:
                 )
             tensor = tensor.as_subclass(named)
         if named is JaggedTensor:
-            # Its parts were checked when it was made, and must not be replaced.
+            # The parts of the tensor were checked when it was made, and must not be replaced.
             if type(state) is not dict:
                 raise UnsafeObjectError("the pickle gives a jagged tensor a state that is no dict")
             state = {key: state[key] for key in state if key not in JAGGED_PARTS}

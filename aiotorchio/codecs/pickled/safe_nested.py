@@ -179,7 +179,7 @@ def _lengths_within(
         ):
             raise InvalidObjectError("a jagged tensor has a part that lies beyond its values")
         return sum(sizes), min(sizes, default=0), max(sizes, default=0)
-    # In steps, like the indices of sparse tensors, so that torch starts no threads.
+    # The offsets are read in steps, like the indices of sparse tensors: torch starts no threads.
     found = [
         _step_within(
             offsets[each].cpu().long(),

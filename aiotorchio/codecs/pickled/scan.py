@@ -91,7 +91,7 @@ def scan_pickle(
             try:
                 scan.run()
             finally:
-                # Before the garbage collector runs again and looks through the abstract values.
+                # Freed before the garbage collector runs again and scans the abstract values.
                 scan.drop()
     except AiotorchioError as error:
         error.entry = "skeleton"

@@ -60,7 +60,7 @@ def unpacked(skeleton: bytes, depth_limit: int) -> Iterator[Any]:
         _unpack(skeleton, lists)
         yield lists[0][0]
     finally:
-        # From the last list to the first: an inner list is empty before its outer one is.
+        # The last list is emptied first: an inner list is empty before its outer one.
         while lists:
             last = lists.pop()
             while last:

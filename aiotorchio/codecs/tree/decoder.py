@@ -211,7 +211,7 @@ class _Decoder:
             raise too_many_colliders(self._wide_keys)
 
     def tensor(self, node: list[Any], depth: int) -> Any:
-        # Without _payload, which is slower: an object may have 100,000 tensors.
+        # _payload would be slower, and an object may have 100,000 tensors.
         if len(node) != 2 or type(node[1]) is not int:
             raise _other_contents(node)
         row = node[1]
