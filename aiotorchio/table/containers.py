@@ -122,7 +122,7 @@ class SharedContainers:
     def __iter__(self) -> Iterator[tuple[str, Any, int, Any]]:
         """Yield path, container, position and tensor; nothing if there are far too many paths.
 
-        A container that contains itself has no further places: they would never end.
+        A container with one in it that contains itself has no further places: they would never end.
         """
         places = [
             (path, value, *self._count[id(value)])

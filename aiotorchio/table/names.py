@@ -91,8 +91,8 @@ def walk(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of an object, each with every path to it; further places come last.
 
-    Only the first place counts for a container that contains itself, and for all containers if
-    their further places would give far too many names (see ``SharedContainers``).
+    Only the first place counts for a container with one in it that contains itself, and for all
+    containers if their further places would give far too many names (see ``SharedContainers``).
 
     Args:
         obj: An object of dicts, lists, tuples and other mappings; tensors inside other objects
