@@ -1,1 +1,1 @@
-"""The junction: a message between wire, graph, memory and a stream."""
+"""Sending and receiving of messages, where all other packages meet."""

@@ -1,4 +1,4 @@
-"""Claims on the memory that loads of this process receive into: one load at a time has a byte.
+"""Claims on the memory that loads of this process receive into: one load at a time for each byte.
 
 A load claims the memory of its targets before its first payload byte, and releases it when the
 message and its commit are over. Claims are compared by address, byte by byte, and not by object:

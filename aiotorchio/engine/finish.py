@@ -171,7 +171,7 @@ class Finish:
     def _revises(self) -> bool:
         """Whether the object needs more than the right tensor in the place of each row."""
         match = self.match
-        # In a pickle, a tensor can be made of that of its row: with attributes, for example.
+        # In a pickle, a tensor can be made of the tensor of its row: with attributes, for example.
         composites = match.fit is not None and bool(match.fit.composite_targets)
         pickled = (bool(match.targets) or composites) and self.context.header.codec == "pickle"
         more = len(match.targets) > len(self.placement.prebuilt)

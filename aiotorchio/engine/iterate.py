@@ -1,4 +1,4 @@
-"""Receiving the tensors of a message one after the other, as the wire has them."""
+"""Receiving the tensors of a message one after the other, in the order of the wire."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TensorStream:
     It keeps no tensor that it has returned.
 
     Args:
-        message: A message of which only the header was received.
+        message: A message whose payload was not received yet.
         options: The selection, and the devices.
     """
 
@@ -96,7 +96,7 @@ class TensorStream:
                 tensors = yield from self._take(begun)
                 if tensors:
                     return tensors
-                # Only parts of composite tensors have arrived, and not yet all of any.
+                # Only parts of composite tensors have arrived, and all of none.
             if not message.ended:
                 yield from message.end()
                 finish = begun.finish

@@ -199,8 +199,7 @@ class IncomingMessage:
             background: Runs in a worker thread while the chunk arrives.
 
         Returns:
-            A function that copies the verified chunk from its staging buffer into its place; None
-            if the chunk was received in place.
+            A function that copies the verified chunk from its staging buffer; None: no buffer.
         """
         started = yield from self._until(ChunkStarted)
         find = functools.partial(payload.buffers_for, started.offset, started.length)

@@ -95,7 +95,7 @@ def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     checked = dict(metadata)
     for pair in checked.items():
         if not all(isinstance(text, str) for text in pair):
-            raise TypeError(f"an entry of metadata must be a str and a str, not {pair!r}")
+            raise TypeError(f"an entry of metadata must be a pair of str, not {pair!r}")
     return checked
 
 

@@ -1,8 +1,8 @@
 """Several tensors of a message for one target, as a gathered copy of a tied model has them.
 
 One of them is copied, as soon as its bytes arrive. The others come later, and are compared with it
-bit by bit and chunk by chunk, so that they need no memory. If they lie among each other in one
-storage, or the storage is made for another reason, they are compared when the message is whole.
+bit by bit and chunk by chunk, so that they need no memory. If they are interleaved in one storage,
+or the storage is made for another reason, they are compared when the message is whole.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Ties:
         row_of_name: The row of each name.
 
     Attributes:
-        mixed: Storages in which tensors of one target lie among each other.
+        mixed: Storages in which tensors of one target are interleaved.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class Ties:
         """Choose the tensors that are copied: the first that arrive.
 
         Args:
-            devices: The device of each storage, whose tensors are copied after the payload; None:
-                its bytes go into targets while they arrive.
+            devices: The device of each storage; None: bytes go into targets while they arrive, not
+                after the payload.
 
         Returns:
             The names of the tensors that are compared, each with that of the one that is copied.

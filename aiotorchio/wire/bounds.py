@@ -1,8 +1,7 @@
 """Fixed bounds of the checks; the bounds that a user can choose are in ``Limits``.
 
 Each bound is higher than any honest message needs, and low enough that reaching it costs little.
-All are in one value, which tests replace by a lower one, so that small inputs are refused for the
-same reasons.
+Tests replace all of them by lower ones, so that small inputs are refused for the same reasons.
 """
 
 from __future__ import annotations

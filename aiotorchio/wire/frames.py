@@ -111,7 +111,7 @@ def decode_preface(data: bytes) -> int:
     if flags & ~FLAG_CHECKSUM:
         raise _bad_preface(f"unknown flags {flags:#06x}; only {FLAG_CHECKSUM:#06x} may be set", 10)
     if reserved:
-        raise _bad_preface(f"the reserved bytes are {reserved:#010x} instead of zero", 12)
+        raise _bad_preface(f"the reserved bytes must be zero, not {reserved:#010x}", 12)
     return int(flags)
 
 

@@ -4,7 +4,7 @@ The engine runs it. An ``AiotorchioError`` says where and why the bytes are not 
 generator yields *requests*, which its driver answers, and *events*:
 
     ReadBytes(n)        answer: n bytes, or fewer if the stream ended
-    FillBuffers(views)  answer: how many bytes were written, fewer only if the stream ended
+    FillBuffers(views)  answer: the number of bytes written, fewer only if the stream ended
     Work(task)          answer: the result of the task; it takes long, so an event loop runs it
                         in a thread
     ChunkStarted(...)   answer: the buffers for the bytes of the chunk, in order
@@ -212,7 +212,7 @@ class Parser:
         head, _ = yield from self._head(END, layout.chunks, layout.total)
         if head.length != 8:
             raise ProtocolError(
-                f"the end frame has {head.length} bytes instead of 8",
+                f"the end frame must have 8 bytes, not {head.length}",
                 entry="end",
                 offset=self.position,
             )
@@ -232,13 +232,13 @@ class Parser:
         head, encoded = yield from self._head(CHUNK, index, offset)
         if head.length != length:
             raise ProtocolError(
-                f"the chunk has {head.length} bytes instead of {length}",
+                f"the chunk must have {length} bytes, not {head.length}",
                 entry=f"chunk {index}",
                 offset=self.position,
             )
         if not checksum and head.digest:
             raise ProtocolError(
-                "the chunk has a digest, but the message has no checksums",
+                "the chunk must have no digest: the message has no checksums",
                 entry=f"chunk {index}",
                 offset=self.position,
             )
@@ -287,12 +287,12 @@ class Parser:
             yield from self._aborted(head)
         if head.kind != kind:
             raise ProtocolError(
-                f"the frame has type {head.kind!r} instead of {kind!r}", entry=entry, offset=start
+                f"the frame must have type {kind!r}, not {head.kind!r}", entry=entry, offset=start
             )
         if (head.number, head.offset) != (index, offset):
             raise ProtocolError(
-                f"the frame has number {head.number} and offset {head.offset} instead of number "
-                f"{index} and offset {offset}",
+                f"the frame must have number {index} and offset {offset}, not number {head.number} "
+                f"and offset {head.offset}",
                 entry=entry,
                 offset=start,
             )
@@ -309,8 +309,8 @@ class Parser:
     def _aborted(self, head: FrameHead) -> Generator[Step, Any, None]:
         if (head.number, head.offset) != (0, 0) or head.length > ABORT_REASON_MAX:
             raise ProtocolError(
-                f"the abort frame has {head.length} bytes, number {head.number} and offset "
-                f"{head.offset}, but must have at most {ABORT_REASON_MAX} bytes and zeros",
+                f"the abort frame must have at most {ABORT_REASON_MAX} bytes, number 0 and offset "
+                f"0, not {head.length}, {head.number} and {head.offset}",
                 entry="ABRT frame",
                 offset=self.position,
             )

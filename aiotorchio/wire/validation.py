@@ -70,7 +70,8 @@ def validate(header: Header, limits: Limits, *, offset: int = 0) -> Layout:
 def _validate(header: Header, limits: Limits) -> Layout:
     if header.chunk_size % ALIGNMENT:
         raise ProtocolError(
-            f"the chunk size {header.chunk_size} is not a multiple of {ALIGNMENT}", entry="header"
+            f"the chunk size must be a multiple of {ALIGNMENT}, not {header.chunk_size}",
+            entry="header",
         )
     if header.chunk_size > limits.chunk_nbytes:
         raise LimitExceeded(
@@ -90,7 +91,7 @@ def _validate(header: Header, limits: Limits) -> Layout:
             )
         if storage.unit not in (MIXED_UNITS, 1, 2, 4, 8):
             raise ProtocolError(
-                f"the storage has a unit of {storage.unit} bytes instead of 0, 1, 2, 4 or 8",
+                f"the unit of the storage must be 0, 1, 2, 4 or 8 bytes, not {storage.unit}",
                 entry=f"storage {index}",
             )
     layout = Layout(header)

@@ -202,7 +202,7 @@ REASONS: dict[str, dict[str, dict[str, str]]] = {
                 ordered_without_metadata ordered_none ordered_two
             """,
             "duplicate item": "duplicate_item equal_items",
-            "not in its shortest form": "short_integer long_integer empty_integer",
+            "in its shortest form": "short_integer long_integer empty_integer",
             "beyond 64 bits": "size_beyond",
             r"torch \S+ has no dtype": "dtype dtype_attribute",
             "Invalid UTF-8": "utf8 surrogate",
