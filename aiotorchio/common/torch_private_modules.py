@@ -1,6 +1,6 @@
 """Every private name of ``torch.nn.Module`` that aiotorchio uses.
 
-Checked with torch 2.6.0, 2.11.0 and 2.13.0. Whatever changes in another version changes here.
+Checked with torch 2.6.0, 2.11.0 and 2.13.0.
 """
 
 from __future__ import annotations

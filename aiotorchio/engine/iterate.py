@@ -136,7 +136,7 @@ class TensorStream:
         return match, placement, self._waiting(match)
 
     def _waiting(self, match: Match) -> deque[tuple[int, int, list[int]]]:
-        """Put the storages that are needed in the order in which they are whole."""
+        """Sort the needed storages by the byte that completes them."""
         header, layout = self._context.header, self._context.layout
         selection, composites = match.selection, match.composites
         unnamed = 0

@@ -92,9 +92,6 @@ def _payload(flattened: Flattened, layout: Layout, copier: Copier) -> OutgoingPa
 class PreparedSave:
     """An object and the options of its save; make it when the caller makes the call.
 
-    Work that is queued for the tensors on a device by then counts, and with ``snapshot`` the state
-    is copied here.
-
     Args:
         obj: Any object, or a ``Snapshot``.
         options: The options.

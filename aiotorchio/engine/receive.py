@@ -54,7 +54,6 @@ class IncomingMessage:
         limits: The limits of the receiver.
 
     Attributes:
-        limits: The limits of the receiver.
         opened: The header, once ``open`` has returned.
         untouched: Nothing after the header was received, or only the skeleton, which is kept.
         chunks_left: The number of chunks to come.

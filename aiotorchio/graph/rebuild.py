@@ -215,8 +215,8 @@ class Rebuilder:
 
         Args:
             rows: The table of tensors.
-            names: Whether the caller uses names, so that those of a tree are compared with its
-                paths. Whether the names of a pickle are true is unknown before it is built.
+            names: Whether the caller uses names: then those of a tree are compared with its paths.
+                It has no effect on a pickle, whose names cannot be checked before it is built.
             inspect: Called with the object of a tree, in which a ``Placeholder`` stands for each
                 tensor.
         """
@@ -294,7 +294,6 @@ class Rebuilder:
             MismatchError: Two tensors have the same name.
             AiotorchioError: The errors of ``check``, and those of ``build`` for contradictions.
         """
-        # ``names`` has no effect on a pickle.
         self.check(header.tensors, names=True)
         return Composites(
             self._skeleton,

@@ -247,8 +247,8 @@ class Route:
 class Comparison(Route):
     """A comparison with the elements that an earlier route has copied into the same tensor.
 
-    It copies nothing. It takes memory only for another dtype or device: for the elements of one
-    chunk in the dtype of the tensor.
+    It copies nothing, and takes memory only to convert the elements of one chunk to another dtype
+    or device.
 
     Args:
         storage_start: As for ``Route``.

@@ -47,8 +47,7 @@ class Endpoint:
         in_message: Whether the stream is inside a message: a call that stops now poisons it. The
             adapter sets it when it moves bytes, its driver clears it at the end of a message.
         time_budget: The time budget of the peer; None if there is none. Set by the driver.
-        failure: The error of a failed send. The position of the stream in the frame is unknown
-            since then, so nothing more can be sent.
+        failure: The error of a failed send, after which nothing more can be sent.
     """
 
     in_message = False

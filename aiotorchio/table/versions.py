@@ -1,8 +1,8 @@
 """A check whether tensors were changed in place while they were sent.
 
 In: the tensors of an object, when it is taken apart. Out: an error, before the end frame, if torch
-has counted a change of one of them since then. ``engine.send`` and ``prepared_save`` call it, and
-``graph.copies``.
+has counted a change of one of them since then. ``graph.flatten`` makes it; ``engine.send``,
+``engine.prepared_save`` and ``graph.copies`` check it.
 """
 
 from __future__ import annotations

@@ -85,8 +85,7 @@ class Work:
 
     Attributes:
         task: The function to run.
-        to_its_end: Whether a cancellation waits until the task has run: for a task that frees long
-            tables, which would otherwise be freed on the event loop.
+        to_its_end: Whether a cancellation waits until the task has run, as for freeing long tables.
     """
 
     task: Callable[[], Any]
