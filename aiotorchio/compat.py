@@ -44,7 +44,7 @@ def streaming_save(
         f: Any object with ``write`` for bytes, which may write only a part of them. It is not
             flushed: the caller must do that.
         pickle_module: Pickles objects that cannot be sent without pickle.
-        pickle_protocol: Protocol for that; 4 and 5 can only be loaded with ``weights_only=False``.
+        pickle_protocol: Protocol for that; all but 2 need ``weights_only=False`` in the load.
 
     Raises:
         TypeError: ``f`` has no ``write`` for bytes, or another argument has a wrong type.

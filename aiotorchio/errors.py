@@ -15,7 +15,8 @@ The tree::
     ├── StreamPoisoned                           the stream was left in the middle of a message
     └── StreamBusy                               the stream is in use by another call
 
-Misuse by the caller is a plain ``TypeError`` or ``ValueError``.
+Misuse by the caller is a plain ``TypeError`` or ``ValueError`` for arguments, and a plain
+``RuntimeError`` for a call at a wrong moment.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ class InvalidObjectError(AiotorchioError):
 
 
 class MismatchError(AiotorchioError):
-    """The message does not fit the targets or the options of the call; the text lists every misfit.
+    """The message does not fit the targets or the options of the call.
+
+    The text lists up to 20 misfits of each kind, the attributes have all.
 
     Args:
         message: As in ``AiotorchioError``.

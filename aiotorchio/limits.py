@@ -54,11 +54,11 @@ class Limits:
     before: ``ssl_handshake_timeout`` of asyncio, 60 seconds, bounds it.
 
     Args:
-        header_nbytes: Size of the header in bytes. Reading it takes at most 16 MiB of memory and
+        header_nbytes: Size of the header in bytes. Reading it takes at most 16 MiB of memory plus
             20 times its size; an honest one takes 10 times its size. Each tensor that it describes
             takes some 500 bytes, and each storage 260, in addition to their numbers.
         skeleton_nbytes: Size of the skeleton in bytes. Reading it, or building its object, takes
-            at most 64 MiB and 48 times its size.
+            at most 64 MiB plus 48 times its size.
         chunk_nbytes: Size of one chunk in bytes.
         total_nbytes: Bytes of all storages together. The default is the physical memory of the
             machine, or the limit of its container if that is lower.

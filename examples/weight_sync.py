@@ -187,11 +187,17 @@ async def train(args: argparse.Namespace) -> bool:
 async def push(model: Model, version: int, workers: list[Connection]) -> None:
     """Send the weights to all workers at once; they must not change before this returns."""
     start = time.perf_counter()
-    async with asyncio.TaskGroup() as tasks:
-        for _, writer in workers:
-            tasks.create_task(
-                save_to_stream(model.state_dict(), writer, metadata={"version": str(version)})
-            )
+    metadata = {"version": str(version)}
+    sending = [
+        save_to_stream(model.state_dict(), writer, metadata=metadata) for _, writer in workers
+    ]
+    # Not in a TaskGroup: one failure would cancel the other saves, and so break their connections.
+    results = await asyncio.gather(*sending, return_exceptions=True)
+    for worker, result in zip(list(workers), results, strict=True):
+        if isinstance(result, BaseException):
+            print(f"a worker is gone: {result}", flush=True)
+            worker[1].transport.abort()
+            workers.remove(worker)
     print(f"pushed version {version} in {time.perf_counter() - start:.2f} s", flush=True)
 
 

@@ -49,7 +49,7 @@ def save(  # noqa: D417 - save_to_stream documents the options
     limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """The blocking twin of ``save_to_stream``, with the arguments of ``torch.save`` in its order.
+    """The blocking twin of ``save_to_stream``, with the arguments of ``torch.save`` by position.
 
     Args:
         obj: As in ``save_to_stream``.
@@ -141,7 +141,7 @@ def load(  # noqa: D417 - load_from_stream documents the options
 ) -> Any:
     """Load as ``load_from_stream`` does, but blocking.
 
-    The arguments are those of ``torch.load``, in its order.
+    The first three arguments are those of ``torch.load``, by position.
 
     Args:
         file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path.

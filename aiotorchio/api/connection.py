@@ -117,7 +117,7 @@ class StreamReader:
             unread: The end of a message that is left unread: ``"skip"`` receives and drops
                 it, in the memory of a chunk, so that the next one can be read; ``"abort"`` breaks
                 the connection, so that the sender stops. If an error leads out of the ``async
-                with``, nothing is skipped: the stream is of no more use.
+                with``, nothing is skipped: the stream is poisoned, unless the message was read.
 
         Yields:
             The message, to be read inside the ``async with``.

@@ -62,9 +62,10 @@ def save_to_stream(
     """Send an object as one message.
 
     Tensors are sent unchanged: a storage that several tensors share is sent once and shared again
-    by the receiver, and strides and unused parts of a storage are kept. No copy of a tensor is
-    made, except of those on a device, in two chunks of memory. Do not change the tensors before
-    the coroutine has returned, unless ``snapshot`` is True. A change is noticed at the end if it
+    by the receiver, and strides and unused parts of a storage are kept. Storages of
+    64 KiB and more on the CPU are sent from their own memory; smaller ones, views with gaps and
+    tensors on a device are copied in two chunks of memory. Do not change the tensors before the
+    coroutine has returned, unless ``snapshot`` is True. A change is noticed at the end if it
     advances a tensor's version counter: most operations of torch in place do, fused optimizers,
     batch norms, ``.data`` and numpy do not.
 
@@ -115,9 +116,10 @@ def save_to_stream(
     Raises:
         TypeError: Not a stream that can be saved to, or an option of another type.
         ValueError: An option out of its range, or a blocking socket.
-        RuntimeError: A tensor was changed, or its storage resized, while it was sent, or while the
-            snapshot was taken. The receiver gets a ``RemoteAbort``, and the stream can be used
-            again; or the bytes of a chunk changed on their way (``ChecksumError``).
+        RuntimeError: A tensor was changed, or its storage resized, while the snapshot was taken
+            (nothing was sent), or while it was sent. Then the receiver gets a ``RemoteAbort``, and
+            the stream can be used again; or a ``ChecksumError``, if the bytes of a chunk changed on
+            their way, and the connection is broken.
         ValueError: The object needs pickle, and ``allow_pickle`` is False; nothing was sent.
         TruncatedError: The peer closed the connection, or it broke.
         TransferTimeout: The peer received nothing, or too little, for too long (``limits``).
@@ -245,12 +247,12 @@ def load_from_stream(
         TypeError: Not a stream that can be loaded from, or an option of another type.
         ValueError: A blocking socket, an option that would have no effect, or ``into`` with an
             FSDP1 module or two tensors of one name.
-        MismatchError: ``into`` or ``select`` does not fit the message; the text has all misfits.
-            Nothing was written, but the message was not read either: with ``StreamReader.open``,
-            the stream can still be used. Later, the error means that a target was resized
-            meanwhile, that tied weights differ in the message, that a pickled object has the
-            storage of such a tensor itself, or that a module did not load its entries: its
-            previous state is loaded back.
+        MismatchError: ``into`` or ``select`` does not fit the message; the error has all
+            misfits. Nothing was written, but the message was not read either: inside the block
+            of ``StreamReader.open``, the stream can still be used. Later, the error means that a
+            target was resized meanwhile, that tied weights differ in the message, that a pickled
+            object itself holds a storage whose tensors have targets or are not selected, or that a
+            module did not load its entries: its previous state is loaded back.
         RuntimeError: Another load is receiving into the same memory, or using the
             ``DoubleBuffer``; nothing was read but the header.
         ProtocolError: The bytes are not a message.

@@ -2,12 +2,17 @@
 
 Each public function that loads makes a ``LoadOptions`` or ``IterateOptions`` from its arguments, in
 the caller's thread, before anything is received: then ``skip_data``, a ``FakeTensorMode`` and
-torch's list of safe globals count. After that, the engine reads the fields. A ``TypeError`` or
+torch's list of safe globals count. After that, the engine reads the fields, those of ``into`` from
+``selection.Targets``. A ``TypeError`` or
 ``ValueError`` from here is a mistake of the caller. ``limits`` is no field: a message is opened
 with them, before its load has options.
 
-A new option is one field here, and one parameter of each public function: ``load_from_stream``,
-which documents it, ``load``, ``Message.load`` and ``StreamReader.load``.
+A new option is one field here (with a check in ``__post_init__``, unless it is a bool) and the same
+parameter of each public function: ``load_from_stream``, which documents it, ``load``,
+``Message.load`` and ``StreamReader.load``; of ``IterateOptions`` also ``Message.iterate`` and
+``tensors_sync``. docs/guide/reference.md has a row for it. Three modules of ``graph`` decide what a
+missing or unexpected name does: ``targets`` for rows, ``tensor_load`` for composite targets,
+``module_load`` for entries of modules.
 """
 
 from __future__ import annotations
@@ -147,15 +152,15 @@ def check_lock(lock: Any, kind: Literal["async", "blocking"]) -> None:
     Raises:
         TypeError: A lock of the other kind of call.
     """
-    if kind == "blocking" and lock is not None and not hasattr(lock, "__enter__"):
+    if kind == "blocking" and lock is not None and not hasattr(type(lock), "__enter__"):
         raise TypeError(
             "lock of a blocking load must be a context manager, such as threading.Lock(), not "
-            f"{type(lock).__name__}"
+            f"{lock!r}"
         )
-    if kind == "async" and lock is not None and not hasattr(lock, "__aenter__"):
+    if kind == "async" and lock is not None and not hasattr(type(lock), "__aenter__"):
         raise TypeError(
             "lock of an async load must be an async context manager, such as asyncio.Lock(), not "
-            f"{type(lock).__name__}"
+            f"{lock!r}"
         )
 
 

@@ -57,7 +57,7 @@ class SaveOptions:
     skip: torch.serialization.skip_data | None = field(init=False)
 
     def __post_init__(self) -> None:
-        for option in ("checksum", "snapshot", "compact", "allow_pickle"):
+        for option in _SWITCHES:
             value = getattr(self, option)
             if value is not True and value is not False:
                 raise TypeError(f"{option} must be True or False, not {value!r}")
@@ -85,6 +85,9 @@ class SaveOptions:
                 further line there.
         """
         return cls(**{each.name: arguments[each.name] for each in fields(cls) if each.init})
+
+
+_SWITCHES = tuple(each.name for each in fields(SaveOptions) if each.init and each.type == "bool")
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:

@@ -234,7 +234,8 @@ def _mismatch(misfits: Mapping[str, str], sides: _OneSided, nameless: int) -> Mi
     if nameless:
         lines.append(
             f"{nameless} tensors or parts of tensors in the message have no name: load the object "
-            "without into, or select the names that you need"
+            "without into, or select the names that you need (of a module, the sender should send "
+            "its state_dict())"
         )
     return MismatchError(
         "the message does not fit the target" + "".join(f"\n    {line}" for line in lines),

@@ -88,7 +88,9 @@ def exclusive(
         try:
             yield adapter
         except BaseException as error:
-            why = f"{type(error).__name__}: {error}" if str(error) else repr(error)
+            # The first line: a MismatchError lists each misfit in one of its own.
+            first = str(error).partition("\n")[0]
+            why = f"{type(error).__name__}: {first}" if first else repr(error)
             raise
         finally:
             try:

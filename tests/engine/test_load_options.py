@@ -108,8 +108,9 @@ def test_the_targets_are_looked_through_once() -> None:
 def test_a_lock_is_of_the_kind_of_the_call() -> None:
     check_lock(threading.Lock(), "blocking")
     check_lock(asyncio.Lock(), "async")
-    with pytest.raises(TypeError, match="async context manager"):
-        check_lock(threading.Lock(), "async")
+    for lock in (threading.Lock(), asyncio.Lock):
+        with pytest.raises(TypeError, match="async context manager"):
+            check_lock(lock, "async")
     with pytest.raises(TypeError, match=r"threading\.Lock"):
         check_lock(asyncio.Lock(), "blocking")
 
