@@ -167,8 +167,11 @@ class _Scan(AbstractStack):
         if not items:
             self.push_shared(_EMPTY_TUPLE)
             return
-        # An inner tuple counts with all 64 bits of its hash; an int in its place would not.
-        hashes = tuple(None if item.items or item.made_by else item.hash for item in items)
+        # An inner tuple, also an empty one, counts with all 64 bits of its hash, an int in its
+        # place would not. So the outer hash is unknown, which ``collide`` charges for.
+        hashes = tuple(
+            None if item.items is not None or item.made_by else item.hash for item in items
+        )
         self.push(
             AbstractValue(
                 # Includes the list of its items, which the scan keeps.

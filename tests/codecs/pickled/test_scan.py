@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -169,11 +170,16 @@ def test_names_that_stand_for_something_are_no_part_of_an_object(kind: type) -> 
             scan(pickle.dumps(obj, protocol=2))
 
 
-def test_tuples_in_tuples_as_keys_are_few() -> None:
+@pytest.mark.parametrize("key", [lambda n: ((n,), 0), lambda n: ((), n), lambda n: (n, (), "a")])
+def test_tuples_in_tuples_as_keys_are_few(key: Callable[[int], Any]) -> None:
     # Tuples have hashes of 64 bits, numbers of 61, so the scan cannot predict which are equal.
-    scan(pickle.dumps({((n,), 0): n for n in range(4000)}, protocol=2))
+    scan(pickle.dumps({key(n): n for n in range(4000)}, protocol=2))
     with lowered({"unknown_hashes": 6}), pytest.raises(LimitExceeded, match="not plain values"):
-        scan(pickle.dumps({((n,), 0): n for n in range(7)}, protocol=2))
+        scan(pickle.dumps({key(n): n for n in range(7)}, protocol=2))
+
+
+def test_an_empty_tuple_is_a_key_like_any_other() -> None:
+    scan(pickle.dumps({(): 1, "a": {(): 2}}, protocol=2))
 
 
 def test_lists_that_are_nested_after_they_were_measured() -> None:
