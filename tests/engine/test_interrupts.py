@@ -54,14 +54,15 @@ def interrupted(after: int, error: type[BaseException]) -> Iterator[list[str]]:
     left, where = after, []
 
     def on_lines(
-        lines: frozenset[int], tries: frozenset[int]
+        lines: frozenset[int], tries: frozenset[int], resumed: int
     ) -> Callable[[FrameType, str, Any], Any]:
         """Trace one frame, except the seams of its ``with`` blocks.
 
         Python takes no interrupt between ``__enter__`` and the body (a ``try`` there is a line that
-        does nothing), nor between the body and ``__exit__``. Only a tracer can come between.
+        does nothing), nor between the body and ``__exit__``. Only a tracer can come between. A
+        generator that is resumed in a line has entered the blocks before it.
         """
-        entered = set(tries)
+        entered = {*tries, *(line for line in lines if line <= resumed)}
 
         def on_line(frame: FrameType, event: str, argument: Any) -> Any:
             nonlocal left
@@ -82,7 +83,7 @@ def interrupted(after: int, error: type[BaseException]) -> Iterator[list[str]]:
         name, function = frame.f_code.co_filename, frame.f_code.co_name
         if not name.startswith(PACKAGE) or name == COLLECTION or function in SCOPES:
             return None
-        return on_lines(*with_lines(name))
+        return on_lines(*with_lines(name), frame.f_lineno)
 
     before = sys.gettrace()
     sys.settrace(on_call)
