@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import secrets
-import shutil
 import time
-from collections.abc import AsyncIterable, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Generator, Iterable, Mapping
 from typing import Any
 
 import torch
 
+from aiotorchio.api.replaced_file import open_to_replace
 from aiotorchio.engine.commit import apply_commit_blocking
 from aiotorchio.engine.drivers import drive_blocking, load_time_budget, save_time_budget
 from aiotorchio.engine.load import Loaded, receive_message
@@ -32,6 +31,8 @@ from aiotorchio.table.names import TensorSpec
 
 __all__ = ["get_unsafe_globals", "load", "save"]
 
+_PATHS = (str, bytes, os.PathLike)
+
 
 def save(  # noqa: D417 - save_to_stream documents the options
     obj: object,
@@ -48,6 +49,7 @@ def save(  # noqa: D417 - save_to_stream documents the options
     allow_pickle: bool = True,
     limits: Limits | None = None,
     progress: Progress | None = None,
+    durable: bool = True,
 ) -> Summary:
     """The blocking twin of ``save_to_stream``, with the arguments of ``torch.save`` by position.
 
@@ -55,10 +57,14 @@ def save(  # noqa: D417 - save_to_stream documents the options
         obj: As in ``save_to_stream``.
         file: A binary file, a pipe, a ``BytesIO``, a blocking ``socket.socket``, or a path. An
             existing file is replaced once the new one is whole, which needs room for both in its
-            directory; other names of it (hard links) keep the old one.
+            directory; other names of it (hard links) keep the old one. Devices, pipes and paths of
+            descriptors (``/dev/stdout``, ``/dev/fd/3``) are written to as by ``open(file, "wb")``.
         pickle_module: As in ``save_to_stream``.
         pickle_protocol: As in ``save_to_stream``.
         limits: As in ``save_to_stream``. If a socket has a timeout, the shorter of the two counts.
+        durable: With a path, sync the new file before it replaces the old one, and the directory
+            after that, so that a crash of the system leaves one of the two whole. Devices, pipes
+            and descriptors are not synced.
 
     All other arguments are those of ``save_to_stream``.
 
@@ -66,7 +72,10 @@ def save(  # noqa: D417 - save_to_stream documents the options
         The summary of the message.
 
     Raises:
-        Exception: As ``save_to_stream``, and ``OSError`` of a file.
+        TypeError: ``durable`` is no bool.
+        OSError: The file can't be opened, written, synced or replaced. The file at a path is then
+            the old one, unless the sync of its directory failed; ``filename`` is the path.
+        Exception: As ``save_to_stream``.
 
     Example:
         >>> import io, torch, aiotorchio
@@ -82,37 +91,12 @@ def save(  # noqa: D417 - save_to_stream documents the options
     message = outgoing_message(obj, options)
     if isinstance(obj, AsyncIterable) and options.specs is not None:
         raise TypeError("save needs a plain iterable of tensors; save_to_stream takes an async one")
-    if not isinstance(file, str | os.PathLike):
+    if durable is not True and durable is not False:
+        raise TypeError(f"durable must be True or False, not {durable!r}")
+    if not isinstance(file, _PATHS):
         return _save(message, file, checked)
-    with _replaced(file) as opened:
+    with open_to_replace(file, durable=durable) as opened:
         return _save(message, opened, checked)
-
-
-@contextlib.contextmanager
-def _replaced(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Open a new file that replaces the one at a path once it is whole, or a device itself.
-
-    If the save fails, the old file stays. A symbolic link is followed, and the mode of the old file
-    is kept.
-    """
-    target = os.path.realpath(path)
-    if os.path.exists(target) and not os.path.isfile(target):
-        with open(target, "wb") as opened:
-            yield opened
-        return
-    unfinished = f"{target}.{secrets.token_hex(4)}.part"
-    try:
-        with open(unfinished, "xb") as opened:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copymode(target, unfinished)
-            yield opened
-        os.replace(unfinished, target)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename == unfinished:
-            error.filename = os.fspath(path)
-        with contextlib.suppress(OSError):
-            os.unlink(unfinished)
-        raise
 
 
 def _save(message: Generator[Request, Any, Summary], file: Any, limits: Limits) -> Summary:
@@ -200,7 +184,7 @@ def get_unsafe_globals(
         Fraction(1, 2)
     """
     checked = trusted(safe_globals)
-    if isinstance(file, str | os.PathLike):
+    if isinstance(file, _PATHS):
         with open(file, "rb") as opened:
             return get_unsafe_globals(opened, safe_globals=checked, limits=limits)
     if not (hasattr(file, "seekable") and file.seekable()):
@@ -219,7 +203,7 @@ def get_unsafe_globals(
 
 
 def _load(file: Any, message: Generator[Request, Any, Loaded], limits: Limits, lock: Any) -> Any:
-    is_path = isinstance(file, str | os.PathLike)
+    is_path = isinstance(file, _PATHS)
     with contextlib.ExitStack() as unfinished:
         with (
             open(file, "rb") if is_path else contextlib.nullcontext(file) as opened,

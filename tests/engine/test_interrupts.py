@@ -159,6 +159,25 @@ def test_saves_and_loads(error: type[BaseException], obj: Any, first: int) -> No
     assert outcomes >= {"nothing, then clean", "nothing, then poisoned", "loaded, then clean"}
 
 
+def test_saves_to_paths(tmp_path: Path) -> None:
+    """The old file or the new one is whole; the next save removes what no cleanup could."""
+    path = tmp_path / "state"
+    aiotorchio.save("old", path)
+
+    def attempt() -> str:
+        with suppress(KeyboardInterrupt):
+            aiotorchio.save(STATE, path)
+        sys.settrace(None)
+        loaded, left = aiotorchio.load(path), len(os.listdir(tmp_path)) - 1
+        aiotorchio.save("old", path)
+        assert os.listdir(tmp_path) == ["state"]
+        assert loaded == "old" or loaded.keys() == STATE.keys()
+        return f"{'old' if loaded == 'old' else 'new'}, {left} left"
+
+    outcomes = every_line(attempt, KeyboardInterrupt, 1)
+    assert outcomes - {"old, 1 left"} == {"old, 0 left", "new, 0 left"}
+
+
 @pytest.mark.parametrize(("error", "first"), [(KeyboardInterrupt, 5), (MemoryError, 6)])
 def test_staged_loads_are_all_or_nothing(error: type[BaseException], first: int) -> None:
     old = {"w": torch.zeros(3000), "b": torch.zeros(3)}

@@ -22,7 +22,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "iter_bytes": aiotorchio.iter_bytes,
 }
 # Parameters that are no options of the message.
-OTHERS = {"self", "obj", "stream", "file", "limits"}
+OTHERS = {"self", "obj", "stream", "file", "limits", "durable"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -1249,6 +1249,54 @@ def test_paths(kind: Any, tmp_path: Path) -> None:
         assert torch.equal(loaded["a"], _state()["a"])
 
 
+def test_paths_of_bytes(tmp_path: Path) -> None:
+    path: Any = os.fsencode(tmp_path / "state")
+    with pytest.raises(AttributeError):
+        torch.save(_state(), path)
+    aiotorchio.save(_state(), path)
+    corpus.assert_same(aiotorchio.load(path), _state())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the system has no /proc/self/fd")
+def test_paths_of_descriptors(tmp_path: Path) -> None:
+    for module in (torch, aiotorchio):
+        with tempfile.TemporaryFile(dir=tmp_path) as file:
+            module.save(_state(), f"/proc/self/fd/{file.fileno()}")
+            corpus.assert_same(module.load(file), _state())
+        reading, writing = os.pipe()
+        with open(reading, "rb") as pipe:
+            with open(writing, "wb"):
+                module.save(_state(), f"/dev/fd/{writing}")
+            corpus.assert_same(module.load(io.BytesIO(pipe.read())), _state())
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_names_of_a_file(tmp_path: Path) -> None:
+    """torch writes into the old file; here a new one takes its place, as links and modes stay."""
+    for module, seen in ((torch, "new"), (aiotorchio, "old")):
+        path = tmp_path / module.__name__
+        module.save("old", path)
+        path.chmod(0o600)
+        os.link(path, tmp_path / "hard")
+        (tmp_path / "link").symlink_to(path)
+        module.save("new", tmp_path / "link")
+        assert module.load(path) == "new"
+        assert module.load(tmp_path / "hard") == seen
+        assert path.stat().st_mode & 0o777 == 0o600
+        (tmp_path / "hard").unlink()
+        (tmp_path / "link").unlink()
+
+
+def test_a_file_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+    synced: list[None] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(fsync(descriptor)))
+    torch.save(_state(), tmp_path / "state")
+    assert len(synced) == 0
+    aiotorchio.save(_state(), tmp_path / "state")
+    assert len(synced) == 2
+
+
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     loads: tuple[Callable[..., Any], ...] = (torch.load, aiotorchio.load)
     for load in loads:
@@ -1359,7 +1407,7 @@ def test_several_objects_in_one_file() -> None:
         [torch.load(file) for _ in range(3)]
 
 
-@pytest.mark.parametrize("bad", [3, None, b"name"], ids=["int", "none", "bytes"])
+@pytest.mark.parametrize("bad", [3, None, [b"name"]], ids=["int", "none", "list"])
 def test_what_is_no_file(bad: Any) -> None:
     with pytest.raises(AttributeError):
         torch.save([1], bad)

@@ -61,6 +61,7 @@ _SLOW = {
     " that train; README's first command runs it",
     "tests/examples/test_examples.py::test_workers_answer_while_they_take_new_weights": "four"
     " processes that import torch",
+    "tests/api/test_killed_saves.py": "processes of their own",
     "tests/codecs/tree/test_size_estimate.py::"
     "test_python_s_own_limit_is_not_what_refuses_deep_nesting": "two processes of their own",
     "tests/engine/test_interrupts.py::test_no_memory_on_an_event_loop": "each line of a load in"
