@@ -113,7 +113,7 @@ async def test_what_an_error_leaves_behind(way: str) -> None:
     left = table()[way][2]
     assert receiver.same(receiver.before) == (left != "partly overwritten")
     assert not receiver.hooks
-    assert bool(receiver.taken) == (left == "what was given out is intact")
+    assert bool(receiver.taken) == (left == "tensors that it gave out are intact")
     for name, tensor in receiver.taken.items():
         assert torch.equal(sent.state_dict()[name], tensor)
 

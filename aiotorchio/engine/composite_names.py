@@ -7,7 +7,6 @@ import pickle
 from collections.abc import Generator
 from typing import Any
 
-from aiotorchio.codecs.pickled.codec import STORAGE
 from aiotorchio.engine.load_options import IterateOptions
 from aiotorchio.engine.receive import IncomingMessage
 from aiotorchio.engine.requests import Request, work
@@ -37,14 +36,6 @@ def find_composites(
     received = yield from message.skeleton()
     message.keep(received)
     skeleton = received.skeleton
-
-    def may_have_some() -> bool:
-        # The rows of composite tensors have no names, or the skeleton refers to storages.
-        return STORAGE.encode() in skeleton or message.unnamed > 0
-
-    small = message.opened.nbytes <= INLINE_HEADER and len(skeleton) <= INLINE_SKELETON
-    if not (yield from work(may_have_some, inline=small)):
-        return None
     rebuilder = Rebuilder(
         skeleton,
         message.header.codec,
@@ -57,6 +48,9 @@ def find_composites(
         limits=message.limits,
         offset=received.offset,
     )
+    small = message.opened.nbytes <= INLINE_HEADER and len(skeleton) <= INLINE_SKELETON
+    if not (yield from work(lambda: rebuilder.may_have_composites, inline=small)):
+        return None
     try:
         found: Composites = yield Work(functools.partial(rebuilder.composites, message.header))
     except AiotorchioError as error:

@@ -26,7 +26,6 @@ from aiotorchio.graph.strays import (
 from aiotorchio.graph.targets import ModuleRules
 from aiotorchio.graph.tensor_load import TensorLoad, composite_misfit, is_composite_target
 from aiotorchio.memory.atomic import BufferSwap, Exchange
-from aiotorchio.table.names import count_unnamed
 from aiotorchio.wire.header import Header, shortened
 
 __all__ = ["ObjectFit"]
@@ -55,7 +54,7 @@ class ObjectFit:
         row_of_name: Mapping[str, int],
         filled_by_others: Iterable[str],
     ) -> None:
-        self._header, self._targets, self._selection = header, targets, selection
+        self._targets, self._selection = targets, selection
         self._row_of_name, self._filled_by_others = row_of_name, filled_by_others
         self._pickled = header.codec == "pickle"
         self.composite_targets: dict[str, torch.Tensor] = {}
@@ -71,15 +70,13 @@ class ObjectFit:
         )
         self._checked_on_meta = False
 
-    def note_skeleton(self, skeleton: bytes) -> None:
+    def note_skeleton(self, skeleton: bytes, may_have_composites: bool) -> None:
         """Note whether the object can have tensors, or storages, without a row."""
-        if not self._pickled or self.compares_object:
-            return
-        refers = STORAGE.encode() in skeleton
-        if self._targets.strict:
-            self.compares_object = self._selection.all and refers
-        elif self._rowless:
-            self.compares_object = refers or count_unnamed(self._header) > 0
+        if self._pickled and not self.compares_object:
+            if self._targets.strict and self._selection.all:
+                self.compares_object = may_have_composites or STORAGE.encode() in skeleton
+            elif not self._targets.strict:
+                self.compares_object = may_have_composites and bool(self._rowless)
 
     def check_on_meta(self, obj: Any) -> None:
         """Compare the object before the first byte.

@@ -162,7 +162,7 @@ class _Load:
                 inspect = None if fit is None else fit.refuse_extra_state
                 rebuilder.check(message.header.tensors, names=match.uses_names, inspect=inspect)
                 if fit is not None:
-                    fit.note_skeleton(received.skeleton)
+                    fit.note_skeleton(received.skeleton, rebuilder.may_have_composites)
 
             yield from work(check, inline=self._is_small(rebuilder))
             if fit is not None and options.data_free is None and fit.compares_object:

@@ -176,9 +176,7 @@ def _match(context: LoadContext, row_of_name: dict[str, int], composites: Compos
     header, targets = context.header, context.targets
     names = [*row_of_name, *(targets.names if targets else ()), *composites.names]
     selection = Selection(context.options.select, names, composites.refused)
-    # A load makes all of them, and leaves out of the object those that are not selected.
-    candidates = interruptible(composites.names) if context.named_only else ()
-    composites.choose([name for name in candidates if name in selection])
+    composites.choose([name for name in interruptible(composites.names) if name in selection])
     if targets is not None and not selection.all:
         selection.add(targets.parts([*row_of_name, *composites.names], selection))
     found = MatchedTargets({}, [], {}, set())

@@ -102,7 +102,11 @@ def _storage_rows(
         storage = storages[row.storage]
         if index in prebuilt:
             storage.targeted.append(index)
-        elif (row.names or named_only) and not any(name in selection for name in row.names):
+        elif (
+            (row.names or named_only)
+            and index not in match.composites.rows
+            and not any(name in selection for name in row.names)
+        ):
             storage.left_out = True
             if not named_only:
                 prebuilt[index] = on_meta(header, index)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from aiotorchio.common.interrupt import interruptible
+from aiotorchio.errors import MismatchError
 from aiotorchio.graph.modules import ModuleTarget
 from aiotorchio.graph.select import Select, selected
 from aiotorchio.graph.targets import examined, target_tensors
 from aiotorchio.memory.atomic import BackMemory
+from aiotorchio.wire.header import shortened
 
 __all__ = ["DoubleBuffer", "LoadTarget", "Selection", "Targets"]
 
@@ -102,14 +104,26 @@ class Targets:
                 yield module.prefix + name
 
     def parts(self, names: Iterable[str], selection: Container[str]) -> Iterator[str]:
-        """Yield names inside selected entries of modules: extra state is loaded as a whole."""
+        """Yield names inside selected entries of modules: extra state is loaded as a whole.
+
+        Raises:
+            MismatchError: A name is selected, and not the entry that it is a part of.
+        """
         modules = [module for module in self.modules if module.other_entries]
         for name in interruptible(names) if modules else ():
             for module in modules:
                 if name.startswith(module.prefix):
                     entry = module.entry_of(name.removeprefix(module.prefix))
-                    if entry is not None and module.prefix + entry in selection:
+                    if entry is None:
+                        continue
+                    if module.prefix + entry in selection:
                         yield name
+                    elif name in selection:
+                        raise MismatchError(
+                            "a module loads this as a part of its entry "
+                            f"{shortened(module.prefix + entry)!r}: select the whole entry",
+                            entry=shortened(name),
+                        )
 
 
 class Selection:

@@ -284,6 +284,13 @@ class Rebuilder:
             if path in named
         )
 
+    @property
+    def may_have_composites(self) -> bool:
+        """Whether the object may have tensors that are not those of rows."""
+        if self._codec != "pickle":
+            return False
+        return not self._weights_only or self._allowlist.may_make_tensors(self._skeleton)
+
     def composites(self, header: Header) -> Composites:
         """Find the composite tensors of the object; checks the skeleton as well.
 

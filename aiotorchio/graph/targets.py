@@ -133,6 +133,11 @@ def match_targets(
         for name in interruptible(composites)
         if name in selection and name in targets and not is_composite_target(targets[name])
     }
+    misfits |= {
+        name: "a nested tensor cannot be received into: leave it out of into"
+        for name, tensor in targets.items()
+        if tensor.is_nested and name in selection
+    }
     fitting = {name: each for name, each in found.items() if name not in misfits}
     sharing = shared(header, row_of_name, fitting)
     misfits |= sharing.misfits

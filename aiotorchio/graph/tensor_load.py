@@ -121,8 +121,17 @@ class TensorLoad:
                 name for name, _, each in self._pairs if each.device.type == META_LOCATION
             )
             reasons |= dict.fromkeys(without_bytes, "the sender had it on meta, without bytes")
+        received_into: dict[int, tuple[str, torch.Tensor]] = {}
+        for name, target, each in self._pairs:
+            first, other = received_into.setdefault(id(target), (name, each))
+            if other is not each:
+                reasons[name] = f"the target is also {shortened(first)!r}, with another tensor"
         misfits = {name: reason for name, reason in reasons.items() if reason is not None}
-        missing = [name for name in targets if strict and name not in received]
+        missing = [
+            name
+            for name, target in targets.items()
+            if strict and name not in received and id(target) not in received_into
+        ]
         if misfits or missing:
             lines = [f"does not fit: {shortened(name)}: {why}" for name, why in misfits.items()]
             lines += [f"not in the message: {shortened(name)}" for name in missing]

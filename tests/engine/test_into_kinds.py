@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import aiotorchio
 from aiotorchio import LimitExceeded, MismatchError
@@ -236,6 +237,92 @@ def test_an_absent_dense_target_of_a_message_with_others_stays() -> None:
     loaded = load(sparse(3.0), strict=False, into=into)
     assert into["old"].eq(0).all() and into["dense"].eq(3).all()
     assert torch.equal(loaded["coo"].to_dense(), 3 * torch.eye(3))
+
+
+# Parts that have names of their own
+
+
+def pair(one: float) -> dict[str, Any]:
+    """A composite tensor whose parts are entries, too, so that no row is without a name."""
+    parts = torch.full((2,), one), torch.full((2,), one + 1)
+    return {"a": parts[0], "b": parts[1], "pair": TwoTensor(*parts)}
+
+
+def load_pair(**options: Any) -> Any:
+    data = io.BytesIO(encoded(pair(3.0)))
+    return aiotorchio.load(data, safe_globals=[TwoTensor], **options)
+
+
+def values_of(tensor: Any) -> list[list[float]]:
+    return [tensor.a.tolist(), tensor.b.tolist()]
+
+
+@all_modes
+@pytest.mark.parametrize("select", [None, "pair", "*"])
+def test_a_dense_target_of_one_with_named_parts_is_refused(select: str | None, mode: Mode) -> None:
+    into = {"pair": torch.zeros(2)}
+    with pytest.raises(MismatchError) as caught:
+        load_pair(strict=False, select=select, **mode(into))
+    assert list(caught.value.misfits) == ["pair"] and not into["pair"].any()
+
+
+@all_modes
+def test_one_with_named_parts_needs_a_target(mode: Mode) -> None:
+    into = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    with pytest.raises(MismatchError, match="not in the target: pair") as caught:
+        load_pair(**mode(into))
+    assert caught.value.unexpected == ("pair",) and not into["a"].any()
+
+
+def test_one_with_named_parts_is_selected_by_its_name() -> None:
+    loaded = load_pair(select="pair")
+    assert list(loaded) == ["pair"] and values_of(loaded["pair"]) == [[3, 3], [4, 4]]
+    assert list(load_pair(select="a")) == ["a"]
+    into = {"pair": TwoTensor(torch.zeros(2), torch.zeros(2))}
+    assert load_pair(select="pair", into=into) == into
+    assert values_of(into["pair"]) == [[3, 3], [4, 4]]
+
+
+async def test_one_with_named_parts_is_iterated_over() -> None:
+    for select, expected in ((None, ["a", "b", "pair"]), ("pair", ["pair"]), ("a", ["a"])):
+        async with (
+            aclosing(aiotorchio.iter_bytes(pair(3.0))) as stream,
+            aiotorchio.StreamReader(stream).open() as message,
+        ):
+            tensors = message.iterate(select=select, safe_globals=[TwoTensor])
+            found = {name: tensor async for name, tensor in tensors}
+        assert sorted(found) == expected
+        if "pair" in found:
+            assert values_of(found["pair"]) == [[3, 3], [4, 4]]
+
+
+# One target with several names
+
+
+@all_modes
+def test_one_target_with_two_names(mode: Mode) -> None:
+    tied = torch.zeros(3, 3).to_sparse()
+    into, eye = {"a": tied, "b": tied}, torch.eye(3)
+    error = is_refused_before_the_payload(
+        {"a": eye.to_sparse(), "b": (2 * eye).to_sparse()}, into, mode, "the target is also 'a'"
+    )
+    assert list(error.misfits) == ["b"]
+    for value, sent in enumerate((["a"], ["b"], ["a", "b"]), 2):
+        shared = (value * eye).to_sparse()
+        load(dict.fromkeys(sent, shared), **mode(into))
+        assert torch.equal(tied.to_dense(), value * eye)
+
+
+@all_modes
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_targets_are_refused(layout: torch.layout, mode: Mode) -> None:
+    parts = [torch.ones(2), torch.ones(3)]
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    done = list[int]()
+    with pytest.raises(MismatchError, match="nested tensor cannot be received into") as caught:
+        load({"n": nested}, progress=lambda *_: done.append(1), **mode({"n": nested.clone()}))
+    assert list(caught.value.misfits) == ["n"] and not done
 
 
 def test_what_no_destination_takes_is_shown_up_to_a_number() -> None:

@@ -921,6 +921,20 @@ def test_a_selected_extra_state_comes_with_its_sparse_tensors() -> None:
     assert not torch.equal(module.linear.weight, sent.linear.weight)
 
 
+@pytest.mark.parametrize("tensor", [torch.ones(2), torch.eye(2).to_sparse()])
+@pytest.mark.parametrize(
+    "select", ["_extra_state.mask", "_extra_state.*", lambda name: name.endswith(".mask")]
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_part_of_an_entry_cannot_be_selected(
+    strict: bool, select: Any, tensor: torch.Tensor
+) -> None:
+    sent, module = Extra(lambda: {"mask": tensor}), Extra(lambda: None)
+    with pytest.raises(MismatchError, match="select the whole entry") as caught:
+        load(encoded(sent.state_dict()), into=module, select=select, strict=strict)
+    assert caught.value.entry == "_extra_state.mask" and module.state is None
+
+
 def test_a_lazy_module_that_cannot_be_lazy_again() -> None:
     module: Any = nn.Sequential(nn.LazyLinear(3), Refuses(b"old"))
     module[1].refused = b"new"

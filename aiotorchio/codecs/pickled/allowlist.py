@@ -107,6 +107,10 @@ class Allowlist:
         rebuilds = [path for path, value in self.globals.items() if self.makes_tensors(value)]
         return frozenset([*self._trusted_paths, *rebuilds])
 
+    def may_make_tensors(self, pickle: bytes) -> bool:
+        """Whether a pickle may call something that makes tensors, going by the names in it."""
+        return any(path.rpartition(".")[2].encode() in pickle for path in self.deferred())
+
     def makes_tensors(self, function: Any) -> bool:
         """Whether a function is one of those that rebuild tensors."""
         jagged = self.globals.get(REBUILD_JAGGED)
