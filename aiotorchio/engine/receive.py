@@ -1,8 +1,9 @@
 """One incoming message, frame by frame: header, skeleton, chunks, end.
 
 ``load`` receives the whole object through it, ``iterate`` one tensor after the other. Each method
-that is a generator yields requests to a driver, and returns when its frames were verified. An error
-has the entry and the offset that the parser reached.
+that is a generator yields requests to a driver, and returns when its frames were received and their
+digests compared; the chunks of a message without checksums have none. An error has the entry and
+the offset that the parser reached.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ class IncomingMessage:
             background: Runs in a worker thread while the chunk arrives.
 
         Returns:
-            A function that copies the verified chunk from its staging buffer; None: no buffer.
+            A function that copies the chunk from its staging buffer; None: no buffer.
         """
         started = yield from self._until(ChunkStarted)
         find = functools.partial(payload.buffers_for, started.offset, started.length)

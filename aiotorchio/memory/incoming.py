@@ -7,6 +7,11 @@ means that the caller changed a target during the load, a ``MemoryError`` that m
 A byte of the payload goes into a new storage, straight into an existing tensor, or into a staging
 buffer from which it is copied; or it is dropped. A chunk with parts of many small storages goes
 through a staging buffer as a whole: this bounds the number of its buffers.
+
+Bytes that go straight into an existing tensor are in it before the digest of their chunk is
+compared, so a wrong chunk leaves that tensor damaged. (The tensors of a staged load are shadows.)
+Bytes in a staging buffer are copied on only after the comparison. Without checksums, nothing is
+compared.
 """
 
 from __future__ import annotations
@@ -205,9 +210,9 @@ class IncomingPayload:
         """Return buffers for ``length`` bytes from ``start``, and a function that moves them on.
 
         Returns:
-            The buffers, and the function; None if the bytes are received in place. Call it, in any
-            thread, only when the bytes were verified. It must return before the chunk after the
-            next is taken.
+            The buffers, and the function; None if no byte goes through a staging buffer. Call it,
+            in any thread, after the digest of the chunk was compared. It must return before the
+            chunk after the next is taken.
 
         Raises:
             MemoryError: Memory is exhausted.

@@ -1,7 +1,8 @@
-"""Routes: copies from chunks that arrive into existing tensors.
+"""Routes: ranges of the payload that go into existing tensors, chunk by chunk.
 
 In: a strided view of a storage as the sender has it, and a tensor that may have another layout,
-dtype or device. Out: the elements in that tensor, copied chunk by chunk. ``IncomingPayload`` calls
+dtype or device. Out: the memory of that tensor, to receive into before the digest of a chunk is
+compared; or the elements in it, copied from a staging buffer afterwards. ``IncomingPayload`` calls
 the routes. A ``MismatchError`` means that the caller changed the tensor during the load.
 """
 
@@ -197,7 +198,8 @@ class Route:
         """Copy the bytes for this tensor from a staging buffer.
 
         Args:
-            buffer: Bytes of the payload, on the host, from the first byte of a storage on.
+            buffer: Bytes of the payload: a tensor on the host that begins at the first byte of
+                its own storage.
             buffer_start: Offset of the first of them in the payload.
             copier: Copies to a tensor on a device; None for the host.
         """
