@@ -1,8 +1,15 @@
-"""The last step of a staged load: the targets change, under a lock of the caller.
+"""The last step of a load: targets change, under a lock of the caller if they are staged.
 
-Async and blocking loads call it when all of a message has arrived and the stream was released.
-Either the call returns and all targets have changed, or it raises and none has: any error of the
-change or the lock, a cancellation and an interrupt lead to ``Commit.undo``.
+Async and blocking loads call it when all of a message has arrived and the stream was released. If
+it returns, the change is complete. Any error of the change or the lock, a cancellation and an
+interrupt lead to ``Commit.undo`` and ``Commit.restore``, and the call raises:
+
+- In a staged load, no target has changed: tensors, and the other entries of modules, are as before.
+- Other loads have a commit for composite targets and for entries that modules load
+  (``WithModules``). Only these are as before. All other targets were overwritten before the
+  commit, and keep the new numbers.
+
+If entries or composite targets cannot be restored, a ``MismatchError`` names them.
 """
 
 from __future__ import annotations
@@ -28,7 +35,7 @@ _FREED_AT_ONCE = 1000
 
 
 class Commit(Protocol):
-    """A change of many tensors, all or none of it; see ``memory.atomic``.
+    """The change that remains when a message has arrived; see ``atomic`` and ``module_commit``.
 
     Attributes:
         needs_prepare: Whether ``prepare`` has anything to do.
@@ -63,7 +70,7 @@ class Commit(Protocol):
 
 
 async def apply_commit(commit: Commit, lock: AbstractAsyncContextManager[Any] | None) -> None:
-    """Change the targets of a message: all of them, or none if this raises.
+    """Make the change; if this raises, the change was undone, as the head of this module says.
 
     An error of the lock's release, or a native cancellation during it, comes after the change:
     then it is undone without the lock.
@@ -149,8 +156,9 @@ async def _undo(commit: Commit) -> None:
     try:
         await run_in_thread(commit.undo, to_its_end=True)
     finally:
-        # This has an effect only if no thread could be started.
+        # This has an effect only if the thread could not be started, or did not undo everything.
         commit.undo()
+        # This runs here only: modules load their earlier entries in the caller's thread.
         commit.restore()
 
 
