@@ -50,7 +50,7 @@ class Commit(Protocol):
     def tables(self) -> list[list[Any]]:
         """Lists that have no more use once the change is made, or undone."""
 
-    def note(self) -> None:
+    def keep_state(self) -> None:
         """Keep the state that ``restore`` needs; called first, in the caller's thread."""
 
     def prepare(self) -> None:
@@ -83,7 +83,7 @@ async def apply_commit(commit: Commit, lock: AbstractAsyncContextManager[Any] | 
     try:
         async with contextlib.nullcontext() if lock is None else _Lock(lock):
             try:
-                commit.note()
+                commit.keep_state()
                 # If a step is interrupted, the changes made by then are undone.
                 if commit.needs_prepare:
                     await run_in_thread(commit.prepare)
@@ -168,7 +168,7 @@ def apply_commit_blocking(commit: Commit, lock: AbstractContextManager[Any] | No
     try:
         with contextlib.nullcontext() if lock is None else lock:
             try:
-                commit.note()
+                commit.keep_state()
                 if commit.needs_prepare:
                     commit.prepare()
                 commit.apply()

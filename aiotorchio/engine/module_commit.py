@@ -37,10 +37,10 @@ class WithModules:
         """Tables of the change of the tensors."""
         return [] if self._tensors is None else self._tensors.tables
 
-    def note(self) -> None:
+    def keep_state(self) -> None:
         """Keep the state of the modules, before the tensors change."""
         for load in self._loads:
-            load.note()
+            load.keep_state()
 
     def prepare(self) -> None:
         """Prepare the change of the tensors."""
@@ -63,7 +63,7 @@ class WithModules:
             self._tensors.undo()
 
     def restore(self) -> None:
-        """Let the modules load the state that ``note`` has kept, after ``undo``.
+        """Let the modules load the state that ``keep_state`` has kept, after ``undo``.
 
         Raises:
             MismatchError: Modules refuse their earlier state; the text names them all.

@@ -153,7 +153,7 @@ class ModuleLoad:
         """Whether there are submodules to load."""
         return bool(self._paths)
 
-    def note(self) -> None:
+    def keep_state(self) -> None:
         """Keep the entries of submodules other than tensors; call it before these change."""
         with self._refusing(""):
             self._before, self._versions = self._current()

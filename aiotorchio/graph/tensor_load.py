@@ -171,7 +171,7 @@ class TensorLoad:
                 ) from error
             yield
 
-    def note(self) -> None:
+    def keep_state(self) -> None:
         """Do nothing: ``steps`` keeps the earlier numbers when it copies."""
 
     def restore(self) -> None:

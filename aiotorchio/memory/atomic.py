@@ -101,8 +101,8 @@ class Exchange:
             self._done.append((destination, shadow))
             self._half = None
 
-    def note(self) -> None:
-        """Do nothing: ``apply`` has noted the change."""
+    def keep_state(self) -> None:
+        """Do nothing: ``restore`` needs no state."""
 
     def finish(self) -> Iterator[None]:
         """Do nothing: ``apply`` has done all of the work."""
@@ -317,8 +317,8 @@ class BufferSwap:
     def _pairs_now(self) -> list[tuple[torch.UntypedStorage, torch.UntypedStorage]]:
         return [(other, front) for front, other in self._pairs]
 
-    def note(self) -> None:
-        """Do nothing: ``apply`` has noted the change."""
+    def keep_state(self) -> None:
+        """Do nothing: ``restore`` needs no state."""
 
     def finish(self) -> Iterator[None]:
         """Do nothing: ``apply`` has done all of the work."""
