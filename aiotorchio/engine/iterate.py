@@ -175,7 +175,7 @@ class TensorStream:
         payload, finish, header = begun.payload, begun.finish, self._message.header
         selection, composites = finish.match.selection, finish.match.composites
 
-        def gather() -> tuple[list[tuple[int, list[int]]], list[torch.UntypedStorage | None]]:
+        def take_ready() -> tuple[list[tuple[int, list[int]]], list[torch.UntypedStorage | None]]:
             ready, found = [], []
             while self._ready(begun.waiting):
                 check_interrupt()
@@ -211,7 +211,7 @@ class TensorStream:
         # ready at once.
         small = self._inline and not composites.names
         inline = small and finish.nbytes <= INLINE_NBYTES
-        ready, found = yield from work(gather, inline=inline)
+        ready, found = yield from work(take_ready, inline=inline)
         if finish.relocates:
             # Not in a worker thread: a callable map_location is the caller's code.
             numbers = (index for index, _ in ready)

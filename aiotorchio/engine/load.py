@@ -191,7 +191,7 @@ class _Load:
         if move is not None:
             yield Work(move)
 
-        def gather() -> list[torch.UntypedStorage | None]:
+        def complete() -> list[torch.UntypedStorage | None]:
             payload.check()
             # Again: code that read the targets meanwhile has old and new numbers.
             finish.note_change()
@@ -201,7 +201,7 @@ class _Load:
             return storages
 
         inline = inline and finish.nbytes <= INLINE_NBYTES
-        storages: list[torch.UntypedStorage | None] = yield from work(gather, inline=inline)
+        storages: list[torch.UntypedStorage | None] = yield from work(complete, inline=inline)
         if finish.relocates:
             # Not in a worker thread: a callable map_location is the caller's code.
             items = enumerate(storages)

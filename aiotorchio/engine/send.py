@@ -124,7 +124,7 @@ class Sending:
                 buffers += yield from work(self._compose_end, inline=self._is_small)
             self._state = _State.ENDED if last and not payload.borrows else _State.OPEN
             upcoming = None if last else functools.partial(self._compose, index + 1)
-            # Gathering and copying from a device take long: they overlap with the chunk before.
+            # Gathering, joining and device copies take long: they overlap with the chunk before.
             frame = yield Send(
                 buffers,
                 background=upcoming if in_thread else None,

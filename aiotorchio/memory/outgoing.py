@@ -43,7 +43,7 @@ def needs_device_copy(device: torch.device) -> bool:
 
 
 class OutgoingPayload:
-    """The chunks of a payload, as views of the storages; small storages are copied together.
+    """The chunks of a payload, as views of the storages; small neighbours are joined by a copy.
 
     Args:
         storages: The storages, in the order of the header.
@@ -57,8 +57,9 @@ class OutgoingPayload:
 
     Attributes:
         has_device_copies: Whether any storage needs device copies.
-        has_gathered: Whether elements have to be gathered, which takes microseconds a piece.
-        small: Number of storages and parts that are small enough to be copied together.
+        has_gathered: Whether strided elements have to be gathered, which takes microseconds a
+            piece.
+        small: Number of storages and parts that are small enough to be joined.
         borrows: Whether the last chunk has views of storages on the host.
     """
 
@@ -155,9 +156,9 @@ class OutgoingPayload:
                 self._copy_of(index, position - first, last - first)(bytes_of(gathered), Here())
                 yield view_of(gathered)
             elif self._small[index]:
-                gathered_view = self._gather(index, position, end)
-                last = position + len(gathered_view)
-                yield gathered_view
+                joined = self._join_small(index, position, end)
+                last = position + len(joined)
+                yield joined
             else:
                 self.borrows = True
                 at = self._firsts[index] - first
@@ -190,14 +191,14 @@ class OutgoingPayload:
             )
         return storage
 
-    def _gather(self, index: int, start: int, end: int) -> memoryview:
+    def _join_small(self, index: int, start: int, end: int) -> memoryview:
         """Copy a run of small pieces, and the padding between them, into one block of memory."""
         stop = index
         while stop < len(self._starts) and self._small[stop] and self._starts[stop] < end:
             stop += 1
         length = min(self._ends[stop - 1], end) - start
-        gathered = torch.UntypedStorage(length)
-        view, address = view_of(gathered), gathered.data_ptr()
+        joined = torch.UntypedStorage(length)
+        view, address = view_of(joined), joined.data_ptr()
         position = start
         # Local names are faster: a chunk of small storages takes thousands of turns.
         starts, ends, firsts = self._starts, self._ends, self._firsts

@@ -37,7 +37,7 @@ class SnapshotPayload:
     Attributes:
         has_device_copies: Whether any bytes are on a device.
         has_gathered: False: elements were gathered when they were copied.
-        small: 0: small storages were gathered when they were copied.
+        small: 0: small storages were joined when they were copied.
         borrows: False: no chunk shows the caller's memory.
     """
 

@@ -59,7 +59,7 @@ class StreamedPayload:
         """
         views: list[memoryview] = []
         buffer, memory = self._staging_buffers.take()
-        position, gathered, end = start, start, start + length
+        position, taken_up_to, end = start, start, start + length
         while position < end:
             if self._tensor is None:
                 self._tensor = yield
@@ -84,13 +84,13 @@ class StreamedPayload:
                 # A copy, so that this tensor is free before the next one is made.
                 buffer[position - start : following - start] = _bytes_of(self._tensor)[part]
             else:
-                views += [memory[gathered - start : position - start]] * (gathered < position)
+                views += [memory[taken_up_to - start : position - start]] * (taken_up_to < position)
                 views.append(_view_of(self._tensor)[part])
-                gathered = following
+                taken_up_to = following
             position = following
             if position == last:
                 self._next()
-        views += [memory[gathered - start : end - start]] * (gathered < end)
+        views += [memory[taken_up_to - start : end - start]] * (taken_up_to < end)
         return views
 
     def _next(self) -> None:
