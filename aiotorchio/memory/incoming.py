@@ -5,8 +5,9 @@ each chunk, a function that copies the chunk on, and the storages at the end. A 
 means that the caller changed a target during the load, a ``MemoryError`` that memory is exhausted.
 
 A byte of the payload goes into a new storage, straight into an existing tensor, or into a staging
-buffer from which it is copied; or it is dropped. A chunk with parts of many small storages goes
-through a staging buffer as a whole: this bounds the number of its buffers.
+buffer from which it is copied; or it is dropped. Small storages of the host that follow each other
+share one block of memory, an arena. A chunk with parts of many small storages goes through a
+staging buffer as a whole: this bounds the number of its buffers.
 
 Bytes that go straight into an existing tensor are in it before the digest of their chunk is
 compared, so a wrong chunk leaves that tensor damaged. (The tensors of a staged load are shadows.)
@@ -36,7 +37,8 @@ from aiotorchio.memory.routes import Route
 
 __all__ = ["IncomingPayload"]
 
-# The most memory that one small storage keeps alive after its neighbours are freed.
+# The most bytes of an arena, all of which one of its storages keeps alive after the others are
+# freed.
 ARENA_MAX = 4 * 2**20
 # Storages begin at multiples of this; the padding between two of them is shorter.
 _PADDING_MAX = 64
@@ -50,7 +52,7 @@ _slice_of = super(torch.UntypedStorage, torch.UntypedStorage).__getitem__
 
 @dataclass(slots=True)
 class _Region:
-    """A range of the payload that becomes one block of memory: one storage, or an arena."""
+    """A range of the payload that becomes one block of memory: one storage, or an arena of many."""
 
     start: int
     end: int
@@ -235,26 +237,60 @@ class IncomingPayload:
                 views.append(self._between(buffer, slice(position - start, region.start - start)))
                 position = region.start
             stop = min(region.end, end)
-            at = slice(position - start, stop - start)
             if isinstance(region, Route):
-                region.check()
-                views.append(region.view(position, stop))
+                views.append(region.checked_view(position, stop))
             elif region.device.type == "meta":
-                views.append(self._scratch()[at])
+                views.append(self._dropped_view(position - start, stop - start))
             elif self._needs_device_copy(region.device):
                 buffer = buffer or self._staging_buffers.take()
-                within = slice(position - region.start, stop - region.start)
-                moves.append((bytes_of(self._storage_of(region))[within], buffer[0][at]))
-                views.append(buffer[1][at])
+                view, move = self._staged_view(region, position, stop, buffer, start)
+                views.append(view)
+                moves.append(move)
             else:
-                view = self._view_of(region, start)
-                views.append(view[position - region.start : stop - region.start])
+                views.append(self._host_view(region, position, stop, start))
             position = stop
         if position < end:
             views.append(self._between(buffer, slice(position - start, end - start)))
         if buffer is None:
             return views, None
         return views, self._mover(buffer[0][:length], start, moves, scattered, routes)
+
+    def _dropped_view(self, start: int, stop: int) -> memoryview:
+        """Return memory for bytes that are dropped: a range of a chunk."""
+        if self._dropped is None:
+            self._dropped = scratch(self._chunk_size)
+        return self._dropped[start:stop]
+
+    def _staged_view(
+        self,
+        region: _Region,
+        start: int,
+        stop: int,
+        buffer: tuple[torch.Tensor, memoryview],
+        buffer_start: int,
+    ) -> tuple[memoryview, tuple[torch.Tensor, torch.Tensor]]:
+        """Return memory in a staging buffer for bytes of a storage on a device, and their copy."""
+        at = slice(start - buffer_start, stop - buffer_start)
+        storage = bytes_of(self._storage_of(region))
+        return buffer[1][at], (storage[start - region.start : stop - region.start], buffer[0][at])
+
+    def _host_view(self, region: _Region, start: int, stop: int, arrived: int) -> memoryview:
+        """Return the memory itself of a range of a storage or an arena on the host."""
+        if region.view is None:
+            region.view = view_of(self._storage_of(region))
+        # Requested only when as many bytes have arrived: the first byte in a page takes all of it.
+        if arrived >= HUGE_PAGE and not region.advised:
+            region.advised = True
+            use_huge_pages(self._storage_of(region))
+        return region.view[start - region.start : stop - region.start]
+
+    def _between(self, buffer: tuple[torch.Tensor, memoryview] | None, at: slice) -> memoryview:
+        """Return memory for bytes between regions: padding, or bytes for routes and scattering."""
+        if buffer is not None:
+            return buffer[1][at]
+        if at.stop - at.start < _PADDING_MAX:
+            return memoryview(bytearray(at.stop - at.start))
+        return self._dropped_view(at.start, at.stop)
 
     def _mover(
         self,
@@ -309,19 +345,6 @@ class IncomingPayload:
                 stop - start,
             )
 
-    def _between(self, buffer: tuple[torch.Tensor, memoryview] | None, at: slice) -> memoryview:
-        if buffer is not None:
-            return buffer[1][at]
-        if at.stop - at.start < _PADDING_MAX:
-            return memoryview(bytearray(at.stop - at.start))
-        return self._scratch()[at]
-
-    def _scratch(self) -> memoryview:
-        """Return memory for bytes that are dropped."""
-        if self._dropped is None:
-            self._dropped = scratch(self._chunk_size)
-        return self._dropped
-
     def check(self) -> None:
         """Check that every tensor of a route still has its shape and its memory.
 
@@ -369,12 +392,3 @@ class IncomingPayload:
                     f"{region.device}: {error}"
                 ) from error
         return region.storage
-
-    def _view_of(self, region: _Region, arrived: int) -> memoryview:
-        if region.view is None:
-            region.view = view_of(self._storage_of(region))
-        # Requested only when as many bytes have arrived: the first byte in a page takes all of it.
-        if arrived >= HUGE_PAGE and not region.advised:
-            region.advised = True
-            use_huge_pages(self._storage_of(region))
-        return region.view

@@ -187,8 +187,13 @@ class Route:
         if memory_state(self._tensor) != self._memory_state:
             raise moved()
 
-    def view(self, start: int, end: int) -> memoryview:
-        """Return the memory for a range of the payload, in a contiguous target on the host."""
+    def checked_view(self, start: int, end: int) -> memoryview:
+        """Return the memory for a range of the payload, in a contiguous target on the host.
+
+        Raises:
+            MismatchError: The tensor has changed; see ``check``.
+        """
+        self.check()
         if self._view is None:
             whole = view_of(self._storage)
             self._view = whole[self._first_byte : self._first_byte + self.end - self.start]

@@ -359,9 +359,9 @@ def test_the_memory_of_a_plain_tensor_is_shown_by_the_range_of_the_payload() -> 
     tensor = torch.arange(10, dtype=torch.int16)[2:8]
     route = Route(64, on_meta(torch.zeros(9, dtype=torch.int16)[3:]), tensor)
     assert (route.start, route.end) == (70, 82)
-    route.view(72, 74)[:] = b"\xff\xff"
+    route.checked_view(72, 74)[:] = b"\xff\xff"
     assert tensor.tolist() == [2, -1, 4, 5, 6, 7]
-    assert bytes(route.view(70, 82)) == bytes(raw(tensor).flatten().tolist())
+    assert bytes(route.checked_view(70, 82)) == bytes(raw(tensor).flatten().tolist())
 
 
 def test_place_is_all_that_must_stay() -> None:
