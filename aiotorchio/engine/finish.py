@@ -187,7 +187,7 @@ class Finish:
     def _revision(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the tensor that replaces one of the object; None: it is left out."""
         match = self.match
-        target = None if match.fit is None else match.fit.target_of(name, tensor)
+        target = None if match.fit is None else match.fit.receive_composite(name, tensor)
         if target is not None:
             return target
         return match.targets.get(name, tensor) if name in match.selection else None

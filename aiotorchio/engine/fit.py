@@ -64,6 +64,7 @@ class ObjectFit:
             if name in selection and name not in row_of_name:
                 composite = is_composite_target(tensor)
                 (self.composite_targets if composite else self._rowless)[name] = tensor
+        # Tensors of the object for ``composite_targets``.
         self._received: dict[str, torch.Tensor] = {}
         self.compares_object = bool(self.composite_targets) or any(
             module.other_entries for module in targets.modules
@@ -92,6 +93,7 @@ class ObjectFit:
         received = {
             name: tensor for name, tensor in named.items() if name in self.composite_targets
         }
+        # The commit is made for its MismatchError only, and is not used.
         self._make_commit(None, obj, received, unchanged=True, on_meta=True)
         self._checked_on_meta = True
 
@@ -151,8 +153,15 @@ class ObjectFit:
     def _has_target(self, name: str, rules: ModuleRules) -> bool:
         return name in self._row_of_name or name in self.composite_targets or rules.may_load(name)
 
-    def target_of(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Note a tensor of the object; return its target if ``composite_targets`` has one."""
+    def receive_composite(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Keep a tensor of the object for the commit, which copies it into its composite target.
+
+        Returns:
+            The target; None if ``composite_targets`` has none, and the tensor was not kept.
+
+        Raises:
+            MismatchError: Another tensor of the object has the same name.
+        """
         target = self.composite_targets.get(name)
         if target is not None and self._received.setdefault(name, tensor) is not tensor:
             raise MismatchError(
