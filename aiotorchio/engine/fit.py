@@ -176,22 +176,22 @@ class ObjectFit:
         return {*names, *self.composite_targets} if self.composite_targets else names
 
     def make_commit(
-        self, tensors: Exchange | BufferSwap | None, obj: Any
+        self, change: Exchange | BufferSwap | None, obj: Any
     ) -> Exchange | BufferSwap | WithModules | None:
         """Make the commit of the message.
 
         Args:
-            tensors: The change of the tensors, if they are staged.
+            change: The change of the tensors, if they are staged.
             obj: The object that was received.
 
         Raises:
             MismatchError: The object does not fit.
         """
-        return self._make_commit(tensors, obj, self._received, unchanged=tensors is not None)
+        return self._make_commit(change, obj, self._received, unchanged=change is not None)
 
     def _make_commit(
         self,
-        tensors: Exchange | BufferSwap | None,
+        change: Exchange | BufferSwap | None,
         obj: Any,
         received: Mapping[str, torch.Tensor],
         *,
@@ -204,5 +204,5 @@ class ObjectFit:
         )
         names = [*self._row_of_name, *self._filled_by_others]
         return with_modules(
-            tensors, self._targets, obj, names, self._selection, composite_load, staged=unchanged
+            change, self._targets, obj, names, self._selection, composite_load, staged=unchanged
         )

@@ -19,23 +19,23 @@ class WithModules:
     """The change of staged tensors, if there is one, and the loads of modules after it.
 
     Args:
-        tensors: Changes the tensors that were not received in place.
+        change: Changes the tensors that were not received in place.
         loads: One for each module that has something to load, and one for targets that are copied
             from whole tensors.
     """
 
     def __init__(
-        self, tensors: Exchange | BufferSwap | None, loads: Sequence[ModuleLoad | TensorLoad]
+        self, change: Exchange | BufferSwap | None, loads: Sequence[ModuleLoad | TensorLoad]
     ) -> None:
-        self._tensors, self._loads = tensors, loads
-        self.needs_prepare = tensors is not None and tensors.needs_prepare
-        self.is_instant = tensors is None or tensors.is_instant
-        self.shadows = [] if tensors is None else tensors.shadows
+        self._change, self._loads = change, loads
+        self.needs_prepare = change is not None and change.needs_prepare
+        self.is_instant = change is None or change.is_instant
+        self.shadows = [] if change is None else change.shadows
 
     @property
     def tables(self) -> list[list[Any]]:
         """Tables of the change of the tensors."""
-        return [] if self._tensors is None else self._tensors.tables
+        return [] if self._change is None else self._change.tables
 
     def keep_state(self) -> None:
         """Keep the state of the modules, before the tensors change."""
@@ -44,13 +44,13 @@ class WithModules:
 
     def prepare(self) -> None:
         """Prepare the change of the tensors."""
-        if self._tensors is not None:
-            self._tensors.prepare()
+        if self._change is not None:
+            self._change.prepare()
 
     def apply(self) -> None:
         """Change the tensors."""
-        if self._tensors is not None:
-            self._tensors.apply()
+        if self._change is not None:
+            self._change.apply()
 
     def finish(self) -> Iterator[None]:
         """Let the modules load the other entries."""
@@ -59,8 +59,8 @@ class WithModules:
 
     def undo(self) -> None:
         """Change the tensors back."""
-        if self._tensors is not None:
-            self._tensors.undo()
+        if self._change is not None:
+            self._change.undo()
 
     def restore(self) -> None:
         """Let the modules load the state that ``keep_state`` has kept, after ``undo``.
@@ -79,7 +79,7 @@ class WithModules:
 
 
 def with_modules(
-    tensors: Exchange | BufferSwap | None,
+    change: Exchange | BufferSwap | None,
     targets: Targets,
     received: Any,
     names: Iterable[str],
@@ -91,7 +91,7 @@ def with_modules(
     """Add the loads of modules and whole tensors to a change of tensors, if there are any.
 
     Args:
-        tensors: The change, if the tensors are staged.
+        change: The change of the tensors, if they are staged.
         targets: The targets.
         received: The object.
         names: Names of tensors that have their numbers: those of the message, and targets that
@@ -113,4 +113,4 @@ def with_modules(
             for module in modules
         ]
     loads = [load for load in loads if load.has_steps]
-    return WithModules(tensors, loads) if loads else tensors
+    return WithModules(change, loads) if loads else change
