@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.strides import order_of
 from aiotorchio.memory.atomic import BackMemory
+from aiotorchio.memory.routes import MemoryState
 from aiotorchio.overlap.conflicts import conflict
 from aiotorchio.overlap.extents import Extents, Footprint, Origin, extents_of, footprint
 from aiotorchio.wire.header import shortened
@@ -50,14 +50,14 @@ class Claim:
         self._key = object()
 
     @classmethod
-    def of_storages(cls, states: Mapping[str, Sequence[Any]]) -> Claim:
+    def of_storages(cls, states: Mapping[str, MemoryState]) -> Claim:
         """Claim the whole storages of tensors, from their ``memory_state``."""
         by_device: dict[torch.device, list[tuple[int, int, str]]] = {}
-        names = {state[:2]: name for name, state in states.items()}
-        for name in names.values():
-            address, nbytes, _, device = states[name][:4]
+        names = {(state.address, state.storage_nbytes): name for name, state in states.items()}
+        for (address, nbytes), name in names.items():
             if nbytes:
-                by_device.setdefault(device, []).append((address, address + nbytes, name))
+                extent = (address, address + nbytes, name)
+                by_device.setdefault(states[name].device, []).append(extent)
         extents = {device: Extents(found) for device, found in by_device.items()}
         return cls(extents, lambda name: _storage_at(states[name]))
 
@@ -140,7 +140,7 @@ class HeldClaims:
         self,
         back: BackMemory | None,
         tensors: Mapping[str, torch.Tensor],
-        memory_states: Mapping[str, Sequence[Any]],
+        memory_states: Mapping[str, MemoryState],
         extents: Mapping[torch.device, Extents[str]],
     ) -> None:
         """Keep other loads away from the targets until ``release``.
@@ -166,8 +166,9 @@ class HeldClaims:
         # Before the claim, the swap of another load may have moved tensors to other memory.
         claimed = (extent for each in extents.values() for extent in each)
         for start, _, name in interruptible(claimed):
-            address, _, offset, _, dtype = memory_states[name][:5]
-            if not (start == address + offset * dtype.itemsize == tensors[name].data_ptr()):
+            state = memory_states[name]
+            first = state.address + state.offset * state.dtype.itemsize
+            if not start == first == tensors[name].data_ptr():
                 raise _busy(name)
 
     def release(self) -> None:
@@ -190,18 +191,18 @@ def has_neighbours(tensors: Mapping[str, torch.Tensor]) -> bool:
     return Claim(extents, lambda name: footprint(plain[name])).is_near_another()
 
 
-def _memory_at(state: Sequence[Any]) -> Footprint:
-    """Return the memory of a tensor, from its ``memory_state``."""
-    address, _, offset, _, dtype, shape, stride = state
-    start = address + offset * dtype.itemsize
-    end = start + order_of(shape, stride).extent * dtype.itemsize
-    return Footprint(start, end, dtype.itemsize, shape, stride)
+def _memory_at(state: MemoryState) -> Footprint:
+    """Return the memory of a tensor."""
+    itemsize = state.dtype.itemsize
+    start = state.address + state.offset * itemsize
+    end = start + order_of(state.shape, state.stride).extent * itemsize
+    return Footprint(start, end, itemsize, state.shape, state.stride)
 
 
-def _storage_at(state: Sequence[Any]) -> Footprint:
+def _storage_at(state: MemoryState) -> Footprint:
     """Return the memory of the whole storage of a tensor."""
-    address, nbytes = state[:2]
-    return Footprint(address, address + nbytes, 1, (nbytes,), (1,))
+    nbytes = state.storage_nbytes
+    return Footprint(state.address, state.address + nbytes, 1, (nbytes,), (1,))
 
 
 if hasattr(os, "register_at_fork"):

@@ -29,12 +29,14 @@ from aiotorchio.memory.byteorder import swap_bytes
 from aiotorchio.memory.incoming import IncomingPayload
 from aiotorchio.memory.routes import (
     Comparison,
+    MemoryState,
     Route,
     copy_elements,
-    memory_of,
+    has_state,
     memory_state,
     moved,
     same_elements,
+    tie_key,
 )
 from aiotorchio.wire.header import META_LOCATION
 
@@ -53,7 +55,7 @@ class DeferredCopy(NamedTuple):
 
     row: int
     target: torch.Tensor
-    memory_state: object
+    memory_state: MemoryState
     error: Callable[[], Exception] | None
 
 
@@ -110,7 +112,7 @@ class Finish:
         rows, copier = self.context.header.tensors, self.context.copier
         for index, target, expected, error in self.deferred:
             check_interrupt()
-            if memory_state(target) != expected:
+            if not has_state(target, expected):
                 raise moved()
             row = rows[index]
             storage = storages[row.storage]
@@ -233,7 +235,7 @@ def _change(context: LoadContext, match: Match) -> Exchange | BufferSwap | None:
     if targets is None:
         return None
     tensors = list(match.targets.values())
-    if [memory_state(tensor) for tensor in tensors] != list(match.memory_states.values()):
+    if not all(map(has_state, tensors, match.memory_states.values())):
         raise moved()
     if targets.back is not None:
         everything = [each for each in targets.tensors.values() if has_memory(each)]
@@ -271,7 +273,7 @@ def _routes(
         for row, name in ((n, name) for n in rows.targeted for name in names_of_row[n]):
             tensor, error = receivers[name], None
             copied = compared_with.get(name)
-            if copied is not None and memory_of(receivers[copied]) == memory_of(tensor):
+            if copied is not None and tie_key(receivers[copied]) == tie_key(tensor):
                 error = partial(differ, name, copied, staged=staged)
             if is_made:
                 deferred.append(DeferredCopy(row, tensor, memory_state(tensor), error))

@@ -21,7 +21,15 @@ from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.common.strides import boxes, order_of
 from aiotorchio.memory.device_copy import Copier, bytes_of
 from aiotorchio.memory.host import first_byte
-from aiotorchio.memory.routes import CARRIERS, alias, copy_elements, memory_of, memory_state, moved
+from aiotorchio.memory.routes import (
+    CARRIERS,
+    alias,
+    copy_elements,
+    has_state,
+    memory_state,
+    moved,
+    tie_key,
+)
 
 __all__ = ["BackMemory", "BufferSwap", "Exchange", "note_change"]
 
@@ -41,10 +49,10 @@ class _MemoryStates:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
-        self.each: list[Any] = [memory_state(tensor) for tensor in tensors]
+        self.each = [memory_state(tensor) for tensor in tensors]
 
     def check(self) -> None:
-        if [memory_state(tensor) for tensor in self._tensors] != self.each:
+        if not all(map(has_state, self._tensors, self.each)):
             raise moved()
 
 
@@ -68,7 +76,7 @@ class Exchange:
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.shadows = []
         for tensor in interruptible(tensors, 100):
-            memory = memory_of(tensor)
+            memory = tie_key(tensor)
             if memory not in made:
                 made[memory] = _like(tensor)
                 if tensor.numel():
@@ -267,7 +275,7 @@ class BufferSwap:
         gaps = {_key(each.untyped_storage()) for each in received if not _range(each)}
         scattered: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
         for each in received:
-            key, memory = _key(each.untyped_storage()), memory_of(each)
+            key, memory = _key(each.untyped_storage()), tie_key(each)
             view = _over(each, back[key])
             if key in gaps:
                 # One pair for tied tensors, at the place of the last one.
