@@ -271,14 +271,15 @@ class BufferSwap:
         self._before = [_shown(each, each.untyped_storage()) for each in self._tensors]
         self._after = [_shown(each, back[_key(each.untyped_storage())]) for each in self._tensors]
         self.shadows = []
-        # A tensor with gaps gets a separate shadow, since its gaps hold other bytes.
-        gaps = {_key(each.untyped_storage()) for each in received if not _range(each)}
+        # The storages of tensors with gaps. Tensors over them get separate shadows, since the gaps
+        # hold other bytes.
+        gapped = {_key(each.untyped_storage()) for each in received if not _range(each)}
         scattered: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
         for each in received:
             key, memory = _key(each.untyped_storage()), tie_key(each)
             view = _over(each, back[key])
-            if key in gaps:
-                # One pair for tied tensors, at the place of the last one.
+            if key in gapped:
+                # One pair for tied tensors, at the place of the last one, as if each were copied.
                 pair = scattered.pop(memory) if memory in scattered else (view, _like(each))
                 scattered[memory], view = pair, pair[1]
             self.shadows.append(view)
@@ -288,7 +289,7 @@ class BufferSwap:
         self._rest = [
             (bytes_of(back[key])[start:end], bytes_of(front)[start:end])
             for key, front in fronts.items()
-            for start, end in _gaps(covered[key], front.nbytes())
+            for start, end in _missing_ranges(covered[key], front.nbytes())
         ]
         self.needs_prepare = bool(self._rest or self._scattered)
         self._note, self._copier = note, copier
@@ -382,7 +383,7 @@ def _range(tensor: torch.Tensor) -> list[tuple[int, int]]:
     return [(start, start + order.extent * tensor.element_size())] if order.dense else []
 
 
-def _gaps(ranges: list[tuple[int, int]], nbytes: int) -> Iterator[tuple[int, int]]:
+def _missing_ranges(ranges: list[tuple[int, int]], nbytes: int) -> Iterator[tuple[int, int]]:
     """Yield the ranges of the first ``nbytes`` bytes that are in none of the given ranges."""
     reached = 0
     for start, end in [*sorted(ranges), (nbytes, nbytes)]:
