@@ -6,7 +6,7 @@ import functools
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,21 @@ __all__ = ["NamedTensors", "TensorStream"]
 NamedTensors = list[tuple[str, torch.Tensor]]
 
 
+class _Waiting(NamedTuple):
+    """A storage that was not received yet, and the tensors that are made of it.
+
+    Attributes:
+        end: The first byte of the payload after it. A storage without bytes has the end of the
+            storage before it.
+        storage: Its number; -1 stands for composite tensors that need no storage.
+        rows: The selected rows that show it.
+    """
+
+    end: int
+    storage: int
+    rows: list[int]
+
+
 @dataclass(frozen=True, slots=True)
 class _Begun:
     """A message whose skeleton has arrived, and whose payload has a place.
@@ -38,13 +53,12 @@ class _Begun:
     Attributes:
         payload: Takes the chunks.
         finish: The steps after each storage.
-        waiting: For each storage in the order of the wire: the first byte of the payload after it,
-            its number, and the rows that show it.
+        waiting: The storages that are needed, in the order of the wire.
     """
 
     payload: IncomingPayload
     finish: Finish
-    waiting: deque[tuple[int, int, list[int]]]
+    waiting: deque[_Waiting]
 
 
 class TensorStream:
@@ -128,14 +142,12 @@ class TensorStream:
         payload, finish = yield from work(ready, inline=self._inline)
         return _Begun(payload, finish, waiting)
 
-    def _decide(
-        self, composites: Composites | None
-    ) -> tuple[Match, Placement, deque[tuple[int, int, list[int]]]]:
+    def _decide(self, composites: Composites | None) -> tuple[Match, Placement, deque[_Waiting]]:
         match = match_names(self._context, composites)
         placement = place(self._context, match)
         return match, placement, self._waiting(match)
 
-    def _waiting(self, match: Match) -> deque[tuple[int, int, list[int]]]:
+    def _waiting(self, match: Match) -> deque[_Waiting]:
         """Sort the needed storages by the byte that completes them."""
         header, layout = self._context.header, self._context.layout
         selection, composites = match.selection, match.composites
@@ -153,23 +165,23 @@ class TensorStream:
         for index, row in interruptible(enumerate(header.tensors)):
             if any(name in selection for name in row.names):
                 rows_of.setdefault(row.storage, []).append(index)
-        waiting: deque[tuple[int, int, list[int]]] = deque()
-        # A storage without bytes is whole as soon as the one before it.
+        waiting: deque[_Waiting] = deque()
         end = 0
         if composites.without_storages:
-            waiting.append((0, -1, []))
+            # These need no byte of the payload.
+            waiting.append(_Waiting(end, -1, []))
         for storage in interruptible(range(len(header.storages))):
             if storage not in rows_of and storage not in composites.storages:
                 continue
             if layout.nbytes[storage]:
                 end = layout.offsets[storage] + layout.nbytes[storage]
-            waiting.append((end, storage, rows_of.get(storage, [])))
+            waiting.append(_Waiting(end, storage, rows_of.get(storage, [])))
         return waiting
 
-    def _ready(self, waiting: deque[tuple[int, int, list[int]]]) -> bool:
+    def _ready(self, waiting: deque[_Waiting]) -> bool:
         message = self._message
         received = (message.layout.chunks - message.chunks_left) * message.layout.chunk_size
-        return bool(waiting) and waiting[0][0] <= received
+        return bool(waiting) and waiting[0].end <= received
 
     def _take(self, begun: _Begun) -> Generator[Request, Any, NamedTensors]:
         payload, finish, header = begun.payload, begun.finish, self._message.header
