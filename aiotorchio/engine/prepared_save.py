@@ -41,7 +41,8 @@ class ReadyMessage:
         flattened: The header, the skeleton and the storages.
         layout: The layout of the payload.
         payload: The source of the chunks.
-        watched: Whether the caller may change the tensors while they are sent.
+        watched: Whether version counters are compared before the end frame, because the bytes come
+            from the storages themselves, and not from a copy.
     """
 
     flattened: Flattened

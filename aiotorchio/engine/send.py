@@ -92,7 +92,7 @@ class Sending:
     ) -> None:
         self._ready, self._composer, self._progress = ready, composer, progress
         self._payload, self._layout = ready.payload, ready.layout
-        # The opening travels with the first chunk.
+        # The opening travels with the first chunk, or with the end frame if there is no chunk.
         self._unsent = opening
         self._state = _State.UNSENT
         self._nbytes = 0
@@ -109,7 +109,11 @@ class Sending:
         return cls(ready, composer, opening, save.options.progress)
 
     def chunks(self) -> Generator[Request, Any, None]:
-        """Send the chunks, and the end frame with the last one if its bytes cannot change."""
+        """Send the chunks, and with any chunk the end frame, too.
+
+        The end frame travels with the last chunk if the bytes of that cannot change, otherwise
+        after it. ``progress`` reports the last chunk only when the end frame was sent.
+        """
         payload, layout = self._payload, self._layout
         in_thread = payload.has_device_copies or payload.has_gathered or payload.small > INLINE_ROWS
         frame: list[Buffer] = []
@@ -139,7 +143,7 @@ class Sending:
                 frame = upcoming()
 
     def finish(self) -> Generator[Request, Any, None]:
-        """Send the end frame, unless it was sent with the last chunk."""
+        """Send the end of a message without chunks; ``chunks`` has sent that of any other."""
         if self._state is _State.ENDED:
             return
         end = yield from work(self._compose_end, inline=self._is_small)

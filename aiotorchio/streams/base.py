@@ -46,7 +46,8 @@ class Endpoint:
     Attributes:
         in_message: Whether the stream is inside a message: a call that stops now poisons it. The
             adapter sets it when it moves bytes, its driver clears it at the end of a message.
-        time_budget: The time budget of the peer; None if there is none. Set by the driver.
+        time_budget: The time budget of the peer; None if there is none. The public function sets
+            it, the driver begins and ends its waits.
         failure: The error of a failed send, after which nothing more can be sent.
     """
 
