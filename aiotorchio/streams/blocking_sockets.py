@@ -20,7 +20,7 @@ from aiotorchio.streams.base import HELD_MAX, PIECE_SIZE, Cursor, coalesce
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.sockets import TURN_SIZE
 
-__all__ = ["is_one_way", "open_blocking_socket"]
+__all__ = ["one_call_at_a_time", "open_blocking_socket"]
 
 T = TypeVar("T")
 
@@ -41,11 +41,11 @@ def open_blocking_socket(sock: socket.socket) -> BlockingStream:
     """
     if not sock.getblocking():
         raise ValueError("the socket must be blocking: call setblocking(True) first")
-    return _TimedSocket(sock) if is_one_way(sock) else _PlainSocket(sock)
+    return _TimedSocket(sock) if one_call_at_a_time(sock) else _PlainSocket(sock)
 
 
-def is_one_way(stream: object) -> bool:
-    """Whether a stream is a socket that only one call at a time can use, in either direction.
+def one_call_at_a_time(stream: object) -> bool:
+    """Whether a stream is a socket that only one call at a time can use, a save or a load.
 
     A call on it sets the timeout, which both directions share: TLS waits inside its calls.
     """
@@ -131,7 +131,7 @@ class _PlainSocket(_BlockingSocket):
 
 
 class _TimedSocket(_BlockingSocket):
-    """Sets the timeout of the socket; see ``is_one_way``."""
+    """Sets the timeout of the socket; see ``one_call_at_a_time``."""
 
     def _read_into(self, view: memoryview) -> int:
         return self._timed(self._file.recv_into, view)

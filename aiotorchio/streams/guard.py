@@ -15,7 +15,7 @@ from weakref import ref
 from aiotorchio.errors import StreamBusy, StreamPoisoned
 from aiotorchio.streams.base import Sink, Source
 from aiotorchio.streams.blocking import BlockingStream
-from aiotorchio.streams.blocking_sockets import is_one_way
+from aiotorchio.streams.blocking_sockets import one_call_at_a_time
 from aiotorchio.streams.identity import IdentityTable
 
 __all__ = ["exclusive"]
@@ -41,7 +41,8 @@ _states: IdentityTable[dict[Direction, _State]] = IdentityTable()
 
 
 def _state(stream: Any, direction: Direction) -> _State:
-    if is_one_way(stream):
+    if one_call_at_a_time(stream):
+        # Saves and loads share one state, so that each refuses the other.
         direction = "load"
     try:
         states = _states.setdefault(stream, {})
@@ -75,7 +76,7 @@ def exclusive(
     state.calls.append(claim)
     try:
         if next(each for each in list(state.calls) if each() is not None) is not claim:
-            what = "call" if is_one_way(stream) else direction
+            what = "call" if one_call_at_a_time(stream) else direction
             raise StreamBusy(
                 f"another {what} is using this stream: await it first, or use another stream"
             )
