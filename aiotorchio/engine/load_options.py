@@ -89,8 +89,8 @@ class LoadOptions(IterateOptions):
 
     Attributes:
         pickle_module: None becomes ``pickle``.
-        restricted: Whether pickles are rebuilt from the allowlist only: ``weights_only``, unless
-            the environment forces it.
+        restricted: Whether pickles are rebuilt from the allowlist only: ``weights_only``, or True
+            if the environment forces it.
         targets: The tensors and modules of ``into``.
 
     Raises:
@@ -121,7 +121,12 @@ class LoadOptions(IterateOptions):
         if self.restricted and self.pickle_module is not None:
             raise ValueError(
                 "Can not safely load weights when explicit pickle_module is specified: "
-                "weights_only=True would not use it"
+                + (
+                    "weights_only=True, the default, does not use a pickle_module"
+                    if weights_only
+                    else "the environment variable TORCH_FORCE_WEIGHTS_ONLY_LOAD forces "
+                    "weights_only=True, which does not use a pickle_module"
+                )
             )
         if self.pickle_module is None:
             _set(self, "pickle_module", pickle)
