@@ -127,6 +127,7 @@ class TimeBudget:
     def error(self) -> TransferTimeout:
         """Make the error for a missed deadline."""
         now = self._clock()
+        idle = now - self._moved_at
         if not self._started:
             text = f"no message began within {self._start_timeout:g} s (Limits.start_timeout)"
         elif now >= self._handshake_end:
@@ -134,8 +135,12 @@ class TimeBudget:
                 f"the header was not complete {self._handshake_timeout:g} s after the first byte "
                 "(Limits.handshake_timeout)"
             )
-        elif now - self._moved_at >= self._timeout / 2:
-            text = f"no byte moved for {now - self._moved_at:.2f} s (Limits.{self._limit})"
+        # Waits for slow bytes and the last wait, without a byte, have used up the time budget
+        # together: the error names the longer of the two.
+        elif idle >= self._timeout / 2:
+            text = f"no byte moved for {idle:.2f} s (Limits.{self._limit})"
+            if idle < 0.99 * self._timeout:
+                text += f", and slow bytes before had used up the rest of {self._timeout:g} s"
         else:
             text = (
                 f"fewer than {self._least_rate} bytes a second moved (Limits.least_rate), and "

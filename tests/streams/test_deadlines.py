@@ -48,6 +48,19 @@ def test_silence_uses_it_up(clock: Clock) -> None:
     assert isinstance(error, TransferTimeout)
 
 
+def test_slow_bytes_and_silence_use_it_up_together(clock: Clock) -> None:
+    budget = load(clock)
+    budget.begin()
+    for seconds in (4, 6.01):
+        budget.moved(1)
+        clock.now += seconds
+    assert budget.left() <= 0
+    assert str(budget.error()) == (
+        "no byte moved for 6.01 s (Limits.idle_timeout), and slow bytes before had used up the "
+        "rest of 10 s (at byte 2)"
+    )
+
+
 def test_bytes_give_time_back(clock: Clock) -> None:
     budget = load(clock)
     budget.begin()
