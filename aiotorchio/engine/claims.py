@@ -152,7 +152,8 @@ class HeldClaims:
             extents: Their memory, by device.
 
         Raises:
-            RuntimeError: Another load is using the ``DoubleBuffer``, or receiving into a target.
+            RuntimeError: Another load is using the ``DoubleBuffer``, or receiving into a target;
+                or a target got other memory while this load began.
         """
         if back is not None:
             back.claim()
@@ -169,7 +170,10 @@ class HeldClaims:
             state = memory_states[name]
             first = state.address + state.offset * state.dtype.itemsize
             if not start == first == tensors[name].data_ptr():
-                raise _busy(name)
+                raise RuntimeError(
+                    f"{shortened(name)!r} got other memory while this load began, from another "
+                    "load or from the caller: load again"
+                )
 
     def release(self) -> None:
         """Let other loads receive into the targets; without effect if there is no claim."""

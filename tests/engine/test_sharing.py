@@ -630,7 +630,8 @@ def test_loads_in_many_threads_into_the_same_tensors(mode: str) -> None:
     for thread in threads:
         thread.join()
     assert len(outcomes) == 80
-    assert all(each is None or "another load is receiving into" in str(each) for each in outcomes)
+    refusals = ("another load is receiving into", "got other memory while this load began")
+    assert all(each is None or any(text in str(each) for text in refusals) for each in outcomes)
     assert None in outcomes
     corpus.assert_same(into, VALUES)
 
@@ -651,7 +652,7 @@ def test_a_swap_between_the_first_look_and_the_claim(
 
     monkeypatch.setattr(Claim, "make", make_after_a_swap)
     other = encoded({name: -each for name, each in VALUES.items()})
-    with pytest.raises(RuntimeError, match="another load is receiving into"):
+    with pytest.raises(RuntimeError, match="got other memory while this load began"):
         load(other, **into_options(mode, dict(into)))
     assert not claims
     corpus.assert_same(into, VALUES)
