@@ -204,7 +204,9 @@ def leaves_of(
     Args:
         obj: An object of dicts, lists, tuples and other mappings.
         kind: The class of the items.
-        unknown: Whether a key has no text, so that the items below it have no path.
+        unknown: Whether a key has no text, so that the items below it have no path. A single such
+            key also drops all further places, which ``SharedContainers`` would name without
+            leaving out the items below these keys.
         text_max: The limit for the characters of all paths together; by default ``TEXT_MAX``.
 
     Raises:
@@ -244,6 +246,7 @@ def leaves_of(
             else:
                 below.append((Path.below(path, utf8(key_text(key))), item))
         waiting += reversed(below)
+    # SharedContainers would give the text of an unknown key to the items below it.
     if all_keys_known:
         for name, _, _, leaf in SharedContainers(further, leaves=(kind,)):
             yield name, leaf

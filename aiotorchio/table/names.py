@@ -3,10 +3,13 @@
 ``{"layers": [{"weight": tensor}]}`` has a tensor ``layers.0.weight``; an object that is a tensor
 itself has the name ``""``. The header carries the names (SPEC.md section 5.4).
 
-``walk`` names the tensors of an object to send or to receive into; ``rows_by_name`` and
-``specs_of`` read the names of a header; ``check_names`` compares them with the paths of a received
-skeleton. A ``MismatchError`` means that two tensors have one name, a ``ProtocolError`` that the
-names of a header are not the paths of its skeleton.
+``walk`` names the tensors of ``into``, and of an object that is sent as a pickle; the tree encoder
+names its own. ``rows_by_name`` and ``specs_of`` read the names of a header; ``check_names``
+compares them with the paths of a received skeleton. A ``MismatchError`` means that two tensors have
+one name, a ``ProtocolError`` that the names of a header are not the paths of its skeleton.
+
+The rule for paths is also applied by the tree encoder, ``_Check``, ``containers.leaves_of``,
+``containers.SharedContainers`` and ``graph.select._Revision``: change all of them together.
 """
 
 from __future__ import annotations
@@ -91,8 +94,9 @@ def walk(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of an object, each with every path to it; further places come last.
 
-    Only the first place counts for a container with one in it that contains itself, and for all
-    containers if their further places would give far too many names (see ``SharedContainers``).
+    There are two exceptions. A container that contains itself, or another one that does, counts
+    only at its first place. If the further places of all containers would give far too many names
+    (see ``SharedContainers``), every container counts only at its first place.
 
     Args:
         obj: An object of dicts, lists, tuples and other mappings; tensors inside other objects
@@ -151,8 +155,8 @@ def count_unnamed(header: Header, rows: Container[int] = (), storages: Container
 
     Args:
         header: The header of the message.
-        rows: Numbers of rows to leave out, since a tensor with a name is made of them.
-        storages: Numbers of storages to leave out for the same reason.
+        rows: Indices of rows to leave out, since a tensor with a name is made of them.
+        storages: Indices of storages to leave out for the same reason.
     """
     unnamed = sum(
         not row.names and index not in rows
@@ -169,7 +173,8 @@ def rows_by_name(rows: Sequence[TensorRow]) -> dict[str, int]:
     """Return the row of each name, in the order of the rows.
 
     Raises:
-        MismatchError: Two tensors have the same name, because keys contain dots.
+        MismatchError: Two tensors have the same name, because keys contain dots or have the same
+            text (as 1 and "1" have), or because both tensors are in one set.
     """
     found: dict[str, int] = {}
     for index, row in enumerate(rows):
@@ -178,8 +183,9 @@ def rows_by_name(rows: Sequence[TensorRow]) -> dict[str, int]:
         for name in row.names:
             if found.setdefault(name, index) != index:
                 raise MismatchError(
-                    f"tensors {found[name]} and {index} have the same name {shortened(name)!r}, so "
-                    "they cannot be used by name: load the whole object, without select or into",
+                    f"tensors {found[name]} and {index} have the same name {shortened(name)!r}, "
+                    "since keys contain dots or have the same text, or both are in one set. They "
+                    "cannot be used by name: load the whole object, without select or into",
                     entry=describe(row, index),
                 )
     return found
