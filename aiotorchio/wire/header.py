@@ -163,7 +163,8 @@ def decode_header(data: bytes, limits: Limits, *, offset: int = 0) -> Header:
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         many = _TOO_MANY.match(str(error))
         if many:
-            raise LimitExceeded(_too_many(*many.groups()), entry="header", offset=offset) from error
+            text = _too_many(*many.groups(), entries=limits.entries)
+            raise LimitExceeded(text, entry="header", offset=offset) from error
         raise ProtocolError(
             f"the header is malformed: {error}", entry="header", offset=offset
         ) from error
@@ -175,11 +176,13 @@ _TOO_MANY = re.compile(
 )
 
 
-def _too_many(most: str, field: str, column: str | None) -> str:
+def _too_many(most: str, field: str, column: str | None, *, entries: int) -> str:
     if column is not None:
         items = TensorRow.__struct_fields__[int(column)]
         return f"the header has a tensor with more than {most} items of {items}"
     items = Header.__struct_fields__[int(field)]
+    if int(most) < entries:
+        return f"the header has too many {items}: the format allows at most {most}"
     return f"the header has more than {most} {items} (Limits.entries)"
 
 

@@ -173,14 +173,12 @@ def _validate_row(row: TensorRow, index: int, header: Header, limits: Limits) ->
         raise _flags_misfit(row, index)
     count = math.prod(row.shape)
     dense = count * dtype.itemsize
-    if header.locations[storage.location] == META_LOCATION:
-        limit = INT64_MAX
-    else:
-        limit = limits.dense_nbytes
+    is_meta = header.locations[storage.location] == META_LOCATION
+    limit = INT64_MAX if is_meta else limits.dense_nbytes
     if dense > limit:
+        bound = "the format allows at most" if is_meta else "Limits.expanded_nbytes allows"
         raise LimitExceeded(
-            f"the tensor would have {dense} bytes if it were contiguous, but "
-            f"Limits.expanded_nbytes allows {limit}",
+            f"the tensor would have {dense} bytes if it were contiguous, but {bound} {limit}",
             entry=describe(row, index),
         )
     elements = 0

@@ -123,6 +123,15 @@ def test_every_width_of_an_array_head(count: int) -> None:
     assert error.message == f"the header has more than {count - 1} storages (Limits.entries)"
 
 
+@pytest.mark.parametrize("name", ["metadata", "locations"])
+def test_the_error_names_the_bound_in_force(name: str) -> None:
+    items = fields(**{name: [0] * (2**16 + 1)})
+    error = refuse(LimitExceeded, items)
+    assert error.message == f"the header has too many {name}: the format allows at most 65536"
+    error = refuse(LimitExceeded, items, limits=Limits(entries=2**16))
+    assert error.message == f"the header has more than 65536 {name} (Limits.entries)"
+
+
 # Types and fixed bounds of every field
 
 SIZES = [(7, 0, 0), (7, 0, 2), (8, 0, 0), (8, 0, 2), (8, 0, 3, 0), (8, 0, 4, 0)]
@@ -433,7 +442,8 @@ def test_dims_limit() -> None:
 def test_contiguous_size_is_bounded_by_the_total() -> None:
     items = tensor(shape=[4], stride=[0])
     assert check(items, Limits(total_nbytes=16))
-    refuse(LimitExceeded, items, TENSOR, Limits(total_nbytes=15))
+    error = refuse(LimitExceeded, items, TENSOR, Limits(total_nbytes=15))
+    assert "Limits.expanded_nbytes allows 15" in error.message
 
 
 def test_texts_that_take_far_more_memory_than_bytes() -> None:
@@ -610,4 +620,5 @@ def test_the_place_of_a_known_layout_is_looked_at(
 def test_a_known_layout_on_meta_has_the_limit_of_64_bits() -> None:
     rows = [[n, "uint8", 0, [2**62, 2], [0, 0], 0, []] for n in (0, 1)]
     header = fields(locations=["cpu", "meta"], storages=[[1, 1, 0], [1, 1, 1]], tensors=rows)
-    refuse(LimitExceeded, header, entry="tensor 1", limits=Limits(total_nbytes=2**70))
+    error = refuse(LimitExceeded, header, entry="tensor 1", limits=Limits(total_nbytes=2**70))
+    assert f"the format allows at most {2**63 - 1}" in error.message
