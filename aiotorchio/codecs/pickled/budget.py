@@ -33,7 +33,7 @@ class AbstractValue:
     items: Sequence[AbstractValue] | None = None  # of a tuple
     hashes: dict[int, int] | None = None  # of a dict: forgeable hash -> number of keys with it
     name: str | None = None  # path, if the object is a global
-    proxy: str | None = None  # path of a replaced global that it is, or holds
+    proxy: str | None = None  # path of a global that the allowlist replaces, which it is or holds
     made_by: str | None = None  # path of the global whose call made it
     has_state: bool = False
     most_steps: int = 1  # of a list or dict: most hash_steps of one item

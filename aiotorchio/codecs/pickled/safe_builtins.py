@@ -131,8 +131,9 @@ def make_device(*args: Any) -> torch.device:
         raise UnsafeObjectError("the pickle must make a device from its type and index")
     device = torch.device(*args)
     # torch keeps eight bits of an index: 300 would become 44.
-    if str(device) != (kind if index is None else f"{kind}:{index}"):
-        raise InvalidObjectError(f"torch reads device {shortened(kind)}:{index} as {device}")
+    named = kind if index is None else f"{kind}:{index}"
+    if str(device) != named:
+        raise InvalidObjectError(f"torch reads device {shortened(named)!r} as {device}")
     return device
 
 

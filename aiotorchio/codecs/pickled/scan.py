@@ -334,7 +334,8 @@ class _Scan(AbstractStack):
         for item in items:
             if item.proxy is not None:
                 raise UnsafeObjectError(
-                    f"{item.proxy!r} itself is a part of the object, but a pickle may only call it"
+                    f"{item.proxy!r} is a part of the object itself, which weights_only=True does "
+                    "not allow"
                 )
 
     def persistent_id(self, _: bytes) -> None:

@@ -16,6 +16,7 @@ from torch import _weights_only_unpickler
 
 import aiotorchio
 from aiotorchio.codecs.pickled.allowlist import Allowlist
+from aiotorchio.codecs.pickled.safe_builtins import make_device
 from aiotorchio.limits import Limits
 from tests.support import corpus, craft
 from tests.support.craft import call, name, pickled, strided, subclassed
@@ -36,6 +37,15 @@ class Stateful(torch.Tensor):
 
     def __setstate__(self, state: Any) -> None:
         self.restored = state
+
+
+@pytest.mark.parametrize("args", [("cuda", 300), ("cuda:300",)], ids=str)
+def test_a_device_that_torch_reads_as_another(args: tuple[Any, ...]) -> None:
+    asked = ":".join(map(str, args))
+    with pytest.raises(
+        aiotorchio.InvalidObjectError, match=f"torch reads device '{asked}' as cuda"
+    ):
+        make_device(*args)
 
 
 def test_the_names_are_those_of_torch() -> None:
