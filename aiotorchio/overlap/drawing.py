@@ -44,7 +44,7 @@ def drawn_conflict(tensors: Sequence[tuple[T, Footprint, Origin]]) -> tuple[T, T
                 for other, its, source in near[:n]:
                     if _byte_at(its, source, address) not in (None, own):
                         return other, key
-                raise AssertionError("the strip has a number for a byte of no tensor")
+                raise AssertionError("the strip has an id for a byte of no tensor")
     return None
 
 
@@ -65,7 +65,7 @@ def drawn_filled(targets: Mapping[T, Footprint], others: Sequence[Footprint]) ->
 
 
 class _Strip:
-    """A number for each unit of a range of memory: 0 where nothing was drawn.
+    """An id for each unit of a range of memory: 0 where nothing was drawn.
 
     Args:
         footprints: All tensors that will be drawn.
@@ -129,10 +129,10 @@ class _Strip:
     def ids(
         self, first: int, each: Footprint, origin: Origin, box: tuple[slice, ...]
     ) -> torch.Tensor:
-        """Return the numbers to draw for a box of elements: equal numbers for equal origins.
+        """Return the ids to draw for a box of elements: equal ids for equal origins.
 
         Args:
-            first: The number of position 0.
+            first: The first id of the kind of origin.
             each: The tensor.
             origin: The origin of its elements.
             box: Indices, in the order of ``views``.
@@ -148,7 +148,10 @@ class _Strip:
 
 
 def _firsts(footprints: Iterable[Footprint], origins: Iterable[Origin]) -> dict[int, int]:
-    """Return the number of position 0 for each kind, such that kinds have no number in common."""
+    """Return the first id of each kind of origin.
+
+    The byte at position p of the origin gets the id first + p, and the ids of two kinds never meet.
+    """
     lengths: dict[int, int] = {}
     for each, origin in zip(footprints, origins, strict=True):
         steps = (
