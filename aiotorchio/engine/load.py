@@ -123,7 +123,9 @@ class _Load:
         return (yield from self._build(rebuilder, storages, finish, inline=inline))
 
     def _decide(self, composites: Composites | None) -> tuple[Match, Placement]:
-        context = self._context
+        context, options = self._context, self._options
+        if not options.restricted and context.header.codec == "pickle":
+            composites = Composites.none("with weights_only=False, the pickle is not searched")
         match = match_names(context, composites)
         self._long.append(match)
         placement = place(context, match)

@@ -1,8 +1,9 @@
 """The selection: names, shell patterns or a predicate, and the change of an object by name.
 
-In: ``select`` and the names of a message; or an object that was just built. Out: the selected
-names; or the object, with tensors replaced or left out. A ``MismatchError`` means that a name or
-pattern has no match in the message. ``engine.selection`` and ``engine.finish`` call it.
+In: ``select``, and the names of a message, its composite tensors and the targets; or an object that
+was just built. Out: the selected names; or the object, with tensors replaced or left out. A
+``MismatchError`` means that a name or pattern has no match. ``engine.selection`` and
+``engine.finish`` call it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def selected(select: Select, names: Iterable[str], unknown_reason: str = "") -> 
     Args:
         select: A name or a pattern (``*``, ``?`` and ``[...]`` as in ``fnmatch``; ``*`` matches
             dots as well), several of them, or a function of a name.
-        names: The names of the message.
+        names: The names of the message, of its composite tensors, and of the targets.
         unknown_reason: The reason why the names of composite tensors are unknown, for errors.
 
     Raises:

@@ -859,6 +859,21 @@ def test_a_selection_that_nothing_matches() -> None:
     assert caught.value.offset is not None
 
 
+def test_a_selection_in_a_pickle_that_is_not_searched() -> None:
+    data = encoded({"coo": torch.eye(2).to_sparse(), "w": torch.ones(2)})
+    assert list(load(data, select="coo")) == ["coo"]
+    with pytest.raises(MismatchError) as caught:
+        load(data, select="coo", weights_only=False)
+    assert caught.value.message == (
+        "selected, but not in the message (the names of composite tensors are unknown: with "
+        "weights_only=False, the pickle is not searched): 'coo'"
+    )
+    assert load(data, select="w", weights_only=False)["w"].eq(1).all()
+    # The tree codec has no composite tensors.
+    with pytest.raises(MismatchError, match="not in the message: 'coo'"):
+        load(encoded({"w": torch.ones(2)}), select="coo", weights_only=False)
+
+
 def test_a_callable_map_location_sees_only_what_is_made() -> None:
     seen: list[int] = []
 
