@@ -29,7 +29,7 @@ def find_composites(
     Returns:
         The composite tensors; None if the message cannot have any. A skeleton that cannot be
         searched is no error, since a load with other options may accept it: then no composite
-        tensor has a known name, and ``Composites.refused`` has the reason.
+        tensor has a known name, and ``Composites.unknown_reason`` has the reason.
     """
     if message.header.codec != "pickle":
         return None

@@ -155,7 +155,7 @@ class TensorStream:
         if selection.all:
             unnamed = count_unnamed(header, composites.rows, composites.storages)
         if unnamed:
-            reason = f" ({composites.refused})" if composites.refused else ""
+            reason = f" ({composites.unknown_reason})" if composites.unknown_reason else ""
             raise MismatchError(
                 f"{unnamed} tensors or parts of tensors in this message have no name{reason}: load "
                 "the whole object with load, or select the names that you want",
@@ -216,7 +216,7 @@ class TensorStream:
                         tensors += [(name, tensor) for name in names if name in selection]
                     if composites.names:
                         composites.hold(index, storage)
-                        tensors += composites.made(index, tensor_of)
+                        tensors += composites.ready_tensors(index, tensor_of)
             return tensors
 
         # Converting the byte order takes long, and thousands of storages without bytes can be

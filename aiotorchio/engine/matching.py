@@ -175,7 +175,7 @@ def _check_byteorder(context: LoadContext) -> None:
 def _match(context: LoadContext, row_of_name: dict[str, int], composites: Composites) -> Match:
     header, targets = context.header, context.targets
     names = [*row_of_name, *(targets.names if targets else ()), *composites.names]
-    selection = Selection(context.options.select, names, composites.refused)
+    selection = Selection(context.options.select, names, composites.unknown_reason)
     composites.choose([name for name in interruptible(composites.names) if name in selection])
     if targets is not None and not selection.all:
         selection.add(targets.parts([*row_of_name, *composites.names], selection))

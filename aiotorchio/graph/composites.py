@@ -57,14 +57,15 @@ class Composites:
 
     Attributes:
         names: The names of all composite tensors.
-        refused: The reason why the names are not known; "" if they are.
-        rows: Numbers of the rows of the chosen tensors.
-        storages: Numbers of the storages that the chosen tensors need.
+        unknown_reason: The reason why the names are unknown; "" if they are known.
+        rows: Indices of the rows of the chosen tensors.
+        storages: Indices of the storages that the chosen tensors need.
 
     Raises:
         UnsafeObjectError: The pickle names a global outside the allowlist. Other errors of
             ``codecs.pickled.codec.load`` are raised as well.
-        MismatchError: Two tensors have the same name, because keys contain dots.
+        MismatchError: Two tensors have the same name, because keys contain dots or have the same
+            text, as 1 and "1" have.
     """
 
     def __init__(
@@ -103,31 +104,31 @@ class Composites:
                 offset=offset,
             )
             if seals.broken():
-                self.refused = "the pickle changes a container after a call has used it"
+                self.unknown_reason = "the pickle changes a container after a call has used it"
             else:
                 self._name(obj, rows)
 
     @classmethod
-    def none(cls, refused: str = "") -> Composites:
+    def none(cls, unknown_reason: str = "") -> Composites:
         """Return the value for an object without composite tensors, or without known names."""
-        made = object.__new__(cls)
-        made._clear()
-        made.refused = refused
-        return made
+        none = object.__new__(cls)
+        none._clear()
+        none.unknown_reason = unknown_reason
+        return none
 
     def _clear(self) -> None:
         self.names: dict[str, Any] = {}
-        self.refused = ""
+        self.unknown_reason = ""
         self.rows: set[int] = set()
         self.storages: set[int] = set()
         # The number of further uses of each call, container and reference, and of each storage.
         self._uses: Counter[int] = Counter()
         self._storage_uses: Counter[int] = Counter()
-        # The last storage that a call, container or reference needs; None if it is used as it is.
+        # The results of ``_survey`` for calls, containers and references.
         self._last: dict[int, int | None] = {}
         self._open: set[int] = set()
-        # Results that are used again.
-        self._made: dict[int, Any] = {}
+        # Results of calls, containers and references that are used again.
+        self._results: dict[int, Any] = {}
         # The chosen calls with their names, by the last storage that they need.
         self._chosen: dict[int, list[tuple[Any, list[str]]]] = {}
         self._held: dict[int, torch.UntypedStorage | None] = {}
@@ -143,8 +144,9 @@ class Composites:
                 continue
             if row is not None or self.names.setdefault(name, call) is not call:
                 raise MismatchError(
-                    f"two tensors have the same name {shortened(name)!r}, so they cannot be used "
-                    "by name: load the whole object, without select",
+                    f"two tensors have the same name {shortened(name)!r} (their keys contain dots, "
+                    "or have the same text), so they cannot be used by name: load the whole "
+                    "object, without select",
                     entry="skeleton",
                 )
 
@@ -191,7 +193,7 @@ class Composites:
     def tables(self) -> list[dict[Any, Any]]:
         """Tables that can be as long as the object, which the caller frees in parts."""
         counts = [self._uses, self._storage_uses]
-        return [self.names, self._last, self._made, self._chosen, self._held, *counts]
+        return [self.names, self._last, self._results, self._chosen, self._held, *counts]
 
     @property
     def without_storages(self) -> bool:
@@ -199,7 +201,12 @@ class Composites:
         return -1 in self._chosen
 
     def _survey(self, value: Any) -> int | None:
-        """Count the uses of values below a value, once, and return the last storage it needs."""
+        """Count the uses of values below a value, once, and return the last storage it needs.
+
+        Returns:
+            The index of the storage; -1 if the value must be made, but needs no storage; None if it
+            is used as it is: it has no call, reference or proxy in it.
+        """
         if isinstance(value, Proxy):
             return -1
         key = id(value)
@@ -235,16 +242,16 @@ class Composites:
             self._held[index] = storage
 
     def distrust(self, storages: Iterable[torch.UntypedStorage | None]) -> None:
-        """Declare the numbers of these storages unreliable; see ``Allowlist.distrust``."""
+        """Declare the values in these storages unreliable; see ``Allowlist.distrust``."""
         self._allowlist.distrust(storages)
 
-    def made(
+    def ready_tensors(
         self, index: int, tensor_of: Callable[[int, torch.UntypedStorage], torch.Tensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Make the tensors whose last storage is this one; -1: those that need no storage.
+        """Make the tensors whose last storage is this one, and yield them with each name.
 
         Args:
-            index: The number of the storage.
+            index: The index of the storage; -1 for the tensors that need no storage.
             tensor_of: Makes the tensor of a row over its storage.
 
         Raises:
@@ -254,7 +261,7 @@ class Composites:
         for call, names in self._chosen.pop(index, ()):
             check_interrupt()
             try:
-                tensor = self._make(call, tensor_of)
+                tensor = self._result_of(call, tensor_of)
             except AiotorchioError as error:
                 error.entry = shortened(names[0])
                 raise
@@ -271,25 +278,26 @@ class Composites:
             for name in names:
                 yield name, tensor
 
-    def _make(self, value: Any, tensor_of: Callable[..., torch.Tensor]) -> Any:
+    def _result_of(self, value: Any, tensor_of: Callable[..., torch.Tensor]) -> Any:
+        """Return the value with results instead of calls, references and proxies."""
         if isinstance(value, Proxy):
             return value.held[0]
         key = id(value)
         if self._last.get(key) is None:
             return value
         self._uses[key] -= 1
-        if key in self._made:
-            return self._made[key] if self._uses[key] else self._made.pop(key)
-        made = self._made_of_parts(value, tensor_of)
+        if key in self._results:
+            return self._results[key] if self._uses[key] else self._results.pop(key)
+        result = self._build(value, tensor_of)
         if self._uses[key]:
-            self._made[key] = made
-        return made
+            self._results[key] = result
+        return result
 
-    def _made_of_parts(self, value: Any, tensor_of: Callable[..., torch.Tensor]) -> Any:
+    def _build(self, value: Any, tensor_of: Callable[..., torch.Tensor]) -> Any:
         if isinstance(value, Reference):
-            return self._resolved(value, tensor_of)
+            return self._resolve(value, tensor_of)
         # The order of the parts is that of ``parts_of``.
-        parts = (self._make(part, tensor_of) for part in interruptible(parts_of(value)))
+        parts = (self._result_of(part, tensor_of) for part in interruptible(parts_of(value)))
         if isinstance(value, Call):
             args, *state = parts
             return pickle_codec.replay(
@@ -319,7 +327,7 @@ class Composites:
         # This hashes and compares objects of classes that the caller trusts.
         return pickle_codec.translated(fill, self._offset)
 
-    def _resolved(self, reference: Reference, tensor_of: Callable[..., torch.Tensor]) -> Any:
+    def _resolve(self, reference: Reference, tensor_of: Callable[..., torch.Tensor]) -> Any:
         index = reference.storage
         storage = self._held[index]
         self._storage_uses[index] -= 1

@@ -206,7 +206,7 @@ async def test_nothing_is_kept_of_what_was_given_out(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Composites, "choose", noting)
     assert len(await iterated(encoded(state(), chunk_size=4096), **TRUST)) == len(NAMES)
     (composites,) = seen
-    assert not composites._held and not composites._made and not composites._chosen
+    assert not composites._held and not composites._results and not composites._chosen
     assert not +composites._uses and not +composites._storage_uses
 
 

@@ -99,7 +99,7 @@ class Allowlist:
         return self._trusted_paths.items()
 
     def distrust(self, storages: Iterable[torch.UntypedStorage | None]) -> None:
-        """Refuse tensors that rely on numbers in these storages, or in those of earlier calls."""
+        """Refuse tensors that rely on values in these storages, or in those of earlier calls."""
         self._checks.distrust(storages)
 
     def deferred(self) -> frozenset[str]:
