@@ -51,9 +51,9 @@ class Flattened:
         header: The header of its message.
         skeleton: The object without its tensors.
         storages: The storage of each storage row of the header.
-        parts: Number of a storage that is not sent whole -> its ranges to send.
+        parts: Index of a storage that is not sent whole -> its ranges to send.
         left_out: Bytes of storages that are not sent.
-        direct_storages: Numbers of storages that the object refers to directly.
+        direct_storages: Indices of storages that the object refers to directly.
         versions: The version counters of the tensors, as they are now.
     """
 
@@ -220,6 +220,10 @@ def is_small(obj: object) -> bool:
 
 
 def _add_names(obj: object, table: Table) -> None:
-    """Add names to the rows: their paths in dicts, lists and tuples, as in the tree codec."""
+    """Add names to the rows: their paths in dicts, other mappings, lists and tuples.
+
+    Unlike in the tree codec, tensors in a set, or in ``_metadata``, get no name (SPEC.md section
+    5.4).
+    """
     for path, tensor in walk(obj):
         table.name(tensor, path)

@@ -1,9 +1,9 @@
 """A single pass through the submodules of a module.
 
-In: a module. Out: its submodules, the tensors of its state dict, and the submodules that have more
-to load than tensors. ``modules`` makes a target of it. A module can have ten thousand submodules of
-few classes, and every message needs a survey: so there is one pass, and each class is examined
-once.
+In: a module. Out: its submodules, parameters and persistent buffers, and the submodules that have
+more to load than tensors. ``modules`` makes a target of it. A module can have ten thousand
+submodules of few classes, and every message needs a survey: so there is one pass, and each class is
+examined once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Survey(NamedTuple):
     Attributes:
         submodules: The submodules by path; one in several places has several paths. The module
             itself has the path "".
-        own: The tensors of the state dict, by id.
+        own: Registered parameters and persistent buffers, by id; ``state_dict()`` may show other
+            tensors for them.
         active: Paths of submodules with more to load than tensors.
         reads_state: Whether a submodule has code that reads the entries before they are loaded.
         edits_missing: Whether a submodule has code that gets the list of missing names.

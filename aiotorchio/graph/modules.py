@@ -36,9 +36,11 @@ _ENTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a view of a storage, and nothing else.
+    """Whether a tensor is a strided view of one storage.
 
-    This includes subclasses without ``__torch_dispatch__``, such as parameters with attributes.
+    True on ``meta``, where storages have no bytes; for quantized tensors, although their scales are
+    not in the storage; and for subclasses without ``__torch_dispatch__``, such as parameters with
+    attributes. False for sparse, nested and lazy tensors, and other subclasses.
     """
     if type(tensor) in _PLAIN:
         return tensor.layout is torch.strided and not tensor.is_nested
@@ -187,11 +189,12 @@ class ModuleTarget:
         )
 
     def code_decides(self, name: str) -> bool:
-        """Whether code of a submodule decides about an entry that one side lacks.
+        """Whether code of a submodule decides about an entry.
 
-        A hook renames an entry with an old name, for example.
+        The entry can be one that ``state_dict()`` shows, or one that a side lacks: a hook renames
+        an entry with an old name, for example. True for ``num_batches_tracked`` of a norm, since
+        early versions of torch did not count batches.
         """
-        # Early versions of torch did not count the batches of a BatchNorm.
         counts = name.endswith("num_batches_tracked")
         if not counts and not self._reads_state:
             return False

@@ -104,7 +104,8 @@ def match_targets(
         header: The header of the message.
         targets: The targets by name.
         modules: Modules whose tensors are among the targets, and that can load other entries.
-        composites: Names of composite tensors of the message; all of them, if not all names count.
+        composites: Names of the composite tensors found in the skeleton; empty without ``select``,
+            or if the pickle was not searched.
         selection: Contains the names that count, on either side.
         all_selected: Whether tensors without a name count as well.
         strict: Whether both sides must have the same names.
@@ -278,7 +279,11 @@ class ModuleRules:
         return any(module.code_decides(key) for module, key in self._of(name))
 
     def may_load(self, name: str) -> bool:
-        """Whether a module loads a tensor of this name, although it has no such tensor."""
+        """Whether a module loads a tensor of this name, although it has no such tensor.
+
+        Call it once for each name: it adds an entry that nothing loads to ``refused``, and stops at
+        ``UNKNOWN_MAX`` names that only code of a module can judge.
+        """
         for module, key in self._of(name):
             entry = module.entry_of(key)
             if entry is not None:
@@ -320,7 +325,10 @@ def _refusals(
 
 
 def _unloadable(header: Header, index: int, tensor: torch.Tensor | None) -> str | None:
-    """Return the reason why torch's code would not load a row into a tensor without bytes."""
+    """Return the reason why torch's code would not load a row.
+
+    ``tensor`` is one that is not received in place; None: code of the module loads the entry.
+    """
     if tensor is None or torch.nn.parameter.is_lazy(tensor):
         return None
     row = header.tensors[index]
