@@ -17,10 +17,10 @@ import torch
 
 from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.common.torch_private import real_tensors
+from aiotorchio.engine.duplicates import differ
 from aiotorchio.engine.matching import LoadContext, Match
 from aiotorchio.engine.module_commit import WithModules
 from aiotorchio.engine.placement import Placement, on_meta
-from aiotorchio.engine.ties import differ
 from aiotorchio.graph.modules import has_memory, other_views
 from aiotorchio.graph.rebuild import build_tensor
 from aiotorchio.graph.select import revise

@@ -17,10 +17,10 @@ import torch
 from aiotorchio.common.gc_pause import release
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.engine.claims import has_neighbours
+from aiotorchio.engine.duplicates import Duplicates
 from aiotorchio.engine.fit import ObjectFit
 from aiotorchio.engine.load_options import IterateOptions
 from aiotorchio.engine.selection import Selection, Targets
-from aiotorchio.engine.ties import Ties
 from aiotorchio.errors import InvalidObjectError
 from aiotorchio.graph.composites import Composites
 from aiotorchio.graph.devices import DeviceMap
@@ -117,7 +117,7 @@ class Match:
         targets: By name, those that have a tensor in the message.
         memory_states: The ``memory_state`` of each target, when it was compared.
         extents: The memory of the targets, by device.
-        ties: Several tensors of the message for one target.
+        duplicates: Several tensors of the message for one target.
         fit: Compares the object with the targets; None without targets.
     """
 
@@ -128,7 +128,7 @@ class Match:
     targets: dict[str, torch.Tensor]
     memory_states: dict[str, MemoryState]
     extents: Mapping[torch.device, Extents[str]]
-    ties: Ties
+    duplicates: Duplicates
     fit: ObjectFit | None
 
     @property
@@ -201,6 +201,6 @@ def _match(context: LoadContext, row_of_name: dict[str, int], composites: Compos
         targets=found.tensors,
         memory_states={name: memory_state(tensor) for name, tensor in found.tensors.items()},
         extents=found.extents,
-        ties=Ties(header, context.layout, found.ties, row_of_name),
+        duplicates=Duplicates(header, context.layout, found.duplicates, row_of_name),
         fit=fit,
     )

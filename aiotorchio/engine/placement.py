@@ -80,10 +80,10 @@ def place(context: LoadContext, match: Match) -> Placement:
     else:
         storages = [StorageRows(has_new_memory=True)] * len(context.header.storages)
     devices = [
-        _device(context, match.ties.mixed, index, rows)
+        _device(context, match.duplicates.mixed, index, rows)
         for index, rows in interruptible(enumerate(storages))
     ]
-    return Placement(devices, storages, prebuilt, match.ties.choose(devices))
+    return Placement(devices, storages, prebuilt, match.duplicates.choose(devices))
 
 
 def on_meta(header: Header, index: int) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Targets that share memory, compared with the sharing among the message's tensors.
 
-In: a header and the targets for its rows. Out: the ties, the misfits and the memory of the targets.
-Ties are several tensors of the message for one target: their numbers are compared as they arrive.
-All other targets may share memory only as the message's tensors do; the rest are misfits.
+In: a header and the targets for its rows. Out: the duplicates, the misfits and the memory of the
+targets. Duplicates are several tensors of the message for one target, whose names are tied: their
+elements are compared as they arrive. All other targets may share memory only as the message's
+tensors do; the rest are misfits.
 ``targets.match_targets`` calls it.
 """
 
@@ -31,12 +32,12 @@ class Sharing(NamedTuple):
     """The memory that targets share.
 
     Attributes:
-        ties: Names of one target for which the message has several tensors.
+        duplicates: Names of one target for which the message has several tensors.
         misfits: Name of a target -> the reason why it cannot share memory as it does.
         extents: The memory of the targets, by device.
     """
 
-    ties: list[list[str]]
+    duplicates: list[list[str]]
     misfits: dict[str, str]
     extents: Mapping[torch.device, Extents[str]]
 
@@ -62,9 +63,9 @@ def shared(
             first = names[0]
             views = {view_of_row(header.tensors[row_of_name[name]]) for name in names}
             if len(views) > 1:
-                found.ties.append(names)
-                # The tensors of a tie are compared with each other only.
-                origins[first] = Origin(kinds.setdefault(("tie", first), len(kinds)))
+                found.duplicates.append(names)
+                # Duplicates are compared with each other only.
+                origins[first] = Origin(kinds.setdefault(("duplicates", first), len(kinds)))
             else:
                 row = header.tensors[row_of_name[first]]
                 kind = kinds.setdefault(_kind(row, tensors[first].dtype), len(kinds))

@@ -75,14 +75,14 @@ class MatchedTargets(NamedTuple):
 
     Attributes:
         tensors: The targets by name.
-        ties: Names of one target for which the message has several tensors, whose numbers must be
-            the same.
+        duplicates: Names of one target for which the message has several tensors, whose elements
+            must be the same.
         extents: The memory of the targets, by device.
         filled_by_others: Names of targets that the message lacks, all of whose bytes others fill.
     """
 
     tensors: dict[str, torch.Tensor]
-    ties: list[list[str]]
+    duplicates: list[list[str]]
     extents: Mapping[torch.device, Extents[str]]
     filled_by_others: set[str]
 
@@ -151,7 +151,7 @@ def match_targets(
     nameless = sides.unnamed if all_selected and not sides.compared_later else 0
     if misfits or sides.missing or sides.unexpected or nameless:
         raise _mismatch(misfits, sides, nameless)
-    return MatchedTargets(found, sharing.ties, sharing.extents, sides.filled_by_others)
+    return MatchedTargets(found, sharing.duplicates, sharing.extents, sides.filled_by_others)
 
 
 class _OneSided(NamedTuple):

@@ -1,8 +1,9 @@
-"""Several tensors of a message for one target, as a gathered copy of a tied model has them.
+"""Duplicates: several tensors of a message for one target.
 
-One of them is copied, as soon as its bytes arrive. The others come later, and are compared with it
-bit by bit and chunk by chunk, so that they need no memory. If they are interleaved in one storage,
-or the storage is made for another reason, they are compared when the message is whole.
+The names of the target are tied; in a gathered copy of the model, each name has its own tensor. One
+of these is copied, as soon as its bytes arrive. The others come later, and are compared with it bit
+by bit and chunk by chunk, so that they need no memory. If they are interleaved in one storage, or
+the storage is made for another reason, they are compared when the message is whole.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from aiotorchio.wire.dtypes import DTYPES
 from aiotorchio.wire.header import Header, TensorRow, shortened
 from aiotorchio.wire.layout import Layout
 
-__all__ = ["Ties", "differ"]
+__all__ = ["Duplicates", "differ"]
 
 
-class Ties:
-    """Divides tied tensors into those that are copied and those that are compared.
+class Duplicates:
+    """Divides duplicates into those that are copied and those that are compared.
 
     Args:
         header: The header of the message.
         layout: The layout of the payload.
-        ties: The names of each target for which the message has several tensors.
+        duplicates: The names of each target for which the message has several tensors.
         row_of_name: The row of each name.
 
     Attributes:
@@ -38,13 +39,13 @@ class Ties:
         self,
         header: Header,
         layout: Layout,
-        ties: Sequence[Sequence[str]],
+        duplicates: Sequence[Sequence[str]],
         row_of_name: Mapping[str, int],
     ) -> None:
         self._header, self._layout = header, layout
-        self._ties, self._row_of_name = ties, row_of_name
+        self._duplicates, self._row_of_name = duplicates, row_of_name
         self.mixed: set[int] = set()
-        for names in interruptible(ties, 100):
+        for names in interruptible(duplicates, 100):
             views = {view_of_row(self._row(name)): name for name in names}
             extents = Extents((*self._extent(name), name) for name in views.values())
             self.mixed |= {
@@ -62,7 +63,7 @@ class Ties:
             The names of the tensors that are compared, each with that of the one that is copied.
         """
         compared_with: dict[str, str] = {}
-        for names in interruptible(self._ties, 100):
+        for names in interruptible(self._duplicates, 100):
             first = min(names, key=lambda name: self._arrival(name, devices))
             copied = view_of_row(self._row(first))
             for name in names:
