@@ -35,6 +35,15 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("tests")
 
 
+# This runs after pytest has made the cases.
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Leave out the cases of the full tier, except where tests are asked for by their names."""
+    config = metafunc.config
+    if config.option.markexpr == tiers.FAST and not any("::" in arg for arg in config.args):
+        tiers.leave_out_full(metafunc)
+
+
 # This runs before pytest deselects by marks.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

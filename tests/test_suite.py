@@ -11,7 +11,13 @@ from tests.support import speed, tiers
 pytest_plugins = "pytester"
 
 ROOT = Path(__file__).parents[1]
-HOOKS = "from tests.conftest import pytest_collection_modifyitems, pytest_fixture_setup"
+HOOKS = """
+from tests.conftest import (
+    pytest_collection_modifyitems,
+    pytest_fixture_setup,
+    pytest_generate_tests,
+)
+"""
 
 
 @pytest.fixture

@@ -24,8 +24,10 @@ from typing import TypeVar
 import pytest
 
 T = TypeVar("T")
+# The parameters of each case of a function, by its node id.
+Cases = Mapping[str, Mapping[str, object]]
 
-__all__ = ["FAST", "examples", "mark_tiers", "set_tier"]
+__all__ = ["FAST", "examples", "leave_out_full", "mark_tiers", "set_tier"]
 
 # The expression of pyproject.toml for ``-m``.
 FAST = "not full"
@@ -97,11 +99,30 @@ def mark_tiers(items: Iterable[pytest.Item]) -> None:
     for name, cases in functions.items():
         if any(case.get_closest_marker("full") for case in cases):
             continue
-        count = _entry(_CASES_MAX_OF, name) or _CASES_MAX
-        chosen = {case.nodeid for case in _spread(_chosen(cases), count)}
+        chosen = _of_fast_tier(name, {case.nodeid: case.callspec.params for case in cases})
         for case in cases:
             if case.nodeid not in chosen:
                 case.add_marker(pytest.mark.full)
+
+
+def leave_out_full(metafunc: pytest.Metafunc) -> None:
+    """Keep only the cases of the fast tier, before pytest makes items of them.
+
+    Thousands of items that pytest deselects at once cost seconds in each process. ``mark_tiers``
+    chooses all of the kept cases again.
+    """
+    name, calls = metafunc.definition.nodeid, metafunc._calls
+    marks = [mark for call in calls for mark in [*call.marks, *metafunc.definition.own_markers]]
+    if not calls or any(mark.name == "full" for mark in marks) or _entry(_SLOW, name) is not None:
+        return
+    chosen = _of_fast_tier(name, {f"{name}[{call.id}]": call.params for call in calls})
+    metafunc._calls = [call for call in calls if f"{name}[{call.id}]" in chosen]
+
+
+def _of_fast_tier(name: str, cases: Cases) -> set[str]:
+    """The cases of a function that the fast tier runs."""
+    count = _entry(_CASES_MAX_OF, name) or _CASES_MAX
+    return set(_spread(_chosen(cases), count))
 
 
 def _entry(table: Mapping[str, T], name: str) -> T | None:
@@ -111,9 +132,9 @@ def _entry(table: Mapping[str, T], name: str) -> T | None:
     return next((table[key] for key in keys if key in table), None)
 
 
-def _chosen(cases: list[pytest.Function]) -> list[pytest.Function]:
+def _chosen(cases: Cases) -> list[str]:
     """A few cases in which each value appears once."""
-    values = {case.nodeid: _values(case) for case in cases}
+    values = {nodeid: _values(params) for nodeid, params in cases.items()}
     # The same cases in every run, and other backends for other functions.
     order = sorted(values, key=lambda nodeid: zlib.crc32(nodeid.encode()))
     chosen, seen = set[str](), set[tuple[str, int]]()
@@ -124,20 +145,20 @@ def _chosen(cases: list[pytest.Function]) -> list[pytest.Function]:
                 seen |= values[nodeid]
                 chosen.add(nodeid)
     chosen = chosen or {order[0]}
-    return [case for case in cases if case.nodeid in chosen]
+    return [nodeid for nodeid in cases if nodeid in chosen]
 
 
-def _values(case: pytest.Function) -> set[tuple[str, int]]:
+def _values(params: Mapping[str, object]) -> set[tuple[str, int]]:
     """The values of a case's parameters, without those that choose a backend."""
     # By identity: every case of a list of parameters has the same objects.
     return {
         (name, id(value))
-        for name, value in case.callspec.params.items()
+        for name, value in params.items()
         if name not in _WAYS and not (name == "kind" and str(value) in _KINDS)
     }
 
 
-def _spread(cases: Sequence[pytest.Function], count: int) -> Sequence[pytest.Function]:
+def _spread(cases: Sequence[str], count: int) -> Sequence[str]:
     """A spread of at most so many cases of a list in which neighbours are alike."""
     if len(cases) <= count:
         return cases
