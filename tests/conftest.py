@@ -81,4 +81,9 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test draws the same random numbers."""
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:
+        # Without devices ``torch.manual_seed`` formats the stack for each kind of them, and each
+        # test takes 3 ms more.
+        torch.default_generator.manual_seed(0)
