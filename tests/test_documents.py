@@ -5,15 +5,18 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
+import json
 import logging
 import os
 import re
+import select
+import signal
 import socket
 import ssl
 import subprocess
 import sys
 import types
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -190,19 +193,58 @@ def adapted(source: str) -> str:
     return source.replace("8765", str(free_port())).replace("peer.example", "localhost")
 
 
-@pytest.mark.parametrize("example", PROGRAMS, ids=name_of)
-def test_programs(example: Example, here: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", adapted(example.source)],
-        capture_output=True,
+# Runs each program in a new process with nothing but these modules, which take a second to import.
+# For each line of JSON on its input it prints the exit status of a program.
+RUNNER = """
+import json, os, sys
+import torch, aiotorchio
+
+for line in sys.stdin:
+    source, directory, *streams = json.loads(line)
+    child = os.fork()
+    if not child:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+os.chdir(directory)
+for descriptor, path in enumerate(streams, 1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+exec(compile(source, "<string>", "exec"), {"__name__": "__main__"})
+"""
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNNER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=patience(60),
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # A program that hangs is killed with it.
+        start_new_session=True,
+    ) as process:
+        yield process
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("example", PROGRAMS, ids=name_of)
+def test_programs(example: Example, here: Path, runner: subprocess.Popen[str]) -> None:
+    assert runner.stdin is not None and runner.stdout is not None
+    files = [here / "stdout", here / "stderr"]
+    print(
+        json.dumps([adapted(example.source), str(here), *map(str, files)]),
+        file=runner.stdin,
+        flush=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert done.stdout
-    assert "refused" not in done.stdout
+    assert select.select([runner.stdout], [], [], patience(60))[0], "it hangs"
+    status = runner.stdout.readline().strip()
+    output, errors = (file.read_text(encoding="utf-8") for file in files)
+    assert status == "0", errors
+    assert errors == ""
+    assert output
+    assert "refused" not in output
 
 
 @asynccontextmanager
