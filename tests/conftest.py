@@ -33,6 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     settings.load_profile("tests")
+    if hasattr(config, "workerinput"):
+        # Threads of torch that wait for their turn take time from the other workers.
+        torch.set_num_threads(1)
 
 
 # This runs after pytest has made the cases.

@@ -25,6 +25,7 @@ from anyio import create_task_group, fail_after, run
 import aiotorchio
 from aiotorchio import AiotorchioError, StreamPoisoned
 from tests.support.backends import PATIENCE, both_ends, connected, descriptors
+from tests.support.tiers import examples
 
 PACKAGE = str(Path(aiotorchio.__file__).parent) + os.sep
 # The pause of the garbage collector is not proof against this: see docs/security.md. Nor are the
@@ -33,8 +34,9 @@ COLLECTION = os.path.join(PACKAGE, "common", "gc_pause.py")
 SCOPES = {"_within_time_budget", "_with", "run_in_thread"}
 STATE = {"w": torch.arange(3000.0), "b": torch.ones(3), "meta": {"step": 7, "lr": [1e-3, (1, 2)]}}
 PICKLED = {"set": frozenset({1}), "w": torch.arange(3000.0), "sparse": torch.eye(3).to_sparse()}
-# Interrupts come at every seventh line; each test begins with another line.
-STEP = 7
+# Interrupts come at every seventh line, in the fast tier at every 35th; each test begins with
+# another line.
+STEP = 700 // examples(100)
 
 
 @functools.cache
@@ -104,7 +106,7 @@ def as_before() -> tuple[Any, ...]:
 
 
 def every_line(attempt: Callable[[], str], error: type[BaseException], first: int) -> set[str]:
-    """Interrupt an attempt at every seventh line until it is through; return the outcomes."""
+    """Interrupt an attempt at every so many lines until it is through; return the outcomes."""
     outcomes, expected = set(), as_before()
     # Threads of other tests may end at any time.
     threads = set(threading.enumerate())
