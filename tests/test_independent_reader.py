@@ -23,6 +23,7 @@ import xxhash
 
 import aiotorchio
 from tests.support import independent_reader as independent
+from tests.support.tiers import examples, some
 
 VECTORS = Path(__file__).parent / "vectors"
 NAMES = sorted(path.stem for path in VECTORS.glob("*.bin"))
@@ -398,8 +399,8 @@ def test_reads_storages_in_pickles_of_the_package(kind: str) -> None:
 
 def places(size: int) -> list[int]:
     if size < 1000:
-        return list(range(size))
-    return sorted(random.Random(size).sample(range(size), 300))
+        return list(some(range(size)))
+    return sorted(random.Random(size).sample(range(size), examples(300)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -501,11 +502,11 @@ def test_every_change_under_sound_digests(name: str) -> None:
     rng = random.Random(name)
 
     def changed() -> Iterator[tuple[bytes, bytes]]:
-        for place in range(len(header)):
+        for place in some(range(len(header))):
             other = bytearray(header)
             other[place] ^= rng.randrange(1, 256)
             yield bytes(other), skeleton
-        for place in range(len(skeleton)):
+        for place in some(range(len(skeleton))):
             other = bytearray(skeleton)
             other[place] ^= rng.randrange(1, 256)
             yield header, bytes(other)

@@ -115,8 +115,10 @@ def test_what_the_rules_name_is_there(name: str) -> None:
 def test_there_are_fewer_random_inputs_in_the_fast_tier(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "_fast", False)
     assert tiers.examples(100) == 100
+    assert tiers.some(range(100)) == range(100)
     tiers.set_tier(tiers.FAST)
     assert tiers.examples(100) == 20
+    assert tiers.some(range(100)) == range(0, 100, 5)
     tiers.set_tier("full or not full")
     assert tiers.examples(100) == 100
 

@@ -7,7 +7,7 @@ behaviour: the fast tier runs cases in which each value appears once instead of 
 and an evenly spread part of a long list of values. All other cases are marked ``full``.
 
 Tests that draw random inputs (hypothesis, fuzz, chaos) run in both tiers, in the fast one with a
-fifth of the inputs.
+fifth of the inputs; so do tests that go through every place in a message.
 
 The rules apply to new tests, too. A test function always keeps at least one case; functions that
 are slow by nature are listed below with the reason. A function that marks some of its cases itself,
@@ -27,11 +27,13 @@ T = TypeVar("T")
 # The parameters of each case of a function, by its node id.
 Cases = Mapping[str, Mapping[str, object]]
 
-__all__ = ["FAST", "examples", "leave_out_full", "mark_tiers", "set_tier"]
+__all__ = ["FAST", "examples", "leave_out_full", "mark_tiers", "set_tier", "some"]
 
 # The expression of pyproject.toml for ``-m``.
 FAST = "not full"
 _fast = False
+# One of so many inputs is in the fast tier.
+_SHARE = 5
 
 # Parameters that choose a backend, and values that make a "kind" one.
 _WAYS = {"anyio_backend", "far", "link", "loop", "loop_factory", "near", "run", "way", "world"}
@@ -84,7 +86,12 @@ def set_tier(expression: str) -> None:
 
 def examples(count: int) -> int:
     """The number of random inputs of the tier for a test with ``count`` of them."""
-    return max(count // 5, 5) if _fast else count
+    return max(count // _SHARE, 5) if _fast else count
+
+
+def some(values: Sequence[T]) -> Sequence[T]:
+    """The values of the tier for a test that goes through many of them: all, or every fifth."""
+    return values[::_SHARE] if _fast else values
 
 
 def mark_tiers(items: Iterable[pytest.Item]) -> None:
