@@ -333,7 +333,7 @@ KINDS: dict[str, Kind] = {
     ),
     # Each has three parts, and is yielded by its name when the last of them has arrived.
     "parts": Kind(
-        lambda: sparse(2000, 10), fast=("iterate",), cancels="iterate", into=ONE, select="*"
+        lambda: sparse(1000, 10), fast=("iterate",), cancels="iterate", into=ONE, select="*"
     ),
 }
 

@@ -135,7 +135,7 @@ async def test_a_consumer_that_takes_its_time(kind: str) -> None:
         async with StreamReader(far.source).open(limits=Limits(idle_timeout=AMPLE)) as message:
             names = []
             async for name, _ in message:
-                await anyio.sleep(2 * AMPLE)
+                await anyio.sleep(1.5 * AMPLE)
                 names.append(name)
         assert names == list(STATE)
 
@@ -158,7 +158,7 @@ async def test_a_sender_that_makes_its_tensors_slowly(kind: str) -> None:
 
         async def produce() -> Any:
             for name in ("a", "b"):
-                await anyio.sleep(2 * AMPLE)
+                await anyio.sleep(1.5 * AMPLE)
                 yield name, torch.ones(1000)
 
         specs = {name: torch.empty(1000, device="meta") for name in ("a", "b")}
