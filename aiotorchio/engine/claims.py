@@ -16,7 +16,7 @@ import torch
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.strides import order_of
 from aiotorchio.memory.atomic import BackMemory
-from aiotorchio.memory.routes import MemoryState
+from aiotorchio.memory.memory_state import MemoryState
 from aiotorchio.overlap.conflicts import conflict
 from aiotorchio.overlap.extents import Extents, Footprint, Origin, extents_of, footprint
 from aiotorchio.wire.header import shortened

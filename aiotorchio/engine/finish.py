@@ -27,17 +27,8 @@ from aiotorchio.graph.select import revise
 from aiotorchio.memory.atomic import BufferSwap, Exchange, note_change
 from aiotorchio.memory.byteorder import swap_bytes
 from aiotorchio.memory.incoming import IncomingPayload
-from aiotorchio.memory.routes import (
-    Comparison,
-    MemoryState,
-    Route,
-    copy_elements,
-    has_state,
-    memory_state,
-    moved,
-    same_elements,
-    tie_key,
-)
+from aiotorchio.memory.memory_state import MemoryState, has_state, memory_state, moved, tie_key
+from aiotorchio.memory.routes import Comparison, Route, copy_elements, same_elements
 from aiotorchio.wire.header import META_LOCATION
 
 __all__ = ["DeferredCopy", "Finish", "prepare"]

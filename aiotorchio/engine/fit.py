@@ -17,13 +17,13 @@ from aiotorchio.common.interrupt import interruptible
 from aiotorchio.engine.module_commit import WithModules, with_modules
 from aiotorchio.engine.selection import Selection, Targets
 from aiotorchio.errors import MismatchError
+from aiotorchio.graph.module_rules import ModuleRules
 from aiotorchio.graph.strays import (
     does_not_fit,
     named_tensors,
     refuse_untargeted,
     refused_extra_states,
 )
-from aiotorchio.graph.targets import ModuleRules
 from aiotorchio.graph.tensor_load import TensorLoad, composite_misfit, is_composite_target
 from aiotorchio.memory.atomic import BufferSwap, Exchange
 from aiotorchio.wire.header import Header, shortened

@@ -27,7 +27,7 @@ from aiotorchio.graph.devices import DeviceMap
 from aiotorchio.graph.modules import has_memory
 from aiotorchio.graph.targets import MatchedTargets, match_targets
 from aiotorchio.memory.device_copy import Copier, DeviceCopier
-from aiotorchio.memory.routes import MemoryState, memory_state
+from aiotorchio.memory.memory_state import MemoryState, memory_state
 from aiotorchio.overlap.extents import Extents
 from aiotorchio.table.names import rows_by_name
 from aiotorchio.wire.header import MIXED_UNITS, Header

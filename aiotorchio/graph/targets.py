@@ -9,7 +9,7 @@ before the payload is received. ``engine.selection`` and ``engine.matching`` cal
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ import torch
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.strides import order_of
 from aiotorchio.errors import MismatchError
-from aiotorchio.graph.modules import UNKNOWN_MAX, ModuleTarget, has_memory
+from aiotorchio.graph.module_rules import ModuleRules
+from aiotorchio.graph.modules import ModuleTarget, has_memory
 from aiotorchio.graph.sharing import VIEW_BITS, filled_by_others, shared
 from aiotorchio.graph.tensor_load import is_composite_target, kind_of, spread_misfit
 from aiotorchio.overlap.extents import Extents
@@ -26,7 +27,7 @@ from aiotorchio.table.names import count_unnamed, rows_by_name, walk
 from aiotorchio.table.torch_dtypes import torch_dtype
 from aiotorchio.wire.header import CONJUGATE, META_LOCATION, NEGATIVE, Header, shortened
 
-__all__ = ["MatchedTargets", "ModuleRules", "examined", "match_targets", "target_tensors"]
+__all__ = ["MatchedTargets", "examined", "match_targets", "target_tensors"]
 
 # The number of lines that an error has for each kind of difference.
 _SHOWN = 20
@@ -137,7 +138,7 @@ def match_targets(
     misfits |= {
         name: "a nested tensor cannot be received into: leave it out of into"
         for name, tensor in targets.items()
-        if tensor.is_nested and name in selection
+        if tensor.is_nested and name in selection and name not in row_of_name
     }
     fitting = {name: each for name, each in found.items() if name not in misfits}
     sharing = shared(header, row_of_name, fitting)
@@ -255,52 +256,6 @@ def _mismatch(misfits: Mapping[str, str], sides: _OneSided, nameless: int) -> Mi
 def _can_be_filled(tensor: torch.Tensor) -> bool:
     """Whether the bytes of a message can fill all elements of a target."""
     return has_memory(tensor) and not tensor.is_meta and _memory_misfit(tensor) is None
-
-
-class ModuleRules:
-    """The names that modules load or excuse although one side lacks them.
-
-    Args:
-        modules: The modules among the targets.
-
-    Attributes:
-        refused: Entries that the message has parts of and no code loads, with reasons.
-    """
-
-    def __init__(self, modules: Sequence[ModuleTarget]) -> None:
-        self._modules = {module.prefix: module for module in modules}
-        # Modules are found by prefix: there can be thousands, and half a million names.
-        self._lengths = sorted({len(prefix) for prefix in self._modules}, reverse=True)
-        self._unknown_left = UNKNOWN_MAX
-        self.refused: dict[str, str] = {}
-
-    def code_decides(self, name: str) -> bool:
-        """Whether code of a module decides about a missing tensor of this name."""
-        return any(module.code_decides(key) for module, key in self._of(name))
-
-    def may_load(self, name: str) -> bool:
-        """Whether a module loads a tensor of this name, although it has no such tensor.
-
-        Call it once for each name: it adds an entry that nothing loads to ``refused``, and stops at
-        ``UNKNOWN_MAX`` names that only code of a module can judge.
-        """
-        for module, key in self._of(name):
-            entry = module.entry_of(key)
-            if entry is not None:
-                reason = module.refusal(entry)
-                if reason is not None:
-                    self.refused[module.prefix + entry] = reason
-                return True
-            if self._unknown_left and module.code_decides(key):
-                self._unknown_left -= 1
-                return True
-        return False
-
-    def _of(self, name: str) -> Iterator[tuple[ModuleTarget, str]]:
-        for length in self._lengths:
-            module = self._modules.get(name[:length])
-            if module is not None:
-                yield module, name[length:]
 
 
 def _refusals(

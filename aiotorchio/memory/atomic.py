@@ -21,15 +21,8 @@ from aiotorchio.common.interrupt import check_interrupt, interruptible
 from aiotorchio.common.strides import boxes, order_of
 from aiotorchio.memory.device_copy import Copier, bytes_of
 from aiotorchio.memory.host import first_byte
-from aiotorchio.memory.routes import (
-    CARRIERS,
-    alias,
-    copy_elements,
-    has_state,
-    memory_state,
-    moved,
-    tie_key,
-)
+from aiotorchio.memory.memory_state import has_state, memory_state, moved, tie_key
+from aiotorchio.memory.routes import CARRIERS, alias, copy_elements
 
 __all__ = ["BackMemory", "BufferSwap", "Exchange", "note_change"]
 

@@ -9,28 +9,22 @@ the routes. A ``MismatchError`` means that the caller changed the tensor during 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 
 from aiotorchio.common.interrupt import check_interrupt
 from aiotorchio.common.strides import boxes, order_of
-from aiotorchio.errors import MismatchError
 from aiotorchio.memory.device_copy import Copier
 from aiotorchio.memory.host import copy_bytes, first_byte, view_of
+from aiotorchio.memory.memory_state import has_state, memory_state, moved
 
 __all__ = [
     "CARRIERS",
     "Comparison",
-    "MemoryState",
     "Route",
     "alias",
     "copy_elements",
-    "has_state",
-    "memory_state",
-    "moved",
     "same_elements",
-    "tie_key",
 ]
 
 # For each size, a dtype to copy numbers bit by bit: torch cannot copy some dtypes.
@@ -41,8 +35,6 @@ CARRIERS = {
     8: torch.int64,
     16: torch.complex128,
 }
-
-_new_tuple = tuple.__new__
 
 # Elements between two checks for an interrupt: some milliseconds.
 _PART_ELEMENTS = 2**20
@@ -72,66 +64,6 @@ def alias(
     with torch.inference_mode(False):
         tensor = torch.empty((0,), dtype=dtype, device=storage.device)
         return tensor.set_(storage, offset, shape, stride)
-
-
-class MemoryState(NamedTuple):
-    """The properties of a tensor that must not change while bytes are written into it.
-
-    Attributes:
-        address: First byte of its storage.
-        storage_nbytes: Bytes of its storage.
-        offset: Elements of its storage before the first one of the tensor.
-        device: The device.
-        dtype: The dtype.
-        shape: The shape.
-        stride: The strides.
-    """
-
-    address: int
-    storage_nbytes: int
-    offset: int
-    device: torch.device
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-
-
-def memory_state(tensor: torch.Tensor) -> MemoryState:
-    """Return the memory of a tensor as it is now, for ``has_state`` later."""
-    # A call of the class would take 0.3 us more.
-    return _new_tuple(MemoryState, _state_of(tensor))
-
-
-def has_state(tensor: torch.Tensor, state: MemoryState) -> bool:
-    """Whether a tensor still has the memory that it had."""
-    return _state_of(tensor) == state
-
-
-def _state_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return the fields of ``MemoryState``."""
-    storage = tensor.untyped_storage()
-    return (
-        storage.data_ptr(),
-        storage.nbytes(),
-        tensor.storage_offset(),
-        tensor.device,
-        tensor.dtype,
-        tensor.shape,
-        tensor.stride(),
-    )
-
-
-def tie_key(tensor: torch.Tensor) -> object:
-    """Return a key that is equal for tied tensors: the same layout of the same memory."""
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def moved() -> MismatchError:
-    """Make the error for a target whose shape or memory has changed."""
-    return MismatchError(
-        "a target changed its shape or its memory while its message was received; do not resize, "
-        "replace or convert the tensors of into during a load"
-    )
 
 
 class Route:

@@ -19,7 +19,7 @@ from aiotorchio.errors import MismatchError
 from aiotorchio.memory import atomic
 from aiotorchio.memory.atomic import BackMemory, BufferSwap, Exchange, note_change
 from aiotorchio.memory.host import view_of
-from aiotorchio.memory.routes import memory_state
+from aiotorchio.memory.memory_state import memory_state
 from aiotorchio.table.torch_dtypes import TORCH_DTYPES
 from tests.support.payload_layouts import (
     CountingCopier,

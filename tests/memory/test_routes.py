@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from aiotorchio.errors import MismatchError
 from aiotorchio.memory.device_copy import Copier, DeviceCopier, bytes_of
 from aiotorchio.memory.host import view_of
-from aiotorchio.memory.routes import Route, alias, copy_elements, memory_state
+from aiotorchio.memory.memory_state import memory_state
+from aiotorchio.memory.routes import Route, alias, copy_elements
 from aiotorchio.table.torch_dtypes import TORCH_DTYPES
 from tests.support.payload_layouts import (
     META,
