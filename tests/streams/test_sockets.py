@@ -6,13 +6,17 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import anyio
 import pytest
+import torch
+import trio
+import uvloop
 
-from aiotorchio.errors import TruncatedError
+import aiotorchio
+from aiotorchio.errors import TransferTimeout, TruncatedError
 from aiotorchio.streams import sockets
 from aiotorchio.streams.sockets import SocketSink, SocketSource
 from tests.support.backends import all_blocked, connected, soon
@@ -232,6 +236,58 @@ def test_a_keyboard_interrupt_while_waiting_stops_watching(
         asyncio.Runner(loop_factory=loop_factory) as runner,
     ):
         runner.run(main())
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def run_guest(request: pytest.FixtureRequest) -> Callable[[Callable[[], Awaitable[Any]]], Any]:
+    """Runs a function of trio as a guest of asyncio."""
+
+    def run(guest: Callable[[], Awaitable[Any]]) -> Any:
+        async def host() -> Any:
+            loop = asyncio.get_running_loop()
+            done = loop.create_future()
+            trio.lowlevel.start_guest_run(
+                guest,
+                run_sync_soon_threadsafe=loop.call_soon_threadsafe,
+                done_callback=done.set_result,
+                host_uses_signal_set_wakeup_fd=True,
+            )
+            return (await done).unwrap()
+
+        with asyncio.Runner(loop_factory=request.param) as runner:
+            return runner.run(host())
+
+    return run
+
+
+def test_trio_as_a_guest_of_asyncio(pair: Any, run_guest: Any) -> None:
+    near, far = pair
+    # Of several turns, with work in threads.
+    state: dict[str, Any] = {"w": torch.arange(2**20), "text": "x"}
+
+    async def guest() -> Any:
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(aiotorchio.save_to_stream, state, near)
+                return await aiotorchio.load_from_stream(far)
+
+    loaded = run_guest(guest)
+    assert torch.equal(loaded["w"], state["w"]) and loaded["text"] == "x"
+
+
+def test_deadlines_in_a_guest(pair: Any, run_guest: Any) -> None:
+    near, far = pair
+
+    async def guest() -> None:
+        with trio.fail_after(60):
+            with pytest.raises(TransferTimeout, match="start_timeout"):
+                limits = aiotorchio.Limits(start_timeout=0.01)
+                await aiotorchio.load_from_stream(far, limits=limits)
+            with pytest.raises(TransferTimeout, match="write_timeout"):
+                limits = aiotorchio.Limits(write_timeout=0.01)
+                await aiotorchio.save_to_stream(torch.zeros(2**22), near, limits=limits)
+
+    run_guest(guest)
 
 
 async def test_nothing_is_taken_after_a_cancellation(pair: Any) -> None:
