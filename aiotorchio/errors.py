@@ -89,7 +89,7 @@ class AiotorchioError(Exception):
 
 
 class ProtocolError(AiotorchioError):
-    """The bytes are not a message as SPEC.md describes it."""
+    """The bytes are not a message as SPEC.md describes it, or the stream gave something else."""
 
 
 class TruncatedError(AiotorchioError, EOFError):

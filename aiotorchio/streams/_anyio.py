@@ -39,11 +39,16 @@ class AnyioSource(Source):
     async def fill(self, buffers: Sequence[memoryview]) -> int:
         cursor = Cursor(buffers)
         while cursor:
+            most = min(cursor.left, PIECE_SIZE)
             with connection_errors():
                 try:
-                    data = await self._stream.receive(min(cursor.left, PIECE_SIZE))
+                    piece = await self._stream.receive(most)
                 except anyio.EndOfStream:
                     break
+            data = self.checked_piece(piece, most)
+            if not data:
+                # A stream of another author may give nothing again and again, without a wait.
+                await anyio.lowlevel.checkpoint()
             self.moved(len(data))
             cursor.write(data)
         return cursor.done

@@ -104,7 +104,7 @@ class AsyncioSource(Source):
         # A small message needs ten short reads, of bytes that the reader has already.
         if not self._direct and 0 < size < _DIRECT_MIN:
             await anyio.lowlevel.checkpoint_if_cancelled()
-            piece = await self._receive(size)
+            piece = bytes(await self._receive(size))
             if len(piece) == size or not piece:
                 return piece
             return piece + await super().read(size - len(piece))
@@ -134,9 +134,11 @@ class AsyncioSource(Source):
             cursor.write(data)
         return cursor.done
 
-    async def _receive(self, most: int) -> bytes:
+    async def _receive(self, most: int) -> bytes | memoryview:
+        most = min(most, PIECE_SIZE)
         with connection_errors(OSError):
-            data = await self._reader.read(min(most, PIECE_SIZE))
+            piece = await self._reader.read(most)
+        data = self.checked_piece(piece, most)
         self.moved(len(data))
         return data
 
@@ -154,7 +156,7 @@ class AsyncioSource(Source):
             duplicate.close()
             return
         self._duplicate, self._direct = duplicate, SocketSource(duplicate.socket)
-        data = await self._reader.read(sys.maxsize)
+        data = self.checked_piece(await self._reader.read(sys.maxsize))
         # This follows read(), which may resume the transport.
         self._transport.pause_reading()
         self._buffered = memoryview(data)[:-1]

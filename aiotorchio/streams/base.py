@@ -2,13 +2,14 @@
 
 In: buffers to fill or to send. Out: the bytes moved, and the number of them. The drivers in engine/
 call the adapters. A ``TruncatedError`` means that the connection broke, a ``TransferTimeout`` that
-it timed out.
+it timed out, a ``ProtocolError`` that the stream gave something else than the requested bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import operator
 import socket
 import ssl
 import sys
@@ -16,12 +17,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import IncompleteRead
+from typing import Any
 
 import anyio
 import anyio.lowlevel
 
 from aiotorchio.common.buffer import Buffer
-from aiotorchio.errors import TransferTimeout, TruncatedError
+from aiotorchio.errors import ProtocolError, TransferTimeout, TruncatedError
 from aiotorchio.streams.deadlines import TimeBudget
 
 __all__ = [
@@ -51,9 +53,11 @@ class Endpoint:
         time_budget: The time budget of the peer; None if there is none. The public function sets
             it, the driver begins and ends its waits.
         failure: The error of a failed send, after which nothing more can be sent.
+        count: Bytes that moved.
     """
 
     in_message = False
+    count = 0
     failure: Exception | None = None
     time_budget: TimeBudget | None = None
 
@@ -69,8 +73,76 @@ class Endpoint:
         if not count:
             return
         self.in_message = True
+        self.count += count
         if self.time_budget is not None:
             self.time_budget.moved(count)
+
+    def checked_piece(self, piece: Any, most: int | None = None) -> bytes | memoryview:
+        """Return the flat bytes of a piece that a stream gave.
+
+        Every source that receives pieces of other code calls it: a peer may have sent a text frame,
+        and a stream may give arrays, or more than ``most`` bytes, which were requested.
+
+        Raises:
+            ProtocolError: The piece is no contiguous bytes-like object, or is too long.
+        """
+        # The type of nearly all pieces, which needs no copy and no look at its layout.
+        data = piece if type(piece) is bytes else self._flat(piece)
+        if most is not None and len(data) > most:
+            raise self.misfit(f"the stream gave {len(data)} bytes, but {most} were requested")
+        return data
+
+    def checked_count(self, count: Any, most: int, call: str, *, least: int = 0) -> int:
+        """Return the number of bytes that a call on a stream says it has moved.
+
+        Raises:
+            ProtocolError: It is not a number from ``least`` to ``most``.
+        """
+        if type(count) is not int:
+            try:
+                count = operator.index(count)
+            except TypeError:
+                found = f"an object of type {type(count).__name__}"
+                raise self.misfit(
+                    f"{call} returned {found}, but must return the number of bytes"
+                ) from None
+        if not least <= count <= most:
+            raise self.misfit(
+                f"{call} returned {count}, but must return a number from {least} to {most}"
+            )
+        return int(count)
+
+    def misfit(self, text: str) -> ProtocolError:
+        """Make the error for a stream that does not do what its interface says, and poison it."""
+        self.in_message = True
+        return ProtocolError(text, offset=self.count)
+
+    def _flat(self, piece: Any) -> bytes | memoryview:
+        name = type(piece).__name__
+        if isinstance(piece, str):
+            raise self.misfit(
+                f"the stream gave text ({name}), but bytes are needed: send binary frames, and "
+                "open files and channels without an encoding"
+            )
+        try:
+            view = memoryview(piece)
+        except (TypeError, ValueError, BufferError):
+            raise self.misfit(
+                f"the stream gave an object of type {name}, but bytes are needed: load from an "
+                "async iterable of the bytes in its items"
+            ) from None
+        if not view.nbytes:
+            return b""
+        if not view.c_contiguous:
+            raise self.misfit(
+                f"the stream gave an object of type {name} whose bytes are not contiguous: copy "
+                "it first"
+            )
+        try:
+            return view.cast("B")
+        except (TypeError, ValueError):
+            # memoryview casts native formats only: no structs and no foreign byte order.
+            return view.tobytes()
 
 
 class Source(Endpoint, ABC):

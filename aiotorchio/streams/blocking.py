@@ -1,7 +1,8 @@
 """Source and sink for blocking files, pipes and ``BytesIO``, and the base class for sockets.
 
 In: buffers to fill or to send. Out: the number of bytes moved. The blocking driver calls it. A
-``TruncatedError`` means that the connection broke, a ``TransferTimeout`` that the peer was slow.
+``TruncatedError`` means that the connection broke, a ``TransferTimeout`` that the peer was slow, a
+``ProtocolError`` that the file gave something else than the requested bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aiotorchio.common.buffer import Buffer
-from aiotorchio.errors import AiotorchioError
+from aiotorchio.errors import ProtocolError
 from aiotorchio.streams.base import PIECE_SIZE, Endpoint, coalesce, connection_errors
 
 __all__ = ["BlockingStream"]
@@ -84,10 +85,17 @@ class BlockingStream(Endpoint):
         """Note bytes that were received or sent."""
         # In a seekable file, the caller can find the next message, and there is no peer.
         if self._seekable:
+            self.count += count
             return
         super().moved(count)
         if self.time_budget is not None and self.time_budget.left() <= 0:
             raise self.time_budget.error()
+
+    def misfit(self, text: str) -> ProtocolError:
+        """Make the error for a file that does not do what its interface says."""
+        error = super().misfit(text)
+        self.in_message = not self._seekable
+        return error
 
     def abort(self) -> None:
         """Break a connection, so that the peer does not wait for remaining bytes."""
@@ -101,7 +109,7 @@ class BlockingStream(Endpoint):
         before, self.in_message = self.in_message, not self._seekable
         try:
             count = self._read_into(view)
-        except (OSError, AiotorchioError):
+        except OSError:  # a TransferTimeout, too
             self.in_message = before
             raise
         if not count:
@@ -113,10 +121,11 @@ class BlockingStream(Endpoint):
             count = self._into(view)
             if count is None:
                 raise _would_block()
-            return int(count)
-        data = self._file.read(len(view))
-        if data is None:
+            return self.checked_count(count, len(view), "readinto()")
+        piece = self._file.read(len(view))
+        if piece is None:
             raise _would_block()
+        data = self.checked_piece(piece, len(view))
         view[: len(data)] = data
         return len(data)
 
@@ -132,7 +141,8 @@ class BlockingStream(Endpoint):
     def _write(self, view: memoryview) -> int:
         count = self._file.write(view)
         if count is not None:
-            return int(count)
+            # A blocking file that writes nothing, without an error, would be called for ever.
+            return self.checked_count(count, len(view), "write()", least=1)
         if isinstance(self._file, io.RawIOBase):
             raise _would_block()
         # Some files write all bytes and return None.

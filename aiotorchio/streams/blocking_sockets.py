@@ -97,29 +97,31 @@ class _PlainSocket(_BlockingSocket):
     """Makes non-blocking calls, and waits with a selector until the socket is ready."""
 
     def _read_into(self, view: memoryview) -> int:
-        return self._try(
+        count = self._try(
             selectors.EVENT_READ,
             lambda: self._file.recv_into(view, 0, socket.MSG_DONTWAIT),
         )
+        return self.checked_count(count, len(view), "recv_into()")
 
     def _write_all(self, buffers: Sequence[Buffer]) -> None:
         cursor = Cursor(buffers)
 
-        def attempt() -> int:
-            return int(self._file.sendmsg(cursor.next(TURN_SIZE), [], socket.MSG_DONTWAIT))
+        def attempt() -> Any:
+            return self._file.sendmsg(cursor.next(TURN_SIZE), [], socket.MSG_DONTWAIT)
 
         while cursor:
             self.in_message = True
-            count = self._try(selectors.EVENT_WRITE, attempt)
+            sent = self._try(selectors.EVENT_WRITE, attempt)
+            count = self.checked_count(sent, cursor.left, "sendmsg()", least=1)
             self.moved(count)
             cursor.advance(count)
 
-    def _try(self, event: int, attempt: Callable[[], Any]) -> int:
+    def _try(self, event: int, attempt: Callable[[], Any]) -> Any:
         while True:
             # A socket with a timeout would wait in the attempt.
             if self._timeout is None:
                 try:
-                    return int(attempt())
+                    return attempt()
                 except BlockingIOError:
                     pass
             with _Selector() as selector:
@@ -127,14 +129,14 @@ class _PlainSocket(_BlockingSocket):
                 # An empty list means that the time is over.
                 self._wait(lambda seconds: selector.select(seconds) or None)
             if self._timeout is not None:
-                return int(attempt())
+                return attempt()
 
 
 class _TimedSocket(_BlockingSocket):
     """Sets the timeout of the socket; see ``one_call_at_a_time``."""
 
     def _read_into(self, view: memoryview) -> int:
-        return self._timed(self._file.recv_into, view)
+        return self._timed(self._file.recv_into, view, "recv_into()")
 
     def _write_all(self, buffers: Sequence[Buffer]) -> None:
         # Inside a TLS call, the number of sent bytes is unknown.
@@ -142,7 +144,7 @@ class _TimedSocket(_BlockingSocket):
             view = memoryview(piece)
             while view:
                 self.in_message = True
-                count = self._timed(self._file.send, view)
+                count = self._timed(self._file.send, view, "send()", least=1)
                 self.moved(count)
                 view = view[count:]
 
@@ -151,12 +153,15 @@ class _TimedSocket(_BlockingSocket):
         with contextlib.suppress(OSError):
             self._file.settimeout(self._timeout)
 
-    def _timed(self, call: Callable[..., Any], *args: Any) -> int:
+    def _timed(
+        self, call: Callable[[memoryview], Any], view: memoryview, name: str, *, least: int = 0
+    ) -> int:
         def attempt(seconds: float | None) -> int | None:
             self._file.settimeout(seconds)
             try:
-                return int(call(*args))
+                count = call(view)
             except TimeoutError:
                 return None
+            return self.checked_count(count, len(view), name, least=least)
 
         return self._wait(attempt)

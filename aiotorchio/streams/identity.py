@@ -10,9 +10,18 @@ import functools
 from typing import Any, Generic, TypeVar
 from weakref import ref
 
-__all__ = ["IdentityTable"]
+__all__ = ["IdentityTable", "is_referable"]
 
 V = TypeVar("V")
+
+
+def is_referable(obj: Any) -> bool:
+    """Whether an object can be weakly referenced, and so be a key of the table."""
+    try:
+        ref(obj)
+    except TypeError:
+        return False
+    return True
 
 
 class IdentityTable(Generic[V]):

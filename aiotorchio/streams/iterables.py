@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
-from typing import Any
-from weakref import ref
 
 import anyio.lowlevel
 
 from aiotorchio.common.buffer import Buffer
 from aiotorchio.streams.base import Cursor, Source, connection_errors
-from aiotorchio.streams.identity import IdentityTable
+from aiotorchio.streams.identity import IdentityTable, is_referable
 
 __all__ = ["IterableSource", "resumable"]
 
@@ -34,7 +32,7 @@ class IterableSource(Source):
     def __init__(self, iterable: AsyncIterable[Buffer]) -> None:
         self._iterator = aiter(iterable)
         self._owned = self._iterator is not iterable
-        self._resumes = not self._owned and _can_wait(iterable)
+        self._resumes = not self._owned and is_referable(iterable)
         self._piece, self._pieces = _NOTHING, 0
         if self._resumes:
             self._piece = memoryview(_left_over.pop(iterable, b""))
@@ -66,7 +64,7 @@ class IterableSource(Source):
                     piece = await anext(self._iterator)
                 except StopAsyncIteration:
                     return False
-            self._piece = memoryview(piece).cast("B")
+            self._piece = memoryview(self.checked_piece(piece))
         return True
 
     def _take(self, size: int) -> memoryview:
@@ -89,7 +87,7 @@ class IterableSource(Source):
 def resumable(iterable: AsyncIterable[Buffer]) -> AsyncIterator[Buffer]:
     """Return an iterator from which one message can be loaded after the other."""
     iterator = aiter(iterable)
-    return iterator if _can_wait(iterator) else _Resumable(iterator)
+    return iterator if is_referable(iterator) else _Resumable(iterator)
 
 
 class _Resumable:
@@ -103,12 +101,3 @@ class _Resumable:
 
     async def __anext__(self) -> Buffer:
         return await anext(self._iterator)
-
-
-def _can_wait(iterator: Any) -> bool:
-    """Whether an iterator can be weakly referenced, and so be a key of the table."""
-    try:
-        ref(iterator)
-    except TypeError:
-        return False
-    return True

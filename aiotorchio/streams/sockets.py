@@ -67,6 +67,7 @@ class SocketSource(Source):
                     return False
                 if received == 0:
                     return True
+                received = self.checked_count(received, cursor.left, "receiving")
                 self.moved(received)
                 cursor.advance(received)
             return not cursor
@@ -100,6 +101,7 @@ class SocketSink(Sink):
                     sent = self._sock.sendmsg(cursor.next(stop - cursor.done))
                 except (BlockingIOError, InterruptedError):
                     return False
+                sent = self.checked_count(sent, cursor.left, "sendmsg()", least=1)
                 self.moved(sent)
                 cursor.advance(sent)
             return not cursor

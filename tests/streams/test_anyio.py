@@ -6,9 +6,12 @@ Sockets are tested in ``test_matrix.py`` and in ``tests/api``.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anyio
+import numpy as np
 import pytest
 from anyio.abc import ByteReceiveStream, ByteSendStream
 from anyio.streams.buffered import BufferedByteReceiveStream
@@ -16,7 +19,7 @@ from anyio.streams.file import FileReadStream, FileWriteStream
 from anyio.streams.stapled import StapledByteStream
 
 import aiotorchio
-from aiotorchio.errors import TransferTimeout, TruncatedError
+from aiotorchio.errors import ProtocolError, StreamPoisoned, TransferTimeout, TruncatedError
 from aiotorchio.streams._anyio import AnyioSink, AnyioSource
 from tests.api.test_streams import CHUNKED, LARGE, SMALL, encoded
 from tests.support.backends import all_blocked, both_ends, soon
@@ -68,6 +71,59 @@ async def test_broken_streams(error: type[Exception]) -> None:
         await aiotorchio.save_to_stream(SMALL, Memory(end=error()))
     with pytest.raises(TransferTimeout):
         await aiotorchio.load_from_stream(Memory(end=TimeoutError()))
+
+
+class Wrapped(Memory):
+    """A stream whose ``receive`` gives what a function makes of the bytes."""
+
+    def __init__(self, data: bytes, wrap: Callable[[bytes], Any]) -> None:
+        super().__init__(data)
+        self.wrap = wrap
+
+    async def receive(self, max_bytes: int = 65536) -> Any:
+        return self.wrap(await super().receive(max_bytes))
+
+
+async def test_typed_and_empty_pieces() -> None:
+    typed = Wrapped(encoded(LARGE), lambda data: np.frombuffer(data, "S1").reshape(1, -1))
+    assert_same(await aiotorchio.load_from_stream(typed), LARGE)
+
+    class Hesitant(Memory):
+        empty = False
+
+        async def receive(self, max_bytes: int = 65536) -> bytes:
+            self.empty = not self.empty
+            return b"" if self.empty else await super().receive(max_bytes)
+
+    assert_same(await aiotorchio.load_from_stream(Hesitant(encoded(LARGE))), LARGE)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "text"),
+    [
+        (lambda data: data + b"x", "gave 9 bytes, but 8 were requested"),
+        (lambda data: data.decode("latin1"), "str"),
+        (lambda data: memoryview(data)[::2], "not contiguous"),
+        (lambda data: None, "NoneType"),
+    ],
+)
+async def test_pieces_that_cannot_be(wrap: Callable[[bytes], Any], text: str) -> None:
+    stream = Wrapped(encoded(SMALL), wrap)
+    with pytest.raises(ProtocolError, match=text) as caught:
+        await aiotorchio.load_from_stream(stream)
+    assert caught.value.offset == 0
+    with pytest.raises(StreamPoisoned):
+        await aiotorchio.load_from_stream(stream)
+
+
+async def test_a_stream_that_gives_nothing_for_ever_meets_its_deadline() -> None:
+    class Nothing(Memory):
+        async def receive(self, max_bytes: int = 65536) -> bytes:
+            return b""
+
+    limits = aiotorchio.Limits(start_timeout=0.01)
+    with pytest.raises(TransferTimeout, match="start_timeout"):
+        await aiotorchio.load_from_stream(Nothing(), limits=limits)
 
 
 async def test_the_end_is_short() -> None:

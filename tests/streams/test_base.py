@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import anyio
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aiotorchio.common.buffer import Buffer
-from aiotorchio.errors import TransferTimeout, TruncatedError
-from aiotorchio.streams.base import Cursor, Sink, coalesce, connection_errors
+from aiotorchio.errors import ProtocolError, TransferTimeout, TruncatedError
+from aiotorchio.streams.base import Cursor, Endpoint, Sink, coalesce, connection_errors
 
 buffers = st.lists(
     st.one_of(
@@ -105,6 +107,110 @@ def test_what_a_file_does_is_not_translated_but_what_a_socket_does() -> None:
     assert caught.value is unreachable
     with pytest.raises(TruncatedError, match="No route"), connection_errors(OSError):
         raise unreachable
+
+
+FLAT = {
+    "bytes": b"abcdefgh",
+    "a subclass": type("Own", (bytes,), {})(b"abcdefgh"),
+    "bytearray": bytearray(b"abcdefgh"),
+    "items": memoryview(b"abcdefgh").cast("I"),
+    "float32": np.frombuffer(b"abcdefgh", "f4"),
+    "one number": np.frombuffer(b"abcdefgh", "f8").reshape(()),
+    "two dimensions": np.frombuffer(b"abcdefgh", "u1").reshape(2, 4),
+    "foreign byte order": np.frombuffer(b"abcdefgh", ">i4"),
+    "structs": np.frombuffer(b"abcdefgh", [("a", "u2"), ("b", "u2")]),
+    "texts": np.frombuffer(b"a\0\0\0b\0\0\0", "U2"),
+    "one of many": np.frombuffer(b"abcdefgh", "u1").reshape(1, 8)[:, ::1],
+}
+EMPTY = [b"", bytearray(), *(np.zeros(shape) for shape in [(0,), (0, 4), (4, 0), (2, 0, 2)])]
+STRIDED = [
+    memoryview(b"abcdefgh")[::2],
+    np.zeros((2, 4), order="F"),
+    np.zeros((4, 4), "u1")[:, :2],
+]
+NO_BYTES = ["text", "", None, 5, ["a"], (b"a", b"b"), torch.ones(2), np.zeros(2, "M8[s]"), object()]
+
+
+@pytest.mark.parametrize("kind", FLAT)
+def test_contiguous_pieces_are_flat_bytes(kind: str) -> None:
+    piece: Any = FLAT[kind]
+    data = Endpoint().checked_piece(piece, 8)
+    expected = piece.tobytes() if hasattr(piece, "tobytes") else bytes(piece)
+    assert len(data) == len(expected) == 8
+    assert bytes(data) == expected
+
+
+def test_a_piece_costs_no_copy() -> None:
+    array = np.zeros(1000, "f4").reshape(10, 100)
+    data = Endpoint().checked_piece(array)
+    array[:] = 1
+    assert bytes(data) == array.tobytes()
+    whole = bytes(1000)
+    assert Endpoint().checked_piece(whole) is whole
+
+
+@pytest.mark.parametrize("piece", EMPTY, ids=str)
+def test_empty_pieces_of_any_shape(piece: Any) -> None:
+    endpoint = Endpoint()
+    assert endpoint.checked_piece(piece, 0) == b""
+    assert not endpoint.in_message
+
+
+@pytest.mark.parametrize("piece", [*NO_BYTES, *STRIDED], ids=lambda piece: type(piece).__name__)
+def test_other_pieces_poison_the_stream(piece: Any) -> None:
+    endpoint = Endpoint()
+    with pytest.raises(ProtocolError, match=rf"\b{type(piece).__name__}\b") as caught:
+        endpoint.checked_piece(piece, 100)
+    assert caught.value.offset == 0
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+    assert endpoint.in_message
+    endpoint = Endpoint()
+    endpoint.moved(7)
+    endpoint.moved(5)
+    with pytest.raises(ProtocolError) as caught:
+        endpoint.checked_piece(piece, 100)
+    assert caught.value.offset == 12
+
+
+def test_a_piece_that_is_too_long() -> None:
+    endpoint = Endpoint()
+    assert endpoint.checked_piece(b"abc", 3) == b"abc"
+    assert not endpoint.in_message
+    for piece in (b"abcd", np.zeros(1, "f4")):
+        with pytest.raises(ProtocolError, match="gave 4 bytes, but 3 were requested"):
+            endpoint.checked_piece(piece, 3)
+    assert endpoint.in_message
+
+
+@pytest.mark.parametrize("count", [0, 5, True, np.int64(5)])
+def test_counts(count: Any) -> None:
+    endpoint = Endpoint()
+    checked = endpoint.checked_count(count, 5, "f()")
+    assert checked == count and type(checked) is int
+    assert not endpoint.in_message
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (-1, "returned -1, but must return a number from 1 to 5"),
+        (0, "returned 0,"),
+        (6, "returned 6,"),
+        (2**70, "returned 1180591620717411303424,"),
+        (np.int8(-1), "returned -1,"),
+        ("5", "an object of type str, but must return the number of bytes"),
+        (b"5", "of type bytes"),
+        (5.0, "of type float"),
+        (None, "of type NoneType"),
+    ],
+)
+def test_counts_that_cannot_be(count: Any, text: str) -> None:
+    endpoint = Endpoint()
+    endpoint.count = 9
+    with pytest.raises(ProtocolError, match=rf"f\(\) returned {text[9:]}|f\(\) .*{text}") as caught:
+        endpoint.checked_count(count, 5, "f()", least=1)
+    assert caught.value.offset == 9
+    assert endpoint.in_message
 
 
 class OnceBroken(Sink):

@@ -6,13 +6,17 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiotorchio.errors import TransferTimeout, TruncatedError
+import aiotorchio
+from aiotorchio.errors import ProtocolError, StreamPoisoned, TransferTimeout, TruncatedError
 from aiotorchio.streams.iterables import IterableSource, resumable
+from tests.api.test_streams import SMALL, encoded
 from tests.support.backends import run_blocking
+from tests.support.corpus import assert_same
 
 pytestmark = pytest.mark.anyio
 
@@ -61,9 +65,44 @@ async def test_pieces_of_other_items() -> None:
     assert await source.read(10) == bytes(10)
 
 
-async def test_pieces_that_are_no_bytes() -> None:
-    with pytest.raises(TypeError, match="bytes-like"):
-        await IterableSource(Pieces("text")).read(1)
+async def test_empty_pieces_of_any_shape_are_skipped() -> None:
+    empty = [np.zeros(shape) for shape in [(0,), (0, 4), (4, 0)]]
+    source = IterableSource(Pieces(*empty, b"ab", *empty, np.zeros((1, 2), "u1"), *empty))
+    assert await source.read(9) == b"ab\0\0"
+
+
+class SocketMessage:
+    """An item of aiohttp's WebSockets: bytes are in an attribute."""
+
+    data = b"abc"
+
+
+DATA = encoded(SMALL)
+
+
+@pytest.mark.parametrize("piece", ["text", SocketMessage(), memoryview(DATA)[::2]])
+@pytest.mark.parametrize("at", [0, 1, 100, len(DATA) - 1])
+async def test_pieces_that_are_no_bytes(piece: object, at: int) -> None:
+    stream = Pieces(DATA[:at], piece, DATA[at:])
+    with pytest.raises(ProtocolError, match=type(piece).__name__) as caught:
+        await aiotorchio.load_from_stream(stream)
+    assert caught.value.offset == at
+    with pytest.raises(StreamPoisoned):
+        await aiotorchio.load_from_stream(stream)
+
+
+async def test_the_offset_counts_from_the_beginning_of_the_message() -> None:
+    stream = Pieces(DATA + DATA[:50], "text")
+    assert_same(await aiotorchio.load_from_stream(stream), SMALL)
+    with pytest.raises(ProtocolError) as caught:
+        await aiotorchio.load_from_stream(stream)
+    assert caught.value.offset == 50
+
+
+async def test_text_after_a_message_is_not_of_it() -> None:
+    stream = Pieces(DATA, "text")
+    assert_same(await aiotorchio.load_from_stream(stream), SMALL)
+    assert stream.pieces == ["text"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import trio
 import uvloop
 
 import aiotorchio
-from aiotorchio.errors import TransferTimeout, TruncatedError
+from aiotorchio.errors import ProtocolError, TransferTimeout, TruncatedError
 from aiotorchio.streams import sockets
 from aiotorchio.streams.sockets import SocketSink, SocketSource
 from tests.support.backends import all_blocked, connected, soon
@@ -236,6 +236,51 @@ def test_a_keyboard_interrupt_while_waiting_stops_watching(
         asyncio.Runner(loop_factory=loop_factory) as runner,
     ):
         runner.run(main())
+
+
+class Miscounting(socket.socket):
+    """A socket that moves bytes, but returns another number."""
+
+    result: Any
+
+    def recv_into(self, *args: Any) -> Any:
+        super().recv_into(*args)
+        return self.result
+
+    def recvmsg_into(self, *args: Any) -> Any:
+        return self.result, *super().recvmsg_into(*args)[1:]
+
+    def sendmsg(self, *args: Any) -> Any:
+        super().sendmsg(*args)
+        return self.result
+
+
+@pytest.mark.parametrize("result", [-1, 4, 2**40, "a", None])
+async def test_counts_that_cannot_be(pair: Any, result: Any) -> None:
+    near, far = pair
+    with Miscounting(fileno=far.detach()) as odd:
+        odd.setblocking(False)
+        odd.result = result
+        for sizes in ([3], [1, 2]):
+            near.send(b"abc")
+            source = SocketSource(odd)
+            with pytest.raises(ProtocolError, match="receiving returned") as caught:
+                await source.fill([memoryview(bytearray(size)) for size in sizes])
+            assert caught.value.offset == 0
+            assert source.in_message
+        sink = SocketSink(odd)
+        for _ in range(2):
+            with pytest.raises(ProtocolError, match=r"sendmsg\(\) returned"):
+                await sink.send([b"abc"])
+        assert near.recv(9) == b"abc"
+
+
+async def test_a_socket_that_sends_nothing_for_ever(pair: Any) -> None:
+    with Miscounting(fileno=pair[1].detach()) as odd:
+        odd.setblocking(False)
+        odd.result = 0
+        with pytest.raises(ProtocolError, match="returned 0"):
+            await SocketSink(odd).send([b"abc"])
 
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
