@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from typing import Any, get_args
 
 import torch
@@ -20,9 +20,8 @@ from aiotorchio.engine.summary import Summary
 from aiotorchio.graph.devices import MapLocation
 from aiotorchio.graph.select import Select
 from aiotorchio.limits import Limits, checked_limits
-from aiotorchio.streams.detect import open_source
+from aiotorchio.streams.detect import open_source, sink_type, stream_of_messages
 from aiotorchio.streams.guard import exclusive
-from aiotorchio.streams.iterables import resumable
 from aiotorchio.table.names import TensorSpec
 
 __all__ = ["StreamReader", "StreamWriter"]
@@ -34,6 +33,9 @@ class StreamWriter:
     Args:
         stream: As for ``save_to_stream``.
 
+    Raises:
+        TypeError: A save cannot use the stream.
+
     Example:
         >>> import aiotorchio
         >>> async def push(states, stream):
@@ -43,6 +45,7 @@ class StreamWriter:
     """
 
     def __init__(self, stream: Any) -> None:
+        sink_type(stream)
         self._stream = stream
 
     def save(
@@ -72,6 +75,9 @@ class StreamReader:
     Args:
         stream: As for ``load_from_stream``; an async iterable is iterated once, from here on.
 
+    Raises:
+        TypeError: A load cannot use the stream.
+
     Example:
         >>> import aiotorchio
         >>> async def pull(stream):
@@ -81,8 +87,7 @@ class StreamReader:
     """
 
     def __init__(self, stream: Any) -> None:
-        # anyio's byte streams are iterable too, and are their own iterators.
-        self._stream = resumable(stream) if isinstance(stream, AsyncIterable) else stream
+        self._stream = stream_of_messages(stream)
 
     def load(
         self,

@@ -76,8 +76,9 @@ def save_to_stream(
     Args:
         obj: Any object, or a ``Snapshot``. State dicts and other plain containers need no pickle on
             either side.
-        stream: An ``asyncio.StreamWriter``, an anyio byte stream, or a non-blocking
-            ``socket.socket``. It stays open after the message.
+        stream: An ``asyncio.StreamWriter``, an anyio byte stream, a non-blocking
+            ``socket.socket``, or an object with ``write(data)`` and ``async drain()``. It stays
+            open after the message.
         checksum: Send an xxh3_64 digest with each chunk. Without it, damage to tensors goes
             unnoticed; structure and completeness are still proven.
         chunk_size: Bytes of a chunk: a multiple of 64, from 4096 on. Receivers accept up to
@@ -189,7 +190,8 @@ def load_from_stream(
 
     Args:
         stream: An ``asyncio.StreamReader``, an anyio byte stream, a non-blocking
-            ``socket.socket``, or an async iterable of bytes-like pieces (one that is its own
+            ``socket.socket``, an object with ``async read(size)``, such as aiohttp's
+            ``response.content``, or an async iterable of bytes-like pieces (one that is its own
             iterator, such as an async generator, keeps what follows for the next load;
             ``StreamReader`` keeps it for all others).
         map_location: As in ``torch.load``: a device or its string for all tensors, a dict from
@@ -255,7 +257,7 @@ def load_from_stream(
             module did not load its entries: its previous state is loaded back.
         RuntimeError: Another load is receiving into the same memory, or using the
             ``DoubleBuffer``; nothing was read but the header.
-        ProtocolError: The bytes are not a message.
+        ProtocolError: The bytes are not a message, or the stream gave something else than bytes.
         TruncatedError: The stream ended or broke; also an ``EOFError``. Its ``offset`` is 0 if
             the stream ended before a message began.
         ChecksumError: The bytes are not those that were sent.

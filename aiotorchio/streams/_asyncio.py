@@ -22,21 +22,28 @@ import anyio.lowlevel
 from aiotorchio.common.buffer import Buffer
 from aiotorchio.errors import TruncatedError
 from aiotorchio.streams.base import (
-    PIECE_SIZE,
     Cursor,
     Sink,
-    Source,
     coalesce,
     connection_errors,
 )
+from aiotorchio.streams.duck_typed import ReadSource, abort_transport, implements
 from aiotorchio.streams.sockets import SocketSink, SocketSource
 
-__all__ = ["AsyncioSink", "AsyncioSource"]
+__all__ = ["AsyncioSink", "AsyncioSource", "has_write_buffer"]
 
 # Below this size, a copy costs less than bypassing the transport (about 50 us).
 _DIRECT_MIN = 128 * 2**10
 # struct linger: on, with zero seconds.
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+# The methods that the adapters need, and that transports of other authors may lack.
+_PAUSED_BY = ("is_closing", "get_protocol", "pause_reading", "resume_reading")
+_BUFFER_METHODS = (
+    "is_closing",
+    "get_write_buffer_size",
+    "get_write_buffer_limits",
+    "set_write_buffer_limits",
+)
 # Seconds between two checks whether the bypassed transport was closed.
 _LOOK_EVERY = 0.1
 
@@ -84,7 +91,7 @@ def _duplicate(transport: Any, direction: int) -> _Duplicate | None:
     return _Duplicate(transport, duplicate, direction)
 
 
-class AsyncioSource(Source):
+class AsyncioSource(ReadSource):
     """Receives bytes from an ``asyncio.StreamReader``.
 
     Args:
@@ -92,7 +99,7 @@ class AsyncioSource(Source):
     """
 
     def __init__(self, reader: asyncio.StreamReader) -> None:
-        self._reader = reader
+        super().__init__(reader)
         # No public attribute of a reader is its transport. Without a transport, bytes are copied.
         self._transport: Any = getattr(reader, "_transport", None)
         self._duplicate: _Duplicate | None = None
@@ -129,19 +136,6 @@ class AsyncioSource(Source):
             await self._direct.fill_on(cursor)
         return cursor.done
 
-    async def _fill_by_copy(self, cursor: Cursor) -> int:
-        while cursor and (data := await self._receive(cursor.left)):
-            cursor.write(data)
-        return cursor.done
-
-    async def _receive(self, most: int) -> bytes | memoryview:
-        most = min(most, PIECE_SIZE)
-        with connection_errors(OSError):
-            piece = await self._reader.read(most)
-        data = self.checked_piece(piece, most)
-        self.moved(len(data))
-        return data
-
     async def _step_in(self) -> None:
         """Stop the transport, take the bytes that the reader has, and go on with the socket."""
         duplicate = _duplicate(self._transport, socket.SHUT_RD) if self._is_fed_at_once() else None
@@ -164,10 +158,11 @@ class AsyncioSource(Source):
     def _is_fed_at_once(self) -> bool:
         """Whether the transport passes bytes to the reader without a delay.
 
-        The protocols of subprocesses pass them on one iteration of the loop later.
+        The protocols of subprocesses pass them on one iteration of the loop later. Transports of
+        other authors may lack the methods of a transport that can be paused.
         """
         return (
-            self._transport is not None
+            implements(self._transport, *_PAUSED_BY)
             and isinstance(self._transport.get_protocol(), asyncio.StreamReaderProtocol)
             and self._reader.exception() is None
         )
@@ -181,10 +176,7 @@ class AsyncioSource(Source):
             # pipes and closed sockets have no such option.)
             with contextlib.suppress(OSError, ValueError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-        try:
-            self._transport.abort()
-        except (AttributeError, NotImplementedError):  # transports of pipes
-            self._transport.close()
+        abort_transport(self._transport)
 
     def release(self) -> None:
         if self._duplicate is None:
@@ -198,6 +190,11 @@ class AsyncioSource(Source):
             with contextlib.suppress(AssertionError):
                 self._reader.feed_data(bytes(self._buffered))
             self._buffered = memoryview(b"")
+
+
+def has_write_buffer(writer: asyncio.StreamWriter) -> bool:
+    """Whether the transport of a writer says how much it has to send, as ``AsyncioSink`` needs."""
+    return implements(writer.transport, *_BUFFER_METHODS)
 
 
 class AsyncioSink(Sink):
@@ -259,7 +256,7 @@ class AsyncioSink(Sink):
             raise TruncatedError("the connection was closed")
 
     def abort(self) -> None:
-        self._writer.transport.abort()
+        abort_transport(self._writer.transport)
 
     def release(self) -> None:
         super().release()

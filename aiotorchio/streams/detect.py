@@ -1,4 +1,4 @@
-"""Selection of the source or sink for a stream, by the type of the stream.
+"""Selection of the source or sink for a stream, by the type or the methods of the stream.
 
 In: the stream of a caller. Out: its adapter. A ``TypeError`` names the streams that would fit.
 """
@@ -9,20 +9,30 @@ import asyncio
 import inspect
 import io
 import socket
-from collections.abc import AsyncIterable
+import ssl
+from collections.abc import AsyncIterable, Callable
 from typing import Any
 
 from anyio.abc import ByteReceiveStream, ByteSendStream
 
 from aiotorchio.streams._anyio import AnyioSink, AnyioSource
-from aiotorchio.streams._asyncio import AsyncioSink, AsyncioSource
+from aiotorchio.streams._asyncio import AsyncioSink, AsyncioSource, has_write_buffer
 from aiotorchio.streams.base import Sink, Source
 from aiotorchio.streams.blocking import BlockingStream
 from aiotorchio.streams.blocking_sockets import open_blocking_socket
-from aiotorchio.streams.iterables import IterableSource
+from aiotorchio.streams.duck_typed import ReadSource, WriteSink, can_read, can_write, guardable
+from aiotorchio.streams.iterables import IterableSource, resumable
 from aiotorchio.streams.sockets import SocketSink, SocketSource
 
-__all__ = ["open_blocking_sink", "open_blocking_source", "open_sink", "open_source"]
+__all__ = [
+    "open_blocking_sink",
+    "open_blocking_source",
+    "open_sink",
+    "open_source",
+    "sink_type",
+    "source_type",
+    "stream_of_messages",
+]
 
 
 def open_source(stream: Any) -> Source:
@@ -32,19 +42,7 @@ def open_source(stream: Any) -> Source:
         TypeError: A load cannot use the stream.
         ValueError: The socket is blocking or closed.
     """
-    if isinstance(stream, asyncio.StreamReader):
-        return AsyncioSource(stream)
-    if isinstance(stream, socket.socket):
-        return SocketSource(stream)
-    if isinstance(stream, ByteReceiveStream):
-        return AnyioSource(stream)
-    # trio's streams are iterable, but would lose the bytes after a message.
-    if isinstance(stream, AsyncIterable) and not hasattr(stream, "receive_some"):
-        return IterableSource(stream)
-    raise TypeError(
-        f"cannot load from {type(stream).__name__}: an asyncio.StreamReader, an anyio byte stream, "
-        "a non-blocking socket or an async iterable of bytes is needed (files: aiotorchio.load)"
-    )
+    return source_type(stream)(stream)
 
 
 def open_sink(stream: Any) -> Sink:
@@ -54,16 +52,77 @@ def open_sink(stream: Any) -> Sink:
         TypeError: A save cannot use the stream.
         ValueError: The socket is blocking or closed.
     """
-    if isinstance(stream, asyncio.StreamWriter):
-        return AsyncioSink(stream)
-    if isinstance(stream, socket.socket):
-        return SocketSink(stream)
-    if isinstance(stream, ByteSendStream):
-        return AnyioSink(stream)
+    return sink_type(stream)(stream)
+
+
+def source_type(stream: Any) -> Callable[[Any], Source]:
+    """Choose the class of the source for a stream, which is not touched.
+
+    Raises:
+        TypeError: A load cannot use the stream.
+    """
+    if isinstance(stream, asyncio.StreamReader):
+        return AsyncioSource
+    if _is_socket(stream):
+        return SocketSource
+    if isinstance(stream, ByteReceiveStream):
+        return AnyioSource
+    if can_read(stream):
+        return ReadSource
+    name = type(stream).__name__
+    # trio's streams are iterable, but would lose the bytes after a message.
+    if isinstance(stream, AsyncIterable) and not hasattr(stream, "receive_some"):
+        # Files iterate over lines, and a message may have no line end at all.
+        if hasattr(stream, "readline"):
+            raise TypeError(
+                f"can't load from {name}, which has `readline`, but no `async read(size)`: an "
+                "async iterable of its bytes in pieces is needed"
+            )
+        return IterableSource
     raise TypeError(
-        f"cannot save to {type(stream).__name__}: an asyncio.StreamWriter, an anyio byte stream or "
-        "a non-blocking socket is needed (files: aiotorchio.save; HTTP bodies: iter_bytes)"
+        f"can't load from {name}: an asyncio.StreamReader, an anyio byte stream, a non-blocking "
+        "socket, an async iterable of bytes or an object with `async read(size)` is needed "
+        "(files: aiotorchio.load)"
     )
+
+
+def sink_type(stream: Any) -> Callable[[Any], Sink]:
+    """Choose the class of the sink for a stream, which is not touched.
+
+    Raises:
+        TypeError: A save cannot use the stream.
+    """
+    if isinstance(stream, asyncio.StreamWriter) and has_write_buffer(stream):
+        return AsyncioSink
+    if _is_socket(stream):
+        return SocketSink
+    if isinstance(stream, ByteSendStream):
+        return AnyioSink
+    if can_write(stream):
+        return WriteSink
+    raise TypeError(
+        f"can't save to {type(stream).__name__}: an asyncio.StreamWriter, an anyio byte stream, a "
+        "non-blocking socket or an object with `write(data)` and `async drain()` is needed "
+        "(files: aiotorchio.save; HTTP bodies: iter_bytes)"
+    )
+
+
+def _is_socket(stream: Any) -> bool:
+    if isinstance(stream, ssl.SSLSocket):
+        raise TypeError("TLS needs a stream of asyncio or anyio, not an ssl.SSLSocket")
+    return isinstance(stream, socket.socket)
+
+
+def stream_of_messages(stream: Any) -> Any:
+    """Return a stream from which loads take one message after the other.
+
+    Raises:
+        TypeError: A load cannot use the stream.
+    """
+    chosen = source_type(stream)
+    if chosen is IterableSource:
+        return resumable(stream)
+    return guardable(stream) if chosen is ReadSource else stream
 
 
 def open_blocking_source(file: Any) -> BlockingStream:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from collections.abc import Callable, Sequence
 
 import anyio
@@ -114,8 +113,6 @@ class SocketSink(Sink):
 
 
 def _check(sock: socket.socket) -> None:
-    if isinstance(sock, ssl.SSLSocket):
-        raise TypeError("TLS needs a stream of asyncio or anyio, not an ssl.SSLSocket")
     if sock.type != socket.SOCK_STREAM:
         raise ValueError("the socket must be a stream socket (SOCK_STREAM)")
     if sock.fileno() < 0:

@@ -917,6 +917,14 @@ async def test_a_reader_over_an_iterable_that_is_not_its_own_iterator() -> None:
                 assert_same(await reader.load(), obj)
 
 
+def test_a_reader_or_a_writer_of_no_stream() -> None:
+    for stream in (Path("x"), "x", io.BytesIO(), None):
+        with pytest.raises(TypeError, match=r"can't load from \w+: .*files: aiotorchio\.load"):
+            StreamReader(stream)
+        with pytest.raises(TypeError, match=r"can't save to \w+: .*files: aiotorchio\.save"):
+            StreamWriter(stream)
+
+
 async def test_an_iterator_that_cannot_be_weakly_referenced() -> None:
     assert_same(await aiotorchio.load_from_stream(aiter(Body([encoded(SMALL)]))), SMALL)
 

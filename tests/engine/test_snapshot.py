@@ -23,6 +23,7 @@ from aiotorchio import ChecksumError, RemoteAbort, StreamWriter
 from aiotorchio.engine.prepared_save import PreparedSave, ReadyMessage
 from aiotorchio.memory.device_copy import bytes_of
 from tests.memory.test_snapshot import Maps, maps
+from tests.streams.test_detect import Bytes
 from tests.support.backends import (
     IN_ONE_LOOP,
     CancelledAt,
@@ -218,7 +219,7 @@ async def test_storages_that_are_freed_and_resized() -> None:
 
 CALLS: dict[str, Callable[..., object]] = {
     "save_to_stream": lambda obj, **options: aiotorchio.save_to_stream(obj, None, **options),
-    "StreamWriter": lambda obj, **options: StreamWriter(None).save(obj, **options),
+    "StreamWriter": lambda obj, **options: StreamWriter(Bytes()).save(obj, **options),
     "iter_bytes": aiotorchio.iter_bytes,
     "save": lambda obj, **options: aiotorchio.save(obj, io.BytesIO(), **options),
 }
@@ -277,7 +278,7 @@ def test_calls_that_are_never_carried_out(maps: Maps) -> None:
         state, sink = [torch.zeros(100_000)], io.BytesIO()
         return [
             aiotorchio.save_to_stream(state, sink, snapshot=True, chunk_size=CHUNK),
-            StreamWriter(sink).save(state, snapshot=True, chunk_size=CHUNK),
+            StreamWriter(Bytes()).save(state, snapshot=True, chunk_size=CHUNK),
             aiotorchio.iter_bytes(state, snapshot=True, chunk_size=CHUNK),
         ]
 

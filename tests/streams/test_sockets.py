@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -173,12 +172,6 @@ def test_sockets_that_do_not_fit(pair: Any, driver: Callable[[socket.socket], An
         pytest.raises(ValueError, match="stream socket"),
     ):
         driver(datagrams)
-    tcp = socket.socket()
-    with (
-        ssl.create_default_context().wrap_socket(tcp, server_hostname="x") as tls,
-        pytest.raises(TypeError, match="TLS"),
-    ):
-        driver(tls)
 
 
 class Interrupted:
