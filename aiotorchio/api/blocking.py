@@ -73,7 +73,7 @@ def save(  # noqa: D417 - save_to_stream documents the options
 
     Raises:
         TypeError: ``durable`` is no bool.
-        OSError: The file can't be opened, written, synced or replaced. The file at a path is then
+        OSError: The file cannot be opened, written, synced or replaced. The file at a path is then
             the old one, unless the sync of its directory failed; ``filename`` is the path.
         Exception: As ``save_to_stream``.
 

@@ -10,7 +10,7 @@ written. A file without a name (``O_TMPFILE``) would leave nothing, but it needs
 can replace another file, and network file systems have no such files. The number of a process in
 the name would mean nothing on another host, and an age needs clocks that agree. ``flock`` keeps
 threads apart, too, and a forked child keeps the lock at most for longer; a lock by ``fcntl.lockf``
-would end with the first descriptor of the file that is closed. Where files can't be locked,
+would end with the first descriptor of the file that is closed. Where files cannot be locked,
 leftovers stay.
 """
 
@@ -163,7 +163,7 @@ def _locked(file: io.FileIO) -> Iterator[bool]:
 def _remove_leftovers(directory: str, prefix: str) -> None:
     """Remove the files with a prefix that no process has locked."""
     if sys.platform == "win32":
-        # An open file can't be renamed there, so a save would have to unlock its file before that.
+        # An open file cannot be renamed there, so a save would have to unlock its file before that.
         return
 
     def opener(path: str, flags: int) -> int:

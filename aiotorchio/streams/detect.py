@@ -75,12 +75,12 @@ def source_type(stream: Any) -> Callable[[Any], Source]:
         # Files iterate over lines, and a message may have no line end at all.
         if hasattr(stream, "readline"):
             raise TypeError(
-                f"can't load from {name}, which has `readline`, but no `async read(size)`: an "
+                f"cannot load from {name}, which has `readline`, but no `async read(size)`: an "
                 "async iterable of its bytes in pieces is needed"
             )
         return IterableSource
     raise TypeError(
-        f"can't load from {name}: an asyncio.StreamReader, an anyio byte stream, a non-blocking "
+        f"cannot load from {name}: an asyncio.StreamReader, an anyio byte stream, a non-blocking "
         "socket, an async iterable of bytes or an object with `async read(size)` is needed "
         "(files: aiotorchio.load)"
     )
@@ -101,7 +101,7 @@ def sink_type(stream: Any) -> Callable[[Any], Sink]:
     if can_write(stream):
         return WriteSink
     raise TypeError(
-        f"can't save to {type(stream).__name__}: an asyncio.StreamWriter, an anyio byte stream, a "
+        f"cannot save to {type(stream).__name__}: an asyncio.StreamWriter, an anyio byte stream, a "
         "non-blocking socket or an object with `write(data)` and `async drain()` is needed "
         "(files: aiotorchio.save; HTTP bodies: iter_bytes)"
     )

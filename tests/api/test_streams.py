@@ -919,9 +919,9 @@ async def test_a_reader_over_an_iterable_that_is_not_its_own_iterator() -> None:
 
 def test_a_reader_or_a_writer_of_no_stream() -> None:
     for stream in (Path("x"), "x", io.BytesIO(), None):
-        with pytest.raises(TypeError, match=r"can't load from \w+: .*files: aiotorchio\.load"):
+        with pytest.raises(TypeError, match=r"cannot load from \w+: .*files: aiotorchio\.load"):
             StreamReader(stream)
-        with pytest.raises(TypeError, match=r"can't save to \w+: .*files: aiotorchio\.save"):
+        with pytest.raises(TypeError, match=r"cannot save to \w+: .*files: aiotorchio\.save"):
             StreamWriter(stream)
 
 

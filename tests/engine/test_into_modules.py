@@ -1003,7 +1003,7 @@ def test_a_checkpointed_module() -> None:
 
 def test_no_more_unknown_names_than_code_is_given() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        for room in ("targets", "module_load"):
+        for room in ("module_rules", "module_load"):
             patch.setattr(f"aiotorchio.graph.{room}.UNKNOWN_MAX", 2)
         message = OldName(old=True).state_dict() | {f"x{n}": torch.ones(1) for n in range(3)}
         with pytest.raises(MismatchError) as caught:

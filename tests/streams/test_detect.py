@@ -147,10 +147,10 @@ class TrioStream(Items):
 def test_streams_that_cannot_be() -> None:
     wrong = [Path("x"), "x", b"x", None, 5, io.BytesIO(), [b"x"], iter([b"x"]), object()]
     for stream in [*wrong, TrioStream(), Writer()]:
-        with pytest.raises(TypeError, match=rf"can't load from {type(stream).__name__}: .*\.load"):
+        with pytest.raises(TypeError, match=rf"cannot load from {type(stream).__name__}: .*\.load"):
             stream_of_messages(stream)
     for stream in [*wrong, Reader(), Response(), AsyncFile()]:
-        with pytest.raises(TypeError, match=rf"can't save to {type(stream).__name__}: .*\.save"):
+        with pytest.raises(TypeError, match=rf"cannot save to {type(stream).__name__}: .*\.save"):
             sink_type(stream)
 
 
