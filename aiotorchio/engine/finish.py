@@ -180,10 +180,10 @@ class Finish:
     def _revision(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the tensor that replaces one of the object; None: it is left out."""
         match = self.match
-        target = None if match.fit is None else match.fit.receive_composite(name, tensor)
+        target = None if match.fit is None else match.fit.receive(name, tensor)
         if target is not None:
             return target
-        return match.targets.get(name, tensor) if name in match.selection else None
+        return tensor if name in match.selection else None
 
     def commit(self, obj: Any) -> Exchange | BufferSwap | WithModules | None:
         """Make the commit: the change of the targets, and the rest that modules load.

@@ -7,7 +7,7 @@ modules and composite targets load. ``matching`` decides the rest from the heade
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from aiotorchio.graph.strays import (
     refuse_untargeted,
     refused_extra_states,
 )
+from aiotorchio.graph.targets import MatchedTargets
 from aiotorchio.graph.tensor_load import TensorLoad, composite_misfit, is_composite_target
 from aiotorchio.memory.atomic import BufferSwap, Exchange
 from aiotorchio.wire.header import Header, shortened
@@ -39,7 +40,7 @@ class ObjectFit:
         targets: The targets.
         selection: The names that count.
         row_of_name: The row of each name of the header.
-        filled_by_others: Names of targets whose bytes other targets fill.
+        found: The targets of rows.
 
     Attributes:
         composite_targets: Targets that are copied from a whole tensor of the object, by name.
@@ -52,10 +53,11 @@ class ObjectFit:
         targets: Targets,
         selection: Selection,
         row_of_name: Mapping[str, int],
-        filled_by_others: Iterable[str],
+        found: MatchedTargets,
     ) -> None:
         self._targets, self._selection = targets, selection
-        self._row_of_name, self._filled_by_others = row_of_name, filled_by_others
+        self._row_of_name, self._filled_by_others = row_of_name, found.filled_by_others
+        self._row_targets = found.tensors
         self._pickled = header.codec == "pickle"
         self.composite_targets: dict[str, torch.Tensor] = {}
         # Targets without a row that receive bytes only.
@@ -64,12 +66,18 @@ class ObjectFit:
             if name in selection and name not in row_of_name:
                 composite = is_composite_target(tensor)
                 (self.composite_targets if composite else self._rowless)[name] = tensor
-        # Tensors of the object for ``composite_targets``.
+        # Tensors of the object for ``composite_targets``, and for the others.
         self._received: dict[str, torch.Tensor] = {}
+        self._replaced: dict[str, torch.Tensor] = {}
         self.compares_object = bool(self.composite_targets) or any(
             module.other_entries for module in targets.modules
         )
         self._checked_on_meta = False
+
+    @property
+    def tables(self) -> list[dict[Any, Any]]:
+        """Tables that may have an entry for each tensor of the object."""
+        return [self._received, self._replaced]
 
     def note_skeleton(self, skeleton: bytes, may_have_composites: bool) -> None:
         """Note whether the object can have tensors, or storages, without a row."""
@@ -153,17 +161,21 @@ class ObjectFit:
     def _has_target(self, name: str, rules: ModuleRules) -> bool:
         return name in self._row_of_name or name in self.composite_targets or rules.may_load(name)
 
-    def receive_composite(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Keep a tensor of the object for the commit, which copies it into its composite target.
+    def receive(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Note a tensor of the object, which the commit copies into its target if composite.
 
         Returns:
-            The target; None if ``composite_targets`` has none, and the tensor was not kept.
+            The target that replaces the tensor in the object; None if it has none.
 
         Raises:
             MismatchError: Another tensor of the object has the same name.
         """
         target = self.composite_targets.get(name)
-        if target is not None and self._received.setdefault(name, tensor) is not tensor:
+        received = self._replaced if target is None else self._received
+        target = self._row_targets.get(name) if target is None else target
+        if target is None or not self._pickled:
+            return target
+        if received.setdefault(name, tensor) is not tensor:
             raise MismatchError(
                 "two tensors of the object have this name, and one target: load without into, or "
                 "give them different names",

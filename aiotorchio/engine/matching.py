@@ -134,7 +134,8 @@ class Match:
     @property
     def tables(self) -> list[list[Any] | dict[Any, Any]]:
         """Tables that may be as long as those of the header."""
-        return [self.row_of_name, *self.composites.tables]
+        compared = [] if self.fit is None else self.fit.tables
+        return [self.row_of_name, *self.composites.tables, *compared]
 
 
 def match_names(context: LoadContext, composites: Composites | None = None) -> Match:
@@ -192,7 +193,7 @@ def _match(context: LoadContext, row_of_name: dict[str, int], composites: Compos
             strict=targets.strict,
             cast=targets.cast,
         )
-        fit = ObjectFit(header, targets, selection, row_of_name, found.filled_by_others)
+        fit = ObjectFit(header, targets, selection, row_of_name, found)
     return Match(
         uses_names=context.named_only or targets is not None or not selection.all,
         row_of_name=row_of_name,

@@ -296,6 +296,18 @@ async def test_one_with_named_parts_is_iterated_over() -> None:
             assert values_of(found["pair"]) == [[3, 3], [4, 4]]
 
 
+@pytest.mark.parametrize("mode", [staged, double])
+@pytest.mark.parametrize("options", [{"strict": False}, {"select": ["a.b"]}])
+def test_one_that_has_the_name_of_a_row_is_not_replaced(
+    options: dict[str, Any], mode: Mode
+) -> None:
+    sent = {"a.b": torch.ones(3), "a": {"b": torch.eye(3).to_sparse()}}
+    into = {"a.b": torch.zeros(3)}
+    with pytest.raises(MismatchError, match="two tensors of the object have this name") as caught:
+        load(sent, **options, **mode(into))
+    assert caught.value.entry == "a.b" and not into["a.b"].any()
+
+
 # One target with several names
 
 
