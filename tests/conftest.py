@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -90,3 +90,13 @@ def seeded() -> None:
         # Without devices ``torch.manual_seed`` formats the stack for each kind of them, and each
         # test takes 3 ms more.
         torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture
+def no_safe_globals() -> Iterator[None]:
+    """Empty torch's list of safe globals, to which packages such as tensordict add their own."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)

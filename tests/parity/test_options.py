@@ -1041,16 +1041,6 @@ def test_the_error_names_what_is_not_allowed() -> None:
         compat.streaming_load(file)
 
 
-@pytest.fixture
-def no_safe_globals() -> Iterator[None]:
-    """torch's list is empty during the test, and restored after it."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    yield
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(before)
-
-
 def test_add_and_clear_safe_globals(no_safe_globals: None) -> None:
     theirs, ours = torch_file(Thing([1])), our_file(Thing([1]))
     torch.serialization.add_safe_globals([Thing])

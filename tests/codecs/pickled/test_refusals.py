@@ -17,6 +17,8 @@ from torch import _weights_only_unpickler
 import aiotorchio
 from tests.codecs.pickled.test_scan import scan
 
+pytestmark = pytest.mark.usefixtures("no_safe_globals")
+
 CASES = {
     "global": (
         b"\x80\x02cfractions\nFraction\n.",
