@@ -187,6 +187,10 @@ def own_private_names() -> set[str]:
     return names
 
 
+# Attributes of modules whose names this package has for attributes of its own, too.
+OF_MODULES = {"_buffers", "_modules", "_parameters"}
+
+
 def private_names_of_torch(source: str, own: set[str]) -> set[str]:
     """Private names in torch, and private attributes that this package does not define."""
     tree = tree_of(source)
@@ -198,7 +202,8 @@ def private_names_of_torch(source: str, own: set[str]) -> set[str]:
             found |= {part for part in name.split(".") if is_private(part)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
-            if ast.unparse(node).startswith("torch.") or node.attr not in own:
+            is_of_module = node.attr in OF_MODULES and ast.unparse(node.value) != "self"
+            if is_of_module or ast.unparse(node).startswith("torch.") or node.attr not in own:
                 found.add(node.attr)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch."):
             found |= {word.arg for word in node.keywords if word.arg and is_private(word.arg)}

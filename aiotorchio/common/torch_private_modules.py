@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 __all__ = [
+    "children_of",
     "edits_missing",
+    "has_buffers",
     "has_load_post_hooks",
     "has_load_pre_hooks",
     "is_fsdp1",
@@ -38,6 +40,16 @@ def is_fsdp1(module: torch.nn.Module) -> bool:
 def is_norm(module: torch.nn.Module) -> bool:
     """Whether a module is a normalization that may count batches."""
     return isinstance(module, torch.nn.modules.batchnorm._NormBase)
+
+
+def children_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """Return the submodules by name, a shared one under each of its names."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
+def has_buffers(module: torch.nn.Module) -> bool:
+    """Whether a module has buffers of its own."""
+    return bool(module._buffers)
 
 
 def persistent_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:

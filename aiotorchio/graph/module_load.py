@@ -195,9 +195,9 @@ class ModuleLoad:
                 self._paths = self._paths | owners
                 self._visited |= target.with_those_above(owners)
             yield
-        for name, child in submodule._modules.items():
+        for name, _ in torch_private_modules.children_of(submodule):
             below = f"{path}.{name}" if path else name
-            if child is not None and below in self._visited:
+            if below in self._visited:
                 yield from self._load(below, missing, unexpected, errors)
         if called:
             with self._refusing(path):

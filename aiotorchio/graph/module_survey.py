@@ -86,15 +86,11 @@ def survey(module: torch.nn.Module) -> Survey:
         for parameter in torch_private_modules.parameters_of(each):
             if parameter is not None:
                 own[id(parameter)] = parameter
-        if each._buffers:
+        if torch_private_modules.has_buffers(each):
             own.update(
                 (id(it), it) for it in torch_private_modules.persistent_tensors(each).values()
             )
-        if each._modules:
-            prefix = path + "." if path else ""
-            waiting += [
-                (prefix + name, child)
-                for name, child in reversed(list(each._modules.items()))
-                if child is not None
-            ]
+        prefix = path + "." if path else ""
+        children = torch_private_modules.children_of(each)
+        waiting += [(prefix + name, child) for name, child in reversed(children)]
     return Survey(submodules, own, active, reads_state, edits_missing, norms, sharded)
