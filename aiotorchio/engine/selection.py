@@ -10,6 +10,7 @@ import torch
 
 from aiotorchio.common.interrupt import interruptible
 from aiotorchio.errors import MismatchError
+from aiotorchio.graph.module_rules import ModuleRules
 from aiotorchio.graph.modules import ModuleTarget
 from aiotorchio.graph.select import Select, selected
 from aiotorchio.graph.targets import examined, target_tensors
@@ -110,20 +111,20 @@ class Targets:
             MismatchError: A name is selected, and not the entry that it is a part of.
         """
         modules = [module for module in self.modules if module.other_entries]
+        rules = ModuleRules(modules)
         for name in interruptible(names) if modules else ():
-            for module in modules:
-                if name.startswith(module.prefix):
-                    entry = module.entry_of(name.removeprefix(module.prefix))
-                    if entry is None:
-                        continue
-                    if module.prefix + entry in selection:
-                        yield name
-                    elif name in selection:
-                        raise MismatchError(
-                            "a module loads this as a part of its entry "
-                            f"{shortened(module.prefix + entry)!r}: select the whole entry",
-                            entry=shortened(name),
-                        )
+            for module, key in rules.owners(name):
+                entry = module.entry_of(key)
+                if entry is None:
+                    continue
+                if module.prefix + entry in selection:
+                    yield name
+                elif name in selection:
+                    raise MismatchError(
+                        "a module loads this as a part of its entry "
+                        f"{shortened(module.prefix + entry)!r}: select the whole entry",
+                        entry=shortened(name),
+                    )
 
 
 class Selection:

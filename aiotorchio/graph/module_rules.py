@@ -33,7 +33,7 @@ class ModuleRules:
 
     def code_decides(self, name: str) -> bool:
         """Whether code of a module decides about a missing tensor of this name."""
-        return any(module.code_decides(key) for module, key in self._of(name))
+        return any(module.code_decides(key) for module, key in self.owners(name))
 
     def may_load(self, name: str) -> bool:
         """Whether a module loads a tensor of this name, although it has no such tensor.
@@ -41,7 +41,7 @@ class ModuleRules:
         Call it once for each name: it adds an entry that nothing loads to ``refused``, and stops at
         ``UNKNOWN_MAX`` names that only code of a module can judge.
         """
-        for module, key in self._of(name):
+        for module, key in self.owners(name):
             entry = module.entry_of(key)
             if entry is not None:
                 reason = module.refusal(entry)
@@ -53,7 +53,8 @@ class ModuleRules:
                 return True
         return False
 
-    def _of(self, name: str) -> Iterator[tuple[ModuleTarget, str]]:
+    def owners(self, name: str) -> Iterator[tuple[ModuleTarget, str]]:
+        """Yield the modules whose prefix a name has, with the rest of the name."""
         for length in self._lengths:
             module = self._modules.get(name[:length])
             if module is not None:

@@ -18,6 +18,7 @@ from aiotorchio.codecs.pickled.reduced import as_kind, from_type
 from aiotorchio.codecs.pickled.safe_attributes import TypeName, set_attributes, tensor_class
 from aiotorchio.codecs.pickled.safe_nested import NestedMaker
 from aiotorchio.codecs.pickled.safe_tensors import TensorMaker
+from aiotorchio.common.interrupt import interruptible
 from aiotorchio.common.torch_private import JAGGED_PARTS, REBUILD_JAGGED, JaggedTensor
 from aiotorchio.errors import UnsafeObjectError
 from aiotorchio.limits import Limits
@@ -109,7 +110,9 @@ class Allowlist:
 
     def may_make_tensors(self, pickle: bytes) -> bool:
         """Whether a pickle may call something that makes tensors, going by the names in it."""
-        return any(path.rpartition(".")[2].encode() in pickle for path in self.deferred())
+        # A search of a large pickle takes milliseconds, during which no other thread runs.
+        names = (path.rpartition(".")[2].encode() for path in interruptible(self.deferred(), 1))
+        return any(name in pickle for name in names)
 
     def makes_tensors(self, function: Any) -> bool:
         """Whether a function is one of those that rebuild tensors."""
