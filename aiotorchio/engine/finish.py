@@ -125,8 +125,11 @@ class Finish:
         self, index: int, storage: torch.UntypedStorage | None
     ) -> torch.UntypedStorage | None:
         """Move a storage to where ``map_location``, or a restorer of the caller, puts it."""
+        if storage is None:
+            # Also the storage of tensors that need none, which has no row.
+            return None
         rows = self.placement.storages[index]
-        if storage is None or (rows.targeted and not rows.has_new_memory):
+        if rows.targeted and not rows.has_new_memory:
             return storage
         devices, data_free = self.context.devices, self.context.options.data_free
         if data_free is not None:

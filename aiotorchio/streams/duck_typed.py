@@ -87,6 +87,7 @@ class WriteSink(Sink):
             self.moved(len(piece))
 
     def _is_closing(self) -> bool:
+        # Other authors leave the method out, or inherit asyncio's, which only raises the latter.
         with contextlib.suppress(AttributeError, NotImplementedError):
             return bool(self._writer.is_closing())
         return False
@@ -141,5 +142,5 @@ def abort_transport(transport: Any) -> None:
     """Abort a transport, or close one without an abort, such as those of pipes."""
     try:
         transport.abort()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # left out, or asyncio's, which only raises it
         transport.close()

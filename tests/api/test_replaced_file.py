@@ -211,7 +211,9 @@ def test_nobody_else_can_read_the_unfinished_file_of_a_private_one(tmp_path: Pat
     assert modes == [0o600] * 2
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+@pytest.mark.skipif(
+    sys.platform == "win32" or os.geteuid() != 0, reason="only root can give a file to another user"
+)
 def test_the_owner_of_a_file_stays(tmp_path: Path) -> None:
     path = tmp_path / "state"
     path.write_bytes(b"old")

@@ -65,7 +65,7 @@ def test_options_do_not_change() -> None:
 @pytest.mark.parametrize("option", ["weights_only", "allow_pickle", "strict", "cast", "staged"])
 def test_a_switch_is_a_bool(option: str) -> None:
     with pytest.raises(TypeError, match=f"^{option} must be True or False, not 1$"):
-        LoadOptions(**{option: 1})  # type: ignore[arg-type]
+        LoadOptions(**{option: 1})  # type: ignore[arg-type]  # as tested
 
 
 @pytest.mark.parametrize(
