@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from aiotorchio.codecs.pickled.allowlist import paths_of
+from aiotorchio.engine.call_options import CallOptions, switches
 from aiotorchio.engine.requests import Progress
 from aiotorchio.engine.selection import DoubleBuffer, LoadTarget, Targets
 from aiotorchio.graph.data_free import DataFree, data_free
@@ -39,7 +40,7 @@ _set = object.__setattr__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IterateOptions:
+class IterateOptions(CallOptions):
     """The options of ``Message.iterate``, which every load has, too.
 
     ``load_from_stream`` documents them.
@@ -59,16 +60,6 @@ class IterateOptions:
     safe_globals: Iterable[Any] = ()
     allowed_globals: tuple[Any, ...] = field(init=False)
     data_free: DataFree | None = field(init=False)
-
-    @classmethod
-    def of_call(cls, arguments: Mapping[str, Any]) -> Self:
-        """Check the options among the arguments of a public function.
-
-        Args:
-            arguments: The function's ``locals()`` at its first line, so that a new option needs no
-                further line there.
-        """
-        return cls(**{each.name: arguments[each.name] for each in fields(cls) if each.init})
 
     def __post_init__(self) -> None:
         _set(self, "select", _reusable(self.select))
@@ -148,7 +139,7 @@ class LoadOptions(IterateOptions):
         _set(self, "targets", targets)
 
 
-_SWITCHES = tuple(each.name for each in fields(LoadOptions) if each.init and each.type == "bool")
+_SWITCHES = switches(LoadOptions)
 
 
 def check_lock(lock: Any, kind: Literal["async", "blocking"]) -> None:

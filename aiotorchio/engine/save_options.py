@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from aiotorchio.common.torch_private import skipped_data
+from aiotorchio.engine.call_options import CallOptions, switches
 from aiotorchio.engine.requests import Progress
 from aiotorchio.table.names import TensorSpec
 from aiotorchio.wire.header import ALIGNMENT, CHUNK_SIZE_MIN
@@ -29,7 +30,7 @@ DEFAULT_CHUNK_SIZE = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SaveOptions:
+class SaveOptions(CallOptions):
     """The options of a save, which ``save_to_stream`` documents.
 
     Attributes:
@@ -76,18 +77,8 @@ class SaveOptions:
         if self.specs is not None and (self.snapshot or self.compact or skip is not None):
             raise ValueError("snapshot, compact and skip_data cannot be combined with specs")
 
-    @classmethod
-    def of_call(cls, arguments: Mapping[str, Any]) -> SaveOptions:
-        """Check the options among the arguments of a public function.
 
-        Args:
-            arguments: The function's ``locals()`` at its first line, so that a new option needs no
-                further line there.
-        """
-        return cls(**{each.name: arguments[each.name] for each in fields(cls) if each.init})
-
-
-_SWITCHES = tuple(each.name for each in fields(SaveOptions) if each.init and each.type == "bool")
+_SWITCHES = switches(SaveOptions)
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
